@@ -16,6 +16,9 @@ class Cursor(NamedTuple):
     position: int
 
 
+START = Cursor(0, 0)
+
+
 @dataclass(slots=True)
 class Batch:
     """A batch: `x, y = batch`.
@@ -29,7 +32,7 @@ class Batch:
     targets: Any = None
     index: Any = None
     epoch: int = 0
-    cursor: Cursor = Cursor(0, 0)
+    cursor: Cursor = START
     """The position after this batch."""
     rng: np.random.Generator | None = None
     """In transforms only: a generator keyed by seed, epoch and position."""
