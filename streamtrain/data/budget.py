@@ -1,0 +1,102 @@
+"""One budget in bytes: memory is granted before it is taken, and what cannot be granted is said with its size."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from streamtrain.errors import ConfigError, UserCodeError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+class BudgetHeld(UserCodeError):
+    """The caller keeps so many batches alive that the next one can't be granted."""
+
+
+def parse_bytes(size: str | int, name: str = "memory") -> int:
+    """Bytes in a size such as 268435456, "256MiB", "1.5GB".
+
+    Raises ConfigError if it is no size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        value = float(size)
+    elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)):
+        unit = match[2].lower()
+        if unit not in _UNITS:
+            raise ConfigError(f"{name}={size!r}: unknown unit {match[2]!r}", hint="write it like 256MiB or 2GB")
+        value = float(match[1]) * _UNITS[unit]
+    else:
+        raise ConfigError(f"{name} must be a size in bytes, got {size!r}", hint="write it like 256MiB or 2GB")
+    if value < 0:
+        raise ConfigError(f"{name} must not be negative, got {size!r}")
+    return int(value)
+
+
+def format_bytes(size: float) -> str:
+    """A size as a person reads it: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may use: the container's limit (cgroup v2 or v1) where it is below the host's RAM."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (root / name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetStatistics:
+    """How a budget stands."""
+
+    total: int
+    """Bytes in all."""
+    used: int
+    """Bytes granted now. Near `total` with a waiting consumer: memory is the bottleneck, or batches are kept."""
+    peak: int
+    """Most bytes that were ever granted together; never above `total`."""
+
+
+class Budget:
+    """`memory=Budget("1GiB")`: grants bytes, also to several streams that share it. Thread-safe, never blocks."""
+
+    def __init__(self, total: str | int) -> None:
+        self.total = parse_bytes(total)
+        self._lock = threading.Lock()
+        self._used = self._peak = 0
+
+    def try_acquire(self, size: int) -> bool:
+        """Grant `size` bytes, or say no and change nothing."""
+        with self._lock:
+            if self._used + size > self.total:
+                return False
+            self._used += size
+            self._peak = max(self._peak, self._used)
+            return True
+
+    def release(self, size: int) -> None:
+        """Give `size` granted bytes back."""
+        with self._lock:
+            assert size <= self._used
+            self._used -= size
+
+    def statistics(self) -> BudgetStatistics:
+        """How the budget stands now."""
+        with self._lock:
+            return BudgetStatistics(self.total, self._used, self._peak)
