@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""The two commands: `python3 run.py demo` and `python3 run.py test` make `.venv` where needed and go on in it.
+
+Law: only the standard library, and no state but `.venv`. The stamp in `.venv` is written last and names everything
+that the environment was made from; an environment without the right stamp is made anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "made-from.json"
+MARK = VENV / "made-by-run.py"
+PYTHON = VENV / "bin" / "python"
+
+COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "demo": (["-m", "streamtrain", "demo"], ("demo",)),
+    "test": (["-m", "pytest"], ("demo", "test", "lint")),
+    "setup": ([], ("demo", "test", "lint")),
+}
+"""Command: what the environment's Python is given, and the extras and dependency groups that it needs."""
+
+SOUND = """
+import importlib.metadata, re, sys
+import streamtrain
+found = list(importlib.metadata.distributions())
+tops = [file for one in found for file in one.files or () if file.name == "__init__.py" and len(file.parts) == 2]
+same = lambda name: re.sub("[-_.]+", "-", name).lower()
+sys.exit(bool({same(name) for name in sys.argv[1:]} - {same(one.name) for one in found})
+         or not all(file.locate().exists() for file in tops))
+"""
+"""Run in the environment: fails where a package that was asked for, or the root of any package, is gone."""
+
+USAGE = """usage: python3 run.py demo [options of `streamtrain demo`]   learn the world map from disk
+       python3 run.py test [options of pytest]               run the tests
+       python3 run.py setup                                  only make .venv, with all that developing needs
+Each makes the environment in .venv first, or reuses it."""
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        print(USAGE, file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    if sys.version_info < (3, 11):  # noqa: UP036  (the reason why this script is here)
+        return on_newer_python()
+    command, needed = COMMANDS[arguments[0]]
+    try:
+        ensure(set(needed))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command again goes on", file=sys.stderr)
+        return 130
+    except subprocess.CalledProcessError as error:
+        return fail(
+            f"pip ended with {error.returncode}", "its output above says why; the same command again starts over"
+        )
+    if not command:
+        return 0
+    if arguments[0] == "test":
+        os.chdir(ROOT)
+    return become(PYTHON, *command, *arguments[1:])
+
+
+def become(program: str | Path, *arguments: str) -> NoReturn:
+    """Go on as that program, in the same process: Ctrl-C and exit codes are its own."""
+    sys.stdout.flush()
+    os.execv(program, [str(program), *arguments])
+
+
+def ensure(parts: set[str]) -> None:
+    """Leave with a `.venv` that holds the project and `parts`; make or mend it if it does not."""
+    with open(ROOT / ".venv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: the second waits and finds it made
+        made = stamp()
+        if made is None:
+            fresh()
+        elif parts <= set(made):
+            return
+        else:
+            parts |= set(made)
+            STAMP.unlink()
+        names = install(parts, lock)
+        temporary = STAMP.with_suffix(".new")
+        temporary.write_text(json.dumps({"source": source(), "parts": sorted(parts), "packages": names}))
+        temporary.replace(STAMP)
+
+
+def stamp() -> list[str] | None:
+    """The parts that a sound, current `.venv` holds; None if it is absent, half made, out of date or moved."""
+    try:
+        found = json.loads(STAMP.read_text())
+        subprocess.run([PYTHON, "-c", SOUND, *found["packages"]], cwd=VENV, check=True, capture_output=True)
+        parts: list[str] = found["parts"]
+        return parts if found["source"] == source() else None
+    except (OSError, ValueError, KeyError, subprocess.CalledProcessError):
+        return None
+
+
+def source() -> str:
+    """A digest of all that the environment is made from."""
+    digest = hashlib.sha256(f"{ROOT}\n".encode())
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def fresh() -> None:
+    """Make an empty environment; one of ours that is half made goes, a foreign one is put aside."""
+    if MARK.exists():
+        say("making .venv anew: it is unfinished or out of date")
+        shutil.rmtree(VENV)
+    elif VENV.exists() or VENV.is_symlink():
+        aside = VENV.with_name(f".venv.{int(time.time())}")
+        say(f"making .venv; the one that stood here is now {aside.name}")
+        VENV.rename(aside)
+    else:
+        say("making .venv")
+    VENV.mkdir()
+    MARK.touch()
+    try:
+        venv.EnvBuilder(with_pip=True).create(VENV)
+    except subprocess.CalledProcessError as error:
+        fail("Python's venv module could not bring pip along", "on Debian: apt-get install python3-venv")
+        raise SystemExit(5) from error
+
+
+def install(parts: set[str], lock: IO[str]) -> list[str]:
+    """Install the project with these extras and groups; the names of what was asked for."""
+    import tomllib  # not in a Python that is too old, which gets as far as saying so
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, groups = project["project"]["optional-dependencies"], project["dependency-groups"]
+    wanted = [requirement for part in sorted(parts & groups.keys()) for requirement in groups[part]]
+    target = f"{ROOT}[{','.join(sorted(parts & extras.keys()))}]"
+    say(f"installing streamtrain with {', '.join(sorted(parts))} (some minutes the first time: torch is large)")
+    pip: list[Any] = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    pip += ["-c", ROOT / "constraints.txt", "-e", target, *wanted]
+    # pip holds the lock too: if only this script is killed, the next command waits until pip is through
+    subprocess.run(pip, check=True, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()])
+    wanted += project["project"]["dependencies"] + [name for part in parts & extras.keys() for name in extras[part]]
+    return sorted(re.split(r"[^\w.-]", requirement)[0] for requirement in wanted)
+
+
+def on_newer_python() -> int:
+    """Start over under a Python that is new enough, if there is one."""
+    for name in ("python3.11", "python3.12", "python3.13", "python3.14"):
+        if found := shutil.which(name):
+            return become(found, *sys.argv)
+    return fail(f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed", "python3.11 run.py ...")
+
+
+def say(text: str) -> None:
+    print(f"run.py: {text}", file=sys.stderr, flush=True)
+
+
+def fail(text: str, hint: str) -> int:
+    print(f"error: {text}\nhint: {hint}", file=sys.stderr, flush=True)
+    return 5
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
