@@ -1,0 +1,168 @@
+"""A run's folder: one living process at a time holds it, and each of its small files is replaced whole, never edited.
+
+`config.toml`, `status.json` and `error.json` are written here; `checkpoints/` by the checkpoint commit, metrics and
+events by their loggers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from streamtrain.errors import EnvironmentProblem, StreamtrainError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+class RunFolder:
+    """The folder `path` of one run. It is made by `lock`; nothing is touched before."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(path))
+        self._lock: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoint folders lie; made by the first commit."""
+        return self.path / "checkpoints"
+
+    def lock(self) -> None:
+        """Make the folder if need be and hold it until `release` or the end of the process.
+
+        Raises EnvironmentProblem if it can't be made or written, or if a living process holds it (its pid, since when).
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"the run folder {self.path} can't be written: {error.strerror}",
+                hint="choose another run_dir, or mend its permissions",
+            ) from error
+        try:
+            self._take(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
+
+    def release(self) -> None:
+        """Let others have the folder; does nothing if it is not held."""
+        if self._lock is not None:
+            descriptor, self._lock = self._lock, None
+            os.ftruncate(descriptor, 0)
+            # A forked child may hold the same lock: closing alone would leave it locked.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def __enter__(self) -> RunFolder:
+        self.lock()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace `status.json`; non-finite numbers become null. Readers see the old or the new one, never half."""
+        self._replace("status.json", _json(status), durable=False)
+
+    def write_error(self, error: BaseException) -> None:
+        """Replace `error.json`: the error's type, message, hint, traceback and time (UTC)."""
+        document = {
+            "type": type(error).__qualname__,
+            "message": str(error),
+            "hint": error.hint if isinstance(error, StreamtrainError) else "",
+            "exit_code": error.exit_code if isinstance(error, StreamtrainError) else 1,
+            "time": _now(),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        self._replace("error.json", _json(document), durable=True)
+
+    def write_config(self, text: str) -> None:
+        """Replace `config.toml`."""
+        self._replace("config.toml", text, durable=True)
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnvironmentProblem(
+                f"the run folder {self.path} is in use by {_holder(descriptor)}",
+                hint="wait for it, stop it, or choose another run_dir",
+            ) from None
+        except OSError as error:
+            logger.warning("%s can't be locked (%s): nothing keeps a second process out", self.path, error.strerror)
+        holder = {"pid": os.getpid(), "since": _now(), "host": socket.gethostname()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, _json(holder).encode(), 0)
+
+    def _replace(self, name: str, text: str, *, durable: bool) -> None:
+        """Write beside the target, then rename; `durable` also survives a power cut. Raises EnvironmentProblem."""
+        temp = self.path / f".{name}.tmp"
+        try:
+            with open(temp, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temp, self.path / name)
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.path / name} can't be written: {error.strerror}") from error
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        pid, since, host = int(holder["pid"]), str(holder["since"]), str(holder["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+    if host != socket.gethostname():
+        return f"process {pid} on {host} since {since}"
+    if pid == os.getpid():
+        return f"this very process ({pid}) since {since}"
+    if not _alive(pid):
+        return f"a child of process {pid}, which itself has ended, since {since}"
+    return f"process {pid} since {since}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(_finite(document), indent=1, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
