@@ -1,0 +1,241 @@
+"""From .npy and .npz files to Zarr: `convert`.
+
+Law: memory holds one band of rows at a time, and a store appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, ZstdCodec
+
+from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
+
+Codec = Literal["raw", "zstd", "blosc"]
+Progress = Callable[[int, int], None]
+"""Called with the rows that are written and all rows."""
+
+BAND_BYTES = 16 << 20
+"""Aim for the bytes of a chunk where the caller names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How an array is laid out on disk."""
+
+    chunks: tuple[int, ...] | None = None
+    """Samples of a chunk along each axis; None: whole rows, 16 MiB of them."""
+    shards: tuple[int, ...] | None = None
+    """Several chunks in one file; a multiple of `chunks` along each axis. None: a file for each chunk."""
+    codec: Codec = "zstd"
+    """`zstd` at level 1, `blosc` (lz4, bitshuffle), or `raw` bytes, which can be mapped into memory."""
+
+    def resolve(self, shape: Sequence[int], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Chunks and shards for an array of this shape; raises ConfigError where they do not fit it."""
+        row = max(1, int(np.prod(shape[1:], dtype=np.int64)) * itemsize)
+        chunks = self.chunks or (max(1, min(shape[0], BAND_BYTES // row)), *shape[1:])
+        for name, sizes in (("chunks", chunks), ("shards", self.shards or chunks)):
+            if len(sizes) != len(shape) or min(sizes) < 1:
+                raise ConfigError(
+                    f"{name}={tuple(sizes)} does not fit an array of shape {tuple(shape)}",
+                    hint=f"give {len(shape)} positive sizes",
+                )
+        if self.shards and any(s % c for s, c in zip(self.shards, chunks, strict=True)):
+            raise ConfigError(
+                f"shards={self.shards} is no multiple of chunks={chunks}", hint="a shard holds whole chunks"
+            )
+        return tuple(chunks), self.shards
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    member: str | None = None,
+    every: int = 1,
+    layout: Layout | None = None,
+    attributes: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write one array of a .npy or .npz file as the Zarr array `target`, and return its path.
+
+    `member` names the array in an .npz; it may be left out where there is but one. With `every=n` each n-th element
+    along each axis is kept. Memory: one band of rows (those of a shard or chunk), whatever the size of the array.
+    Raises DataError where the source is missing, cut short, damaged or of a kind that cannot be streamed (Fortran
+    order, Python objects), ConfigError where the layout does not fit, and leaves no half-written store.
+    """
+    source, target, layout = Path(source), Path(target), layout or Layout()
+    if every < 1:
+        raise ConfigError(f"every={every} must be at least 1", hint="every=1 keeps all")
+    with _open_npy(source, member) as stream:
+        shape, dtype = _read_header(stream, source)
+        kept = tuple(-(-size // every) for size in shape)
+        chunks, shards = layout.resolve(kept, dtype.itemsize)
+        with whole_or_nothing(target) as part:
+            array = create_array(part, shape=kept, dtype=dtype, chunks=chunks, shards=shards, codec=layout.codec)
+            array.attrs.update(attributes or {})
+            for start, band in _bands(stream, source, shape, dtype, rows=(shards or chunks)[0], every=every):
+                array[start : start + len(band)] = band
+                if progress:
+                    progress(start + len(band), kept[0])
+            _check_end(stream, source)
+    return target
+
+
+def create_array(
+    where: Path | zarr.Group,
+    *,
+    name: str | None = None,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...],
+    shards: tuple[int, ...] | None = None,
+    codec: Codec = "zstd",
+) -> zarr.Array[Any]:
+    """A new Zarr 3 array that writes chunks of zeros too, so that a missing file always means damage."""
+    compressors: Any = {
+        "raw": None,
+        "zstd": ZstdCodec(level=1),
+        "blosc": BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
+    }[codec]
+    return zarr.create_array(
+        where,
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=compressors,
+        config={"write_empty_chunks": True},
+    )
+
+
+@contextlib.contextmanager
+def whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `target` at the end, when it is durable, and vanishes on an error."""
+    if target.exists():
+        raise ConfigError(f"{target} exists already", hint="name another target, or remove this one")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        yield part
+        for folder, _, files in os.walk(part):
+            for path in (*(os.path.join(folder, name) for name in files), folder):
+                _fsync(path)
+        part.rename(target)
+        _fsync(target.parent)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {target}: {error}", hint="is there room, and may you write?") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what conversions to this target that were killed have left."""
+    for part in target.parent.glob(f".{target.name}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _fsync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _open_npy(source: Path, member: str | None) -> Iterator[IO[bytes]]:
+    """The bytes of the .npy file, or of that member of the .npz, as a stream."""
+    try:
+        if source.suffix == ".npy":
+            with source.open("rb") as stream:
+                yield stream
+            return
+        with zipfile.ZipFile(source) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            chosen = member if member is not None else names[0] if len(names) == 1 else ""
+            if chosen not in names:
+                raise ConfigError(
+                    f"{source}: no array {member!r}" if member else f"{source} holds several arrays",
+                    hint=f"choose one of: {', '.join(names)}",
+                )
+            with archive.open(f"{chosen}.npy") as stream:
+                yield stream
+    except FileNotFoundError as error:
+        raise DataError(f"{source} does not exist", hint="check the path") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{source} is damaged or no .npy or .npz file: {error}", hint="fetch it again") from error
+
+
+def _read_header(stream: IO[bytes], source: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except ValueError as error:
+        raise DataError(f"{source}: no array in numpy's format: {error}", hint="only .npy and .npz are read") from error
+    if fortran or dtype.hasobject or not shape:
+        kind = "Fortran order" if fortran else "Python objects" if dtype.hasobject else "a single number"
+        raise DataError(f"{source} holds {kind}, which cannot be streamed", hint="save it as an array in C order")
+    return tuple(int(size) for size in shape), dtype
+
+
+def _bands(
+    stream: IO[bytes], source: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, rows: int, every: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Bands of up to `rows` kept rows, each with its first row's number among the kept."""
+    row = np.empty(shape[1:], dtype=dtype)
+    inner = (slice(None, None, every),) * (len(shape) - 1)
+    kept = -(-shape[0] // every)
+    band = np.empty((min(rows, kept), *row[inner].shape), dtype=dtype)
+    if row.ndim == 0:  # a one-dimensional source: one element is no row worth a read
+        yield from _flat_bands(stream, source, shape[0], dtype, rows=rows, every=every)
+        return
+    view = row.reshape(-1).view(np.uint8).data
+    for number in range(shape[0]):
+        _fill(stream, view, source, number)
+        if number % every:
+            continue
+        place = number // every
+        band[place % rows] = row[inner]
+        if (place + 1) % rows == 0 or place + 1 == kept:
+            yield place - place % rows, band[: place % rows + 1]
+
+
+def _flat_bands(
+    stream: IO[bytes], source: Path, size: int, dtype: np.dtype[Any], *, rows: int, every: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    for start in range(0, size, rows * every):
+        part = np.empty(min(rows * every, size - start), dtype=dtype)
+        _fill(stream, part.view(np.uint8).data, source, start)
+        yield start // every, part[::every]
+
+
+def _fill(stream: IO[bytes], view: memoryview, source: Path, row: int) -> None:
+    done = 0
+    while done < len(view):
+        got: int = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            raise DataError(f"{source} is cut short in row {row}", hint="fetch it again")
+        done += got
+
+
+def _check_end(stream: IO[bytes], source: Path) -> None:
+    """Read the end, where zip keeps the checksum that a damaged member fails."""
+    if stream.read(1):
+        raise DataError(f"{source} goes on after its array", hint="it is no plain .npy file; save it again")
