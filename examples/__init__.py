@@ -1,0 +1,1 @@
+"""Programs to start from; each takes `--quick` and is run by a test."""

@@ -1,0 +1,133 @@
+"""Encoded bytes to decoded chunks, by numcodecs, into buffers of ours; a size is checked before memory is touched.
+
+`Decoder` knows one array's codecs. Damage raises ValueError with its cause; who knows the chunk adds where it lies.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import google_crc32c
+import numcodecs
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from streamtrain.data.layout import ArrayLayout, Codec
+
+Bytes = NDArray[np.uint8]
+
+blosc.use_threads = False  # concurrency is ours; its own pool would fight with it (and is not safe to share)
+
+
+def zstd_content_size(data: Bytes) -> int | None:
+    """Decoded size that a Zstandard frame's header states (RFC 8878, 3.1.1.1); None if it states none."""
+    head = data[:18].tobytes()
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        raise ValueError("it is no Zstandard frame")
+    flags = head[4]
+    single, code = bool(flags & 0x20), flags >> 6
+    at = 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
+    width = (1 if single else 0, 2, 4, 8)[code]
+    if not width:
+        return None
+    if len(head) < at + width:
+        raise ValueError("its Zstandard header is cut")
+    size = int.from_bytes(head[at : at + width], "little")
+    return size + 256 if width == 2 else size
+
+
+def _decode_zstd(data: Bytes, out: Bytes, codec: Any) -> None:
+    stated = zstd_content_size(data)
+    if stated is None:
+        raise ValueError("its Zstandard frame does not state its size")
+    if stated != len(out):
+        raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
+    codec.decode(data, out=out)
+
+
+def _decode_blosc(data: Bytes, out: Bytes, codec: Any) -> None:
+    if len(data) < 16:
+        raise ValueError(f"it has {len(data)} bytes, fewer than a Blosc header")
+    stated, _, compressed = struct.unpack("<III", data[4:16].tobytes())
+    if stated != len(out):
+        raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
+    if compressed != len(data):
+        raise ValueError(f"it has {len(data)} bytes, its Blosc header says {compressed}")
+    codec.decode(data, out=out)
+
+
+def _decode_lz4(data: Bytes, out: Bytes, codec: Any) -> None:
+    if len(data) < 4:
+        raise ValueError(f"it has {len(data)} bytes, fewer than an LZ4 header")
+    (stated,) = struct.unpack("<I", data[:4].tobytes())
+    if stated != len(out):
+        raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
+    codec.decode(data, out=out)
+
+
+def _decode_deflate(data: Bytes, out: Bytes, codec: Any) -> None:
+    inflate = zlib.decompressobj(31 if codec.codec_id == "gzip" else 15)
+    decoded = inflate.decompress(data.data, len(out) + 1)
+    if len(decoded) != len(out) or not inflate.eof:
+        more = " or more" if len(decoded) > len(out) else ""
+        raise ValueError(f"it decodes to {len(decoded)}{more} bytes, expected {len(out)}")
+    out[:] = np.frombuffer(decoded, dtype=np.uint8)
+
+
+_DECODERS: dict[str, Callable[[Bytes, Bytes, Any], None]] = {
+    "zstd": _decode_zstd,
+    "blosc": _decode_blosc,
+    "lz4": _decode_lz4,
+    "gzip": _decode_deflate,
+    "zlib": _decode_deflate,
+}
+
+
+class Decoder:
+    """Decodes the chunks of one array. Thread-safe: it keeps no state between calls."""
+
+    def __init__(self, layout: ArrayLayout) -> None:
+        self.layout = layout
+        self._steps = [(codec, self._codec(codec)) for codec in reversed(layout.codecs)]
+        self.compressed = any(codec.name != "crc32c" for codec in layout.codecs)
+
+    @staticmethod
+    def _codec(codec: Codec) -> Any:
+        return None if codec.name == "crc32c" else numcodecs.get_codec({"id": codec.name})
+
+    def decode(self, data: Bytes, out: Bytes) -> Bytes:
+        """The decoded bytes of one chunk: `out` filled, or (without compression) a part of `data` itself.
+
+        Raises ValueError with the cause if the data is damaged.
+        """
+        for codec, implementation in self._steps:
+            if codec.name == "crc32c":
+                data = self._verify(data)
+                continue
+            try:
+                _DECODERS[codec.name](data, out, implementation)
+            except (RuntimeError, zlib.error) as error:
+                raise ValueError(f"{codec.name} can't decode it: {error}") from error
+            data = out
+        if len(data) != self.layout.chunk_bytes:
+            raise ValueError(f"it has {len(data)} bytes, expected {self.layout.chunk_bytes}")
+        return data
+
+    @staticmethod
+    def _verify(data: Bytes) -> Bytes:
+        if len(data) < 4:
+            raise ValueError(f"it has {len(data)} bytes, fewer than a checksum")
+        (expected,) = struct.unpack("<I", data[-4:].tobytes())
+        if google_crc32c.value(data[:-4]) != expected:
+            raise ValueError("its checksum (crc32c) does not match")
+        return data[:-4]
+
+    def view(self, data: Bytes) -> NDArray[Any]:
+        """Decoded bytes as an array of the chunk's shape: no copy."""
+        layout = self.layout
+        stored = tuple(layout.chunk_shape[a] for a in layout.axes)
+        return data.view(layout.dtype).reshape(stored).transpose(np.argsort(layout.axes))

@@ -1,0 +1,261 @@
+"""Where an array's bytes lie: chunk grid, shards, keys and codecs, read from its metadata. Pure, no I/O.
+
+What the fast lanes don't know is not refused here: `ArrayLayout.slow` says why zarr's own API must read the array.
+What can't be trained on, or claims sizes that nobody has, is refused by name before any read.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.budget import format_bytes
+from streamtrain.errors import DataError
+
+MAX_SAMPLES = 1 << 48
+MAX_CHUNK_BYTES = 1 << 36
+ABSENT = (1 << 64) - 1
+TRAINABLE = "bool, int8 to int64, uint8 to uint64, float16 to float64, complex64 and complex128"
+PLAIN_CODECS = frozenset({"zstd", "blosc", "gzip", "zlib", "lz4"})
+"""Bytes-to-bytes codecs that numcodecs decodes into a buffer of ours."""
+
+Region = tuple[tuple[int, int], ...]
+"""For each axis the bounds of a box within a chunk."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A bytes-to-bytes codec by its numcodecs id, with its configuration."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """How one array is stored."""
+
+    name: str
+    """Path of the array in its store."""
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    """As stored: may be of foreign byte order."""
+    chunk_shape: tuple[int, ...]
+    """The unit that is decoded: the inner chunk where there are shards."""
+    shard_shape: tuple[int, ...] | None
+    codecs: tuple[Codec, ...]
+    """Bytes-to-bytes codecs in the order of encoding; crc32c among them."""
+    axes: tuple[int, ...]
+    """Order of the axes in the stored bytes: axes[k] is the array axis that lies k-th."""
+    separator: str
+    prefix: str
+    """What chunk keys begin with: "c" in Zarr 3, empty in Zarr 2."""
+    fill_value: Any
+    index_at_start: bool = False
+    slow: str | None = None
+    """Why the fast lanes can't read it; None if they can."""
+    complete: bool = False
+    """Whether its writer vouches that no chunk is left out: then an absent chunk is damage, not fill."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def native(self) -> np.dtype[Any]:
+        """The dtype in this machine's byte order."""
+        return self.dtype.newbyteorder("=")
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of one decoded chunk."""
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    @cached_property
+    def raw(self) -> bool:
+        """Whether chunks lie uncompressed in their files, so that a memory map serves."""
+        return all(codec.name == "crc32c" for codec in self.codecs)
+
+    @cached_property
+    def file_shape(self) -> tuple[int, ...]:
+        """The part of the array that one file holds."""
+        return self.shard_shape or self.chunk_shape
+
+    @cached_property
+    def num_files(self) -> int:
+        return math.prod(-(-s // c) for s, c in zip(self.shape, self.file_shape, strict=True))
+
+    @cached_property
+    def inner(self) -> tuple[int, ...]:
+        """Chunks in a shard along each axis."""
+        return tuple(s // c for s, c in zip(self.file_shape, self.chunk_shape, strict=True))
+
+    def key(self, chunk: Sequence[int]) -> str:
+        """Key of the file (shard or chunk) that holds this chunk."""
+        parts = [str(c // per) for c, per in zip(chunk, self.inner, strict=True)]
+        if self.prefix:
+            parts.insert(0, self.prefix)
+        name = self.separator.join(parts) if parts else "0"
+        return f"{self.name}/{name}" if self.name else name
+
+    def slot(self, chunk: Sequence[int]) -> int:
+        """Which entry of its shard's index belongs to this chunk."""
+        where = tuple(c % per for c, per in zip(chunk, self.inner, strict=True))
+        return int(np.ravel_multi_index(where, self.inner))
+
+    def box(self, chunk: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The part of the array that a chunk covers, for messages."""
+        pairs = zip(chunk, self.chunk_shape, self.shape, strict=True)
+        return tuple((c * size, min((c + 1) * size, length)) for c, size, length in pairs)
+
+
+def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any) -> ArrayLayout:
+    """The layout that an array's metadata (zarr's `metadata.to_dict()`) describes.
+
+    Raises DataError if it can't be trained on or claims what can't be.
+    """
+    shape = tuple(int(s) for s in metadata["shape"])
+    if dtype.kind not in "biufcV" or (dtype.kind == "V" and dtype.names is not None) or dtype.itemsize == 0:
+        raise DataError(f"array {name!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
+    if dtype.kind == "V":
+        raise DataError(f"array {name!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
+    layout = _parse_v3(name, shape, metadata, dtype, fill_value)
+    if metadata["zarr_format"] == 2:
+        layout = _parse_v2(name, shape, metadata, dtype, fill_value)
+    if math.prod(shape) > MAX_SAMPLES:
+        raise DataError(f"array {name!r} claims {math.prod(shape):.3g} elements (shape {shape}): more than 2^48")
+    if any(c <= 0 for c in layout.chunk_shape + layout.file_shape):
+        raise DataError(f"array {name!r} claims chunks of shape {layout.file_shape}: each length must be at least 1")
+    if layout.chunk_bytes > MAX_CHUNK_BYTES:
+        size = format_bytes(layout.chunk_bytes)
+        raise DataError(f"array {name!r} claims chunks of {size}; at most {format_bytes(MAX_CHUNK_BYTES)} is read")
+    return layout
+
+
+def _complete(metadata: Mapping[str, Any]) -> bool:
+    own = (metadata.get("attributes") or {}).get("streamtrain")
+    return isinstance(own, Mapping) and own.get("complete") is True
+
+
+def _parse_v3(
+    name: str, shape: tuple[int, ...], metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any
+) -> ArrayLayout:
+    if metadata["zarr_format"] != 3:
+        return ArrayLayout(name, shape, dtype, shape, None, (), tuple(range(len(shape))), "/", "c", fill_value)
+    grid = metadata["chunk_grid"]
+    encoding = metadata.get("chunk_key_encoding") or {"name": "default"}
+    separator = (encoding.get("configuration") or {}).get("separator", "/" if encoding["name"] == "default" else ".")
+    prefix = "c" if encoding["name"] == "default" else ""
+    slow = None if encoding["name"] in ("default", "v2") else f"chunk key encoding {encoding['name']!r}"
+    if metadata.get("storage_transformers"):
+        slow = "storage transformers"
+    if grid["name"] != "regular":
+        every = tuple(range(len(shape)))
+        return ArrayLayout(
+            name, shape, dtype, shape, None, (), every, separator, prefix, fill_value, slow=f"{grid['name']} chunk grid"
+        )
+    chunk_shape = tuple(int(c) for c in grid["configuration"]["chunk_shape"])
+    shard_shape: tuple[int, ...] | None = None
+    codecs: Sequence[Mapping[str, Any]] = metadata["codecs"]
+    at_start = False
+    if len(codecs) == 1 and codecs[0]["name"] == "sharding_indexed":
+        config = codecs[0]["configuration"]
+        shard_shape, chunk_shape = chunk_shape, tuple(int(c) for c in config["chunk_shape"])
+        codecs = config["codecs"]
+        at_start = config.get("index_location", "end") == "start"
+        if [c["name"] for c in config["index_codecs"]] != ["bytes", "crc32c"]:
+            slow = "a shard index that is compressed"
+        elif _endian(config["index_codecs"][0]) != "little":
+            slow = "a big-endian shard index"
+        if any(s % c for s, c in zip(shard_shape, chunk_shape, strict=True) if c):
+            raise DataError(f"array {name!r}: shards of {shard_shape} don't hold whole chunks of {chunk_shape}")
+    axes = tuple(range(len(shape)))
+    plain: list[Codec] = []
+    seen_bytes = False
+    for codec in codecs:
+        kind, config = codec["name"], codec.get("configuration") or {}
+        if kind == "transpose" and not seen_bytes and isinstance(config.get("order"), list | tuple):
+            axes = tuple(axes[int(a)] for a in config["order"])
+        elif kind == "bytes" and not seen_bytes:
+            seen_bytes = True
+            dtype = dtype.newbyteorder("<" if _endian(codec) == "little" else ">")
+        elif seen_bytes and kind in PLAIN_CODECS | {"crc32c"}:
+            plain.append(Codec(kind, config))
+        else:
+            slow = slow or f"codec {kind!r}"
+    if sum(codec.name != "crc32c" for codec in plain) > 1:
+        slow = slow or "two compressors in a row"
+    return ArrayLayout(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        chunk_shape=chunk_shape,
+        shard_shape=shard_shape,
+        codecs=tuple(plain),
+        axes=axes,
+        separator=separator,
+        prefix=prefix,
+        fill_value=fill_value,
+        index_at_start=at_start,
+        slow=slow if slow or seen_bytes else "no bytes codec",
+        complete=_complete(metadata),
+    )
+
+
+def _endian(codec: Mapping[str, Any]) -> str:
+    endian = (codec.get("configuration") or {}).get("endian", "little")
+    return str(getattr(endian, "value", endian) or "little")
+
+
+def _parse_v2(
+    name: str, shape: tuple[int, ...], metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any
+) -> ArrayLayout:
+    compressor, filters = metadata.get("compressor"), metadata.get("filters")
+    slow = None
+    codecs: tuple[Codec, ...] = ()
+    if filters:
+        slow = f"filter {filters[0].get('id')!r}"
+    if compressor:
+        kind = compressor["id"]
+        if kind in PLAIN_CODECS:
+            codecs = (Codec(kind, {k: v for k, v in compressor.items() if k != "id"}),)
+        else:
+            slow = slow or f"compressor {kind!r}"
+    stored = np.dtype(metadata["dtype"]) if isinstance(metadata["dtype"], str) else dtype
+    axes = tuple(range(len(shape)))
+    return ArrayLayout(
+        name=name,
+        shape=shape,
+        dtype=stored,
+        chunk_shape=tuple(int(c) for c in metadata["chunks"]),
+        shard_shape=None,
+        codecs=codecs,
+        axes=axes[::-1] if metadata.get("order") == "F" else axes,
+        separator=metadata.get("dimension_separator", "."),
+        prefix="",
+        fill_value=fill_value,
+        slow=slow,
+        complete=_complete(metadata),
+    )
+
+
+def parse_shard_index(data: bytes, chunks: int) -> NDArray[np.uint64]:
+    """A shard's index, verified: offset and length of each inner chunk, shape (chunks, 2).
+
+    Raises ValueError with the reason if it is damaged.
+    """
+    expected = 16 * chunks + 4
+    if len(data) != expected:
+        raise ValueError(f"its index has {len(data)} of {expected} bytes")
+    (checksum,) = struct.unpack("<I", data[-4:])
+    if google_crc32c.value(data[:-4]) != checksum:
+        raise ValueError("the checksum (crc32c) of its index does not match")
+    return np.frombuffer(data[:-4], dtype="<u8").astype(np.uint64).reshape(chunks, 2)

@@ -1,0 +1,388 @@
+"""Bytes from files: memory maps kept open, pread, or zarr's own API; never anything but a regular file of the store.
+
+A reader gives one decoded chunk at a time, to a worker thread. A file that can't be trusted (missing where its writer
+vouches for it, cut, changed, a link out of the store, no regular file) is a DataError naming array, chunk, rows, path
+and cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import mmap
+import os
+import resource
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.decode import Bytes, Decoder
+from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
+from streamtrain.errors import DataError, EnvironmentProblem
+
+T = TypeVar("T")
+
+MADV_POPULATE_READ = 22
+"""Linux 5.14: fault all pages in at once, with an error in place of a signal if the file is shorter."""
+INDEX_CACHE_BYTES = 16 << 20
+SPARE_DESCRIPTORS = 256
+ENCODED_SLACK = 1 << 16
+"""Encoded chunks may be larger than decoded ones by 1/8 and this much; anything beyond is refused unread."""
+_REMOTE_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs"})
+
+Signature = tuple[int, int, int]
+
+
+class Scratch:
+    """A worker's own buffers, kept between chunks."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Bytes] = {}
+
+    def take(self, name: str, size: int) -> Bytes:
+        """A buffer of `size` bytes, aligned to pages; its last content is undefined."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = anonymous(size)
+        return buffer[:size]
+
+
+def anonymous(size: int) -> Bytes:
+    """Private zeroed memory of `size` bytes from the kernel, aligned to pages, in huge pages where there are any."""
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= 4 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)[:size]
+
+
+class ChunkReader(Protocol):
+    """Reads one array's chunks."""
+
+    lane: str
+    """`mmap`, `pread` or `zarr`."""
+
+    def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+        """The decoded chunk, of the chunk's shape, valid until the scratch is used again; None if it is absent.
+
+        `rows` are the first axis' rows that will be used: a lane may leave the others undefined.
+        """
+
+
+def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: object) -> DataError:
+    """The error for a chunk that can't be used: array, chunk, rows, path and cause."""
+    rows = ", ".join(f"{a}:{b}" for a, b in layout.box(chunk))
+    where = ".".join(map(str, chunk)) or "0"
+    return DataError(
+        f"array {layout.name or '/'!r}: chunk {where} (rows [{rows}]) in {path}: {cause}",
+        hint="restore the file from its source, or convert the data again",
+    )
+
+
+def is_local(path: Path) -> bool:
+    """Whether this path lies on a file system of this machine (and may be memory-mapped)."""
+    best, kind = "", ""
+    try:
+        mounts = Path("/proc/self/mounts").read_text()
+    except OSError:
+        return True
+    real = os.path.realpath(path)
+    for line in mounts.splitlines():
+        _, point, fstype, *_ = line.split(" ")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, fstype
+    return kind not in _REMOTE_TYPES and not kind.startswith("fuse.")
+
+
+class StoreFiles:
+    """The files of one local store: opened only if regular and inside it, mapped within a limit of descriptors."""
+
+    def __init__(self, root: Path, *, maps: int | None = None) -> None:
+        self.root = root
+        self._real = os.path.realpath(root)
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[str, tuple[Bytes, Signature]] = OrderedDict()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_maps = max(8, limit - SPARE_DESCRIPTORS) // 2 if maps is None else maps
+        self.opened_at = time.time_ns()
+        self._seen: dict[str, Signature] = {}
+
+    def open(self, key: str) -> tuple[int, os.stat_result]:
+        """A descriptor of a regular file inside the store and its status. Raises OSError or ValueError."""
+        path = os.path.join(self.root, key)
+        real = os.path.realpath(path)
+        if not real.startswith(self._real + os.sep):
+            raise ValueError(f"it is a link out of the store, to {real}")
+        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise ValueError("it is not a regular file")
+        return fd, status
+
+    def check_unchanged(self, key: str, status: os.stat_result) -> None:
+        """Raise ValueError with sizes and times if the file is not what it was when first read."""
+        signature = (status.st_size, status.st_mtime_ns, status.st_ino)
+        known = self._seen.setdefault(key, signature)
+        if len(self._seen) > 1 << 16:
+            self._seen.clear()
+        if known != signature:
+            raise ValueError(_changed(known, signature))
+
+    def settled(self, status: os.stat_result) -> bool:
+        """Whether the file was not modified since this store was opened."""
+        return status.st_mtime_ns < self.opened_at
+
+    def map(self, key: str) -> Bytes | None:
+        """The file as a kept read-only map; None if it is not settled. Raises OSError or ValueError."""
+        path = os.path.join(self.root, key)
+        with self._lock:
+            kept = self._maps.get(key)
+            if kept is not None:
+                self._maps.move_to_end(key)
+        if kept is not None:
+            now = os.stat(path)
+            signature = (now.st_size, now.st_mtime_ns, now.st_ino)
+            if signature != kept[1]:
+                raise ValueError(_changed(kept[1], signature))
+            return kept[0]
+        fd, status = self.open(key)
+        try:
+            if not self.settled(status) or status.st_size == 0:
+                return None
+            self.check_unchanged(key, status)
+            memory = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+        finally:
+            os.close(fd)
+        populate(memory)
+        data = np.frombuffer(memory, dtype=np.uint8)
+        with self._lock:
+            self._maps[key] = (data, (status.st_size, status.st_mtime_ns, status.st_ino))
+            while len(self._maps) > self.max_maps:
+                self._maps.popitem(last=False)
+        return data
+
+    def close(self) -> None:
+        """Forget all maps; each is unmapped when nobody reads it any more."""
+        with self._lock:
+            self._maps.clear()
+
+
+def populate(memory: mmap.mmap) -> None:
+    """Fault a map's pages in at once where the kernel can."""
+    try:
+        memory.madvise(MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise ValueError("it was cut short while it was mapped") from error
+
+
+def _changed(old: Signature, new: Signature) -> str:
+    def when(ns: int) -> str:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9)) + f".{ns % 10**9 // 10**6:03d}"
+
+    return f"it changed during the run: {old[0]} bytes of {when(old[1])} before, {new[0]} bytes of {when(new[1])} now"
+
+
+def read_into(fd: int, out: Bytes, offset: int) -> int:
+    """Fill `out` from the file at `offset`; the bytes read, fewer only at the file's end."""
+    done, view = 0, out.data
+    while done < len(out):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+class LocalReader:
+    """Chunks of one array in local files, by memory map where that is safe and fast, else by pread."""
+
+    def __init__(self, layout: ArrayLayout, files: StoreFiles, *, mapped: bool) -> None:
+        assert layout.slow is None
+        self.layout, self._files, self._decoder = layout, files, Decoder(layout)
+        self._mapped = mapped and layout.raw
+        self.lane = "mmap" if self._mapped else "pread"
+        self._indexes: OrderedDict[str, NDArray[np.uint64]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._checked = len(layout.codecs) > 0
+        self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if layout.ndim and layout.axes[0] == 0 else 0
+
+    def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+        layout = self.layout
+        key = layout.key(chunk)
+        try:
+            data = self._encoded(key, chunk, rows, scratch)
+            if data is None:
+                if layout.complete:
+                    raise ValueError("it is missing, and its writer left no chunk out")
+                return None
+            return self._decoder.view(self._decoder.decode(data, self._out(scratch)))
+        except ValueError as error:
+            raise chunk_error(layout, chunk, self._files.root / key, error) from error
+        except OSError as error:
+            raise chunk_error(layout, chunk, self._files.root / key, error.strerror or error) from error
+
+    def _out(self, scratch: Scratch) -> Bytes:
+        return scratch.take("decoded", self.layout.chunk_bytes) if self._decoder.compressed else _NOTHING
+
+    def _encoded(self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> Bytes | None:
+        try:
+            if self._mapped:
+                memory = self._files.map(key)
+                if memory is not None:
+                    start, size = self._extent(key, chunk, None, len(memory))
+                    return None if size < 0 else memory[start : start + size]
+            fd, status = self._files.open(key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            self._files.check_unchanged(key, status)
+            start, size = self._extent(key, chunk, fd, status.st_size)
+            if size < 0:
+                return None
+            return self._pread(fd, start, size, rows, scratch)
+        finally:
+            os.close(fd)
+
+    def _pread(self, fd: int, start: int, size: int, rows: tuple[int, int], scratch: Scratch) -> Bytes:
+        buffer = scratch.take("encoded", size)
+        first, last = 0, size
+        if self.layout.raw and not self._checked and self._row_bytes:
+            first, last = rows[0] * self._row_bytes, rows[1] * self._row_bytes
+        if read_into(fd, buffer[first:last], start + first) != last - first:
+            raise ValueError("it was cut short while it was read")
+        return buffer
+
+    def _extent(self, key: str, chunk: Sequence[int], fd: int | None, file_size: int) -> tuple[int, int]:
+        """Offset and size of the encoded chunk in its file, checked; a size of -1 means that it is absent."""
+        layout = self.layout
+        limit = layout.chunk_bytes + layout.chunk_bytes // 8 + ENCODED_SLACK
+        exact = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else None
+        if layout.shard_shape is None:
+            start, size = 0, file_size
+        else:
+            entry = self._index(key, fd, file_size)[layout.slot(chunk)]
+            start, size = int(entry[0]), int(entry[1])
+            if start == ABSENT and size == ABSENT:
+                return 0, -1
+            if start + size > file_size:
+                raise ValueError(f"its shard ends at byte {file_size}, the chunk at {start + size}")
+        if exact is not None and size != exact:
+            raise ValueError(f"it has {size} bytes, expected {exact}")
+        if size > limit:
+            raise ValueError(f"it has {size} encoded bytes, a chunk decodes to {layout.chunk_bytes}")
+        if size == 0:
+            raise ValueError("it is empty")
+        return start, size
+
+    def _index(self, key: str, fd: int | None, file_size: int) -> NDArray[np.uint64]:
+        with self._lock:
+            known = self._indexes.get(key)
+            if known is not None:
+                self._indexes.move_to_end(key)
+                return known
+        chunks = int(np.prod(self.layout.inner))
+        length = 16 * chunks + 4
+        if file_size < length:
+            raise ValueError(f"its shard has {file_size} bytes, fewer than its index of {length}")
+        buffer = np.empty(length, dtype=np.uint8)
+        own, status = (fd, None) if fd is not None else self._files.open(key)
+        try:
+            read_into(own, buffer, 0 if self.layout.index_at_start else file_size - length)
+        finally:
+            if status is not None:
+                os.close(own)
+        index = parse_shard_index(buffer.tobytes(), chunks)
+        with self._lock:
+            self._indexes[key] = index
+            while len(self._indexes) > max(1, INDEX_CACHE_BYTES // length):
+                self._indexes.popitem(last=False)
+        return index
+
+
+_NOTHING: Bytes = np.empty(0, dtype=np.uint8)
+
+
+class ZarrLoop:
+    """A private event loop in a thread of its own, with an executor of its own, for zarr's asynchronous API.
+
+    Started on first use, joined by `close`: the caller's loop, its default executor and zarr's own threads are not
+    touched.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
+        """Run a coroutine there and wait for its result, from any other thread. Raises TimeoutError."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        try:
+            return future.result(timeout)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._serve, args=(self._loop,), name="streamtrain-zarr")
+                self._thread.daemon = True
+                self._thread.start()
+            return self._loop
+
+    @staticmethod
+    def _serve(loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        executor = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="streamtrain-zarr-io")
+        loop.set_default_executor(executor)
+        try:
+            loop.run_forever()
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            executor.shutdown(wait=True)
+            loop.close()
+
+    def close(self) -> None:
+        """End the thread and its executor, and wait for both."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+
+class ZarrReader:
+    """Chunks of one array by zarr's own API: any codec, layout or store that zarr knows."""
+
+    lane = "zarr"
+
+    def __init__(self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float) -> None:
+        self.layout, self._array, self._loop, self._timeout = layout, array, loop, timeout
+
+    def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+        layout = self.layout
+        box = layout.box(chunk)
+        try:
+            data = self._loop.run(self._array.getitem(tuple(slice(a, b) for a, b in box)), self._timeout)
+        except TimeoutError:
+            raise EnvironmentProblem(
+                f"array {layout.name!r}: chunk {chunk} was not read within {self._timeout:g} s",
+                hint="check the storage, or raise read_timeout",
+            ) from None
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise chunk_error(layout, chunk, getattr(self._array, "store_path", layout.name), cause) from error
+        result: NDArray[Any] = np.asarray(data)
+        return result

@@ -1,0 +1,67 @@
+"""The threads of one pass: they take jobs in order and end when told. The only file of this room that makes threads.
+
+Submitting never blocks, so the event loop may do it; a job's own failure is the job's to report.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+from streamtrain.data.readers import Scratch
+
+Job = Callable[[Scratch], None]
+
+
+def default_threads() -> int:
+    """Threads that decode unless told otherwise: as many as this process may use cores, at most 8."""
+    return max(1, min(8, len(os.sched_getaffinity(0))))
+
+
+class Workers:
+    """`count` threads with a shared queue of jobs; `submit(..., front=True)` overtakes what waits."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._jobs: collections.deque[Job] = collections.deque()
+        self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._stopped = False
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job, *, front: bool = False) -> None:
+        """Queue a job; jobs that wait when the workers are stopped never run."""
+        if front:
+            self._jobs.appendleft(job)
+        else:
+            self._jobs.append(job)
+        self._tokens.put(True)
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        while self._tokens.get() and not self._stopped:
+            with contextlib.suppress(IndexError):
+                job = self._jobs.popleft()
+                job(scratch)
+                del job
+
+    def stop(self) -> None:
+        """Tell the threads to end after the job each has in hand. Never blocks."""
+        self._stopped = True
+        self._jobs.clear()
+        for _ in self._threads:
+            self._tokens.put(False)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a thread still works."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the threads' end."""
+        for thread in self._threads:
+            thread.join(timeout)
