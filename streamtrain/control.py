@@ -1,0 +1,135 @@
+"""The one door for stop, pause, resume, save and set_lr: signals, dashboards, callbacks and cancellation knock here.
+
+Its law: knocking never blocks and is safe from any thread or signal handler; what was asked for happens between two
+updates. The train thread reads `pending` before each update, a plain attribute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End after the current update."""
+
+    reason: str
+    """FitResult.reason: "stopped", "signal" or "cancelled"."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Save a checkpoint: into the run's folder, or to `path`."""
+
+    path: Path | None = None
+    done: Callable[[Path | None, BaseException | None], None] | None = None
+    """Called on the loop with the committed path, or with the error."""
+
+
+@dataclass(slots=True)
+class Requests:
+    """What was asked for since the last `take`."""
+
+    stop: Stop | None = None
+    saves: list[Save] = field(default_factory=list)
+    lr: float | None = None
+    calls: list[Callable[[], Any]] = field(default_factory=list)
+    """To be called on the train thread."""
+
+
+class Control:
+    """Requests to the wheel; the first stop wins, the last learning rate wins."""
+
+    def __init__(self) -> None:
+        self.pending = False
+        """Something waits to be taken: the current burst ends after its update."""
+        self.paused = False
+        self._queue: deque[Stop | Save | float | Callable[[], Any]] = deque()
+        self._stop: Stop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._knocked: asyncio.Event | None = None
+
+    @property
+    def stopping(self) -> Stop | None:
+        """The first stop that was asked for since the wheel was bound."""
+        return self._stop
+
+    def bind(self) -> None:
+        """Serve the running loop from now on; requests from before stay, stops do not."""
+        self._loop = asyncio.get_running_loop()
+        self._knocked = asyncio.Event()
+        self._stop = None
+        self.paused = False
+        self._queue = deque(item for item in self._queue if not isinstance(item, Stop))
+        self.pending = bool(self._queue)
+
+    def unbind(self) -> None:
+        """The wheel stands still."""
+        self._loop = self._knocked = None
+
+    def stop(self, reason: str = "stopped", detail: str = "") -> None:
+        """End after the current update, save, and give `reason` as the result's."""
+        if self._stop is None:
+            self._stop = Stop(reason, detail)
+            self._put(self._stop)
+
+    def pause(self) -> None:
+        """Wait after the current update until `resume` or `stop`."""
+        self.paused = True
+        self._knock()
+
+    def resume(self) -> None:
+        """Go on."""
+        self.paused = False
+        self._knock()
+
+    def save(self, save: Save | None = None) -> None:
+        """Save after the current update."""
+        self._put(save or Save())
+
+    def set_lr(self, lr: float) -> None:
+        """Bring the first group's learning rate to `lr`, the others in proportion."""
+        self._put(float(lr))
+
+    def call(self, fn: Callable[[], Any]) -> None:
+        """Have `fn` run on the train thread after the current update."""
+        self._put(fn)
+
+    def _put(self, item: Stop | Save | float | Callable[[], Any]) -> None:
+        self._queue.append(item)
+        self._knock()
+
+    def _knock(self) -> None:
+        self.pending = True
+        loop, event = self._loop, self._knocked
+        if loop is not None and event is not None:
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the loop was closed meanwhile
+                self._loop = None
+
+    def take(self) -> Requests:
+        """All that was asked for since the last time."""
+        self.pending = False  # first: what comes in meanwhile sets it again
+        taken = Requests(stop=self._stop)
+        while self._queue:
+            item = self._queue.popleft()
+            if isinstance(item, Save):
+                taken.saves.append(item)
+            elif isinstance(item, float):
+                taken.lr = item
+            elif callable(item):
+                taken.calls.append(item)
+        return taken
+
+    async def knocked(self) -> None:
+        """Wait for the next request."""
+        assert self._knocked is not None, "control is bound while the wheel turns"
+        await self._knocked.wait()
+        self._knocked.clear()

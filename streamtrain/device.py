@@ -1,0 +1,71 @@
+"""Where the model runs, and how a batch gets there: on the CPU nothing is moved and nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamtrain.data.batch import Batch
+from streamtrain.errors import ConfigError, EnvironmentProblem
+from streamtrain.tensors import map_tree, tensor_batch
+
+MoveBatch = Callable[[Batch], Batch]
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises ConfigError for what is no device, EnvironmentProblem for one that this machine or torch build lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', not {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {str(device)!r} is not supported yet", hint="Use 'auto', 'cpu' or 'cuda'.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = torch.version.cuda or "no CUDA"
+            raise EnvironmentProblem(
+                f"device {str(device)!r}: this torch ({torch.__version__}) is built with {built} and sees no GPU",
+                hint="Use device='cpu' or 'auto', or install a CUDA build of torch and a driver.",
+            )
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise EnvironmentProblem(f"device {str(device)!r}: there are {count} GPUs, numbered from 0")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def mover(device: torch.device, transform: Callable[[Batch], Any] | None = None) -> MoveBatch:
+    """A function that turns arrays into tensors, brings a batch to `device`, and applies the `device_transform=`."""
+
+    def move(batch: Batch) -> Batch:
+        batch = tensor_batch(batch)
+        if device.type == "cpu":
+            return batch
+
+        def leaf(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(batch, inputs=map_tree(leaf, batch.inputs), targets=map_tree(leaf, batch.targets))
+
+    if transform is None:
+        return move
+
+    def move_and_transform(batch: Batch) -> Batch:
+        moved = move(batch)
+        made = transform(moved)
+        if isinstance(made, Batch):
+            return made
+        inputs, targets = made
+        return replace(moved, inputs=inputs, targets=targets)
+
+    return move_and_transform

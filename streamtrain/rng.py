@@ -1,0 +1,73 @@
+"""The states of all random generators that a step may draw from, to be put in place and taken away again.
+
+Its law: outside its bursts a fit is invisible; whoever draws in the host's code gets the numbers that it would have got
+without us. (torch, numpy and Python keep one generator a process: host code that draws on another thread *during* a
+burst does disturb it.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+RngState = dict[str, Any]
+"""{"torch": tensor, "numpy": tuple, "python": tuple, "cuda": list of tensors}: a tree that a checkpoint can keep."""
+
+
+def capture() -> RngState:
+    """The states of torch's, numpy's and Python's generators, and of CUDA's where it is in use."""
+    state: RngState = {
+        "torch": torch.default_generator.get_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore(state: RngState) -> None:
+    """Put the generators into these states."""
+    torch.default_generator.set_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def seeded(seed: int) -> RngState:
+    """The states after seeding each generator with `seed`, leaving the current ones as they are."""
+    before = capture()
+    try:
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return capture()
+    finally:
+        restore(before)
+
+
+class Rng:
+    """The random state of one fit."""
+
+    def __init__(self, state: RngState) -> None:
+        self.state = state
+        """Between bursts: where the fit's generators stand."""
+
+    @contextmanager
+    def swapped_in(self, *, keep: bool = True) -> Iterator[None]:
+        """Run the block with the fit's generators; with `keep=False` what it draws leaves no trace in the fit."""
+        callers = capture()
+        restore(self.state)
+        try:
+            yield
+        finally:
+            if keep:
+                self.state = capture()
+            restore(callers)

@@ -1,0 +1,68 @@
+"""The one door from numpy to torch: arrays become tensors that share their memory, whatever holds them.
+
+Only what torch can't take as it is gets copied: foreign byte order and memory that must not be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamtrain.data.batch import Batch
+from streamtrain.errors import DataError
+
+
+def to_tensor(array: Any) -> Tensor:
+    """A tensor over the memory of a numpy array of any shape and of a number or bool dtype.
+
+    Raises DataError for dtypes that torch does not have.
+    """
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    elif not array.flags.writeable:
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"torch has no dtype for {array.dtype}", hint="Cast it: dtype=..., or select it away in a transform."
+        ) from error
+
+
+def map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """`fn` of each leaf of nested dicts, lists and tuples, in the same nest."""
+    if isinstance(tree, dict):
+        return {key: map_tree(fn, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tree(fn, value) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tree(fn, value) for value in tree)
+    return fn(tree)
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return to_tensor(value)
+    if isinstance(value, np.generic):
+        return torch.as_tensor(value.item())
+    return value
+
+
+def tensors(tree: Any) -> Any:
+    """Nested dicts, lists and tuples with each numpy array as a tensor; all else as it is."""
+    return tree if isinstance(tree, Tensor) or tree is None else map_tree(_leaf, tree)
+
+
+def tensor_batch(batch: Batch) -> Batch:
+    """The batch with tensors in place of arrays; itself if it has none."""
+    inputs, targets, index = batch.inputs, batch.targets, batch.index
+    if isinstance(inputs, Tensor) and all(part is None or isinstance(part, Tensor) for part in (targets, index)):
+        return batch
+    return replace(batch, inputs=tensors(inputs), targets=tensors(targets), index=tensors(index))
