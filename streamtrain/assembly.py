@@ -1,0 +1,282 @@
+"""From a resolved configuration to live objects: models, losses, metrics, callbacks and streams by name.
+
+Its law: a name that leads nowhere is the user's mistake and is named, with what was found instead; what user code
+raises while it is being built is said to come from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamtrain.config import Config, DataTable, Named, Said, nearest, shown
+from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from streamtrain.data.stream import ZarrStream
+    from streamtrain.trainer import Trainer
+
+CALLBACKS = {
+    "EarlyStopping": "streamtrain.early_stopping",
+    "ModelCheckpoint": "streamtrain.callbacks.model_checkpoint",
+    "ProgressBar": "streamtrain.callbacks.progress_bar",
+    "CSVLogger": "streamtrain.callbacks.csv_logger",
+    "JSONLogger": "streamtrain.callbacks.json_logger",
+}
+METRICS = {
+    "accuracy": "Accuracy",
+    "mae": "MeanAbsoluteError",
+    "mse": "MeanSquaredError",
+    "mean_absolute_error": "MeanAbsoluteError",
+    "mean_squared_error": "MeanSquaredError",
+    "mean": "Mean",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a configuration comes to."""
+
+    trainer: Trainer
+    train: ZarrStream
+    validation: ZarrStream | None
+    limits: dict[str, Any]
+    """The keywords of `fit`."""
+
+
+def make_importable(folder: str) -> None:
+    """Let user code lie in this folder, as under `python -m`."""
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> Job:
+    """Import, make and check all that the configuration names; nothing is written and no data is read.
+
+    Raises ConfigError (exit 2) for names and arguments that cannot work, UserCodeError (exit 7) for what user code
+    raised, EnvironmentProblem (exit 5) for a device that is not there.
+    """
+    make_importable(os.getcwd())
+    train = stream(config.data, said, "data")
+    validation = None if config.validation is None else stream(config.validation, said, "validation")
+    if config.trainer.seed is not None:
+        import torch
+
+        torch.manual_seed(config.trainer.seed)
+    from streamtrain.trainer import Trainer
+
+    given = config.trainer.model_dump(include=config.trainer.model_fields_set)
+    for name in ("step", "device_transform"):
+        if given.get(name) is not None:
+            given[name] = _function(given[name], said, ("trainer", name))
+    trainer = Trainer(
+        model(config, said),
+        loss(config.loss, said),
+        optimizer={"name": config.optimizer.name, "lr": config.optimizer.lr, **config.optimizer.arguments},
+        lr=config.optimizer.lr,
+        scheduler=None if config.scheduler is None else {"name": config.scheduler.name, **config.scheduler.arguments},
+        metrics={name: metric(named, said, name) for name, named in config.metrics.items()},
+        callbacks=[*(callback(c, said, i) for i, c in enumerate(config.callbacks or [])), *callbacks],
+        **given,
+    )
+    return Job(trainer, train, validation, config.fit.model_dump(exclude_none=True))
+
+
+def stream(table: DataTable, said: Said, name: str) -> ZarrStream:
+    """The stream of `[data]` or `[validation]`; nothing is opened yet."""
+    from streamtrain.data.stream import ZarrStream
+
+    keywords = table.model_dump(exclude={"store"}, exclude_none=True)
+    keywords["sample_axes"] = tuple(table.sample_axes)
+    if table.split is not None:
+        keywords["split"] = tuple(table.split)
+    if table.transform is not None:
+        keywords["transform"] = _function(table.transform, said, (name, "transform"))
+    return ZarrStream(table.store, **keywords)
+
+
+def model(config: Config, said: Said) -> nn.Module:
+    """The Module that `[model]` names."""
+    import torch
+
+    where = _where(said, ("model", "target"))
+    target = load(config.model.target, where)
+    if isinstance(target, torch.nn.Module):
+        made: object = target
+    elif callable(target):
+        made = call(target, config.model.args, said, ("model", "args"), config.model.target)
+    else:
+        made = target
+    if not isinstance(made, torch.nn.Module):
+        raise ConfigError(
+            f"{where}{config.model.target} gave {shown(made)} of type {type(made).__name__}, not a torch.nn.Module",
+            hint="Name a Module's class, a function that returns a Module, or a Module.",
+        )
+    if next(made.parameters(), None) is None:
+        raise ConfigError(
+            f"{where}{config.model.target} gave a {type(made).__name__} without parameters: nothing to train",
+            hint="Check that its layers are attributes, or lie in an nn.ModuleList.",
+        )
+    return made
+
+
+def loss(named: Named | None, said: Said) -> Callable[..., Any] | None:
+    """The loss that `[loss]` names."""
+    if named is None:
+        return None
+    if ":" in named.name:
+        found: Callable[..., Any] = _function(named.name, said, ("loss", "name"), named.arguments)
+        return found
+    from streamtrain.losses import LOSSES, short_loss
+
+    name = _known(named.name, LOSSES, said, ("loss", "name"), "loss")
+    _check_arguments(LOSSES[name][1], named.arguments, said, ("loss",), name)
+    return short_loss(name, named.arguments)
+
+
+def metric(named: Named, said: Said, key: str) -> object:
+    """A metric that `[metrics]` names: an object, or a function averaged over samples."""
+    path = ("metrics", key)
+    if ":" in named.name:
+        return _function(named.name, said, path, named.arguments)
+    name = _known(named.name, METRICS, said, path, "metric")
+    made = getattr(importlib.import_module("streamtrain.metrics"), METRICS[name])
+    return call(made, named.arguments, said, path, name)
+
+
+def callback(named: Named, said: Said, number: int) -> object:
+    """A callback that a `[[callbacks]]` table names."""
+    path = ("callbacks", number)
+    if ":" in named.name:
+        target: Any = load(named.name, _where(said, (*path, "name")))
+        return call(target, named.arguments, said, path, named.name) if callable(target) else target
+    name = _known(named.name, CALLBACKS, said, (*path, "name"), "callback")
+    return call(getattr(importlib.import_module(CALLBACKS[name]), name), named.arguments, said, path, name)
+
+
+def load(target: str, where: str = "") -> object:
+    """What `pkg.mod:Name` names; ConfigError names the module or attribute that failed, and why."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"{where}there is no module {error.name} (for {target})",
+                hint=f"Modules are looked for in {os.getcwd()} and where Python finds packages.",
+            ) from error
+        raise _import_failed(where, target, module_name, error) from error
+    except StreamtrainError:
+        raise
+    except Exception as error:
+        raise _import_failed(where, target, module_name, error) from error
+    found: object = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [name for name in dir(found) if not name.startswith("_")]
+            close = nearest(part, public)
+            raise ConfigError(
+                f"{where}module {module_name} has no {attribute}",
+                hint=f"Did you mean {close}?" if close else f"It has: {', '.join(public[:12]) or 'nothing public'}.",
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _import_failed(where: str, target: str, module: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{where}importing {module} (for {target}) failed: {type(error).__name__}: {error}{_line_of(error)}",
+        hint=f'Try `python -c "import {module}"`, or --debug here for the traceback.',
+    )
+
+
+def call(target: Callable[..., Any], arguments: Mapping[str, Any], said: Said, path: tuple[Any, ...], name: str) -> Any:
+    """`target(**arguments)`; ConfigError where they do not fit its signature, UserCodeError for what it raises."""
+    _check_arguments(target, arguments, said, path, name)
+    try:
+        return target(**arguments)
+    except StreamtrainError as error:
+        raise type(error)(f"{_where(said, path)}{error}", hint=error.hint) from error
+    except Exception as error:
+        raise UserCodeError(
+            f"{_where(said, path)}{name} raised {type(error).__name__}: {error}{_line_of(error)}",
+            hint="--debug shows the traceback.",
+        ) from error
+
+
+def _check_arguments(
+    target: Callable[..., Any], arguments: Mapping[str, Any], said: Said, path: tuple[Any, ...], name: str
+) -> None:
+    try:
+        signature = inspect.signature(target)
+    except (ValueError, TypeError):
+        return
+    known = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for key in arguments:
+            if key not in known:
+                close = nearest(key, known)
+                raise ConfigError(
+                    f"{_where(said, (*path, key))}unknown key {'.'.join(map(str, path))}.{key}: {name} takes no such "
+                    "argument",
+                    hint=f"Did you mean {close}?" if close else f"It takes: {', '.join(known) or 'nothing'}.",
+                )
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{_where(said, path)}{name} cannot be made: {error}",
+            hint=f"Its arguments are {signature}; give them in [{path[0]}].",
+        ) from error
+
+
+def _function(target: str, said: Said, path: tuple[Any, ...], arguments: Mapping[str, Any] | None = None) -> Any:
+    found: Any = load(target, _where(said, path))
+    if isinstance(found, type):
+        found = call(found, arguments or {}, said, path, target)
+    elif arguments:
+        import functools
+
+        found = functools.partial(found, **arguments)
+    if not callable(found) and not hasattr(found, "update"):
+        raise ConfigError(
+            f"{_where(said, path)}{target} is {shown(found)}, which cannot be called",
+            hint="Name a function or a class.",
+        )
+    return found
+
+
+def _known(name: str, known: Mapping[str, object], said: Said, path: tuple[Any, ...], kind: str) -> str:
+    spelled = {_plain(each): each for each in known}
+    if _plain(name) in spelled:
+        return spelled[_plain(name)]
+    close = nearest(name, known)
+    raise ConfigError(
+        f"{_where(said, path)}there is no {kind} {shown(name)}",
+        hint=(f"Did you mean {close}? " if close else "") + f"Known: {', '.join(known)}, or pkg.mod:name.",
+    )
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _where(said: Said, path: tuple[Any, ...]) -> str:
+    where = said.where(path)
+    return f"{where}: " if where else ""
+
+
+def _line_of(error: BaseException) -> str:
+    """Where in the user's code it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = os.path.dirname(__file__)
+    theirs = [f for f in frames if not f.filename.startswith((here, "<frozen"))]
+    return f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""

@@ -1,0 +1,192 @@
+"""The flags of `fit`: one row each, naming the key of the configuration that it sets.
+
+Its law: a flag is a way to write a key, never a second place where values are checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+SHUFFLES = ("block", "global", "true", "false")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One option of the command line and the key that it sets."""
+
+    name: str
+    """As typed, `--batch-size`."""
+    keys: tuple[str, ...]
+    """The keys that it sets, `data.batch_size`; nearly always one."""
+    help: str
+    kind: Literal["text", "value", "names", "bool"] = "value"
+    """text: taken as it is; value: as TOML, else as it is; names: `a,b` or repeated; bool: `--x` and `--no-x`."""
+    also: str = ""
+    """Another name of the same."""
+
+    @property
+    def field(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+_DATA = [
+    Flag("--data", ("data.store",), "path, URL or glob of the Zarr store", "text", "--store"),
+    Flag("--inputs", ("data.inputs",), "array of the inputs; a,b or repeated for several", "names"),
+    Flag("--targets", ("data.targets",), "array of the targets", "names"),
+    Flag("--batch-size", ("data.batch_size",), "samples in a batch, over all ranks"),
+    Flag("--shuffle", ("data.shuffle",), "block, global, true or false; alone: block"),
+    Flag("--shuffle-blocks", ("data.shuffle_blocks",), "cells permuted together"),
+    Flag("--drop-last", ("data.drop_last",), "leave out a partial last batch", "bool"),
+    Flag("--split", ("data.split",), "samples to train on: 0.0,0.9 or 0,1000"),
+    Flag("--split-by", ("data.split_by",), "range, chunk or sample", "text"),
+    Flag("--split-seed", ("data.split_seed",), "seed of that split"),
+    Flag("--sample-axes", ("data.sample_axes",), "axes that number the samples: 0 or 0,1"),
+    Flag("--dtype", ("data.dtype",), "cast to this while gathering", "text"),
+    Flag("--transform", ("data.transform",), "pkg.mod:function, called with each batch of numpy arrays", "text"),
+    Flag("--memory", ("data.memory",), "budget of the stream: 1GiB"),
+    Flag("--cache", ("data.cache",), "auto, or how much of it keeps decoded chunks"),
+    Flag("--io", ("data.io",), "auto, mmap, pread or store", "text"),
+    Flag("--threads", ("data.threads",), "threads that read and decode"),
+    Flag("--prefetch", ("data.prefetch",), "batches made ahead"),
+    Flag("--read-timeout", ("data.read_timeout",), "seconds until a read counts as hung"),
+    Flag("--validation-data", ("validation.store",), "store to validate on; --data by default", "text"),
+    Flag("--validation-split", ("validation.split",), "samples to validate on: 0.9,1.0"),
+]
+_MODEL = [
+    Flag("--model", ("model.target",), "pkg.mod:Name of a Module, or of what makes one", "text"),
+    Flag("--loss", ("loss.name",), "mse, mae, cross_entropy, bce, huber or pkg.mod:name", "text"),
+    Flag("--metrics", ("metrics",), "accuracy, mae, mse or name=pkg.mod:name; a,b or repeated", "names"),
+    Flag("--optimizer", ("optimizer.name",), "adamw, adam, sgd, ...", "text"),
+    Flag("--lr", ("optimizer.lr",), "learning rate"),
+    Flag("--scheduler", ("scheduler.name",), "cosine, linear, ...", "text"),
+]
+_TRAINER = [
+    Flag("--max-epochs", ("fit.max_epochs",), "passes over the data in the run's whole life"),
+    Flag("--max-steps", ("fit.max_steps",), "updates in the run's whole life"),
+    Flag("--max-time", ("fit.max_time",), "training time in the run's whole life: 90s, 2h"),
+    Flag("--resume", ("fit.resume",), "auto, best or the path of a checkpoint", "text"),
+    Flag("--run-dir", ("trainer.run_dir",), "the run's folder; runs/<name>-<time> by default", "text"),
+    Flag("--grace", ("trainer.grace",), "seconds that saving may take after a signal"),
+    Flag("--device", ("trainer.device",), "auto, cpu, cuda, cuda:1, mps", "text"),
+    Flag("--precision", ("trainer.precision",), "32, bf16 or 16", "text"),
+    Flag("--seed", ("trainer.seed", "data.seed"), "seed of weights, dropout and the order"),
+    Flag("--accumulate-grad-batches", ("trainer.accumulate_grad_batches",), "batches that make one update"),
+    Flag("--gradient-clip-norm", ("trainer.gradient_clip_norm",), "clip the gradient to this norm"),
+    Flag("--gradient-clip-value", ("trainer.gradient_clip_value",), "clip each gradient value to this"),
+    Flag("--deterministic", ("trainer.deterministic",), "only deterministic kernels", "bool"),
+    Flag("--nonfinite", ("trainer.nonfinite",), "raise or skip", "text"),
+    Flag("--log-every", ("trainer.log_every",), "steps between two lines of metrics.jsonl"),
+    Flag("--validate-every", ("trainer.validate_every",), "1epoch, 500steps", "text"),
+    Flag("--sanity-batches", ("trainer.sanity_batches",), "validation batches tried before training"),
+    Flag("--limit-batches", ("trainer.limit_batches",), "batches of an epoch"),
+    Flag("--overfit-batches", ("trainer.overfit_batches",), "train on these few batches only"),
+    Flag("--fast-dev-run", ("trainer.fast_dev_run",), "a few batches of everything, nothing written", "bool"),
+]
+
+FLAGS: tuple[Flag, ...] = (*_DATA, *_MODEL, *_TRAINER)
+
+
+def _fields() -> Iterator[tuple[str, Any, None]]:
+    for title, flags in (("Data", _DATA), ("Model", _MODEL), ("Training", _TRAINER)):
+        group = Group(title)
+        for flag in flags:
+            hint: Any = {"bool": bool | None, "names": list[str] | None}.get(flag.kind, str | None)
+            names = [flag.name, flag.also] if flag.also else [flag.name]
+            negative = None if flag.kind == "bool" else ()
+            parameter = Parameter(name=names, help=flag.help, group=group, negative=negative, show_default=False)
+            yield flag.field, Annotated[hint, parameter], None
+
+
+if TYPE_CHECKING:
+
+    class Flags:
+        """What was typed, by field name; None for what was not."""
+
+else:
+    Flags = make_dataclass("Flags", list(_fields()), frozen=True)
+    Flags.__module__ = __name__
+
+
+def assignments(typed: Flags) -> Iterator[tuple[str, str, object]]:
+    """(flag, key, value) for each flag that was typed."""
+    for flag in FLAGS:
+        given = getattr(typed, flag.field)
+        if given is None:
+            continue
+        for key in flag.keys:
+            yield flag.name, key, _metrics(given) if key == "metrics" else _value(flag, given)
+
+
+def parse_value(text: str) -> object:
+    """A value as TOML would read it; text that is no TOML value is taken as it is."""
+    try:
+        value = tomllib.loads(f"x = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return value["x"] if len(value) == 1 and isinstance(value["x"], str | int | float | bool | list | dict) else text
+
+
+def normalise(tokens: Sequence[str]) -> list[str]:
+    """Spell out what a parser of options with one value each cannot see.
+
+    `--shuffle` alone is `--shuffle block`, `--no-shuffle` is `--shuffle false`, and numbers may stand apart:
+    `--split 0 0.9`, `--sample-axes 0 1`.
+    """
+    result: list[str] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if token == "--":
+            return [*result, token, *rest]
+        if token == "--no-shuffle":
+            result += ["--shuffle", "false"]
+        elif token == "--shuffle" and not (rest and _is_shuffle(rest[0])):
+            result += [token, "block"]
+        elif token in ("--split", "--validation-split", "--sample-axes"):
+            numbers: list[str] = []
+            while rest and _NUMBER.fullmatch(rest[0]):
+                numbers.append(rest.pop(0))
+            result += [token, ",".join(numbers)] if numbers else [token]
+        else:
+            result.append(token)
+    return result
+
+
+def _is_shuffle(token: str) -> bool:
+    return bool(difflib.get_close_matches(token.lower(), SHUFFLES, n=1, cutoff=0.6))
+
+
+def _value(flag: Flag, given: Any) -> object:
+    if flag.kind == "names":
+        return _names(given)
+    if flag.kind in ("text", "bool"):
+        return given
+    value = parse_value(given)
+    if isinstance(value, str) and "," in value:
+        value = parse_value(f"[{value}]")
+    return value
+
+
+def _names(given: list[str]) -> object:
+    names: list[object] = []
+    for text in given:
+        value = parse_value(text) if text.startswith("[") else text.split(",")
+        names += value if isinstance(value, list) else [value]
+    bracketed = any(text.startswith("[") for text in given)
+    return names if bracketed or len(names) > 1 else names[0]
+
+
+def _metrics(given: list[str]) -> dict[str, object]:
+    pairs = [text.strip() for typed in given for text in typed.split(",")]
+    return {
+        (name if target else name.rpartition(":")[2]): target or name
+        for name, _, target in (pair.partition("=") for pair in pairs)
+    }
