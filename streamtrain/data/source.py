@@ -1,0 +1,74 @@
+"""What the wheel needs of a stream of batches, wherever they come from; people's own streams may satisfy it too."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol, runtime_checkable
+
+from streamtrain.data.batch import Batch, Cursor
+
+
+class Pass(Protocol):
+    """One epoch's batches, or the rest of them."""
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        """Itself."""
+
+    async def __anext__(self) -> Batch:
+        """The next batch; StopAsyncIteration at the epoch's end."""
+
+    def next_nowait(self) -> Batch | None:
+        """The next batch if it is ready, None if not yet; StopAsyncIteration at the end, or the pass's failure."""
+
+    async def aclose(self) -> None:
+        """End the pass and its tasks and threads."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Epochs of batches, with a position that can be saved."""
+
+    pulls_inside: bool
+    """A synchronous source: its pass is pulled on the train thread, by `next_nowait` alone."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the position lies."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of an epoch; None where nobody knows."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples of a full batch; None where it is the source's affair."""
+
+    async def open(self) -> None:
+        """Read metadata, off the loop. Raises DataError or ConfigError; a second call does nothing."""
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch. Raises TypeError where nobody knows."""
+
+    def __aiter__(self) -> Pass:
+        """Start a pass: the current epoch over, or from where `load_state_dict` went. Ends the pass that was live."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of this epoch; does nothing within it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch returned, or under `follow` the last one trained; JSON values only."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go there. Raises DataError if it belongs to other data or another order."""
+
+    def follow(self, driven: bool) -> None:
+        """While `driven`, the position that `state_dict` tells is moved by `trained` alone."""
+
+    def trained(self, cursor: Cursor) -> None:
+        """All before this position is part of a finished update."""
+
+    def statistics(self) -> Any:
+        """How it does: a frozen dataclass."""
+
+    async def aclose(self) -> None:
+        """End what is live and give memory back."""
