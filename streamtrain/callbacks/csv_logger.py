@@ -1,0 +1,115 @@
+"""`metrics.csv`: one row a line of metrics, a column a name; a name that appears later gets a column at the end.
+
+A new column rewrites the file into another one, which then takes its name: readers see the old or the new, whole. An
+empty cell means that this row has no such metric; what is not finite stands there as `nan`, `inf` or `-inf`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamtrain.callbacks.lines import FIXED, MetricsLog, cut, rewrite
+from streamtrain.events import Log, TrainBegin
+
+
+class CSVLogger(MetricsLog):
+    """Writes `metrics.csv` in the run's folder: `step, epoch, samples, time, split`, then a column for each metric.
+
+    After a resume each step stands there once; a fresh start empties the file.
+    """
+
+    file_name = "metrics.csv"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._columns: dict[str, None] = {}
+        """In their order; empty until the header is written."""
+        self._restored: list[str] = []
+
+    async def on_train_begin(self, event: TrainBegin) -> None:
+        """Open the file."""
+        self._columns = {}
+        await super().on_train_begin(event)
+        self._restored = []
+
+    async def on_log(self, event: Log) -> None:
+        """Write one row, after a new header where one is needed."""
+        if self._file is None:
+            return
+        values = self.values(event)
+        if not (self._columns and self._columns.keys() >= values.keys()):
+            self._columns.update(dict.fromkeys([*FIXED, *values]))
+            columns = tuple(self._columns)
+            self._file.change(lambda path: widen(path, columns))
+        names = list(self._columns)[len(FIXED) :]
+        self._file.put(row([*self.fixed(event), *(values.get(name, "") for name in names)]))
+
+    def prepare(self, path: Path, step: int) -> None:
+        """Cut off what comes after `step`; at step 0, all."""
+
+        def keep(line: bytes) -> bool:
+            first = line.split(b",", 1)[0]
+            return bool(self._columns) and (first == b"step" or (first.isdigit() and int(first) <= step))
+
+        if step > 0 and path.exists():
+            # The rows that may be missing have the columns of their time, which the file may lack or be beyond.
+            columns = dict.fromkeys([*columns_of(path), *self._restored])
+            if columns:
+                widen(path, tuple(columns))
+            self._columns = columns
+        short = [row(next(csv.reader([line]))) for line in self._missing if keep(line.encode())]
+        cut(path, keep, [padded(line, len(self._columns)) for line in short])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last rows, where they may not be in the file yet, and their columns."""
+        state = super().state_dict()
+        return {**state, "columns": list(self._columns) or self._restored} if state else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back for the next fit."""
+        super().load_state_dict(state)
+        self._restored = [str(name) for name in state.get("columns", ())]
+
+
+def row(cells: Sequence[Any]) -> str:
+    """A row of CSV; line breaks in names become blanks, so that a row is a line."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow([_plain(cell) if isinstance(cell, str) else cell for cell in cells])
+    return text.getvalue()
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.splitlines()).encode(errors="backslashreplace").decode()
+
+
+def padded(line: str, columns: int) -> str:
+    """The row with empty cells up to this many columns."""
+    cells = next(csv.reader([line]))
+    return row([*cells, *[""] * (columns - len(cells))])
+
+
+def columns_of(path: Path) -> list[str]:
+    """The header of a file; nothing if it has no whole one."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        line = file.readline()
+    return next(csv.reader([line])) if line.startswith("step,") and line.endswith("\n") else []
+
+
+def widen(path: Path, columns: Sequence[str]) -> None:
+    """Give the file these columns; those that it has are the first of them. Makes the header where there is none."""
+    had = len(columns_of(path))
+    if had == len(columns):
+        return
+    tail = b"," * (len(columns) - had) + b"\n"
+
+    def edit(lines: Iterable[bytes]) -> Iterable[bytes]:
+        yield row(columns).encode()
+        for number, line in enumerate(lines):
+            if number > 0 or not had:
+                yield line[:-1] + tail if line.endswith(b"\n") else line
+
+    rewrite(path, edit)

@@ -1,0 +1,95 @@
+"""`events.jsonl`: the run's diary; a line for each thing that happened but batches and metrics, in all of its lives.
+
+Nothing is ever cut off but a torn line: what a life did before it was killed remains to be read, and `train_begin` says
+from which step the next one went on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from streamtrain.callbacks.json_logger import finite, json_line, step_of
+from streamtrain.callbacks.lines import LineLog, cut
+from streamtrain.errors import StreamtrainError
+from streamtrain.events import (
+    CheckpointCommitted,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    ExceptionRaised,
+    Interrupt,
+    TrainBegin,
+    TrainEnd,
+    ValidationBegin,
+    ValidationEnd,
+)
+
+
+class EventLog(LineLog):
+    """Writes `events.jsonl` in the run's folder: `event, at` (UTC), `step, epoch, samples, time`, and what is known."""
+
+    file_name = "events.jsonl"
+
+    def prepare(self, path: Path, step: int) -> None:
+        """Cut off a torn line."""
+        cut(path, lambda line: step_of(line) is not None, self._missing)
+
+    def _write(self, name: str, event: Event, facts: Mapping[str, Any] | None = None) -> None:
+        if self._file is not None:
+            at = datetime.now(UTC).isoformat(timespec="milliseconds")
+            place = {"step": event.step, "epoch": event.epoch, "samples": event.samples, "time": round(event.time, 6)}
+            self._file.put(json_line({"event": name, "at": at, **place, **(facts or {})}))
+
+    async def on_train_begin(self, event: TrainBegin) -> None:
+        """A life of the run begins."""
+        await super().on_train_begin(event)
+        facts = {"pid": os.getpid(), "resumed_from": event.resumed_from}
+        limits = {
+            "max_epochs": event.max_epochs,
+            "max_steps": event.max_steps,
+            "steps_per_epoch": event.steps_per_epoch,
+        }
+        self._write("train_begin", event, facts | limits)
+
+    async def on_train_end(self, event: TrainEnd) -> None:
+        """It ends in an orderly way."""
+        facts = {"reason": event.reason, "detail": event.detail, "metrics": finite(event.metrics)}
+        try:
+            self._write("train_end", event, facts)
+        finally:
+            await super().on_train_end(event)
+
+    async def on_epoch_begin(self, event: EpochBegin) -> None:
+        """An epoch begins, or goes on."""
+        self._write("epoch_begin", event)
+
+    async def on_epoch_end(self, event: EpochEnd) -> None:
+        """Its last update was made."""
+        self._write("epoch_end", event, {"metrics": finite(event.metrics)})
+
+    async def on_validation_begin(self, event: ValidationBegin) -> None:
+        """A validation begins."""
+        self._write("validation_begin", event, {"batches": event.batches})
+
+    async def on_validation_end(self, event: ValidationEnd) -> None:
+        """It ends."""
+        self._write("validation_end", event, {"sanity": event.sanity, "metrics": finite(event.metrics)})
+
+    async def on_checkpoint(self, event: CheckpointCommitted) -> None:
+        """A checkpoint is durable."""
+        facts = {"path": event.path, "kind": event.kind, "bytes": event.bytes, "seconds": round(event.seconds, 6)}
+        self._write("checkpoint", event, facts)
+
+    async def on_exception(self, event: ExceptionRaised) -> None:
+        """The fit is about to raise."""
+        error = event.error
+        hint = error.hint if isinstance(error, StreamtrainError) else ""
+        self._write("exception", event, {"error": type(error).__name__, "message": str(error), "hint": hint})
+
+    async def on_interrupt(self, event: Interrupt) -> None:
+        """A stop was asked for."""
+        self._write("interrupt", event, {"reason": event.reason, "detail": event.detail})

@@ -1,0 +1,57 @@
+"""`metrics.jsonl`: one flat JSON object a line; a value that is not finite is null, its name stands in `nonfinite`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamtrain.callbacks.lines import FIXED, MetricsLog, cut
+from streamtrain.events import Log
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """These numbers as JSON can hold them: null for what is not finite, with the names under `nonfinite` at the end."""
+    odd = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**values, **dict.fromkeys(odd), "nonfinite": odd} if odd else dict(values)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A line of JSON, of ASCII alone."""
+    return json.dumps(record, separators=(", ", ": "), allow_nan=False) + "\n"
+
+
+def step_of(line: bytes) -> int | None:
+    """The `step` of a line; None if it is no line of ours."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+class JSONLogger(MetricsLog):
+    """Writes `metrics.jsonl` in the run's folder: `step, epoch, samples, time, split`, and the metrics by their names.
+
+    After a resume each step stands there once; a fresh start empties the file.
+    """
+
+    file_name = "metrics.jsonl"
+    reserved = (*FIXED, "nonfinite")
+
+    async def on_log(self, event: Log) -> None:
+        """Write one line."""
+        if self._file is not None:
+            record = dict(zip(FIXED, self.fixed(event), strict=True))
+            self._file.put(json_line({**record, **finite(self.values(event))}))
+
+    def prepare(self, path: Path, step: int) -> None:
+        """Cut off what comes after `step`; at step 0, all."""
+
+        def keep(line: bytes) -> bool:
+            at = step_of(line)
+            return step > 0 and at is not None and at <= step
+
+        cut(path, keep, [line for line in self._missing if keep(line.encode())])

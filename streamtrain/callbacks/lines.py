@@ -1,0 +1,239 @@
+"""Files of lines for loggers: a hook puts a line into a list, a thread of our own writes what has gathered.
+
+Its law: a line costs the event loop microseconds, and is in the file about a tenth of a second later. What a kill -9
+takes with it from that last tenth travels in checkpoints as the log's state, so that a resumed file has no gap; lines
+of steps beyond the checkpoint are cut off before the first new one is written, and so is a line torn in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiofiles
+
+from streamtrain.callbacks.base import Callback
+from streamtrain.errors import EnvironmentProblem
+from streamtrain.events import Log, TrainBegin, TrainEnd
+
+logger = logging.getLogger(__name__)
+
+GATHER = 0.1
+"""Seconds for which lines gather before they are written together: one round trip to the thread for all of them."""
+
+Change = Callable[[Path], None]
+"""Blocking work on the file between two lines, while it is not open."""
+
+
+class _Raw(Protocol):
+    async def write(self, data: bytes, /) -> int: ...
+
+    async def close(self) -> None: ...
+
+
+class LineFile:
+    """An append-only file of lines; used from one event loop, from `open` to `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"streamtrain-{path.name}")
+        self._raw: _Raw | None = None
+        self._waiting: list[str | Change] = []
+        self._taken: list[str | Change] = []
+        self._hurry = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+        self._failure: EnvironmentProblem | None = None
+
+    async def open(self, prepare: Change) -> None:
+        """Have `prepare(path)` run in the thread, then open the file. Raises EnvironmentProblem."""
+        try:
+            await self._run(prepare)
+            await self._reopen()
+        except OSError as error:
+            self._executor.shutdown(wait=False)
+            raise self._problem(error) from error
+
+    def put(self, line: str) -> None:
+        """Write this line, newline included, soon. Raises EnvironmentProblem if an earlier one could not be written."""
+        self._put(line)
+
+    def change(self, change: Change) -> None:
+        """Have `change(path)` run in the thread after the lines put so far and before those put later."""
+        self._put(change)
+
+    def _put(self, item: str | Change) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._waiting.append(item)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_out(), name=f"streamtrain-{self.path.name}")
+
+    def unwritten(self) -> list[str]:
+        """Lines that may not be in the file yet; from any thread."""
+        waiting = list(self._waiting)  # first: what moves to `taken` meanwhile is then seen twice, never missed
+        return list(dict.fromkeys(item for item in [*self._taken, *waiting] if isinstance(item, str)))
+
+    async def close(self) -> None:
+        """Write what waits, close the file and end the thread. Raises EnvironmentProblem if a line is missing."""
+        self._hurry.set()
+        told = self._failure is not None
+        try:
+            if self._writer is not None:
+                await self._writer
+            if self._raw is not None:
+                await self._raw.close()
+        except OSError as error:
+            self._failure = self._problem(error)
+        finally:
+            # Nothing is left to do in the thread, unless we are cancelled: then it ends by itself.
+            self._executor.shutdown(wait=self._writer is None or self._writer.done(), cancel_futures=True)
+        if self._failure is not None and not told:
+            raise self._failure
+
+    async def _write_out(self) -> None:
+        try:
+            while self._waiting:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(GATHER):
+                        await self._hurry.wait()
+                self._taken = self._waiting
+                self._waiting = []
+                await self._write(self._taken)
+                self._taken = []
+        except OSError as error:
+            self._failure = self._problem(error)
+
+    async def _write(self, items: Iterable[str | Change]) -> None:
+        assert self._raw is not None, "the file is open while lines are put"
+        text = ""
+        for item in items:
+            if isinstance(item, str):
+                text += item
+                continue
+            await self._write_all(self._raw, text)
+            text = ""
+            await self._raw.close()
+            await self._run(item)
+            await self._reopen()
+        await self._write_all(self._raw, text)
+
+    @staticmethod
+    async def _write_all(raw: _Raw, text: str) -> None:
+        data = text.encode()
+        while data:
+            data = data[await raw.write(data) :]
+
+    async def _reopen(self) -> None:
+        self._raw = await aiofiles.open(self.path, "ab", buffering=0, executor=self._executor)
+
+    async def _run(self, change: Change) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, change, self.path)
+
+    def _problem(self, error: OSError) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{self.path} can't be written: {error.strerror or error}",
+            hint="make room on the disk, or mend the permissions; checkpoints are untouched",
+        )
+
+
+def rewrite(path: Path, edit: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
+    """Replace a file by what `edit` makes of its lines; whoever reads meanwhile sees the old or the new one, whole."""
+    temp = path.with_name(f".{path.name}.tmp")
+    with open(path, "rb") as old, open(temp, "wb") as new:
+        new.writelines(edit(old))
+    os.replace(temp, path)
+
+
+def cut(path: Path, keep: Callable[[bytes], bool], missing: Iterable[str] = ()) -> None:
+    """Drop the lines that `keep` refuses, and a torn one; then append those of `missing` that are not there.
+
+    A file that does not exist is left so: lines that are missing elsewhere do not belong into another run's folder.
+    """
+    absent = dict.fromkeys(line.encode() for line in missing)
+    dropped = 0
+
+    def edit(lines: Iterable[bytes]) -> Iterable[bytes]:
+        nonlocal dropped
+        for line in lines:
+            if line.endswith(b"\n") and keep(line):
+                absent.pop(line, None)
+                yield line
+            else:
+                dropped += 1
+        yield from absent
+
+    if path.exists():
+        rewrite(path, edit)
+        if dropped:
+            logger.info("%s: %d lines of steps that are made again were cut off", path, dropped)
+
+
+class LineLog(Callback):
+    """The base of the loggers: one LineFile, from the beginning to the end of a fit, if there is a run folder."""
+
+    file_name: str
+
+    def __init__(self) -> None:
+        self._file: LineFile | None = None
+        self._missing: list[str] = []
+
+    def prepare(self, path: Path, step: int) -> None:
+        """Bring a file of an earlier life to where `step` left it; runs in the thread."""
+        raise NotImplementedError
+
+    async def on_train_begin(self, event: TrainBegin) -> None:
+        """Open the file."""
+        self._file = None  # one whose end never came belonged to another loop, which is gone
+        if event.run_dir is not None:
+            file = LineFile(Path(event.run_dir, self.file_name))
+            await file.open(lambda path: self.prepare(path, event.step))
+            self._missing = []
+            self._file = file
+
+    async def on_train_end(self, event: TrainEnd) -> None:
+        """Write the rest, close the file, end the thread."""
+        file, self._file = self._file, None
+        if file is not None:
+            await file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last lines, where they may not be in the file yet; mostly nothing."""
+        lines = self._missing if self._file is None else self._file.unwritten()
+        return {"unwritten": lines} if lines else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back; those that the file lacks are appended at the beginning of the next fit."""
+        self._missing = [str(line) for line in state.get("unwritten", ())]
+
+
+FIXED = ("step", "epoch", "samples", "time", "split")
+"""What each line of metrics begins with."""
+
+
+class MetricsLog(LineLog):
+    """The base of the loggers of metrics."""
+
+    reserved: tuple[str, ...] = FIXED
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def fixed(self, event: Log) -> list[Any]:
+        """The values of FIXED."""
+        return [event.step, event.epoch, event.samples, round(event.time, 6), event.split]
+
+    def values(self, event: Log) -> Mapping[str, float]:
+        """The metrics, but those whose names a line needs for itself; that is said once for each."""
+        if event.values.keys().isdisjoint(self.reserved):
+            return event.values
+        for name in [name for name in self.reserved if name in event.values and name not in self._said]:
+            self._said.add(name)
+            logger.warning("the metric %r is left out of %s, whose lines have a field %r", name, self.file_name, name)
+        return {name: value for name, value in event.values.items() if name not in self.reserved}
