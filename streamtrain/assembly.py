@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamtrain.config import Config, DataTable, Named, Said, nearest, shown
+from streamtrain.config import Config, DataTable, Named, Said
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
+from streamtrain.spelling import nearest, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,9 +256,9 @@ def _function(target: str, said: Said, path: tuple[Any, ...], arguments: Mapping
 
 
 def _known(name: str, known: Mapping[str, object], said: Said, path: tuple[Any, ...], kind: str) -> str:
-    spelled = {_plain(each): each for each in known}
-    if _plain(name) in spelled:
-        return spelled[_plain(name)]
+    spelled = {plain(each): each for each in known}
+    if plain(name) in spelled:
+        return spelled[plain(name)]
     close = nearest(name, known)
     raise ConfigError(
         f"{_where(said, path)}there is no {kind} {shown(name)}",
@@ -265,7 +266,8 @@ def _known(name: str, known: Mapping[str, object], said: Said, path: tuple[Any, 
     )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name as it is compared: without case, - and _."""
     return name.replace("_", "").replace("-", "").lower()
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streamtrain import toml_text
 from streamtrain.errors import ConfigError
+from streamtrain.spelling import nearest, shown
 
 KeyPath = tuple[str | int, ...]
 
@@ -142,6 +143,12 @@ class TrainerTable(Table):
     overfit_batches: Count | None = None
     sanity_batches: Natural = 2
     grace: Seconds = 25.0
+
+
+class DataOnly(Table):
+    """What `inspect` and `bench` are told."""
+
+    data: DataTable
 
 
 class FitTable(Table):
@@ -290,6 +297,14 @@ def resolve(said: Said) -> Config:
         raise _explain(error, said) from None
 
 
+def resolve_data(said: Said) -> DataTable:
+    """Check what was said of a stream alone."""
+    try:
+        return DataOnly.model_validate({**said.tables, "data": _listed(said.tables["data"])}).data
+    except ValidationError as error:
+        raise _explain(error, said) from None
+
+
 def _fold_lr(tables: dict[str, Any], said: Said) -> None:
     trainer, optimizer = tables.get("trainer"), tables.get("optimizer", {})
     if not (isinstance(trainer, dict) and "lr" in trainer and isinstance(optimizer, dict)):
@@ -334,19 +349,6 @@ def _explain(error: ValidationError, said: Said) -> ConfigError:
 
 
 HINT = "`streamtrain fit --help` lists the options; the README lists the keys of each table."
-
-
-def shown(value: object) -> str:
-    """A value, short, for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known name that was most likely meant; empty if none is near."""
-    lowered = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
-    return lowered[close[0]] if close else ""
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -422,9 +424,10 @@ def _similar_file(path: str) -> str:
 MAY_CHANGE = frozenset(
     {f"data.{key}" for key in ("memory", "cache", "io", "threads", "prefetch", "read_timeout", "batch_size")}
     | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
+    | {"trainer.nonfinite", "data.store"}
     | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume"}
 )
-"""Keys that a run may change in the course of its life."""
+"""Keys that a run may change in the course of its life; a store that moved is known again by its fingerprint."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

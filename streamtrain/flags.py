@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 SHUFFLES = ("block", "global", "true", "false")
+_ASSIGNMENT = re.compile(r"[A-Za-z0-9_.]+=")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -37,15 +38,17 @@ class Flag:
         return self.name.removeprefix("--").replace("-", "_")
 
 
-_DATA = [
+_STORE = [
     Flag("--data", ("data.store",), "path, URL or glob of the Zarr store", "text", "--store"),
+]
+_STREAM = [
     Flag("--inputs", ("data.inputs",), "array of the inputs; a,b or repeated for several", "names"),
     Flag("--targets", ("data.targets",), "array of the targets", "names"),
     Flag("--batch-size", ("data.batch_size",), "samples in a batch, over all ranks"),
     Flag("--shuffle", ("data.shuffle",), "block, global, true or false; alone: block"),
     Flag("--shuffle-blocks", ("data.shuffle_blocks",), "cells permuted together"),
     Flag("--drop-last", ("data.drop_last",), "leave out a partial last batch", "bool"),
-    Flag("--split", ("data.split",), "samples to train on: 0.0,0.9 or 0,1000"),
+    Flag("--split", ("data.split",), "which samples: 0.0,0.9 (shares) or 0,1000 (numbers)"),
     Flag("--split-by", ("data.split_by",), "range, chunk or sample", "text"),
     Flag("--split-seed", ("data.split_seed",), "seed of that split"),
     Flag("--sample-axes", ("data.sample_axes",), "axes that number the samples: 0 or 0,1"),
@@ -57,6 +60,8 @@ _DATA = [
     Flag("--threads", ("data.threads",), "threads that read and decode"),
     Flag("--prefetch", ("data.prefetch",), "batches made ahead"),
     Flag("--read-timeout", ("data.read_timeout",), "seconds until a read counts as hung"),
+]
+_VALIDATION = [
     Flag("--validation-data", ("validation.store",), "store to validate on; --data by default", "text"),
     Flag("--validation-split", ("validation.split",), "samples to validate on: 0.9,1.0"),
 ]
@@ -91,11 +96,13 @@ _TRAINER = [
     Flag("--fast-dev-run", ("trainer.fast_dev_run",), "a few batches of everything, nothing written", "bool"),
 ]
 
-FLAGS: tuple[Flag, ...] = (*_DATA, *_MODEL, *_TRAINER)
+FLAGS: tuple[Flag, ...] = (*_STORE, *_STREAM, *_VALIDATION, *_MODEL, *_TRAINER)
+STREAM_FLAGS: tuple[Flag, ...] = (*_STREAM, Flag("--seed", ("data.seed",), "seed of the order"))
+"""Of `inspect` and `bench`: how a stream reads the store that they are given."""
 
 
-def _fields() -> Iterator[tuple[str, Any, None]]:
-    for title, flags in (("Data", _DATA), ("Model", _MODEL), ("Training", _TRAINER)):
+def _fields(*groups: tuple[str, Sequence[Flag]]) -> Iterator[tuple[str, Any, None]]:
+    for title, flags in groups:
         group = Group(title)
         for flag in flags:
             hint: Any = {"bool": bool | None, "names": list[str] | None}.get(flag.kind, str | None)
@@ -110,15 +117,20 @@ if TYPE_CHECKING:
     class Flags:
         """What was typed, by field name; None for what was not."""
 
+    class StreamFlags:
+        """What was typed of a stream's options alone."""
+
 else:
-    Flags = make_dataclass("Flags", list(_fields()), frozen=True)
-    Flags.__module__ = __name__
+    _GROUPS = ("Data", [*_STORE, *_STREAM, *_VALIDATION]), ("Model", _MODEL), ("Training", _TRAINER)
+    Flags = make_dataclass("Flags", list(_fields(*_GROUPS)), frozen=True)
+    StreamFlags = make_dataclass("StreamFlags", list(_fields(("Reading", STREAM_FLAGS))), frozen=True)
+    Flags.__module__ = StreamFlags.__module__ = __name__
 
 
-def assignments(typed: Flags) -> Iterator[tuple[str, str, object]]:
+def assignments(typed: Flags | StreamFlags | None) -> Iterator[tuple[str, str, object]]:
     """(flag, key, value) for each flag that was typed."""
-    for flag in FLAGS:
-        given = getattr(typed, flag.field)
+    for flag in STREAM_FLAGS if isinstance(typed, StreamFlags) else FLAGS:
+        given = getattr(typed, flag.field, None)
         if given is None:
             continue
         for key in flag.keys:
@@ -137,8 +149,8 @@ def parse_value(text: str) -> object:
 def normalise(tokens: Sequence[str]) -> list[str]:
     """Spell out what a parser of options with one value each cannot see.
 
-    `--shuffle` alone is `--shuffle block`, `--no-shuffle` is `--shuffle false`, and numbers may stand apart:
-    `--split 0 0.9`, `--sample-axes 0 1`.
+    `--shuffle` alone is `--shuffle block`, `--no-shuffle` is `--shuffle false`, numbers may stand apart
+    (`--split 0 0.9`, `--sample-axes 0 1`), and so may what `--set` sets (`--set a.b=1 c.d=2`).
     """
     result: list[str] = []
     rest = list(tokens)
@@ -155,6 +167,10 @@ def normalise(tokens: Sequence[str]) -> list[str]:
             while rest and _NUMBER.fullmatch(rest[0]):
                 numbers.append(rest.pop(0))
             result += [token, ",".join(numbers)] if numbers else [token]
+        elif token == "--set" and rest:
+            result += [token, rest.pop(0)]
+            while rest and _ASSIGNMENT.match(rest[0]):
+                result += [token, rest.pop(0)]
         else:
             result.append(token)
     return result

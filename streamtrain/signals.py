@@ -10,11 +10,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came while there was nothing to finish and save: to be raised by an `on_first`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
 
 
 @dataclass(slots=True)
@@ -28,7 +36,8 @@ class Captured:
 
 def leave(signum: int) -> None:
     """End the process at once with 128 + `signum`; no clean-up runs, and committed checkpoints stand."""
-    os.write(2, f"\n{signal.Signals(signum).name} again: leaving at once, the last checkpoint stands\n".encode())
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{signal.Signals(signum).name} again: leaving at once, the last checkpoint stands\n".encode())
     os._exit(128 + signum)
 
 

@@ -1,0 +1,311 @@
+"""The command line: what each command takes, how errors are said, and the exit codes.
+
+Its law: a user reads one `error:` line and one `hint:` line, never a traceback (that takes `--debug`); and nothing
+heavy is imported before a command needs it, so that help is quick and loads no torch, numpy or zarr.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+
+from streamtrain import __version__
+from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError
+from streamtrain.flags import Flags, StreamFlags, assignments, normalise, parse_value
+from streamtrain.signals import Interrupted
+from streamtrain.spelling import nearest, shown
+
+if TYPE_CHECKING:
+    from streamtrain.config import Said
+
+EXAMPLES = """\
+Examples:
+  streamtrain demo
+  streamtrain fit --data era5.zarr --inputs t2m --targets rain --model nets:Net
+  streamtrain fit config.toml --set optimizer.lr=0.001 --resume auto
+"""
+CODES = """\
+Exit codes: 0 done; 1 internal; 2 usage or configuration; 3 data; 4 checkpoint;
+5 environment (disk, memory, device, a read that hangs); 6 not finite; 7 user
+code; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM after saving.
+"""
+DEBUG = "--debug, with any command, adds the traceback of an error."
+
+app = App(
+    name="streamtrain",
+    help="Train on data that does not fit in memory: Zarr in, a trained model out.",
+    help_epilogue=f"{EXAMPLES}\n{CODES}{DEBUG}",
+    help_format="plaintext",
+    help_formatter="plain",
+    version=__version__,
+    version_flags=["--version"],
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+    help_on_error=False,
+)
+app["--help"].help = "Say how to use a command."
+app["--version"].help = "Say the version."
+command = functools.partial(app.command, help_epilogue=DEBUG)
+
+
+def option(text: str, *names: str) -> Parameter:
+    """An option, with its help; values are checked by us."""
+    return Parameter(name=names or None, help=text, negative=(), show_default=False)
+
+
+@command
+def demo(
+    *,
+    out: Annotated[Path, option("folder of the run and its data; runs/demo by default")] = Path("runs/demo"),
+    quick: Annotated[bool, option("a small world and a small model: seconds")] = False,
+    max_epochs: Annotated[str | None, option("passes over the data, at most")] = None,
+) -> int:
+    """Learn the map of the world from disk; again: carry on."""
+    if max_epochs is not None and not re.fullmatch("[0-9]*[1-9][0-9]*", max_epochs):
+        raise ConfigError(
+            f"--max-epochs must be an integer of at least 1, got {shown(max_epochs)}", hint="For instance 3."
+        )
+    from streamtrain.demo import run
+
+    return run(out=out, quick=quick, max_epochs=None if max_epochs is None else int(max_epochs))
+
+
+@command
+def fit(
+    config: Annotated[str | None, Parameter(help="a TOML file; options win over what it says")] = None,
+    /,
+    *,
+    set_: Annotated[list[str] | None, option("set any key of the configuration: a.b=value", "--set")] = None,
+    dry_run: Annotated[bool, option("check everything, train and write nothing")] = False,
+    print_config: Annotated[bool, option("print the resolved configuration and end")] = False,
+    log_level: Annotated[str | None, option("debug, info, warning or error, for stderr and log.txt")] = None,
+    quiet: Annotated[bool, option("only warnings and errors", "--quiet", "-q")] = False,
+    verbose: Annotated[bool, option("say more on stderr", "--verbose", "-v")] = False,
+    flags: Annotated[Flags | None, Parameter(name="*")] = None,
+) -> int:
+    """Train a model, as a file and options say.
+
+    Ctrl-C or SIGTERM finishes the step, saves and ends; a second one ends at
+    once. --resume auto carries on.
+    """
+    from streamtrain.config import Said, read, resolve
+
+    said = Said() if config is None else read(config)
+    for origin, key, value in (*_sets(set_ or ()), *assignments(flags)):
+        said.assign(origin, key, value)
+    resolved = resolve(said)
+    if print_config:
+        print(resolved.dumps(), end="")
+        return 0
+    from streamtrain import fit_command
+
+    level = fit_command.log_level(log_level, quiet=quiet, verbose=verbose)
+    if dry_run:
+        _print(fit_command.rehearse(resolved, said, level=level))
+        return 0
+    code, report = fit_command.run(resolved, said, level=level, quiet=quiet)
+    _print(() if quiet else report)
+    return code
+
+
+@command
+def inspect(
+    data: Annotated[str, Parameter(help="path or URL of a Zarr store")],
+    /,
+    *,
+    flags: Annotated[StreamFlags | None, Parameter(name="*")] = None,
+) -> int:
+    """Show arrays, what a pass costs, what to change."""
+    from streamtrain.inspection import inspect
+
+    _print(inspect(_stream_said(data, flags)))
+    return 0
+
+
+@command
+def bench(
+    data: Annotated[str, Parameter(help="path or URL of a Zarr store")],
+    /,
+    *,
+    seconds: Annotated[str, option("how long to read; 10 by default")] = "10",
+    json: Annotated[bool, option("print one JSON object")] = False,
+    compare: Annotated[str | None, Parameter(show=False)] = None,
+    flags: Annotated[StreamFlags | None, Parameter(name="*")] = None,
+) -> int:
+    """Measure the loader alone."""
+    if compare is not None:
+        raise ConfigError(f"--compare {compare} is not there yet", hint="Leave it out: the loader alone is measured.")
+    limit = parse_value(seconds)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
+        raise ConfigError(f"--seconds must be a finite number above 0, got {seconds!r}", hint="For instance 10.")
+    from streamtrain.bench import bench, in_words
+
+    measured = bench(_stream_said(data, flags), seconds=float(limit))
+    _print([measured.dumps()] if json else in_words(measured))
+    return 0
+
+
+@command
+def checkpoints(run: Annotated[Path, Parameter(help="a run's folder")], /) -> int:
+    """Verify a run's checkpoints; exit 4 if none is valid."""
+    folder = run if run.name == "checkpoints" else run / "checkpoints"
+    hint = "Give a run's folder, such as runs/demo."
+    if not run.is_dir():
+        raise ConfigError(f"{run} is {'no folder' if os.path.lexists(run) else 'not there'}", hint=hint)
+    from streamtrain.checkpoint import scan
+    from streamtrain.errors import CheckpointError
+
+    entries = scan(folder)
+    if not entries:
+        raise CheckpointError(f"there is no checkpoint in {folder}", hint=hint)
+    for entry in entries:
+        state = "ok" if entry.problem is None else f"damaged: {entry.problem}"
+        print(f"{entry.name}  step {entry.step}  {entry.bytes} bytes  {state}", flush=True)
+    if all(entry.problem is not None for entry in entries):
+        raise CheckpointError(
+            f"none of the {len(entries)} checkpoints in {folder} is valid", hint="Put an intact copy there."
+        )
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    before_end = tokens[: tokens.index("--")] if "--" in tokens else tokens
+    debug = "--debug" in before_end
+    tokens = [token for at, token in enumerate(tokens) if token != "--debug" or at >= len(before_end)]
+    for stream in (sys.stdout, sys.stderr):  # a locale without UTF-8 must not stop anything
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _command(tokens)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt as interrupt:
+        signum = interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT
+        _complain(f"ended by {signal.Signals(signum).name}", "The same command starts over.", debug, interrupt)
+        return 128 + signum
+    except Exception as error:
+        return _say(error, debug)
+
+
+def _command(tokens: list[str]) -> int:
+    if not tokens:
+        print(f"usage: streamtrain {{{','.join(_commands())}}} ...\n{EXAMPLES}", file=sys.stderr)
+        print("`streamtrain --help` says more.", file=sys.stderr)
+        return 2
+    try:
+        code: Any = app(normalise(tokens))
+    except CycloptsError as error:
+        raise _usage_error(error) from error
+    return code if isinstance(code, int) else 0
+
+
+def _commands() -> list[str]:
+    return [name for name in app if not name.startswith("-")]
+
+
+def _sets(given: Iterable[str]) -> Iterable[tuple[str, str, object]]:
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: expected a.b=value", hint="For instance --set optimizer.lr=0.001.")
+        yield f"--set {key}", key.strip(), parse_value(value.strip())
+
+
+def _stream_said(store: str, flags: StreamFlags | None) -> Said:
+    from streamtrain.config import Said
+
+    said = Said()
+    said.assign("DATA", "data.store", store)
+    for origin, key, value in assignments(flags):
+        said.assign(origin, key, value)
+    return said
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _usage_error(error: CycloptsError) -> ConfigError:
+    """What the parser found, in our words."""
+    command = " ".join(["streamtrain", *(error.command_chain or ())])
+    hint = f"`{command} --help` lists what there is."
+    if isinstance(error, UnknownOptionError):
+        option = (error.token.keyword or error.token.value).partition("=")[0]
+        known = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
+        close = nearest(option, known)
+        return ConfigError(f"unknown option {option}", hint=f"Did you mean {close}?" if close else hint)
+    if isinstance(error, UnknownCommandError) and error.unused_tokens:
+        close = nearest(error.unused_tokens[0], _commands())
+        known = _commands()
+        return ConfigError(
+            f"unknown command {error.unused_tokens[0]}",
+            hint=f"Did you mean {close}?" if close else f"There are: {', '.join(known)}.",
+        )
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return ConfigError(f"unexpected argument {error.unused_tokens[0]}", hint=hint)
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        return ConfigError(f"{command}: {error.keyword or error.argument.name} needs a value", hint=hint)
+    error.verbose = False
+    return ConfigError(str(error), hint=hint)
+
+
+def _say(error: BaseException, debug: bool) -> int:
+    """Print an error's two lines; its exit code."""
+    while isinstance(error, BaseExceptionGroup):
+        error = next((one for one in error.exceptions if isinstance(one, StreamtrainError)), error.exceptions[0])
+    known = error if isinstance(error, StreamtrainError) else _known(error)
+    if known is None:
+        text = f"{type(error).__name__}: {error}"
+        _complain(f"internal error: {text}", "This is a fault of streamtrain's own; --debug shows where.", debug, error)
+        return 1
+    _complain(str(known), known.hint or HINTS[known.exit_code], debug, error)
+    return known.exit_code
+
+
+HINTS = {
+    1: "--debug shows the traceback.",
+    2: "`streamtrain --help` lists commands and options.",
+    3: "`streamtrain inspect DATA` shows what is there.",
+    4: "`streamtrain checkpoints RUN` lists the good ones.",
+    5: "Once the machine allows it, the same command with `--resume auto` carries on.",
+    6: "Lower the learning rate, or look at the rows named.",
+    7: "--debug shows the traceback.",
+}
+"""What to do where an error itself does not say."""
+
+
+def _known(error: BaseException) -> StreamtrainError | None:
+    """The machine's own refusals, which can come from anywhere."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EnvironmentProblem(f"out of memory: {error}", hint="Lower batch_size, or memory.")
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return EnvironmentProblem(f"{where}{error.strerror or error}")
+    return None
+
+
+def _complain(message: str, hint: str, debug: bool, error: BaseException | None = None) -> None:
+    if debug and error is not None:
+        traceback.print_exception(error)
+    for kind, text in (("error", message), ("hint", hint)):
+        line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        print(f"{kind}: {plain}", file=sys.stderr, flush=True)

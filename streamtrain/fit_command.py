@@ -1,0 +1,263 @@
+"""The command `fit`: from a resolved configuration to a finished run and its exit code.
+
+Its law: all that can be refused is refused before anything is written; and a signal never loses a finished step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamtrain import assembly
+from streamtrain.callbacks.base import Callback
+from streamtrain.config import Config, Said, differences, read, resolve
+from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.events import TrainBegin
+from streamtrain.log_file import LogFile, logged
+from streamtrain.run_folder import RunFolder
+from streamtrain.signals import Interrupted, capture, leave
+from streamtrain.spelling import nearest, shown
+
+if TYPE_CHECKING:
+    from streamtrain.data.stream import ZarrStream
+    from streamtrain.progress import FitResult
+    from streamtrain.trainer import Trainer
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def log_level(name: str | None, *, quiet: bool, verbose: bool) -> int:
+    """The level that `--log-level`, `-q` and `-v` ask for; the first wins."""
+    if name is None:
+        return LEVELS["warning" if quiet else "debug" if verbose else "info"]
+    if name.lower() not in LEVELS:
+        close = nearest(name, LEVELS)
+        raise ConfigError(
+            f"--log-level must be {', '.join(LEVELS)}, got {shown(name)}",
+            hint=f"Did you mean {close}?" if close else "info is the default.",
+        )
+    return LEVELS[name.lower()]
+
+
+def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, list[str]]:
+    """Train; the exit code, and what to tell the user at the end.
+
+    The first SIGINT, SIGTERM or SIGHUP has the step finished and the run saved (exit 128 + its number); a second one,
+    or one that can't be obeyed within `grace`, ends the process at once.
+    """
+    config = in_folder(config, said)
+    if config.trainer.run_dir is not None:
+        refuse_other_run(config, config.trainer.run_dir)
+    watch = Watch(config.trainer.grace)
+    with logged(level) as log, capture(watch.first, second=watch.second):
+        begun = Begun(watch, config, log)
+        job = assembly.build(config, said, callbacks=(begun, *_progress(config, quiet)))
+        begun.trainer = job.trainer
+        try:
+            result = asyncio.run(_train(job, watch))
+        except asyncio.CancelledError:
+            raise Interrupted(watch.signum or signal.SIGINT) from None
+        finally:
+            watch.over()
+    return (128 + watch.signum if watch.signum and result.reason == "signal" else 0), report(result, config)
+
+
+def rehearse(config: Config, said: Said, *, level: int) -> list[str]:
+    """Build everything and open the data, but train and write nothing; what would be done."""
+    with logged(level):
+        job = assembly.build(config, said)
+        asyncio.run(_opened(job))
+        lines = [_model_line(job.trainer), f"train on {_stream_line(job.train)}"]
+        if job.validation is not None:
+            lines.append(f"validate on {_stream_line(job.validation)}")
+    where = config.trainer.run_dir or default_folder(config, said)
+    limits = ", ".join(f"{key} {value}" for key, value in job.limits.items()) or "max_epochs 1"
+    return [*lines, f"would train to {limits} in {where}", "nothing was written"]
+
+
+def in_folder(config: Config, said: Said) -> Config:
+    """The same with a run folder: the one that was asked for, or a new one; none for `fast_dev_run`."""
+    if config.trainer.run_dir is not None or config.trainer.fast_dev_run:
+        return config
+    trainer = config.trainer.model_copy(update={"run_dir": default_folder(config, said)})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def default_folder(config: Config, said: Said) -> str:
+    """`runs/<name>-<time>`, named after the configuration file or else the data; it does not exist yet."""
+    store = config.data.store if isinstance(config.data.store, str) else config.data.store[0]
+    name = Path(said.file or store.rstrip("/")).stem or "run"
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    folder = base = os.path.join("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    number = 1
+    while os.path.lexists(folder):
+        number += 1
+        folder = f"{base}-{number}"
+    return folder
+
+
+def refuse_other_run(config: Config, folder: str) -> None:
+    """Refuse a folder whose run was made with another configuration, and say what differs.
+
+    Raises CheckpointError where there is something to resume, else ConfigError.
+    """
+    path = os.path.join(folder, "config.toml")
+    if not os.path.lexists(path):
+        return
+    before = read(path)
+    try:
+        old = resolve(before).tables()
+    except ConfigError:  # written by another version
+        old = before.tables
+    changed = differences(old, config.tables())
+    if not changed:
+        return
+    what = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
+    hint = f"Set these back as {path} has them, or choose another --run-dir."
+    if config.fit.resume is not None and glob.glob(os.path.join(glob.escape(folder), "checkpoints", "step-*")):
+        raise CheckpointError(f"the checkpoints in {folder} belong to another configuration: {what}", hint=hint)
+    raise ConfigError(f"the run folder {folder} was made with another configuration: {what}", hint=hint)
+
+
+def report(result: FitResult, config: Config) -> list[str]:
+    """How it went and where everything lies."""
+    why = result.reason if not result.detail else f"{result.reason} ({result.detail})"
+    lines = [f"{why}: epoch {result.epoch}, step {result.step}, {result.samples} samples"]
+    if result.metrics:
+        lines.append("  " + ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items()))
+    if result.best is not None:
+        lines.append(f"  best {result.best.monitor} {result.best.value:.6g} at step {result.best.step}")
+    folder = config.trainer.run_dir
+    if folder is not None and result.checkpoint is not None:
+        lines.append(f"  run folder {folder}, newest checkpoint {Path(result.checkpoint).name}")
+    if folder is not None and result.reason in ("signal", "stopped", "max_time"):
+        lines.append(f"  carry on: streamtrain fit {os.path.join(folder, 'config.toml')} --resume auto")
+    return lines
+
+
+class Watch:
+    """What a signal does: before training it ends the command, from then on it asks the trainer to save and stop."""
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.signum = 0
+        """The first signal's number; 0 while there was none."""
+        self._cancel: Callable[[], object] | None = None
+        self._stop: Callable[[int], None] | None = None
+        self._patience: threading.Timer | None = None
+
+    def opening(self, cancel: Callable[[], object]) -> None:
+        """From now on a signal cancels the coroutine that opens the data and builds."""
+        self._cancel = cancel
+
+    def begun(self, stop: Callable[[int], None]) -> None:
+        """From now on there are steps to save."""
+        self._stop = stop
+        if self.signum:
+            stop(self.signum)
+
+    def first(self, signum: int) -> None:
+        """On the main thread, between two bytecodes."""
+        self.signum = signum
+        if self._stop is not None:
+            _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
+            self._stop(signum)
+            self._patience = threading.Timer(self.grace, self._give_up)
+            self._patience.daemon = True
+            self._patience.start()
+        elif self._cancel is not None:
+            self._cancel()
+        else:
+            raise Interrupted(signum)
+
+    def second(self, signum: int) -> None:
+        """End at once; a terminal that is closed may hang up twice, though, and that is no hurry."""
+        if signum != signal.SIGHUP:
+            leave(self.signum or signum)
+
+    def over(self) -> None:
+        """All is saved."""
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _give_up(self) -> None:
+        _tell(f"not saved within {self.grace:g} s (--grace): leaving, the last checkpoint stands")
+        os._exit(128 + self.signum)
+
+
+class Begun(Callback):
+    """Once everything is checked and restored: keeps the configuration, opens log.txt, hands signals to the trainer."""
+
+    def __init__(self, watch: Watch, config: Config, log: LogFile) -> None:
+        self.watch, self.config, self.log = watch, config, log
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, event: TrainBegin) -> None:
+        if self.trainer is not None:
+            self.watch.begun(stopper(self.trainer))
+        if event.run_dir is not None:
+            RunFolder(event.run_dir).write_config(self.config.dumps())
+            self.log.open(Path(event.run_dir))
+
+
+def stopper(trainer: Trainer) -> Callable[[int], None]:
+    """A function that ends this trainer's fit because of a signal."""
+    return lambda signum: trainer.control.stop("signal", signal.Signals(signum).name)
+
+
+async def _train(job: assembly.Job, watch: Watch) -> FitResult:
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    watch.opening(lambda: loop.call_soon_threadsafe(task.cancel))
+    async with AsyncExitStack() as stack:
+        for stream in (job.train, job.validation):
+            if stream is not None:
+                stack.push_async_callback(stream.aclose)
+        return await job.trainer.fit(job.train, validation=job.validation, **job.limits)
+
+
+async def _opened(job: assembly.Job) -> None:
+    async with AsyncExitStack() as stack:
+        for stream in (job.train, job.validation):
+            if stream is not None:
+                stack.push_async_callback(stream.aclose)
+                await stream.open()
+
+
+def _progress(config: Config, quiet: bool) -> Sequence[Callback]:
+    """The progress bar, unless nobody wants it or the configuration has its own."""
+    named = [assembly.plain(callback.name) for callback in config.callbacks or ()]
+    if quiet or "progressbar" in named:
+        return ()
+    from streamtrain.callbacks.progress_bar import ProgressBar
+
+    return (ProgressBar(),)
+
+
+def _model_line(trainer: Trainer) -> str:
+    from torch.nn.parameter import is_lazy
+
+    parameters = list(trainer.model.parameters())
+    known = sum(p.numel() for p in parameters if not is_lazy(p))
+    lazy = sum(map(is_lazy, parameters))
+    later = f" and {lazy} tensors whose size the first batch tells" if lazy else ""
+    return f"model {type(trainer.model).__name__}: {known} parameters{later}"
+
+
+def _stream_line(stream: ZarrStream) -> str:
+    return f"{stream.num_samples} samples in {len(stream)} batches of {stream.batch_size}"
+
+
+def _tell(line: str) -> None:
+    """Say something from a signal handler, where sys.stderr may be in the middle of a write."""
+    with suppress(OSError):
+        os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))

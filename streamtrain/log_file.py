@@ -1,0 +1,69 @@
+"""Logging as the command line wants it: short lines on stderr, and all of it in the run's log.txt.
+
+Nobody who logs waits for the disk: log.txt is written by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class LogFile:
+    """All that is logged, kept until the run's folder is there, then written to its log.txt by a thread of its own."""
+
+    def __init__(self) -> None:
+        self._records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        self.handler = logging.handlers.QueueHandler(self._records)
+        self._listener: logging.handlers.QueueListener | None = None
+        self._file: logging.FileHandler | None = None
+
+    def open(self, folder: Path) -> None:
+        """Write there from now on, also what was logged before."""
+        self._file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._listener = logging.handlers.QueueListener(self._records, self._file)
+        self._listener.start()
+
+    def close(self) -> None:
+        """Write the rest."""
+        if self._listener is not None:
+            self._listener.stop()
+        if self._file is not None:
+            self._file.close()
+
+
+class _Plain(logging.Formatter):
+    """`warning: what happened`, like errors and hints."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+@contextmanager
+def logged(level: int) -> Iterator[LogFile]:
+    """Logging as the command line wants it, for as long as this is open: lines on stderr, all of it to log.txt."""
+    root, ours, log = logging.getLogger(), logging.getLogger("streamtrain"), LogFile()
+    before = root.level, ours.level
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setFormatter(_Plain())
+    handlers: tuple[logging.Handler, ...] = (stderr, log.handler)
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(max(level, logging.WARNING))
+    ours.setLevel(level)
+    logging.captureWarnings(True)
+    try:
+        yield log
+    finally:
+        logging.captureWarnings(False)
+        for handler in handlers:
+            root.removeHandler(handler)
+        root.setLevel(before[0])
+        ours.setLevel(before[1])
+        log.close()
