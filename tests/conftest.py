@@ -1,0 +1,50 @@
+"""What holds in every test: nothing of ours blocks an event loop, and no thread of ours outlives the test."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import BlockBuster
+from hypothesis import settings
+
+settings.register_profile("quiet", deadline=None)  # how fast an example runs says more about the machine than about us
+settings.load_profile("quiet")
+
+JOINS = [
+    ("streamtrain/callbacks/bus.py", {"join"}),
+    ("streamtrain/callbacks/lines.py", {"close"}),
+    ("streamtrain/threads.py", {"release"}),
+]
+"""Where a thread is joined on the loop after it has said that it is done: microseconds."""
+IMPORTS = [("<frozen importlib._bootstrap>", {"_find_and_load"}), ("linecache.py", {"updatecache"})]
+"""Files that Python itself reads: modules on first use, sources for a traceback."""
+HARMLESS = ("os.getcwd", "os.path.abspath")
+"""System calls that touch no disk."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks_the_loop() -> Iterator[None]:
+    """A call of ours that could wait for a disk or a lock raises BlockingError where a loop runs."""
+    guard = BlockBuster("streamtrain")
+    for name in HARMLESS:
+        del guard.functions[name]
+    for function in guard.functions.values():
+        function.can_block_functions += [*IMPORTS, *(JOINS if "Lock" in function.full_name else [])]
+    guard.activate()
+    yield
+    guard.deactivate()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    """Threads named `streamtrain-*` end with the test that started them; those that a test let hang get a moment."""
+    before = set(threading.enumerate())
+    yield
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("streamtrain-")]
+    started = [thread for thread in ours if thread not in before]
+    for thread in started:
+        thread.join(timeout=5)
+    left = [thread.name for thread in started if thread.is_alive()]
+    assert not left, f"threads left behind: {left}"
