@@ -117,25 +117,27 @@ class ArrayLayout:
         return tuple((c * size, min((c + 1) * size, length)) for c, size, length in pairs)
 
 
+def trainable(dtype: np.dtype[Any]) -> bool:
+    """Whether it is one of the dtypes that tensors have (of either byte order)."""
+    return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
+
+
 def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any) -> ArrayLayout:
     """The layout that an array's metadata (zarr's `metadata.to_dict()`) describes.
 
     Raises DataError if it can't be trained on or claims what can't be.
     """
     shape = tuple(int(s) for s in metadata["shape"])
-    if dtype.kind not in "biufcV" or (dtype.kind == "V" and dtype.names is not None) or dtype.itemsize == 0:
+    if not trainable(dtype):
         raise DataError(f"array {name!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
-    if dtype.kind == "V":
-        raise DataError(f"array {name!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
-    layout = _parse_v3(name, shape, metadata, dtype, fill_value)
-    if metadata["zarr_format"] == 2:
-        layout = _parse_v2(name, shape, metadata, dtype, fill_value)
-    if math.prod(shape) > MAX_SAMPLES:
-        raise DataError(f"array {name!r} claims {math.prod(shape):.3g} elements (shape {shape}): more than 2^48")
+    parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3
+    layout = parse(name, shape, metadata, dtype, fill_value)
+    if any(s < 0 for s in shape) or math.prod(shape) > MAX_SAMPLES:
+        raise DataError(f"array {name!r} claims the shape {shape}: no length is negative, and 2^48 elements are most")
     if any(c <= 0 for c in layout.chunk_shape + layout.file_shape):
         raise DataError(f"array {name!r} claims chunks of shape {layout.file_shape}: each length must be at least 1")
     if layout.chunk_bytes > MAX_CHUNK_BYTES:
-        size = format_bytes(layout.chunk_bytes)
+        size = format_bytes(min(layout.chunk_bytes, 1 << 100))
         raise DataError(f"array {name!r} claims chunks of {size}; at most {format_bytes(MAX_CHUNK_BYTES)} is read")
     return layout
 
@@ -148,8 +150,6 @@ def _complete(metadata: Mapping[str, Any]) -> bool:
 def _parse_v3(
     name: str, shape: tuple[int, ...], metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any
 ) -> ArrayLayout:
-    if metadata["zarr_format"] != 3:
-        return ArrayLayout(name, shape, dtype, shape, None, (), tuple(range(len(shape))), "/", "c", fill_value)
     grid = metadata["chunk_grid"]
     encoding = metadata.get("chunk_key_encoding") or {"name": "default"}
     separator = (encoding.get("configuration") or {}).get("separator", "/" if encoding["name"] == "default" else ".")
@@ -191,8 +191,9 @@ def _parse_v3(
             plain.append(Codec(kind, config))
         else:
             slow = slow or f"codec {kind!r}"
-    if sum(codec.name != "crc32c" for codec in plain) > 1:
-        slow = slow or "two compressors in a row"
+    compressors = [at for at, codec in enumerate(plain) if codec.name != "crc32c"]
+    if compressors and compressors != [0]:
+        slow = slow or "a compressor over another codec"  # what it decodes to is not of the chunk's size
     return ArrayLayout(
         name=name,
         shape=shape,
