@@ -42,9 +42,7 @@ def zstd_content_size(data: Bytes) -> int | None:
 
 def _decode_zstd(data: Bytes, out: Bytes, codec: Any) -> None:
     stated = zstd_content_size(data)
-    if stated is None:
-        raise ValueError("its Zstandard frame does not state its size")
-    if stated != len(out):
+    if stated is not None and stated != len(out):  # a frame that states none is decoded no further than `out`
         raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
     codec.decode(data, out=out)
 
@@ -70,12 +68,24 @@ def _decode_lz4(data: Bytes, out: Bytes, codec: Any) -> None:
 
 
 def _decode_deflate(data: Bytes, out: Bytes, codec: Any) -> None:
-    inflate = zlib.decompressobj(31 if codec.codec_id == "gzip" else 15)
-    decoded = inflate.decompress(data.data, len(out) + 1)
-    if len(decoded) != len(out) or not inflate.eof:
-        more = " or more" if len(decoded) > len(out) else ""
-        raise ValueError(f"it decodes to {len(decoded)}{more} bytes, expected {len(out)}")
-    out[:] = np.frombuffer(decoded, dtype=np.uint8)
+    """One zlib stream, or gzip members one after another (as bgzip writes them)."""
+    gzip, rest, done = codec.codec_id == "gzip", data.tobytes(), 0
+    while True:
+        inflate = zlib.decompressobj(31 if gzip else 15)
+        part = inflate.decompress(rest, len(out) - done + 1)
+        if done + len(part) > len(out):
+            raise ValueError(f"it decodes to more than {len(out)} bytes")
+        out[done : done + len(part)] = np.frombuffer(part, dtype=np.uint8)
+        done += len(part)
+        if not inflate.eof:
+            raise ValueError(f"its {codec.codec_id} stream is cut short")
+        rest = inflate.unused_data.lstrip(b"\0")
+        if not rest:
+            break
+        if not gzip:
+            raise ValueError(f"{len(rest)} bytes follow the end of its {codec.codec_id} stream")
+    if done != len(out):
+        raise ValueError(f"it decodes to {done} bytes, expected {len(out)}")
 
 
 _DECODERS: dict[str, Callable[[Bytes, Bytes, Any], None]] = {
