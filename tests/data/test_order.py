@@ -49,13 +49,13 @@ def splits(draw: st.DrawFn, by: SplitBy | None = None) -> Split:
     grid = draw(grids())
     lower = draw(st.integers(0, grid.num_samples))
     upper = draw(st.integers(lower, grid.num_samples))
-    kind = by or draw(st.sampled_from(SPLITS))
+    kind = by if by is not None else draw(st.sampled_from(SPLITS))
     return Split(grid, lower, upper, kind, draw(st.integers(0, 9)), ascending=draw(st.booleans()))
 
 
 @st.composite
 def orders(draw: st.DrawFn, shuffle: Shuffle | None = None) -> EpochOrder:
-    kind = shuffle or draw(st.sampled_from(SHUFFLES))
+    kind = shuffle if shuffle is not None else draw(st.sampled_from(SHUFFLES))
     return EpochOrder(draw(splits()), kind, draw(st.integers(1, 9)), draw(st.integers(0, 9)), draw(st.integers(0, 9)))
 
 
@@ -99,7 +99,8 @@ def sequence(order: EpochOrder, step: int = 7) -> Ints:
 
 def test_keys_are_the_same_on_every_machine() -> None:
     assert derive_key(0, 1, "cells") == 6239072627642725783
-    assert len({derive_key(*parts) for parts in [(0, 1), (1, 0), ("01",), (0, 1, "a"), (-1,)]}) == 5
+    several: list[tuple[int | str, ...]] = [(0, 1), (1, 0), ("01",), (0, 1, "a"), (-1,)]
+    assert len({derive_key(*parts) for parts in several}) == 5
 
 
 @given(st.integers(0, 300), st.integers(0, 2**64 - 1))
