@@ -177,7 +177,7 @@ def load(target: str, where: str = "") -> object:
         raise _import_failed(where, target, module_name, error) from error
     except StreamtrainError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_failed(where, target, module_name, error) from error
     found: object = module
     for part in attribute.split("."):
@@ -192,7 +192,7 @@ def load(target: str, where: str = "") -> object:
     return found
 
 
-def _import_failed(where: str, target: str, module: str, error: Exception) -> ConfigError:
+def _import_failed(where: str, target: str, module: str, error: BaseException) -> ConfigError:
     return ConfigError(
         f"{where}importing {module} (for {target}) failed: {type(error).__name__}: {error}{_line_of(error)}",
         hint=f'Try `python -c "import {module}"`, or --debug here for the traceback.',
@@ -206,7 +206,7 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], said: Said, p
         return target(**arguments)
     except StreamtrainError as error:
         raise type(error)(f"{_where(said, path)}{error}", hint=error.hint) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserCodeError(
             f"{_where(said, path)}{name} raised {type(error).__name__}: {error}{_line_of(error)}",
             hint="--debug shows the traceback.",

@@ -213,6 +213,8 @@ def _command(tokens: list[str]) -> int:
         code: Any = app(normalise(tokens))
     except CycloptsError as error:
         raise _usage_error(error) from error
+    except SystemExit:  # rich, where nobody reads the help any more
+        return 0
     return code if isinstance(code, int) else 0
 
 

@@ -364,6 +364,9 @@ def _at(said: Said, path: KeyPath) -> str:
 
 def _field(loc: tuple[int | str, ...]) -> tuple[KeyPath, str, list[str]]:
     """The key that an error's location means, what its value must be, and the keys known beside it."""
+    if loc[0] in ("metrics", "callbacks") and len(loc) > 1:
+        whole = "a name, or a table with a name" if loc[0] == "metrics" else "a table with a name"
+        return tuple(loc[:3]), "a text that is not empty" if len(loc) > 2 else whole, ["name"]
     model: type[BaseModel] | None = Config
     path: list[str | int] = []
     must, known = "", list(Config.model_fields)
@@ -377,8 +380,6 @@ def _field(loc: tuple[int | str, ...]) -> tuple[KeyPath, str, list[str]]:
             return tuple(path), "", known
         must = next((item.be for item in info.metadata if isinstance(item, Must)), "") or _must(info.annotation)
         model = _table_of(info.annotation)
-    if path and path[0] in ("metrics", "callbacks") and len(loc) > 1:
-        return tuple(loc[:3]), "a text that is not empty" if len(loc) > 2 else "a table with a name", ["name"]
     return tuple(path), must or ("a table" if model else ""), known
 
 

@@ -103,11 +103,12 @@ class _Scanner:
         path: Path = ()
         for position, name in enumerate(names):
             path = (*path, name)
+            self._note(path, start)
             if brackets == 2 and position == len(names) - 1:
                 self._arrays[path] = self._arrays.get(path, -1) + 1
             if path in self._arrays:
                 path = (*path, self._arrays[path])
-        self._note(path, start)
+                self._note(path, start)
         return path
 
     def _pair(self, table: Path) -> None:

@@ -1,0 +1,161 @@
+"""What the command line promises: quick help, two lines for an error, exit codes, and each command's words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamtrain.checkpoint import commit
+from streamtrain.cli import main
+from streamtrain.state import Snapshot
+
+Capture = pytest.CaptureFixture[str]
+
+
+def child(*arguments: str, cwd: Path | None = None, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A real process: the command line, or the code given."""
+    command = ["-c", code] if code is not None else ["-m", "streamtrain"]
+    return subprocess.run(
+        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=60, cwd=cwd, check=False
+    )
+
+
+LOADED = """
+import json, sys
+from streamtrain.cli import main
+code = main(sys.argv[1:])
+print(json.dumps([code, sorted({name.partition('.')[0] for name in sys.modules})]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["bench", "--help"], [], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    done = child(*arguments, code=LOADED)
+    code, loaded = json.loads(done.stderr.splitlines()[-1])
+    assert code == (0 if arguments else 2)
+    assert not {"torch", "numpy", "zarr", "numcodecs", "pydantic"} & set(loaded)
+
+
+def test_without_arguments_there_is_usage_and_three_examples() -> None:
+    done = child()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("usage: streamtrain {")
+    assert done.stderr.count("\n  streamtrain ") == 3
+
+
+def test_help_lists_the_commands_that_there_are(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    listed = [line.split(":")[0].strip() for line in shown.splitlines() if line.startswith("  ") and ": " in line]
+    assert listed[:5] == ["bench", "checkpoints", "demo", "fit", "inspect"]
+    assert shown.isascii()
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "inspect", "bench", "checkpoints"])
+def test_each_command_has_help(command: str, capsys: Capture) -> None:
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: streamtrain {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["fitt"], "unknown command fitt", "Did you mean fit?"),
+        (["validate"], "unknown command validate", "There are: demo, fit, inspect, bench, checkpoints."),
+        (["fit", "--epcohs", "3"], "unknown option --epcohs", "Did you mean --max-epochs?"),
+        (["fit", "--batchsize=3"], "unknown option --batchsize", "Did you mean --batch-size?"),
+        (["fit", "--zzz"], "unknown option --zzz", "`streamtrain fit --help` lists what there is."),
+        (["bench", "x", "--secs", "3"], "unknown option --secs", "Did you mean --seconds?"),
+        (["fit", "--lr"], "streamtrain fit: --lr needs a value", "`streamtrain fit --help` lists what there is."),
+        (["inspect"], "streamtrain inspect: DATA needs a value", "`streamtrain inspect --help` lists what there is."),
+        (["fit", "a.toml", "b.toml"], "unexpected argument b.toml", "`streamtrain fit --help` lists what there is."),
+        (["fit", "--set", "lr"], "--set lr: expected a.b=value", "For instance --set optimizer.lr=0.001."),
+        (["bench", "x", "--seconds", "0"], "--seconds must be a finite number above 0, got '0'", "For instance 10."),
+        (
+            ["demo", "--max-epochs", "1.5"],
+            "--max-epochs must be an integer of at least 1, got '1.5'",
+            "For instance 3.",
+        ),
+    ],
+)
+def test_wrong_usage_is_said_in_two_lines(arguments: list[str], error: str, hint: str, capsys: Capture) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {error}\nhint: {hint}\n"
+
+
+def test_debug_adds_the_traceback_wherever_it_stands(capsys: Capture) -> None:
+    assert main(["fit", "nothing.toml", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.splitlines()[-2] == "error: configuration nothing.toml does not exist"
+
+
+def test_what_is_printed_fits_any_locale(tmp_path: Path) -> None:
+    (tmp_path / "k\u00e4se").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "streamtrain", "fit", "k\u00e4se"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == rb"error: k\xe4se is a folder, not a configuration file"
+
+
+def test_a_reader_that_has_seen_enough_ends_it_in_peace(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "streamtrain", "--help"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    for step in (10, 20):
+        commit(
+            tmp_path / "checkpoints" / f"step-{step:09}",
+            Snapshot(model={"w": torch.zeros(3)}, optimizer={}, state={"step": step}),
+        )
+    return tmp_path
+
+
+def test_checkpoints_are_listed_with_step_bytes_and_state(run_folder: Path, capsys: Capture) -> None:
+    damaged = run_folder / "checkpoints" / "step-000000020" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["checkpoints", str(run_folder)]) == 0
+    good, bad = capsys.readouterr().out.splitlines()
+    size = sum(file.stat().st_size for file in (run_folder / "checkpoints" / "step-000000010").iterdir())
+    assert good == f"step-000000010  step 10  {size} bytes  ok"
+    assert bad.startswith("step-000000020  step 20  ")
+    assert "  damaged: model.safetensors, it has " in bad
+
+
+def test_a_run_without_a_valid_checkpoint_ends_with_4(run_folder: Path, capsys: Capture) -> None:
+    for manifest in run_folder.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{}")
+    assert main(["checkpoints", str(run_folder)]) == 4
+    shown = capsys.readouterr()
+    assert shown.out.count("damaged: manifest.json, ") == 2
+    assert shown.err.startswith("error: none of the 2 checkpoints in ")
+
+
+def test_a_folder_without_checkpoints_ends_with_4(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["checkpoints", str(tmp_path)]) == 4
+    assert capsys.readouterr().err.startswith("error: there is no checkpoint in ")
+    assert main(["checkpoints", str(tmp_path / "none")]) == 2

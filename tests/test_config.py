@@ -1,0 +1,208 @@
+"""What configurations promise: one resolved form however it was said, and complaints that name the place."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from streamtrain.config import Config, Said, differences, read, resolve, resolve_data
+from streamtrain.errors import ConfigError
+
+LEAST = '[data]\nstore = "d.zarr"\n[model]\ntarget = "nets:Net"\n'
+FULL = """\
+model = "nets:Net"
+loss = "mse"
+scheduler = "cosine"
+
+[data]
+store = "d.zarr"
+inputs = ["a", "b"]
+split = [0.0, 0.9]
+shuffle = "block"
+sample_axes = 0
+
+[validation]
+split = [0.9, 1.0]
+
+[metrics]
+mae = "mae"
+r2 = { name = "mine:R2", eps = 1e-6 }
+
+[optimizer]
+name = "sgd"
+lr = 0.1
+momentum = 0.9
+
+[trainer]
+gradient_clip_norm = 1.0
+
+[fit]
+max_epochs = 3
+max_time = "2h"
+
+[[callbacks]]
+name = "EarlyStopping"
+monitor = "val_mae"
+"""
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "c.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def said(text: str) -> Said:
+    return Said(tomllib.loads(text), text, "c.toml")
+
+
+def complaint(text: str) -> tuple[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(said(text))
+    return str(caught.value), caught.value.hint
+
+
+def test_a_resolved_configuration_written_and_read_is_the_same() -> None:
+    config = resolve(said(FULL))
+    assert resolve(said(config.dumps())) == config
+
+
+def test_short_forms_stand_for_tables() -> None:
+    config = resolve(said(FULL))
+    assert config.model.target == "nets:Net"
+    assert config.loss is not None
+    assert config.loss.name == "mse"
+    assert config.metrics["mae"].name == "mae"
+    assert config.metrics["r2"].arguments == {"eps": 1e-6}
+    assert config.data.sample_axes == [0]
+
+
+def test_validation_inherits_the_data_but_neither_shuffles_nor_drops() -> None:
+    config = resolve(said(FULL))
+    assert config.validation is not None
+    assert config.validation.store == "d.zarr"
+    assert config.validation.inputs == ["a", "b"]
+    assert config.validation.split == [0.9, 1.0]
+    assert config.validation.shuffle is False
+
+
+def test_a_validation_store_of_its_own_is_not_split_like_the_data() -> None:
+    config = resolve(said(FULL.replace("split = [0.9, 1.0]", 'store = "v.zarr"')))
+    assert config.validation is not None
+    assert config.validation.split is None
+
+
+def test_the_learning_rate_may_stand_in_the_trainers_table() -> None:
+    assert resolve(said(LEAST + "[trainer]\nlr = 0.5\n")).optimizer.lr == 0.5
+    message, _ = complaint(LEAST + "[trainer]\nlr = 0.5\n[optimizer]\nlr = 0.1\n")
+    assert message == "c.toml:6:1: trainer.lr is 0.5, but optimizer.lr is 0.1"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message", "hint"),
+    [
+        ("[optimizer]\nlr = nan", "c.toml:6:1: optimizer.lr must be a finite number of at least 0, got nan", ""),
+        ("[fit]\nmax_epochs = 0", "c.toml:6:1: fit.max_epochs must be an integer of at least 1, got 0", ""),
+        ("[fit]\nmax_epochs = 1.5", "c.toml:6:1: fit.max_epochs must be an integer of at least 1, got 1.5", ""),
+        ("[fit]\nmax_epochs = true", "c.toml:6:1: fit.max_epochs must be an integer of at least 1, got True", ""),
+        ("[fit]\nmax_epocs = 1", "c.toml:6:1: unknown key fit.max_epocs", "Did you mean max_epochs?"),
+        ("[trainre]\nx = 1", "c.toml:5:2: unknown key trainre", "Did you mean trainer?"),
+        ("[trainer]\nprecision = '64'", 'c.toml:6:1: trainer.precision must be "32", "bf16" or "16", got \'64\'', ""),
+        ("[loss]\nname = ''", "c.toml:6:1: loss.name must be a text that is not empty, got ''", ""),
+        ("[validation]\nsplit = [0.5]", "c.toml:6:1: validation.split must be two shares such as [0.0, 0.9]", ""),
+        ("[[callbacks]]\nmonitor = 'x'", "c.toml:5:3: callbacks.0.name is missing", ""),
+        ("[metrics]\nacc = 3", "c.toml:6:1: metrics.acc must be a name, or a table with a name, got 3", ""),
+        ("fit = 3", "c.toml:5:1: unknown key model.fit", "Known here: args, target."),
+    ],
+)
+def test_a_complaint_names_place_key_what_it_must_be_and_what_it_was(extra: str, message: str, hint: str) -> None:
+    said_message, said_hint = complaint(LEAST + extra + "\n")
+    assert said_message.startswith(message)
+    assert said_hint.startswith(hint)
+
+
+def test_what_is_missing_is_said_with_how_to_give_it() -> None:
+    message, hint = complaint("[data]\nstore = 'd.zarr'\n")
+    assert message == "c.toml: model is missing"
+    assert hint == "Give --model, or [model] in the configuration."
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"[data\n", ":1:6: not TOML: expected ']'"),
+        (b"a = 1\na = 2\n", ":2:6: not TOML: cannot overwrite a value"),
+        (b"a = \xff\n", ":1:5: not UTF-8 (byte 0xff)"),
+        (b"a = [1,\n", ": not TOML: "),
+    ],
+)
+def test_a_file_that_is_no_toml_is_said_with_line_and_column(tmp_path: Path, raw: bytes, message: str) -> None:
+    path = write(tmp_path, raw)
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert str(caught.value).startswith(path)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_said_with_a_near_one(tmp_path: Path) -> None:
+    write(tmp_path, LEAST)
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        read(str(tmp_path / "cc.toml"))
+    assert caught.value.hint == f"Did you mean {tmp_path / 'c.toml'}?"
+    with pytest.raises(ConfigError, match="is a folder"):
+        read(str(tmp_path))
+
+
+def test_what_is_set_later_wins_and_is_complained_of_by_its_own_name() -> None:
+    given = said(LEAST + "[optimizer]\nlr = 0.1\n")
+    given.assign("--set optimizer.lr", "optimizer.lr", 0.2)
+    assert resolve(given).optimizer.lr == 0.2
+    given.assign("--lr", "optimizer.lr", -1.0)
+    with pytest.raises(ConfigError, match=r"^--lr: optimizer\.lr must be a finite number of at least 0, got -1\.0$"):
+        resolve(given)
+
+
+def test_a_key_inside_a_short_form_can_be_set() -> None:
+    given = said('loss = "huber"\n' + LEAST)
+    given.assign("--set", "loss.delta", 0.5)
+    assert resolve(given).loss.model_dump() == {"name": "huber", "delta": 0.5}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["data.store.x", "fit..x", "callbacks.3.name", "data.split.7"])
+def test_a_key_that_cannot_be_set_is_refused(key: str) -> None:
+    given = said(FULL)
+    with pytest.raises(ConfigError, match=r"^--set: "):
+        given.assign("--set", key, 1)
+
+
+def test_a_stream_alone_needs_no_model() -> None:
+    given = Said()
+    given.assign("DATA", "data.store", "d.zarr")
+    assert resolve_data(given).store == "d.zarr"
+    given.assign("--batch-size", "data.batch_size", 0)
+    with pytest.raises(ConfigError, match=r"^--batch-size: data\.batch_size must be"):
+        resolve_data(given)
+
+
+def changed(**tables: object) -> list[str]:
+    before = resolve(said(FULL))
+    after = before.model_dump(exclude_none=True)
+    for key, value in tables.items():
+        table, _, name = key.partition("__")
+        after[table] = {**after[table], name: value}
+    return differences(before.tables(), Config.model_validate(after).tables())
+
+
+def test_a_run_may_change_its_limits_memory_and_place() -> None:
+    assert changed(fit__max_epochs=9, data__memory="4GiB", trainer__run_dir="x", data__store="moved.zarr") == []
+
+
+def test_what_a_run_may_not_change_is_named_with_both_values() -> None:
+    assert changed(optimizer__lr=0.2) == ["optimizer.lr: 0.1 -> 0.2"]
+    assert changed(data__seed=1, trainer__precision="bf16") == [
+        "data.seed: 0 -> 1",
+        "trainer.precision: '32' -> 'bf16'",
+    ]
+    assert changed(optimizer__nesterov=True) == ["optimizer.nesterov: unset -> True"]
