@@ -31,7 +31,7 @@ def _nothing_blocks_the_loop() -> Iterator[None]:
     for name in HARMLESS:
         del guard.functions[name]
     for function in guard.functions.values():
-        function.can_block_functions += [*IMPORTS, *(JOINS if "Lock" in function.full_name else [])]
+        function.can_block_functions += [*IMPORTS, *(JOINS if "lock" in function.full_name else [])]
     guard.activate()
     yield
     guard.deactivate()

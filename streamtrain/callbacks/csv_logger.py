@@ -55,7 +55,7 @@ class CSVLogger(MetricsLog):
             first = line.split(b",", 1)[0]
             return bool(self._columns) and (first == b"step" or (first.isdigit() and int(first) <= step))
 
-        if step > 0 and path.exists():
+        if step > 0 and path.is_file():
             # The rows that may be missing have the columns of their time, which the file may lack or be beyond.
             columns = dict.fromkeys([*columns_of(path), *self._restored])
             if columns:

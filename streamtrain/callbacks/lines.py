@@ -168,7 +168,7 @@ def cut(path: Path, keep: Callable[[bytes], bool], missing: Iterable[str] = ()) 
                 dropped += 1
         yield from absent
 
-    if path.exists():
+    if path.is_file():
         rewrite(path, edit)
         if dropped:
             logger.info("%s: %d lines of steps that are made again were cut off", path, dropped)

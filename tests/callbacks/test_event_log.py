@@ -1,0 +1,96 @@
+"""What events.jsonl promises: a line for each thing that happened, in all lives of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from streamtrain.callbacks.base import HOOKS, NEWS, hooks_of
+from streamtrain.callbacks.bus import Bus
+from streamtrain.callbacks.event_log import EventLog
+from streamtrain.errors import DataError
+from streamtrain.events import (
+    CheckpointCommitted,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    ExceptionRaised,
+    Interrupt,
+    TrainBegin,
+    TrainEnd,
+    ValidationBegin,
+    ValidationEnd,
+)
+
+
+async def life(folder: Path, events: dict[str, Event], *, start: int = 0) -> None:
+    async with Bus([EventLog()]) as bus:
+        await bus.emit("on_train_begin", TrainBegin(run_dir=str(folder), step=start, resumed_from=f"step-{start}"))
+        for hook, event in events.items():
+            await bus.emit(hook, event)
+        await bus.emit("on_train_end", TrainEnd(step=start + 9, reason="stopped", detail="enough"))
+    bus.check()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def append(path: Path, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def test_all_but_news_and_metrics_is_noted() -> None:
+    assert hooks_of(EventLog()) == set(HOOKS) - NEWS - {"on_log"}
+
+
+async def test_each_event_is_a_line_with_its_facts(tmp_path: Path) -> None:
+    await life(
+        tmp_path,
+        {
+            "on_epoch_begin": EpochBegin(epoch=3, step=7, samples=28, time=1.5),
+            "on_epoch_end": EpochEnd(metrics={"loss": float("nan")}),
+            "on_validation_begin": ValidationBegin(batches=4),
+            "on_validation_end": ValidationEnd(metrics={"val_loss": 0.5}),
+            "on_checkpoint": CheckpointCommitted(path="/x/step-000000007", bytes=9, seconds=0.25),
+            "on_interrupt": Interrupt(reason="signal", detail="SIGTERM"),
+            "on_exception": ExceptionRaised(error=DataError("chunk 3 is cut", hint="fetch it again")),
+        },
+    )
+    said = {line.pop("event"): line for line in lines(tmp_path)}
+    assert list(said) == [
+        "train_begin",
+        "epoch_begin",
+        "epoch_end",
+        "validation_begin",
+        "validation_end",
+        "checkpoint",
+        "interrupt",
+        "exception",
+        "train_end",
+    ]
+    assert said["train_begin"]["pid"] == os.getpid()
+    assert [said["epoch_begin"][name] for name in ("epoch", "step", "samples", "time")] == [3, 7, 28, 1.5]
+    assert said["epoch_end"]["metrics"] == {"loss": None, "nonfinite": ["loss"]}
+    assert said["checkpoint"]["path"] == "/x/step-000000007"
+    assert said["interrupt"]["detail"] == "SIGTERM"
+    assert said["exception"] | {"error": "DataError", "message": "chunk 3 is cut"} == said["exception"]
+    assert (said["train_end"]["reason"], said["train_end"]["detail"]) == ("stopped", "enough")
+    assert all(datetime.fromisoformat(line["at"]).tzinfo is not None for line in said.values())
+
+
+async def test_later_lives_are_added_and_only_a_torn_line_is_cut(tmp_path: Path) -> None:
+    await life(tmp_path, {"on_interrupt": Interrupt(step=90)})
+    append(tmp_path / "events.jsonl", '{"event": "checkpo')
+    await life(tmp_path, {}, start=50)
+    assert [(line["event"], line["step"]) for line in lines(tmp_path)] == [
+        ("train_begin", 0),
+        ("interrupt", 90),
+        ("train_end", 9),
+        ("train_begin", 50),
+        ("train_end", 59),
+    ]

@@ -1,0 +1,152 @@
+"""What the progress bar promises: it tells the truth, in ASCII where it must, and no dead terminal is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import struct
+import sys
+import termios
+from collections.abc import Callable
+from fcntl import ioctl
+from typing import TextIO
+
+import pytest
+
+from streamtrain.callbacks.bus import Bus
+from streamtrain.callbacks.progress_bar import ProgressBar, Standing
+from streamtrain.events import BatchEnd, EpochBegin, Event, Log, TrainBegin, TrainEnd, ValidationBegin, ValidationEnd
+
+EVENTS: list[tuple[str, Event]] = [
+    ("on_epoch_begin", EpochBegin(epoch=1)),
+    ("on_batch_end", BatchEnd(epoch=1, step=1500, loss_sum=32.0, batch_samples=64, data_wait=0.001, lr=3e-4)),
+    ("on_log", Log(values={"loss": 0.5, "größe": 0.25})),
+    ("on_validation_begin", ValidationBegin()),
+    ("on_validation_end", ValidationEnd(metrics={"val_accuracy": 0.875, "loss": 0.5})),
+]
+
+
+async def show(bar: ProgressBar) -> None:
+    async with Bus([bar]) as bus:
+        await bus.emit("on_train_begin", TrainBegin(max_epochs=3, steps_per_epoch=1000))
+        for hook, event in EVENTS:
+            await bus.emit(hook, event)
+        await bus.emit("on_train_end", TrainEnd(epoch=1, step=1500, time=3725.0, reason="signal", detail="SIGTERM"))
+    bus.check()
+
+
+def batch(step: int) -> BatchEnd:
+    return BatchEnd(epoch=2, step=step, loss_sum=32.0, batch_samples=64, data_wait=0.25, lr=3e-4)
+
+
+def test_the_facts_are_means_over_what_was_trained_since_the_last_look() -> None:
+    standing = Standing(begin=TrainBegin(max_epochs=4, steps_per_epoch=1000), looked=100.0)
+    standing.look(100.0)
+    standing.lr = 3e-4
+    for step in (10, 20):
+        standing.now = batch(step)
+        standing.news.append(batch(step))
+    standing.look(102.0)
+    standing.metrics["mae"] = 0.123456
+    assert standing.facts() == [
+        "epoch 3/4",
+        "step 20/4,000",
+        "0:06:38 left",
+        "loss 0.5",
+        "mae 0.1235",
+        "lr 0.0003",
+        "64 samples/s",
+        "loader wait 25.0%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("begin", "steps"),
+    [
+        (TrainBegin(), None),
+        (TrainBegin(max_steps=7), 7),
+        (TrainBegin(max_epochs=2), None),
+        (TrainBegin(max_epochs=2, steps_per_epoch=5), 10),
+        (TrainBegin(max_epochs=2, steps_per_epoch=5, max_steps=7), 7),
+    ],
+)
+def test_the_end_is_told_where_it_is_known(begin: TrainBegin, steps: int | None) -> None:
+    assert Standing(begin=begin).steps == steps
+
+
+async def test_without_a_terminal_there_are_plain_lines() -> None:
+    stream = io.StringIO()
+    await show(ProgressBar(stream=stream))
+    first, *_, last = stream.getvalue().splitlines()
+    assert first.startswith(("epoch 1/3  step 0/3,000", "epoch 2/3  step 1,500/3,000"))
+    assert last == "signal: SIGTERM at epoch 2, step 1,500, 1:02:05"
+    assert "\x1b" not in stream.getvalue()
+    assert "\r" not in stream.getvalue()
+
+
+async def test_it_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    await show(ProgressBar())
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "step 1,500" in captured.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+async def test_what_the_locale_lacks_is_not_sent(encoding: str) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    await show(ProgressBar(stream=stream))
+    assert raw.getvalue().decode(encoding).endswith("1:02:05\n")
+
+
+def _closed() -> TextIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+def _broken_pipe() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+def _full() -> TextIO:
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("make", [_closed, _broken_pipe, _full])
+async def test_a_stream_that_takes_nothing_is_no_error(make: Callable[[], TextIO]) -> None:
+    stream = make()
+    await show(ProgressBar(stream=stream))
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+async def test_no_stderr_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    await show(ProgressBar())
+
+
+@pytest.mark.parametrize(("encoding", "columns"), [("utf-8", 100), ("ascii", 100), ("ascii", 30), ("utf-8", 1)])
+async def test_on_a_terminal_one_line_is_drawn_over_and_over(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, columns: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    reader, terminal = os.openpty()
+    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(terminal, "w", encoding=encoding) as stream:
+        await show(ProgressBar(stream=stream))
+        text = os.read(reader, 1 << 16).decode(encoding)
+    os.close(reader)
+    *bars, last = text.rstrip().rsplit("\r\n", 2)
+    assert last.startswith("signal: SIGTERM")
+    drawn = [re.sub(r"\x1b\[[0-9;]*[mK]|\n", "", bar) for line in bars for bar in line.split("\r") if bar.strip()]
+    assert drawn
+    assert all(bar.startswith("epoch") for bar in drawn)
+    assert all(len(bar) < max(columns, 21) for bar in drawn)
+    if columns == 100:
+        assert "step 1,500/3,000" in drawn[-1]
