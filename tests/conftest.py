@@ -20,6 +20,8 @@ JOINS = [
 """Where a thread is joined on the loop after it has said that it is done: microseconds."""
 IMPORTS = [("<frozen importlib._bootstrap>", {"_find_and_load"}), ("linecache.py", {"updatecache"})]
 """Files that Python itself reads: modules on first use, sources for a traceback."""
+PRIVATE = [("streamtrain/data/readers.py", {"_serve"})]
+"""A loop of ours in a thread of its own, where zarr may block."""
 HARMLESS = ("os.getcwd", "os.path.abspath")
 """System calls that touch no disk."""
 
@@ -31,7 +33,7 @@ def _nothing_blocks_the_loop() -> Iterator[None]:
     for name in HARMLESS:
         del guard.functions[name]
     for function in guard.functions.values():
-        function.can_block_functions += [*IMPORTS, *(JOINS if "lock" in function.full_name else [])]
+        function.can_block_functions += [*IMPORTS, *PRIVATE, *(JOINS if "lock" in function.full_name else [])]
     guard.activate()
     yield
     guard.deactivate()
