@@ -26,6 +26,8 @@ Codec = Literal["raw", "zstd", "blosc"]
 Progress = Callable[[int, int], None]
 """Called with the rows that are written and all rows."""
 
+COMPLETE = {"streamtrain": {"complete": True}}
+"""Attribute of arrays whose writer leaves no chunk out."""
 BAND_BYTES = 16 << 20
 """Aim for the bytes of a chunk where the caller names none."""
 
@@ -103,22 +105,18 @@ def create_array(
     shards: tuple[int, ...] | None = None,
     codec: Codec = "zstd",
 ) -> zarr.Array[Any]:
-    """A new Zarr 3 array that writes chunks of zeros too, so that a missing file always means damage."""
+    """A new Zarr 3 array that writes chunks of zeros too and says so, so that a missing file always means damage."""
     compressors: Any = {
         "raw": None,
         "zstd": ZstdCodec(level=1),
         "blosc": BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
     }[codec]
-    return zarr.create_array(
-        where,
-        name=name,
-        shape=shape,
-        dtype=dtype,
-        chunks=chunks,
-        shards=shards,
-        compressors=compressors,
-        config={"write_empty_chunks": True},
-    )
+    layout: dict[str, Any] = {"shape": shape, "dtype": dtype, "chunks": chunks, "shards": shards}
+    layout |= {"compressors": compressors, "config": {"write_empty_chunks": True}, "attributes": COMPLETE}
+    if isinstance(where, zarr.Group):
+        assert name is not None
+        return where.create_array(name, **layout)
+    return zarr.create_array(where, name=name, **layout)
 
 
 @contextlib.contextmanager

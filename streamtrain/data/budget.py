@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,12 @@ class Budget:
         self.total = parse_bytes(total)
         self._lock = threading.Lock()
         self._used = self._peak = 0
+        self._returned: deque[int] = deque()
 
     def try_acquire(self, size: int) -> bool:
         """Grant `size` bytes, or say no and change nothing."""
         with self._lock:
+            self._collect()
             if self._used + size > self.total:
                 return False
             self._used += size
@@ -96,7 +99,23 @@ class Budget:
             assert size <= self._used
             self._used -= size
 
+    def release_from_finalizer(self, size: int) -> None:
+        """The same without a lock, for finalizers, which may run while this very thread holds it."""
+        self._returned.append(size)
+
+    @property
+    def free(self) -> int:
+        """Bytes that could be granted now."""
+        with self._lock:
+            self._collect()
+            return self.total - self._used
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._used -= self._returned.popleft()
+
     def statistics(self) -> BudgetStatistics:
         """How the budget stands now."""
         with self._lock:
+            self._collect()
             return BudgetStatistics(self.total, self._used, self._peak)

@@ -71,6 +71,12 @@ class ChunkCache:
             self._kept[key] = array
             self._bytes += array.nbytes
 
+    def clear(self) -> None:
+        """Forget all that is kept."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
     def statistics(self) -> CacheStatistics:
         """How the cache does now."""
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,8 @@ BLOCK_BYTES = 32 << 20
 """A block is at least so large, and has at least MIN_CELLS cells: K is a function of the stores' metadata alone."""
 MIN_CELLS = 8
 LARGE_BLOCK_BYTES = 256 << 20
+KEPT_PERMUTATIONS = 4
+"""Permutations of rows kept for blocks that are being filled (8 bytes a row each, up to TABLE_LIMIT rows)."""
 
 
 def derive_key(*parts: int | str) -> int:
@@ -396,7 +399,8 @@ class EpochOrder:
             self.num_blocks = 0
         self._cells = Permutation(m, derive_key(seed, epoch, "cells"))
         self._samples = Permutation(self.num_samples, derive_key(seed, epoch, "samples"))
-        self._row_permutation: tuple[int, Permutation] | None = None
+        self._row_permutations: dict[int, Permutation] = {}
+        self._lock = threading.Lock()
 
     @property
     def scattered(self) -> bool:
@@ -505,13 +509,16 @@ class EpochOrder:
         return rows, self._rows(piece.block).span(piece.offset, piece.offset + count) + piece.base
 
     def _rows(self, block: int) -> Permutation:
-        known = self._row_permutation
-        if known is not None and known[0] == block:
-            return known[1]
-        size = self.block_start(block + 1) - self.block_start(block)
-        permutation = Permutation(size, derive_key(self.seed, self.epoch, "block", block))
-        self._row_permutation = (block, permutation)
-        return permutation
+        with self._lock:  # several threads fill one block, and each permutation is worth making once
+            known = self._row_permutations.get(block)
+            if known is None:
+                size = self.block_start(block + 1) - self.block_start(block)
+                known = Permutation(size, derive_key(self.seed, self.epoch, "block", block))
+                known.span(0, min(1, size))
+                while len(self._row_permutations) >= KEPT_PERMUTATIONS:
+                    del self._row_permutations[next(iter(self._row_permutations))]
+                self._row_permutations[block] = known
+            return known
 
 
 def default_cells_per_block(cell_bytes: int, cell_samples: int) -> int:
@@ -536,6 +543,6 @@ def split_bounds(split: Sequence[float | int] | None, num_samples: int) -> tuple
         if b > num_samples:
             raise ValueError(f"split {split!r} ends beyond the {num_samples} samples there are")
         return int(a), int(b)
-    if not all(isinstance(x, float) for x in (a, b)) or not 0.0 <= a <= b <= 1.0:
+    if not (all(isinstance(x, float) for x in (a, b)) and 0.0 <= a <= b <= 1.0):
         raise ValueError(f"split {split!r} must be two fractions 0.0 <= a <= b <= 1.0, or two sample numbers")
     return math.floor(a * num_samples), math.floor(b * num_samples)

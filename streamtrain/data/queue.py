@@ -71,6 +71,18 @@ class ReadyQueue(Generic[T]):
             self._failure = error
         self.wake()
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing follows what is ready."""
+        return self._ended or self._failure is not None
+
+    def clear(self) -> list[T]:
+        """Take out all that is ready."""
+        items = [item for item, _ in self._items]
+        self._items.clear()
+        self._bytes = 0
+        return items
+
     def wake(self) -> None:
         """Let a waiting consumer look again."""
         if self._waiter is not None and not self._waiter.done():

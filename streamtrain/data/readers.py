@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import mmap
 import os
@@ -46,6 +47,13 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Bytes] = {}
+        self.seconds: dict[str, float] = {"read": 0.0, "decode": 0.0, "gather": 0.0, "transform": 0.0}
+        """Where this worker's time went."""
+        self.chunks = 0
+        self.bytes_read = 0
+        """Encoded bytes fetched (of a memory map: touched)."""
+        self.reading: tuple[str, float] | None = None
+        """The chunk that is being read, and since when (`time.monotonic`)."""
 
     def take(self, name: str, size: int) -> Bytes:
         """A buffer of `size` bytes, aligned to pages; its last content is undefined."""
@@ -219,13 +227,19 @@ class LocalReader:
     def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
         layout = self.layout
         key = layout.key(chunk)
+        began = time.perf_counter()
         try:
             data = self._encoded(key, chunk, rows, scratch)
             if data is None:
                 if layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out")
                 return None
-            return self._decoder.view(self._decoder.decode(data, self._out(scratch)))
+            fetched = time.perf_counter()
+            decoded = self._decoder.view(self._decoder.decode(data, self._out(scratch)))
+            scratch.seconds["read"] += fetched - began
+            scratch.seconds["decode"] += time.perf_counter() - fetched
+            scratch.bytes_read += len(data)
+            return decoded
         except ValueError as error:
             raise chunk_error(layout, chunk, self._files.root / key, error) from error
         except OSError as error:
@@ -326,12 +340,16 @@ class ZarrLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
         """Run a coroutine there and wait for its result, from any other thread. Raises TimeoutError."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        future = self.submit(coroutine)
         try:
             return future.result(timeout)
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start a coroutine there."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._running())
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -353,6 +371,18 @@ class ZarrLoop:
             loop.run_until_complete(loop.shutdown_asyncgens())
             executor.shutdown(wait=True)
             loop.close()
+
+    async def aclose(self) -> None:
+        """The same from another loop, which is not blocked meanwhile."""
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            return
+        with contextlib.suppress(RuntimeError):
+            executor_done = asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop)
+            )
+            await asyncio.wait([executor_done], timeout=5.0)
+        self.close()
 
     def close(self) -> None:
         """End the thread and its executor, and wait for both."""

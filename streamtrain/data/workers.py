@@ -5,6 +5,7 @@ Submitting never blocks, so the event loop may do it; a job's own failure is the
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import os
@@ -29,6 +30,10 @@ class Workers:
         self._jobs: collections.deque[Job] = collections.deque()
         self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._stopped = False
+        self._lock = threading.Lock()
+        self._working = count
+        self._at_end: list[Callable[[], None]] = []
+        self.scratches: list[Scratch] = []
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
@@ -42,12 +47,25 @@ class Workers:
         self._tokens.put(True)
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._lock:
+                self._working -= 1
+                calls = [] if self._working else list(self._at_end)
+            for call in calls:
+                call()
+
+    def _serve(self) -> None:
         scratch = Scratch()
+        self.scratches.append(scratch)
         while self._tokens.get() and not self._stopped:
-            with contextlib.suppress(IndexError):
+            try:
                 job = self._jobs.popleft()
-                job(scratch)
-                del job
+            except IndexError:  # its job was dropped by `stop`
+                continue
+            job(scratch)
+            del job  # an idle thread keeps no block alive
 
     def stop(self) -> None:
         """Tell the threads to end after the job each has in hand. Never blocks."""
@@ -60,6 +78,29 @@ class Workers:
     def alive(self) -> bool:
         """Whether a thread still works."""
         return any(thread.is_alive() for thread in self._threads)
+
+    async def joined(self, timeout: float) -> bool:
+        """Wait for the threads' end without blocking the loop; False if one still works after `timeout` seconds."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
+                loop.call_soon_threadsafe(settle)
+
+        with self._lock:
+            self._at_end.append(tell)
+            over = self._working == 0
+        if not over:
+            await asyncio.wait([ended], timeout=timeout)
+            if not ended.done():
+                return False
+        self.join()
+        return True
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the threads' end."""

@@ -1,0 +1,203 @@
+"""Blocks: many batches in one leased buffer, each batch's part of each array in an aligned slot of its own.
+
+Its law: a batch is a view, never a copy, and its buffer comes back when the last view of it has died. Slots begin at
+multiples of 64 bytes, because alignment changes the results of matrix products bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.budget import Budget
+from streamtrain.data.order import Ints
+from streamtrain.data.readers import anonymous
+
+ALIGN = 64
+SPARE = 4096
+"""Bytes of padding that a slot may cost for rows to lie at one pitch throughout the buffer."""
+POISON = 0xA5
+
+Bytes = NDArray[np.uint8]
+Places = slice | Ints
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array's part in every batch: rows of this shape and (native) dtype, `batch_size` of them in a slot."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    batch_size: int
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @cached_property
+    def pitch(self) -> int:
+        """Rows from one slot to the next, where slots lie at whole rows; else 0."""
+        unit = ALIGN // math.gcd(ALIGN, self.row_bytes)
+        rows = -(-self.batch_size // unit) * unit
+        waste = (rows - self.batch_size) * self.row_bytes
+        return rows if waste <= max(SPARE, self.batch_size * self.row_bytes // 4) else 0
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes from one slot to the next."""
+        size = self.batch_size * self.row_bytes
+        return self.pitch * self.row_bytes if self.pitch else -(-size // ALIGN) * ALIGN
+
+    @cached_property
+    def mover(self) -> np.dtype[Any]:
+        """A dtype of a row's width whose copies are plain moves of bytes."""
+        return np.dtype(f"u{self.row_bytes}" if self.row_bytes in (1, 2, 4, 8) else (np.void, self.row_bytes))
+
+
+def block_bytes(columns: Sequence[Column], slots: int) -> int:
+    """Bytes of a buffer with this many slots of each column."""
+    return slots * sum(column.slot_bytes for column in columns)
+
+
+class Block:
+    """The slots of `slots` batches, the first of which begins at position `first` of the epoch.
+
+    Rows arrive in any order and from several threads; nobody waits for anybody, since no two rows share a place.
+    """
+
+    def __init__(self, root: Bytes, columns: Sequence[Column], first: int, slots: int) -> None:
+        self.columns, self.first, self.slots = columns, first, slots
+        self.batch_size = columns[0].batch_size
+        self._slots: list[NDArray[Any]] = []
+        self._rows: list[NDArray[Any] | None] = []
+        start = 0
+        for column in columns:
+            part = root[start : start + slots * column.slot_bytes]
+            start += slots * column.slot_bytes
+            self._slots.append(_slots(part, column, slots))
+            self._rows.append(part.view(column.mover) if column.pitch else None)
+
+    @property
+    def stop(self) -> int:
+        """The position after the last slot."""
+        return self.first + self.slots * self.batch_size
+
+    def put(self, number: int, at: Places, values: NDArray[Any]) -> None:
+        """Copy rows of column `number` to these positions of the epoch, cast to the column's dtype."""
+        column, rows = self.columns[number], self._rows[number]
+        plain = values.dtype == column.dtype and values.flags.c_contiguous and values.size
+        if rows is None:
+            slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
+            self._slots[number][slot, inside] = values
+        elif plain:
+            rows[self._flat(column, at)] = values.reshape(len(values), -1).view(column.mover).reshape(len(values))
+        else:
+            self._typed(number)[self._flat(column, at)] = values
+
+    def put_part(self, number: int, at: Places, values: NDArray[Any], part: tuple[slice, ...]) -> None:
+        """The same for a part of each row."""
+        slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
+        where: tuple[Any, ...] = (slot, inside, *part)
+        self._slots[number][where] = values
+
+    def batch(self, slot: int, rows: int) -> Iterator[NDArray[Any]]:
+        """The columns of the first `rows` samples in this slot: views, (rows, *row_shape) each."""
+        return (column[slot, :rows] for column in self._slots)
+
+    def _typed(self, number: int) -> NDArray[Any]:
+        column, rows = self.columns[number], self._rows[number]
+        assert rows is not None
+        return rows.view(np.uint8).view(column.dtype).reshape(-1, *column.row_shape)
+
+    def _flat(self, column: Column, at: Places) -> Places:
+        """Positions of the epoch as rows of the buffer."""
+        if column.pitch == self.batch_size:
+            return slice(at.start - self.first, at.stop - self.first) if isinstance(at, slice) else at - self.first
+        slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
+        return slot * column.pitch + inside
+
+
+def _array(at: Places) -> Ints:
+    return np.arange(at.start, at.stop, dtype=np.int64) if isinstance(at, slice) else at
+
+
+def _slots(part: Bytes, column: Column, slots: int) -> NDArray[Any]:
+    """The buffer as (slots, batch_size, *row_shape), with the padding left out."""
+    inner = np.empty(column.row_shape, dtype=column.dtype).strides
+    return np.lib.stride_tricks.as_strided(
+        part.view(column.dtype) if part.size else np.empty(0, dtype=column.dtype),
+        shape=(slots, column.batch_size, *column.row_shape),
+        strides=(column.slot_bytes, column.row_bytes, *inner),
+    )
+
+
+class _Lease(weakref.ref[Bytes]):
+    """Tells the pool that the root array of a buffer has died."""
+
+    __slots__ = ("memory",)
+    memory: Bytes
+
+
+class Pool:
+    """Buffers of one size, granted by a budget; each comes back when the last view of its root array has died.
+
+    The finalizer only appends to a deque, since it may run at any moment and in any thread.
+    """
+
+    def __init__(self, size: int, budget: Budget, *, poison: bool = False) -> None:
+        self.size = size
+        self._budget = budget
+        self._poison = poison
+        self._free: list[Bytes] = []
+        self._returned: deque[Bytes] = deque()
+        self._out: dict[int, _Lease] = {}
+        self._closed = False
+
+    @property
+    def out(self) -> int:
+        """Buffers that somebody still looks at."""
+        return len(self._out)
+
+    def take(self, *, keep_free: int = 0) -> Bytes | None:
+        """The root array of a buffer, its content undefined; None if the budget, less `keep_free`, grants no more."""
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        if self._free:
+            memory = self._free.pop()
+            if self._poison:
+                memory[:] = POISON
+        elif (not keep_free or self._budget.free >= self.size + keep_free) and self._budget.try_acquire(self.size):
+            memory = anonymous(self.size)
+        else:
+            return None
+        root: Bytes = np.frombuffer(memory.data, dtype=np.uint8)
+        lease = _Lease(root, self._back)
+        lease.memory = memory
+        self._out[id(lease)] = lease
+        return root
+
+    def _back(self, lease: weakref.ref[Bytes]) -> None:
+        assert isinstance(lease, _Lease)
+        del self._out[id(lease)]
+        if self._closed:
+            self._budget.release_from_finalizer(self.size)
+        else:
+            self._returned.append(lease.memory)
+
+    def close(self) -> None:
+        """Give back what is free now, and the rest when its last views die."""
+        self._closed = True
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        for _ in self._free:
+            self._budget.release(self.size)
+        self._free.clear()

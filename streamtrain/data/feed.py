@@ -1,0 +1,179 @@
+"""From chunks to rows: which part of which chunk makes up a cell, and where its rows go.
+
+Its law: a chunk is read once for all the rows that a piece wants of it. A cell's rows are numbered in C order over
+the sample axes; an array may be chunked differently from the cells, and over its other axes too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.cache import ChunkCache
+from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.order import CellGrid, Ints
+from streamtrain.data.readers import ChunkReader, Scratch
+
+Rows = slice | Ints
+Part = tuple[slice, ...]
+Put = Callable[[Rows, NDArray[Any], Part | None], None]
+"""Called with which of the wanted rows these are, their values (n, *row_shape or a part of it), and that part."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A cell: its first sample and its extent along each sample axis."""
+
+    origin: tuple[int, ...]
+    extent: tuple[int, ...]
+
+    @classmethod
+    def of(cls, grid: CellGrid, cell: int) -> Box:
+        """The box of one cell."""
+        origins, extents = grid.boxes(np.array([cell]))
+        return cls(tuple(int(o[0]) for o in origins), tuple(int(e[0]) for e in extents))
+
+
+class Feed:
+    """One array's rows, cell by cell. Thread-safe: what it keeps between calls is the cache, which is."""
+
+    def __init__(
+        self,
+        layout: ArrayLayout,
+        reader: ChunkReader,
+        sample_axes: Sequence[int],
+        cell: Sequence[int],
+        cache: ChunkCache | None,
+    ) -> None:
+        self.layout, self.reader, self.cache = layout, reader, cache
+        self.sample_axes = tuple(sample_axes)
+        self._row_axes = tuple(a for a in range(layout.ndim) if a not in self.sample_axes)
+        self._order = self.sample_axes + self._row_axes
+        self.row_shape = tuple(layout.shape[a] for a in self._row_axes)
+        lengths, chunks = layout.shape, layout.chunk_shape
+        self.one_chunk = all(chunks[a] == c for a, c in zip(self.sample_axes, cell, strict=True)) and all(
+            chunks[a] >= lengths[a] for a in self._row_axes
+        )
+        """Whether a cell is exactly one chunk, the usual case."""
+        self.chunks_per_row = tuple(-(-lengths[a] // chunks[a]) for a in self._row_axes)
+
+    def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
+        """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
+        if self.one_chunk:
+            where = self._chunk_of(box.origin, (0,) * len(self._row_axes))
+            values = self._values(where, box.extent, self._reach(rows, box), scratch)
+            self._put(put, slice(None), values if _whole(rows, len(values)) else values[rows], None, scratch)
+            return
+        for first, inside, wanted in self._parts(box, rows):
+            for part in itertools.product(*map(range, self.chunks_per_row)):
+                self._fill_part(first, inside, wanted, part, put, scratch)
+
+    def _fill_part(
+        self, first: Sequence[int], inside: Rows, wanted: Rows, part: tuple[int, ...], put: Put, scratch: Scratch
+    ) -> None:
+        """Rows `inside` the chunk that begins at sample `first`, which are the rows `wanted` of the piece."""
+        lengths, chunks = self.layout.shape, self.layout.chunk_shape
+        extent = tuple(min(chunks[a], lengths[a] - f) for a, f in zip(self.sample_axes, first, strict=True))
+        reach = (inside.start, inside.stop) if isinstance(inside, slice) and len(first) == 1 else (0, extent[0])
+        values = self._values(self._chunk_of(first, part), extent, reach, scratch)
+        columns = tuple(
+            slice(p * chunks[a], min((p + 1) * chunks[a], lengths[a]))
+            for p, a in zip(part, self._row_axes, strict=True)
+        )
+        whole = all(count == 1 for count in self.chunks_per_row)
+        self._put(put, wanted, values[inside], None if whole else columns, scratch)
+
+    @staticmethod
+    def _put(put: Put, wanted: Rows, values: NDArray[Any], part: Part | None, scratch: Scratch) -> None:
+        began = time.perf_counter()
+        put(wanted, values, part)
+        scratch.seconds["gather"] += time.perf_counter() - began
+
+    def _chunk_of(self, first: Sequence[int], part: Sequence[int]) -> tuple[int, ...]:
+        chunk = [0] * self.layout.ndim
+        for axis, sample in zip(self.sample_axes, first, strict=True):
+            chunk[axis] = sample // self.layout.chunk_shape[axis]
+        for axis, number in zip(self._row_axes, part, strict=True):
+            chunk[axis] = number
+        return tuple(chunk)
+
+    def _reach(self, rows: Rows, box: Box) -> tuple[int, int]:
+        """The bounds along the first sample axis of what is wanted, where they are known without a search."""
+        if len(box.extent) == 1 and isinstance(rows, slice) and rows.stop is not None:
+            return rows.start or 0, rows.stop
+        return 0, box.extent[0]
+
+    def _values(
+        self, chunk: tuple[int, ...], extent: Sequence[int], reach: tuple[int, int], scratch: Scratch
+    ) -> NDArray[Any]:
+        """The samples of a chunk in C order, (n, *part of the row shape); outside of `reach` they may be undefined."""
+        data = self._read(chunk, reach, scratch)
+        shape = tuple(
+            min(size, end - start) for size, (start, end) in zip(extent, self._sample_box(chunk), strict=True)
+        )
+        rest = tuple(end - start for start, end in self._row_box(chunk))
+        if data is None:
+            return np.broadcast_to(np.asarray(self.layout.fill_value, self.layout.native), (int(np.prod(shape)), *rest))
+        cut = tuple(slice(0, size) for size in (*shape, *rest))
+        return data.transpose(self._order)[cut].reshape(-1, *rest)
+
+    def _sample_box(self, chunk: Sequence[int]) -> list[tuple[int, int]]:
+        box = self.layout.box(chunk)
+        return [box[a] for a in self.sample_axes]
+
+    def _row_box(self, chunk: Sequence[int]) -> list[tuple[int, int]]:
+        box = self.layout.box(chunk)
+        return [box[a] for a in self._row_axes]
+
+    def _read(self, chunk: tuple[int, ...], reach: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+        rows = reach if self._order[:1] == (0,) else (0, self.layout.chunk_shape[0]) if self.layout.ndim else (0, 1)
+        scratch.reading = (f"array {self.layout.name or '/'!r}: chunk {'.'.join(map(str, chunk))}", time.monotonic())
+        scratch.chunks += 1
+        try:
+            if self.cache is None:
+                return self.reader.read(chunk, rows, scratch)
+            everything = (0, self.layout.chunk_shape[0])
+            return self.cache.get((self.layout.name, chunk), lambda: self.reader.read(chunk, everything, scratch))
+        finally:
+            scratch.reading = None
+
+    def _parts(self, box: Box, rows: Rows) -> Iterator[tuple[tuple[int, ...], Rows, Rows]]:
+        """The chunks that a cell touches: first sample, rows in the chunk, and which of the wanted rows they are."""
+        chunks = [self.layout.chunk_shape[a] for a in self.sample_axes]
+        spans = [range(o // c * c, o + e, c) for o, e, c in zip(box.origin, box.extent, chunks, strict=True)]
+        if len(spans) == 1 and isinstance(rows, slice):
+            yield from self._slices(box, rows, spans[0], chunks[0])
+            return
+        local = np.arange(*rows.indices(int(np.prod(box.extent))), dtype=np.int64) if isinstance(rows, slice) else rows
+        where = [w + o for w, o in zip(np.unravel_index(local, box.extent), box.origin, strict=True)]
+        for first in itertools.product(*spans):
+            inside = np.ones(len(local), dtype=bool)
+            for w, f, c in zip(where, first, chunks, strict=True):
+                inside &= (w >= f) & (w < f + c)
+            wanted = np.flatnonzero(inside)
+            if wanted.size:
+                extent = tuple(
+                    min(c, self.layout.shape[a] - f) for a, f, c in zip(self.sample_axes, first, chunks, strict=True)
+                )
+                at = tuple(w[wanted] - f for w, f in zip(where, first, strict=True))
+                yield first, np.ravel_multi_index(at, extent), wanted
+
+    @staticmethod
+    def _slices(box: Box, rows: slice, firsts: range, chunk: int) -> Iterator[tuple[tuple[int, ...], slice, slice]]:
+        start, stop, _ = rows.indices(box.extent[0])
+        begin = box.origin[0] + start
+        end = box.origin[0] + stop
+        for first in firsts:
+            low, high = max(first, begin), min(first + chunk, end)
+            if low < high:
+                yield (first,), slice(low - first, high - first), slice(low - begin, high - begin)
+
+
+def _whole(rows: Rows, count: int) -> bool:
+    return isinstance(rows, slice) and rows.indices(count)[:2] == (0, count)

@@ -1,0 +1,230 @@
+"""From what the user calls a store to the layouts and readers of its arrays.
+
+Its law: metadata is checked before any of it is believed, and what is wrong is said with its file. zarr's own API does
+the parsing, on a private loop.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import zarr
+from zarr.abc.store import Store
+from zarr.api import asynchronous as zarr_api
+from zarr.storage import LocalStore
+
+from streamtrain.data.layout import ArrayLayout, parse_array
+from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local
+from streamtrain.errors import ConfigError, DataError
+
+IO = Literal["auto", "mmap", "pread", "store"]
+METADATA = ("zarr.json", ".zgroup", ".zarray")
+_NO_STORE = "give the folder of a Zarr store; `python -m data_tools convert` makes one"
+
+StoreLike = str | os.PathLike[str] | zarr.Group | zarr.Array[Any] | Store
+
+
+@dataclass(frozen=True)
+class Located:
+    """A store, and where in it the user's root lies."""
+
+    store: Store | str
+    path: str
+    root: Path | None
+    """The folder on this machine; None where the store is anything else."""
+    name: str
+    """What messages call it."""
+
+
+def locate(store: object) -> Located:
+    """Tell what kind of store this is, without looking at it. Raises ConfigError for what is none."""
+    if isinstance(store, zarr.Group | zarr.Array):
+        inner, path = store.store, store.path
+        root = inner.root if isinstance(inner, LocalStore) else None
+        return Located(inner, path, root, str(store.store_path))
+    if isinstance(store, Store):
+        return Located(store, "", store.root if isinstance(store, LocalStore) else None, str(store))
+    if isinstance(store, str | os.PathLike):
+        text = os.fspath(store)
+        if "://" in text and not text.startswith("file://"):
+            raise ConfigError(f"store {text!r}: only local stores are supported yet", hint="copy it to a disk first")
+        text = os.path.expanduser(text.removeprefix("file://"))
+        if not text:
+            raise ConfigError("store is empty", hint=_NO_STORE)
+        return Located(text, "", Path(os.path.abspath(text)), text)
+    if isinstance(store, list | tuple):
+        raise ConfigError("several stores as one dataset are not supported yet", hint="give one store")
+    raise ConfigError(f"store must be a path, a zarr group, array or store, not {type(store).__name__}", hint=_NO_STORE)
+
+
+@dataclass(frozen=True)
+class OpenArray:
+    """An array that can be read."""
+
+    layout: ArrayLayout
+    reader: ChunkReader
+    fallback: str | None
+    """Why zarr's own API reads it and no fast lane does; None where one does."""
+
+
+async def open_arrays(
+    where: Located, names: Sequence[str] | None, *, io: IO, loop: ZarrLoop, timeout: float
+) -> dict[str, OpenArray]:
+    """Open these arrays; None stands for the one array that the store holds. Runs on `loop`.
+
+    Raises DataError where the store or an array is missing, damaged or can't be trained on.
+    """
+    if where.root is not None:
+        _check_folder(where.root, where.path, where.name)
+    node = await _opened(where, "")
+    if names is None:
+        array = await _only_array(node, where)
+        found = {array.path.rpartition("/")[2] or "array": array}
+    elif not isinstance(node, zarr.AsyncGroup):
+        raise DataError(f"{where.name} is one array, not a group with {', '.join(names)}", hint="leave inputs= out")
+    else:
+        found = {name: await _member(node, where, name) for name in names}
+    files = StoreFiles(where.root) if where.root is not None else None
+    return {name: _readable(array, files, io=io, loop=loop, timeout=timeout) for name, array in found.items()}
+
+
+async def list_arrays(where: Located) -> list[str]:
+    """The names of all arrays below this root. Runs on a loop of its own, like `open_arrays`."""
+    if where.root is not None:
+        _check_folder(where.root, where.path, where.name)
+    node = await _opened(where, "")
+    return [""] if not isinstance(node, zarr.AsyncGroup) else await _names(node, where)
+
+
+def _readable(
+    array: zarr.AsyncArray[Any], files: StoreFiles | None, *, io: IO, loop: ZarrLoop, timeout: float
+) -> OpenArray:
+    metadata: Mapping[str, Any] = array.metadata.to_dict()
+    layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
+    why = layout.slow
+    if files is None:
+        why = f"a store of the kind {type(array.store_path.store).__name__}"
+    elif io == "store":
+        why = "io='store'"
+    if why is not None or files is None:
+        return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout), why)
+    mapped = io == "mmap" or (io == "auto" and is_local(files.root))
+    return OpenArray(layout, LocalReader(layout, files, mapped=mapped), None)
+
+
+async def _opened(where: Located, name: str) -> zarr.AsyncGroup | zarr.AsyncArray[Any]:
+    path = "/".join(part for part in (where.path, name) if part)
+    try:
+        return await zarr_api.open(store=where.store, path=path or None, mode="r")
+    except FileNotFoundError as error:
+        raise DataError(f"{where.name}: no Zarr group or array there", hint=_NO_STORE) from error
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(
+            f"{'/'.join(part for part in (where.name, name) if part)}: its metadata can't be used: {cause}",
+            hint="restore the file from its source, or convert the data again",
+        ) from error
+
+
+async def _only_array(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Located) -> zarr.AsyncArray[Any]:
+    if not isinstance(node, zarr.AsyncGroup):
+        return node
+    names = await _names(node, where)
+    if len(names) != 1:
+        there = f"holds {', '.join(names)}" if names else "holds no array"
+        raise DataError(f"{where.name} {there}", hint="name one: inputs='...'" if names else _NO_STORE)
+    return await _member(node, where, names[0])
+
+
+async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.AsyncArray[Any]:
+    _check_member(where, name)
+    member: object = None
+    try:
+        member = await node.getitem(name)
+    except KeyError:
+        names = await _names(node, where)
+        near = difflib.get_close_matches(name, names, 1)
+        there = f"there are: {', '.join(names)}" if names else "there is none"
+        hint = f"did you mean {near[0]!r}?" if near else there
+        raise DataError(f"{where.name} has no array {name!r}; {there}", hint=hint) from None
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"{where.name}/{name}: its metadata can't be used: {cause}", hint=_NO_STORE) from error
+    if not isinstance(member, zarr.AsyncArray):
+        raise DataError(f"{where.name}: {name!r} is a group, not an array", hint=f"name an array in it: '{name}/...'")
+    return member
+
+
+async def _names(node: zarr.AsyncGroup, where: Located) -> list[str]:
+    """All arrays below this group; on this machine also those whose metadata are damaged, so that they can be named."""
+    if where.root is not None:
+        return sorted(_array_folders(where.root / where.path, ""))
+    found = [name async for name, member in node.members(max_depth=None) if isinstance(member, zarr.AsyncArray)]
+    return sorted(found)
+
+
+def _array_folders(folder: Path, name: str) -> Iterator[str]:
+    """Folders of arrays below this one; an array's own folder is not entered, however many chunks lie in it."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_dir():
+            continue
+        path, inner = Path(entry.path), f"{name}/{entry.name}".lstrip("/")
+        if os.path.lexists(path / ".zarray") or (os.path.lexists(path / "zarr.json") and not _is_group(path)):
+            yield inner
+        elif any(os.path.lexists(path / file) for file in METADATA):
+            yield from _array_folders(path, inner)
+
+
+def _is_group(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "zarr.json").read_bytes()).get("node_type") == "group")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _check_folder(root: Path, path: str, name: str) -> None:
+    """A folder with metadata that is JSON. Raises DataError."""
+    folder = root / path
+    if not folder.exists():
+        raise DataError(f"dataset {name} does not exist", hint="check the path")
+    if not folder.is_dir():
+        raise DataError(f"{name} is not a Zarr store but a plain file", hint=_NO_STORE)
+    if not any(os.path.lexists(folder / file) for file in METADATA):
+        raise DataError(f"{name} is not a Zarr store (no zarr.json, .zgroup or .zarray in it)", hint=_NO_STORE)
+    _check_json(folder)
+
+
+def _check_member(where: Located, name: str) -> None:
+    if where.root is not None and (where.root / where.path / name).is_dir():
+        _check_json(where.root / where.path / name)
+
+
+def _check_json(folder: Path) -> None:
+    for file in METADATA:
+        path = folder / file
+        if not os.path.lexists(path):
+            continue
+        hint = "restore the file from its source, or convert the data again"
+        if not path.is_file():
+            raise DataError(f"{path} is no regular file", hint=hint)
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}", hint=hint) from error
+        if not text.strip():
+            raise DataError(f"{path} is empty (byte 0 of {len(text)})", hint=hint)
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            at = len(error.doc[: error.pos].encode())
+            raise DataError(f"{path} is no JSON: {error.msg} at byte {at} of {len(text)}", hint=hint) from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=hint) from error
+        except RecursionError as error:
+            raise DataError(f"{path} is no JSON that can be read: nested too deep", hint=hint) from error

@@ -1,0 +1,600 @@
+"""One pass: an epoch's blocks are filled ahead by our threads, and handed over batch by batch on the event loop.
+
+    pump      while a buffer is granted: start the next unit, a job for each handful of its pieces         (loop)
+    fill      read, decode, and scatter rows to their places                                               (threads)
+    done      the unit's last job: one hop, then its batches are ready, in order                            (loop)
+    next      a batch is a view of its block; what was drained lets the pump go on                          (loop)
+
+A *unit* is what is filled together: one block of the order, or several small ones in a row. A batch lies in the unit
+where it begins; rows of later units that belong to it are put there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.batch import Batch, Cursor
+from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
+from streamtrain.data.budget import Budget, BudgetHeld, format_bytes
+from streamtrain.data.feed import Box, Feed, Part, Rows
+from streamtrain.data.order import EpochOrder, Ints, Piece
+from streamtrain.data.queue import ReadyQueue
+from streamtrain.data.readers import Scratch
+from streamtrain.data.transform import Transform, apply, batch_bytes
+from streamtrain.data.workers import Workers
+from streamtrain.errors import EnvironmentProblem, StreamtrainError
+
+logger = logging.getLogger(__name__)
+
+UNIT_BYTES = 16 << 20
+"""Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
+JOB_BYTES = 1 << 20
+"""Small pieces are filled by one job until they have so many bytes."""
+BLOCKS_AHEAD = 3
+"""Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled."""
+GROUP_BYTES = 1 << 20
+GROUP_BATCHES = 16
+"""Batches are transformed in groups up to so much, for one hop a group."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a pass takes, worked out before it starts."""
+
+    unit_blocks: int
+    """Blocks of the order that are filled together; of a scattered order 1."""
+    unit_rows: int
+    """Most rows of a unit."""
+    buffer_bytes: int
+    units: int
+    """About how many units an epoch has."""
+    scratch_bytes: int
+    """Of one thread."""
+
+    @property
+    def least(self) -> int:
+        """The least memory that works."""
+        return self.buffer_bytes * (1 if self.units == 1 else 2) + self.scratch_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that a pass needs to know of its stream."""
+
+    feeds: Sequence[Feed]
+    columns: Sequence[Column]
+    """One for each feed, then the sample numbers'."""
+    sizes: Sizes
+    budget: Budget
+    batch_size: int
+    drop_last: bool
+    seed: int
+    threads: int
+    prefetch: int | None
+    read_timeout: float
+    transform: Transform | None
+    assemble: Callable[[Sequence[NDArray[Any]]], Batch]
+    """Columns of one batch to a Batch, epoch and cursor left out."""
+    finish: Callable[[Batch], Batch]
+    """A transformed batch as it is handed over."""
+    pool: Pool
+    """Kept between passes, so that its pages are touched but once."""
+
+
+class Unit:
+    """Consecutive positions that are filled together; `left` counts its unfinished jobs."""
+
+    def __init__(self, start: int, stop: int, block: Block | None, head: Block | None) -> None:
+        self.start, self.stop = start, stop
+        self.block = block
+        """Holds the batches that begin here; None if none does."""
+        self.head = head
+        """Holds the batch that began before and goes on here; None if its rows were handed over in another life."""
+        self.left = 0
+        self.done = False
+
+    def put(self, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
+        """Copy rows of one column to their places in the blocks."""
+        first = self.stop if self.block is None else self.block.first
+        if first > self.start:
+            early = at.start < first if isinstance(at, slice) else bool((at < first).any())
+            if early:
+                mine = np.arange(at.start, at.stop) < first if isinstance(at, slice) else at < first
+                positions = np.arange(at.start, at.stop) if isinstance(at, slice) else at
+                _put(self.head, number, positions[mine], values[mine], part)
+                at, values = positions[~mine], values[~mine]
+        _put(self.block, number, at, values, part)
+
+
+def _put(block: Block | None, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
+    if block is None or not len(values):
+        return
+    if part is None:
+        block.put(number, at, values)
+    else:
+        block.put_part(number, at, values, part)
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A batch that lies complete in its block."""
+
+    block: Block
+    slot: int
+    rows: int
+    cursor: Cursor
+
+
+@dataclass(slots=True)
+class _Made:
+    """A transformed batch, and the bytes granted for it."""
+
+    batch: Batch | None
+    granted: int
+
+
+class ZarrPass:
+    """The batches of one epoch from `start` on; an async iterator, used on one event loop."""
+
+    def __init__(
+        self, recipe: Recipe, order: EpochOrder, start: Cursor, returned: Callable[[Cursor, bool], None]
+    ) -> None:
+        self._recipe, self._order, self._returned = recipe, order, returned
+        self._epoch, self._origin = start
+        rest = max(0, order.num_samples - self._origin)
+        size = recipe.batch_size
+        self._batches = rest // size if recipe.drop_last else -(-rest // size)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._workers: Workers | None = None
+        self._pool = recipe.pool
+        self._queue: ReadyQueue[_Ready | _Made] = ReadyQueue(max_items=None, max_bytes=recipe.budget.total)
+        self._slot_bytes = block_bytes(recipe.columns, 1)
+        self._lock = threading.Lock()
+        self._units: collections.deque[Unit] = collections.deque()
+        self._spans = self._unit_spans()
+        self._next_span = next(self._spans, None)
+        self._blocks: collections.deque[tuple[int, Block]] = collections.deque()
+        self._draining: collections.deque[int] = collections.deque()
+        self._started = self._emitted = self._taken = 0
+        self._filling = 0
+        self._raw: collections.deque[_Ready] = collections.deque()
+        self._groups: dict[int, list[_Made] | None] = {}
+        self._group_number = self._group_next = 0
+        self._made_bytes = 0
+        self._scratch_granted = 0
+        self.paused = False
+        self.closed = False
+        self._finished = False
+        self._error: BaseException | None = None
+        self.retired: list[Scratch] = []
+        if self._batches == 0:
+            self._queue.end()
+
+    # ---- the consumer's side
+
+    def __aiter__(self) -> ZarrPass:
+        return self
+
+    async def __anext__(self) -> Batch:
+        while True:
+            try:
+                batch = self.next_nowait()
+                if batch is None:
+                    self._check_progress()
+                    if not await self._queue.wait(self._recipe.read_timeout):
+                        self._check_reads()
+            except StopAsyncIteration:
+                await self.aclose()
+                raise
+            except BudgetHeld:
+                raise
+            except Exception:
+                await self.aclose()
+                raise
+            if batch is not None:
+                return batch
+
+    def next_nowait(self) -> Batch | None:
+        """The next batch, or None if it is not ready; StopAsyncIteration at the end, or what failed."""
+        if self.closed:
+            raise StopAsyncIteration
+        if self._loop is None:
+            self._start()
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except StopAsyncIteration:
+                self._finish()
+                raise
+            if item is None:
+                self._pump()
+                return None
+            batch = self._take(item)
+            if batch is not None:
+                return batch
+
+    def _take(self, item: _Ready | _Made) -> Batch | None:
+        if isinstance(item, _Ready):
+            batch: Batch | None = self._recipe.assemble(list(item.block.batch(item.slot, item.rows)))
+            assert batch is not None
+            batch.epoch, batch.cursor = self._epoch, item.cursor
+            self._drained()
+        else:
+            batch = item.batch
+            self._recipe.budget.release(item.granted)
+            self._pump_transforms()
+        if batch is not None:
+            self._returned(batch.cursor, False)
+        return batch
+
+    def _drained(self) -> None:
+        self._taken += 1
+        if self._draining and self._taken >= self._draining[0]:
+            self._draining.popleft()
+            self._pump()
+
+    def _check_progress(self) -> None:
+        """Raise BudgetHeld where nothing is under way that could give the next batch."""
+        if self._filling or len(self._queue) or self._raw or any(made is None for made in self._groups.values()):
+            return
+        if self._queue.closed or self.paused:
+            return
+        held = self._pool.out
+        raise BudgetHeld(
+            f"you hold batches in {held} buffers of {format_bytes(self._pool.size)}, and memory="
+            f"{format_bytes(self._recipe.budget.total)} has no room for the next",
+            hint="let go of batches, keep clones of them (x.clone()), or raise memory",
+        )
+
+    def _check_reads(self) -> None:
+        """Raise EnvironmentProblem where a read has hung for longer than the timeout."""
+        now = time.monotonic()
+        for scratch in self._workers.scratches if self._workers is not None else ():
+            reading = scratch.reading
+            if reading is not None and now - reading[1] >= self._recipe.read_timeout:
+                raise EnvironmentProblem(
+                    f"{reading[0]} was not read within {self._recipe.read_timeout:g} s",
+                    hint="check the storage, or raise read_timeout",
+                )
+
+    # ---- the producers' side, on the loop
+
+    def _start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        if self._batches == 0:
+            return
+        sizes, budget = self._recipe.sizes, self._recipe.budget
+        threads = self._recipe.threads
+        least = sizes.least - sizes.scratch_bytes
+        while threads > 1 and least + threads * sizes.scratch_bytes > budget.total:
+            threads -= 1
+        if threads < self._recipe.threads:
+            logger.info("memory=%s: %d of %d threads", format_bytes(budget.total), threads, self._recipe.threads)
+        granted = threads * sizes.scratch_bytes
+        if not budget.try_acquire(granted):
+            raise BudgetHeld(
+                f"memory={format_bytes(budget.total)}: {format_bytes(granted)} for decoding are not free",
+                hint="let go of batches of earlier passes, or raise memory",
+            )
+        self._scratch_granted = granted
+        self._workers = Workers(threads, "streamtrain-data")
+        self._pump()
+
+    def _unit_spans(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Start, stop and blocks of the units that are still to come."""
+        order, sizes = self._order, self._recipe.sizes
+        end = self._origin + self._batches * self._recipe.batch_size
+        end = min(end, order.num_samples)
+        if self._origin >= end:
+            return
+        if order.scattered:
+            for start in range(self._origin, end, sizes.unit_rows):
+                yield start, min(start + sizes.unit_rows, order.num_samples), []
+            return
+        block = order.block_of(self._origin)
+        while block < order.num_blocks and (start := order.block_start(block)) < end:
+            following = min(block + sizes.unit_blocks, order.num_blocks)
+            yield start, order.block_start(following), list(range(block, following))
+            block = following
+
+    def _pump(self) -> None:
+        """Start units while there is room for them."""
+        while self._next_span is not None and self._workers is not None and not self.paused:
+            start, stop, blocks = self._next_span
+            size = self._recipe.batch_size
+            first = max(0, -(-(start - self._origin) // size))
+            last = max(first, -(-(stop - self._origin) // size))
+            slots = min(last, self._batches) - first
+            block = None
+            if slots > 0:
+                if not self._room(slots):
+                    return
+                keep = self._made_bytes * (self._recipe.threads + 2) if self._pool.out >= 2 else 0
+                root = self._pool.take(keep_free=keep)
+                if root is None:
+                    return
+                block = Block(root, self._recipe.columns, self._origin + first * size, slots)
+                del root
+            head = self._blocks[-1][1] if self._blocks else None
+            if block is not None:
+                self._blocks.append((first, block))
+                self._draining.append(first + slots)
+            self._started += max(0, slots)
+            self._next_span = next(self._spans, None)
+            self._start_unit(Unit(start, stop, block, head), blocks)
+
+    def _room(self, slots: int) -> bool:
+        if not self._draining:
+            return True
+        prefetch = self._recipe.prefetch
+        if prefetch is not None and self._started - self._taken >= prefetch:
+            return False
+        return len(self._draining) < BLOCKS_AHEAD
+
+    def _start_unit(self, unit: Unit, blocks: Sequence[int]) -> None:
+        assert self._workers is not None
+        order = self._order
+        if order.scattered:
+            pieces = order.run(unit.start, unit.stop)
+        else:
+            pieces = [piece for block in blocks for piece in order.pieces(block)]
+        jobs = self._jobs(pieces)
+        unit.left = len(jobs)
+        self._units.append(unit)
+        self._filling += 1
+        for job in jobs:
+            self._workers.submit(lambda scratch, job=job: self._run(unit, job, scratch))  # type: ignore[misc]
+
+    def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
+        """Pieces by the handful: at least JOB_BYTES, but enough jobs for all threads."""
+        row = max(1, self._slot_bytes // self._recipe.batch_size)
+        rows = sum(_count(piece) for piece in pieces)
+        least = min(JOB_BYTES // row + 1, -(-rows // (2 * self._recipe.threads)))
+        jobs: list[Sequence[Piece]] = []
+        job: list[Piece] = []
+        count = 0
+        for piece in pieces:
+            job.append(piece)
+            count += _count(piece)
+            if count >= least:
+                jobs.append(job)
+                job, count = [], 0
+        return [*jobs, job] if job else jobs
+
+    def _unit_done(self, unit: Unit) -> None:
+        """The hop: the batches that are complete now become ready."""
+        unit.done = True
+        self._filling -= 1
+        while self._units and self._units[0].done:
+            self._emit(self._units.popleft())
+        self._pump()
+
+    def _emit(self, unit: Unit) -> None:
+        size, end = self._recipe.batch_size, self._order.num_samples
+        while self._emitted < self._batches:
+            position = self._origin + self._emitted * size
+            stop = min(position + size, end)
+            if stop > unit.stop:
+                break
+            first, block = self._blocks[0]
+            while self._emitted >= first + block.slots:
+                self._blocks.popleft()
+                first, block = self._blocks[0]
+            ready = _Ready(block, self._emitted - first, stop - position, Cursor(self._epoch, stop))
+            self._emitted += 1
+            if self._recipe.transform is None:
+                self._queue.put(ready, self._slot_bytes)
+            else:
+                self._raw.append(ready)
+        if self._emitted == self._batches:
+            self._blocks.clear()
+            if self._recipe.transform is None:
+                self._queue.end()
+        if self._recipe.transform is not None:
+            self._pump_transforms()
+
+    # ---- transforms
+
+    def _pump_transforms(self) -> None:
+        """Start groups of transforms while there is room for what they make."""
+        assert self._workers is not None
+        ahead = self._recipe.threads + 1
+        while self._raw and len(self._groups) < ahead and not self.closed:
+            size = max(1, min(GROUP_BATCHES, GROUP_BYTES // max(1, self._slot_bytes, self._made_bytes), len(self._raw)))
+            if self._recipe.prefetch is not None:
+                size = min(size, max(1, self._recipe.prefetch // ahead))
+            if not self._made_bytes:
+                size = 1  # the first tells how much is made of a batch
+            if len(self._queue) >= ahead * size:
+                return
+            granted = size * (self._made_bytes or self._slot_bytes)
+            if not self._recipe.budget.try_acquire(granted):
+                if self._groups or len(self._queue):
+                    return
+                size, granted = 1, 0  # the one batch that the consumer waits for
+            group = [self._raw.popleft() for _ in range(size)]
+            number = self._group_number
+            self._group_number += 1
+            self._groups[number] = None
+            self._workers.submit(
+                lambda scratch, group=group, number=number, granted=granted: self._transform(  # type: ignore[misc]
+                    number, group, granted, scratch
+                ),
+                front=True,
+            )
+            for _ in group:
+                self._drained()
+
+    def _transform(self, number: int, group: list[_Ready], granted: int, scratch: Scratch) -> None:
+        began = time.perf_counter()
+        recipe, made = self._recipe, []
+        assert recipe.transform is not None
+        try:
+            while group:
+                ready = group.pop(0)
+                batch = recipe.assemble(list(ready.block.batch(ready.slot, ready.rows)))
+                batch.epoch, batch.cursor = self._epoch, ready.cursor
+                del ready
+                made.append(apply(recipe.transform, batch, recipe.seed))
+                del batch
+            result = [recipe.finish(batch) for batch in made]
+        except BaseException as error:
+            self._hop(self._failed, error)
+            return
+        scratch.seconds["transform"] += time.perf_counter() - began
+        self._hop(self._transformed, number, result, [batch_bytes(batch) for batch in made], granted)
+
+    def _transformed(self, number: int, batches: list[Batch], sizes: list[int], granted: int) -> None:
+        self._made_bytes = max(self._made_bytes, *sizes)
+        need = sum(sizes)
+        budget = self._recipe.budget
+        if need < granted:
+            budget.release(granted - need)
+        elif need > granted and not budget.try_acquire(need - granted):
+            sizes = [granted // len(sizes)] * len(sizes)
+            budget.release(granted - sum(sizes))
+        kept = [batch if len(batch) else None for batch in batches]
+        self._groups[number] = [_Made(batch, size) for batch, size in zip(kept, sizes, strict=True)]
+        while (ready := self._groups.get(self._group_next)) is not None:
+            del self._groups[self._group_next]
+            self._group_next += 1
+            for made in ready:
+                self._queue.put(made, made.granted)
+        if self.closed:
+            self._release_made()
+            return
+        self._pump_transforms()
+        if self._emitted == self._batches and not self._raw and not self._groups:
+            self._queue.end()
+
+    # ---- in the threads
+
+    def _run(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> None:
+        try:
+            for piece in pieces:
+                if self.closed:
+                    break
+                self._fill(unit, piece, scratch)
+        except BaseException as error:
+            self._hop(self._failed, error)
+            return
+        with self._lock:
+            unit.left -= 1
+            last = unit.left == 0
+        if last:
+            self._hop(self._unit_done, unit)
+
+    def _fill(self, unit: Unit, piece: Piece, scratch: Scratch) -> None:
+        rows, at = self._order.place(piece)
+        grid = self._order.split.grid
+        box = Box.of(grid, piece.cell)
+        for number, feed in enumerate(self._recipe.feeds):
+
+            def put(wanted: Rows, values: NDArray[Any], part: Part | None, number: int = number) -> None:
+                unit.put(number, _subset(at, wanted), values, part)
+
+            feed.fill(box, rows, put, scratch)
+        local: Ints = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
+        unit.put(len(self._recipe.feeds), at, grid.numbers(piece.cell, local), None)
+
+    def _hop(self, call: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _failed(self, error: BaseException) -> None:
+        if not isinstance(error, StreamtrainError):
+            logger.debug("a job of the pass failed", exc_info=error)
+        self._queue.fail(error)
+
+    # ---- the end
+
+    def _finish(self) -> None:
+        if not self._finished:
+            self._finished = True
+            self._returned(Cursor(self._epoch, self._order.num_samples), True)
+        self.stop()
+
+    def stop(self) -> None:
+        """End without waiting: threads end after the job each has in hand, memory comes back as it is let go."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._workers is not None:
+            self._workers.stop()
+        self._units.clear()
+        self._blocks.clear()
+        self._raw.clear()
+        self._release_made()
+        self._queue.end()
+
+    def _release_made(self) -> None:
+        for made in self._queue.clear():
+            if isinstance(made, _Made):
+                self._recipe.budget.release(made.granted)
+
+    async def aclose(self) -> None:
+        """End the pass: join its threads and give its memory back. A read that hangs is left behind, and said."""
+        self.stop()
+        workers, self._workers = self._workers, None
+        if workers is None:
+            return
+        if not await workers.joined(timeout=5.0):
+            logger.error("a read has not returned within 5 s; its thread is left behind")
+        self.retired = workers.scratches
+        self._recipe.budget.release(self._scratch_granted)
+        self._scratch_granted = 0
+
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            self.closed = True
+            if self._workers is not None:
+                self._workers.stop()
+                self._recipe.budget.release_from_finalizer(self._scratch_granted)
+
+    # ---- how it does
+
+    @property
+    def scratches(self) -> list[Scratch]:
+        """The threads' own accounts."""
+        return self.retired if self._workers is None else self._workers.scratches
+
+    @property
+    def queue(self) -> ReadyQueue[_Ready | _Made]:
+        """What is ready."""
+        return self._queue
+
+    @property
+    def buffers(self) -> int:
+        """Buffers in use."""
+        return self._pool.out
+
+    def go_on(self) -> None:
+        """After `paused` was cleared."""
+        if self._loop is not None and not self.closed:
+            self._pump()
+
+
+def _count(piece: Piece) -> int:
+    return len(piece.rows) if piece.rows is not None else piece.upper - piece.lower
+
+
+def _subset(at: Places, wanted: Rows) -> Places:
+    if isinstance(wanted, slice):
+        if wanted.start is None and wanted.stop is None:
+            return at
+        if isinstance(at, slice):
+            return slice(at.start + wanted.start, at.start + wanted.stop)
+        return at[wanted]
+    return at.start + wanted if isinstance(at, slice) else at[wanted]

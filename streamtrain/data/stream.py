@@ -1,0 +1,796 @@
+"""`ZarrStream`: batches of a Zarr store, in shuffled order, within a budget in bytes, from any position.
+
+Its law: the order is arithmetic on (seed, epoch, position), so a position is all there is to save; memory, threads,
+prefetch and batch size change nothing in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.data.block import Column, Pool, block_bytes
+from streamtrain.data.budget import Budget, BudgetHeld, BudgetStatistics, available_memory, format_bytes, parse_bytes
+from streamtrain.data.cache import CacheStatistics, ChunkCache
+from streamtrain.data.feed import Feed
+from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.opening import IO, OpenArray, StoreLike, locate, open_arrays
+from streamtrain.data.order import BLOCK_BYTES, CellGrid, EpochOrder, Shuffle, Split, SplitBy, split_bounds
+from streamtrain.data.order import default_cells_per_block as default_k
+from streamtrain.data.passes import UNIT_BYTES, Recipe, Sizes, ZarrPass
+from streamtrain.data.queue import QueueStatistics
+from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.transform import Transform, check_transform
+from streamtrain.data.workers import default_threads
+from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
+
+logger = logging.getLogger(__name__)
+
+LATER = frozenset(
+    {"indices", "select", "weights", "balance", "window", "stride", "horizon", "target_window", "decode_cf"}
+    | {"normalize", "disk_cache", "on_bad_chunk", "retries", "transform_workers", "cache_transform"}
+    | {"lanes", "rank", "world_size"}
+)
+"""Keywords that are reserved and not supported yet."""
+LARGE_CHUNK = 64 << 20
+RAW_CELL = 16 << 20
+"""Uncompressed chunks above LARGE_CHUNK are shuffled in cells of this size."""
+POISON = "STREAMTRAIN_POISON"
+"""Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatistics:
+    """How a stream does; sums are of the live pass, or else of the last one."""
+
+    lanes: Mapping[str, str]
+    """Which lane reads each array: `mmap`, `pread`, or `zarr` with the reason why no fast lane can."""
+    chunks: int
+    """Chunks that were asked for. Many more than the dataset has: see `plan().read_amplification`."""
+    bytes_read: int
+    """Encoded bytes fetched; those of a memory map count as if each chunk were read whole."""
+    read_seconds: float
+    """Time of all threads in reading. The largest of the four: storage is the bottleneck."""
+    decode_seconds: float
+    """In decompressing. The largest: cores are; more threads, or a faster codec, would help."""
+    gather_seconds: float
+    """In copying rows to their places; for memory maps the reading happens here."""
+    transform_seconds: float
+    """In the transform. The largest: make it cheaper."""
+    queue: QueueStatistics | None
+    """What is ready; its `wait_seconds` is how long the consumer waited for data."""
+    budget: BudgetStatistics
+    cache: CacheStatistics | None
+    """Decoded chunks kept because several cells share them; None where none do."""
+    threads: int
+    buffers: int
+    """Buffers in use. All of them while `queue.items` is 0: batches are kept by the consumer."""
+    buffer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a pass costs, told before it."""
+
+    samples: int
+    batches: int
+    cells: int
+    """Parts of the store (usually chunks) that rows come from."""
+    cells_per_block: int
+    """Cells whose rows are permuted together."""
+    chunks: int
+    """Chunks read in a pass, counted as often as they are."""
+    bytes_used: int
+    """Decoded bytes of the samples themselves."""
+    bytes_read: int
+    """Decoded bytes of the chunks read for them."""
+    read_amplification: float
+    """`bytes_read / bytes_used`: above 1 where chunks are read for a part of their rows, or more than once."""
+    shuffle_quality: float
+    """From 0 (rows as they lie) to 1 (a full shuffle): entropy of a batch's cells over that of a full shuffle's."""
+    buffer_bytes: int
+    memory_least: int
+    """The least `memory` that works."""
+    memory: int
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What metadata tells."""
+
+    arrays: dict[str, OpenArray]
+    grid: CellGrid
+    split: Split
+    cells_per_block: int
+    feeds: list[Feed]
+    columns: list[Column]
+    sizes: Sizes
+    cache: ChunkCache | None
+    finish: Any
+
+
+class ZarrStream:
+    """A stream of batches from one Zarr store; `async for batch in stream` is one epoch.
+
+    `store`: a path, a `zarr.Group`, `zarr.Array` or `zarr.abc.store.Store`.
+    `inputs`, `targets`: an array's name, or a list of names (then batches hold dicts by name, even of one). `inputs`
+    is left out where the store is one array.
+    `batch_size`: samples of a batch.
+    `shuffle`: False; "block" (True): the rows of `shuffle_blocks` cells, drawn at random, are permuted together, each
+    chunk is read once; "global": a full shuffle, which reads compressed chunks many times.
+    `split`: two floats are fractions of the samples (bound = floor(f * n)), two ints are sample numbers; taken of the
+    samples in a row (`split_by="range"`), of the cells ("chunk") or of the samples ("sample") in an order keyed by
+    `split_seed`.
+    `sample_axes`: axes that number the samples; (0, 1) makes each element of the first two axes a sample.
+    `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
+    name.
+    `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays, in our threads.
+    `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
+    cells share. `io`: "auto" (memory maps where they are safe), "mmap", "pread", "store" (zarr's own API).
+    `threads` that read and decode; `prefetch` batches at most ahead; `read_timeout` seconds until a read counts as
+    hung. `output`: "torch" tensors or "numpy" arrays.
+
+    The constructor checks its arguments only; metadata is read on first use. Raises ConfigError.
+    """
+
+    pulls_inside = False
+
+    def __init__(
+        self,
+        store: StoreLike,
+        *,
+        inputs: str | Sequence[str] | None = None,
+        targets: str | Sequence[str] | None = None,
+        batch_size: int,
+        shuffle: bool | Literal["block", "global"] = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        shuffle_blocks: int | None = None,
+        split: tuple[float, float] | tuple[int, int] | Sequence[float] | None = None,
+        split_by: SplitBy = "range",
+        split_seed: int = 0,
+        sample_axes: int | Sequence[int] = (0,),
+        dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
+        transform: Transform | None = None,
+        memory: str | int | Budget = "1GiB",
+        cache: str | int = "auto",
+        io: IO = "auto",
+        threads: int | None = None,
+        prefetch: int | None = None,
+        read_timeout: float = 60.0,
+        output: Literal["torch", "numpy"] = "torch",
+        **later: object,
+    ) -> None:
+        for key in later:
+            if key in LATER:
+                raise ConfigError(f"{key}= is not supported yet", hint="leave it out")
+            near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
+            raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
+        self._where = locate(store)
+        self._inputs, self._targets = _names(inputs, "inputs"), _names(targets, "targets")
+        self._batch_size = _at_least(batch_size, 1, "batch_size")
+        self._shuffle: Shuffle = _choice(_shuffle(shuffle), ("none", "block", "global"), "shuffle")
+        self._seed = _at_least(seed, 0, "seed")
+        self._drop_last = drop_last
+        self._shuffle_blocks = None if shuffle_blocks is None else _at_least(shuffle_blocks, 1, "shuffle_blocks")
+        self._split_given = _split(split)
+        self._split_by: SplitBy = _choice(split_by, ("range", "chunk", "sample"), "split_by")
+        self._split_seed = _at_least(split_seed, 0, "split_seed")
+        self._sample_axes = _axes(sample_axes)
+        self._dtypes = _dtypes(dtype)
+        if self._targets is not None and self._inputs is None:
+            raise ConfigError("targets= without inputs=", hint="name the inputs too")
+        check_transform(transform)
+        self._transform = transform
+        self._shared = isinstance(memory, Budget)
+        self.budget = memory if isinstance(memory, Budget) else Budget(memory)
+        self._cache_bytes = None if cache == "auto" else parse_bytes(cache, "cache")
+        self._io: IO = _choice(io, ("auto", "mmap", "pread", "store"), "io")
+        self._threads = default_threads() if threads is None else _at_least(threads, 1, "threads")
+        self._prefetch = None if prefetch is None else _at_least(prefetch, 1, "prefetch")
+        self._read_timeout = _seconds(read_timeout, "read_timeout")
+        self._output = _choice(output, ("torch", "numpy"), "output")
+        self._opened: _Opened | None = None
+        self._zarr_loop = ZarrLoop()
+        self._pool: Pool | None = None
+        self._pass: ZarrPass | None = None
+        self._epoch = 0
+        self._skip = 0
+        self._cursor = START
+        self._driven = False
+        self._cache_granted = 0
+
+    # ---- what it holds
+
+    async def open(self) -> None:
+        """Read metadata, off the loop; a second call does nothing.
+
+        Raises DataError for a store that can't be used, ConfigError for arguments that do not fit it (or too little
+        memory), EnvironmentProblem if reading hangs.
+        """
+        if self._opened is not None:
+            return
+        loop = ZarrLoop()
+        try:
+            task = asyncio.wrap_future(loop.submit(self._open_arrays()))
+            arrays = await asyncio.wait_for(task, self._read_timeout)
+        except TimeoutError:
+            raise self._hung() from None
+        finally:
+            await loop.aclose()
+        self._opened = self._settle(arrays)
+
+    def open_blocking(self) -> None:
+        """The same for callers without a loop; blocks for up to `read_timeout`."""
+        if self._opened is not None:
+            return
+        loop = ZarrLoop()
+        try:
+            arrays = loop.run(self._open_arrays(), self._read_timeout)
+        except TimeoutError:
+            raise self._hung() from None
+        finally:
+            loop.close()
+        self._opened = self._settle(arrays)
+
+    async def _open_arrays(self) -> dict[str, OpenArray]:
+        names = None if self._inputs is None else list(dict.fromkeys(self._fields(())))
+        return await open_arrays(self._where, names, io=self._io, loop=self._zarr_loop, timeout=self._read_timeout)
+
+    def _fields(self, arrays: Iterable[str]) -> list[str]:
+        """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
+        inputs = tuple(arrays) if self._inputs is None else self._inputs[0]
+        return [*inputs, *(self._targets[0] if self._targets is not None else ())]
+
+    def _hung(self) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"the metadata of {self._where.name} were not read within {self._read_timeout:g} s",
+            hint="check the storage, or raise read_timeout",
+        )
+
+    def _settle(self, arrays: dict[str, OpenArray]) -> _Opened:
+        """Everything that follows from metadata and arguments."""
+        for name, array in arrays.items():
+            if array.fallback is not None:
+                logger.info("array %s is read by zarr's own API, which is slower: %s", name, array.fallback)
+        layouts = {name: array.layout for name, array in arrays.items()}
+        shape = _sample_shape(layouts, self._sample_axes)
+        cell = _cell(next(iter(layouts.values())), self._sample_axes)
+        grid = CellGrid(shape, cell)
+        split = self._split(grid)
+        row_bytes = sum(_row_bytes(layout, self._sample_axes) for layout in layouts.values())
+        k = self._shuffle_blocks or default_k(row_bytes * grid.full, grid.full)
+        cache = self._cache(list(layouts.values()), grid)
+        axes = self._sample_axes
+        fields = self._fields(arrays)
+        feeds = [
+            Feed(arrays[name].layout, arrays[name].reader, axes, cell, cache if _decoded(layouts[name]) else None)
+            for name in fields
+        ]
+        columns = [
+            Column(
+                name,
+                feed.row_shape,
+                self._dtype(name, layouts[name], is_input=i < len(fields) - self._num_targets),
+                self._batch_size,
+            )
+            for i, (name, feed) in enumerate(zip(fields, feeds, strict=True))
+        ]
+        for column in columns:
+            if column.row_bytes == 0:
+                raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} are empty")
+        columns.append(Column("index", (), np.dtype(np.int64), self._batch_size))
+        order = EpochOrder(split, self._shuffle, k, self._seed, 0)
+        sizes = self._sizes(order, columns, feeds)
+        least = sizes.least + (cache.capacity if cache is not None else 0)
+        if least > self.budget.total:
+            raise ConfigError(
+                f"memory={format_bytes(self.budget.total)} is too small: a block of {min(k, split.num_cells)} chunks "
+                f"takes {format_bytes(sizes.buffer_bytes)}, and the least that works is {format_bytes(least)}",
+                hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
+            )
+        if self.budget.total > available_memory():
+            logger.warning(
+                "memory=%s is more than this machine or container has (%s)",
+                format_bytes(self.budget.total),
+                format_bytes(available_memory()),
+            )
+        return _Opened(arrays, grid, split, k, feeds, columns, sizes, cache, self._finisher(columns))
+
+    def _split(self, grid: CellGrid) -> Split:
+        try:
+            lower, upper = split_bounds(self._split_given, grid.num_samples)
+        except ValueError as error:
+            raise DataError(f"{self._where.name}: {error}", hint="split=(0.0, 0.9), or two sample numbers") from error
+        count = upper - lower
+        if count == 0:
+            raise DataError(
+                f"{self._where.name}: no samples (split {self._split_given} of {grid.num_samples})",
+                hint="choose a wider split, or data with rows",
+            )
+        if self._drop_last and count < self._batch_size:
+            raise DataError(
+                f"{self._where.name}: {count} samples are fewer than a batch of {self._batch_size}, and drop_last "
+                "drops them all",
+                hint="lower batch_size, or leave drop_last out",
+            )
+        return Split(grid, lower, upper, self._split_by, self._split_seed, ascending=self._shuffle == "none")
+
+    @property
+    def _num_targets(self) -> int:
+        return len(self._targets[0]) if self._targets is not None else 0
+
+    def _dtype(self, name: str, layout: ArrayLayout, *, is_input: bool) -> np.dtype[Any]:
+        own = layout.native
+        if isinstance(self._dtypes, dict):
+            return self._dtypes.get(name, own)
+        if self._dtypes is None:
+            return own
+        return self._dtypes if is_input or own.kind == self._dtypes.kind else own
+
+    def _cache(self, layouts: Sequence[ArrayLayout], grid: CellGrid) -> ChunkCache | None:
+        """A cache for decoded chunks, where one serves; its bytes come out of the budget while the stream is open."""
+        scattered = self._shuffle == "global" or (self._shuffle == "none" and len(self._sample_axes) > 1)
+        shared = [
+            layout
+            for layout in layouts
+            if _decoded(layout) and (scattered or not _same(layout, self._sample_axes, grid))
+        ]
+        if not shared or self._cache_bytes == 0:
+            return None
+        whole = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in shared)
+        capacity = min(whole * 2, self.budget.total // (4 if scattered else 8))
+        if self._cache_bytes is not None:
+            capacity = min(self._cache_bytes, self.budget.total // 2)
+        return ChunkCache(capacity)
+
+    def _sizes(self, order: EpochOrder, columns: Sequence[Column], feeds: Sequence[Feed]) -> Sizes:
+        split, size = order.split, self._batch_size
+        row = max(1, block_bytes(columns, 1) // size)
+        quarter = self.budget.total // 4
+        if order.scattered:
+            blocks, units = 1, max(1, -(-split.num_samples * row // max(1, min(BLOCK_BYTES, quarter))))
+            rows = min(split.num_samples, max(1, -(-split.num_samples // units // size)) * size)
+            units = -(-split.num_samples // rows)
+        else:
+            full = min(split.num_samples, -(-split.num_cells // order.num_blocks) * split.grid.full)
+            blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, quarter) // (full * row)))
+            rows = min(split.num_samples, blocks * full)
+            units = -(-order.num_blocks // blocks)
+        return Sizes(
+            unit_blocks=blocks,
+            unit_rows=rows,
+            buffer_bytes=block_bytes(columns, -(-rows // size)),
+            units=units,
+            scratch_bytes=max(_scratch(feed, column, split.grid) for feed, column in zip(feeds, columns, strict=False)),
+        )
+
+    def _finisher(self, columns: Sequence[Column]) -> Any:
+        """What turns transformed batches into what is handed over; checks dtypes at once."""
+        if self._output == "numpy":
+            return lambda batch: batch
+        from streamtrain.tensors import tensor_batch, to_tensor
+
+        for column in columns:
+            to_tensor(np.empty(0, dtype=column.dtype))
+        return tensor_batch
+
+    # ---- a pass
+
+    def __aiter__(self) -> ZarrPass:
+        """Start a pass: the current epoch over, or from where `load_state_dict` went. Ends the one that was live."""
+        if self._opened is None:
+            self.open_blocking()
+        opened = self._opened
+        assert opened is not None
+        if self._pass is not None:
+            self._pass.stop()
+        self._grant_cache(opened.cache)
+        if self._pool is None:
+            self._pool = Pool(opened.sizes.buffer_bytes, self.budget, poison=bool(os.environ.get(POISON)))
+        start, self._skip = Cursor(self._epoch, self._skip), 0
+        if not self._driven:
+            self._cursor = start
+        order = EpochOrder(opened.split, self._shuffle, opened.cells_per_block, self._seed, self._epoch)
+        self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned)
+        return self._pass
+
+    def _grant_cache(self, cache: ChunkCache | None) -> None:
+        if cache is None or self._cache_granted:
+            return
+        if not self.budget.try_acquire(cache.capacity):
+            raise BudgetHeld(
+                f"memory={format_bytes(self.budget.total)}: {format_bytes(cache.capacity)} to keep chunks are taken",
+                hint="let go of batches of earlier passes, or raise memory",
+            )
+        self._cache_granted = cache.capacity
+
+    def _recipe(self, opened: _Opened, pool: Pool) -> Recipe:
+        names = self._fields(opened.arrays)
+        count = len(names) - self._num_targets
+        several = self._inputs is not None and self._inputs[1], self._targets is not None and self._targets[1]
+        wrap: Any = _same_array
+        if self._output == "torch" and self._transform is None:
+            from streamtrain.tensors import to_tensor as wrap
+
+        def assemble(arrays: Sequence[NDArray[Any]]) -> Batch:
+            wrapped = [wrap(array) for array in arrays]
+            inputs: Any = dict(zip(names[:count], wrapped, strict=False)) if several[0] else wrapped[0]
+            targets: Any = dict(zip(names[count:], wrapped[count:-1], strict=True)) if several[1] else None
+            if not several[1] and count < len(names):
+                targets = wrapped[count]
+            return Batch(inputs, targets, wrapped[-1])
+
+        return Recipe(
+            feeds=opened.feeds,
+            columns=opened.columns,
+            sizes=opened.sizes,
+            budget=self.budget,
+            batch_size=self._batch_size,
+            drop_last=self._drop_last,
+            seed=self._seed,
+            threads=self._threads,
+            prefetch=self._prefetch,
+            read_timeout=self._read_timeout,
+            transform=self._transform,
+            assemble=assemble,
+            finish=opened.finish,
+            pool=pool,
+        )
+
+    def _returned(self, cursor: Cursor, finished: bool) -> None:
+        if finished and cursor.epoch == self._epoch:
+            self._epoch += 1
+            cursor = Cursor(self._epoch, 0)
+        if not self._driven:
+            self._cursor = cursor
+
+    async def __aenter__(self) -> ZarrStream:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the live pass and give all memory back; batches that are still held stay valid."""
+        if self._pass is not None:
+            await self._pass.aclose()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        if self._opened is not None and self._opened.cache is not None and self._cache_granted:
+            self._opened.cache.clear()
+            self.budget.release(self._cache_granted)
+            self._cache_granted = 0
+        await self._zarr_loop.aclose()
+
+    async def pause(self) -> None:
+        """Read no further ahead until `resume`; what is ready can still be taken."""
+        if self._pass is not None:
+            self._pass.paused = True
+
+    def resume(self) -> None:
+        """Read ahead again."""
+        if self._pass is not None:
+            self._pass.paused = False
+            self._pass.go_on()
+
+    # ---- position
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next pass, or the live one, gives."""
+        return self._epoch
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a full batch."""
+        return self._batch_size
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch. Before the first use this reads metadata, and may block."""
+        return self._known().split.num_samples
+
+    def __len__(self) -> int:
+        """Batches of an epoch. Before the first use this reads metadata, and may block."""
+        count = self.num_samples
+        return count // self._batch_size if self._drop_last else -(-count // self._batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of this epoch; does nothing within it. Raises ConfigError for a negative one."""
+        if _at_least(epoch, 0, "epoch") != self._epoch:
+            self._epoch, self._skip = epoch, 0
+            self._cursor = Cursor(epoch, 0)
+
+    def follow(self, driven: bool) -> None:
+        """While `driven`, the position that `state_dict` tells is moved by `trained` alone."""
+        self._driven = driven
+
+    def trained(self, cursor: Cursor) -> None:
+        """All before this position is part of a finished update."""
+        self._cursor = cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch returned (in a fit: trained), and what of; JSON, at most 1 KiB."""
+        return {"epoch": self._cursor.epoch, "position": self._cursor.position, "of": self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position: the next pass continues there.
+
+        Raises DataError, naming the difference, where it belongs to other data or another order. Batch size, memory,
+        threads and prefetch may differ.
+        """
+        try:
+            cursor = Cursor(int(state["epoch"]), int(state["position"]))
+            theirs = dict(state["of"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"this is no position of a ZarrStream: {state!r:.80}") from error
+        mine = self._fingerprint()
+        different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if different:
+            table = "; ".join(f"{key}: {theirs.get(key)} then, {mine.get(key)} now" for key in different)
+            raise DataError(
+                f"the saved position belongs to other data or another order: {table}",
+                hint="use the same data, seed, split and shuffle, or start over",
+            )
+        if not (cursor.epoch >= 0 and 0 <= cursor.position <= self.num_samples):
+            raise DataError(f"the saved position {tuple(cursor)} is beyond the {self.num_samples} samples")
+        self._epoch, self._skip, self._cursor = cursor.epoch, cursor.position, cursor
+
+    def _fingerprint(self) -> dict[str, Any]:
+        opened = self._known()
+        split = opened.split
+        arrays: Any = {
+            name: f"{'x'.join(map(str, a.layout.shape))} {a.layout.native}" for name, a in opened.arrays.items()
+        }
+        if len(str(arrays)) > 500:
+            from streamtrain.data.order import derive_key
+
+            arrays = f"{len(arrays)} arrays, digest {derive_key(str(arrays)):016x}"
+        keyed = self._shuffle != "none"
+        return {
+            "arrays": arrays,
+            "sample_axes": list(self._sample_axes),
+            "cells": list(opened.grid.cell),
+            "shuffle": self._shuffle,
+            "seed": self._seed if keyed else None,
+            "shuffle_blocks": opened.cells_per_block if self._shuffle == "block" else None,
+            "split": [split.lower, split.upper],
+            "split_by": split.by,
+            "split_seed": self._split_seed if split.by != "range" else None,
+        }
+
+    def _known(self) -> _Opened:
+        if self._opened is None:
+            self.open_blocking()
+        assert self._opened is not None
+        return self._opened
+
+    # ---- how it does
+
+    def statistics(self) -> StreamStatistics:
+        """How the live pass does, or how the last one did."""
+        opened = self._opened
+        arrays = opened.arrays if opened is not None else {}
+        scratches = self._pass.scratches if self._pass is not None else []
+
+        def seconds(what: str) -> float:
+            return sum(scratch.seconds[what] for scratch in scratches)
+
+        return StreamStatistics(
+            lanes={
+                name: a.reader.lane + (f" ({a.fallback})" if a.fallback is not None else "")
+                for name, a in arrays.items()
+            },
+            chunks=sum(scratch.chunks for scratch in scratches),
+            bytes_read=sum(scratch.bytes_read for scratch in scratches),
+            read_seconds=seconds("read"),
+            decode_seconds=seconds("decode"),
+            gather_seconds=seconds("gather"),
+            transform_seconds=seconds("transform"),
+            queue=self._pass.queue.statistics() if self._pass is not None else None,
+            budget=self.budget.statistics(),
+            cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,
+            threads=self._threads,
+            buffers=self._pass.buffers if self._pass is not None else 0,
+            buffer_bytes=opened.sizes.buffer_bytes if opened is not None else 0,
+        )
+
+    def plan(self) -> Plan:
+        """What a pass costs, without reading data. Before the first use this reads metadata, and may block."""
+        opened = self._known()
+        split, sizes = opened.split, opened.sizes
+        used = read = chunks = 0
+        for feed, column in zip(opened.feeds, opened.columns, strict=False):
+            row = _row_bytes(feed.layout, self._sample_axes)
+            touched = _chunks_read(feed, split, self._shuffle, sizes)
+            used += split.num_samples * row
+            chunks += touched
+            read += max(split.num_samples * row, touched * feed.layout.chunk_bytes if _decoded(feed.layout) else 0)
+            del column
+        return Plan(
+            samples=split.num_samples,
+            batches=len(self),
+            cells=split.num_cells,
+            cells_per_block=opened.cells_per_block,
+            chunks=chunks,
+            bytes_used=used,
+            bytes_read=read,
+            read_amplification=read / used if used else 0.0,
+            shuffle_quality=_quality(self._shuffle, split, opened.cells_per_block, self._batch_size),
+            buffer_bytes=sizes.buffer_bytes,
+            memory_least=sizes.least + (opened.cache.capacity if opened.cache is not None else 0),
+            memory=self.budget.total,
+        )
+
+
+def _same_array(array: NDArray[Any]) -> NDArray[Any]:
+    return array
+
+
+def _at_least(value: object, least: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
+    return int(value)
+
+
+def _seconds(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
+    return float(value)
+
+
+def _choice(value: Any, known: Sequence[str], name: str) -> Any:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}", hint=hint)
+    return value
+
+
+def _shuffle(shuffle: object) -> object:
+    if shuffle is False or shuffle is None:
+        return "none"
+    return "block" if shuffle is True else shuffle
+
+
+def _names(names: object, what: str) -> tuple[tuple[str, ...], bool] | None:
+    """The names, and whether batches hold a dict of them."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        return (names,), False
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{what}={names!r} names an array twice")
+        return tuple(names), True
+    raise ConfigError(f"{what} must be a name or a list of names, not {names!r}")
+
+
+def _split(split: Any) -> tuple[float, float] | tuple[int, int] | None:
+    if split is None:
+        return None
+    if isinstance(split, list | tuple) and len(split) == 2:
+        try:
+            split_bounds(split, 1 << 62)
+        except ValueError as error:
+            raise ConfigError(str(error), hint="split=(0.0, 0.9), or two sample numbers") from error
+        return split[0], split[1]
+    raise ConfigError(f"split must be two fractions or two sample numbers, not {split!r}", hint="split=(0.0, 0.9)")
+
+
+def _axes(axes: object) -> tuple[int, ...]:
+    given = (axes,) if isinstance(axes, int) else axes
+    if not isinstance(given, list | tuple) or not given or len(set(given)) < len(given):
+        raise ConfigError(f"sample_axes must be different axis numbers such as (0,), not {axes!r}")
+    return tuple(_at_least(axis, 0, "sample_axes") for axis in given)
+
+
+def _dtypes(dtype: Any) -> np.dtype[Any] | dict[str, np.dtype[Any]] | None:
+    if dtype is None:
+        return None
+    if isinstance(dtype, Mapping):
+        return {name: _one_dtype(each) for name, each in dtype.items()}
+    return _one_dtype(dtype)
+
+
+def _one_dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        found = np.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(f"dtype={dtype!r} is no numpy dtype", hint="for example dtype='float32'") from error
+    if found.kind not in "biufc":
+        raise ConfigError(f"dtype={dtype!r} can't be trained on", hint="for example dtype='float32'")
+    native: np.dtype[Any] = found.newbyteorder("=")
+    return native
+
+
+def _sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of the sample axes, which all arrays must share."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layout in layouts.items():
+        if max(axes) >= layout.ndim:
+            raise DataError(
+                f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={tuple(axes)}",
+                hint="choose axes that all arrays have",
+            )
+        shapes[name] = tuple(layout.shape[a] for a in axes)
+    first = next(iter(shapes.values()))
+    if any(shape != first for shape in shapes.values()):
+        table = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        raise DataError(f"arrays differ in their numbers of samples: {table}", hint="all need the same")
+    if 0 in first:
+        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
+    return first
+
+
+def _cell(layout: ArrayLayout, axes: Sequence[int]) -> tuple[int, ...]:
+    """Samples of a cell along each sample axis: those of a chunk; fewer of very large uncompressed ones."""
+    cell = [min(layout.chunk_shape[a], layout.shape[a]) for a in axes]
+    if layout.chunk_bytes > LARGE_CHUNK and not _decoded(layout) and layout.slow is None:
+        cell[0] = max(1, cell[0] // -(-layout.chunk_bytes // RAW_CELL))
+    return tuple(cell)
+
+
+def _decoded(layout: ArrayLayout) -> bool:
+    """Whether its chunks can only be had whole."""
+    return layout.slow is not None or not layout.raw
+
+
+def _same(layout: ArrayLayout, axes: Sequence[int], grid: CellGrid) -> bool:
+    """Whether no chunk reaches over more than one cell."""
+    return all(
+        c % layout.chunk_shape[a] == 0 or layout.chunk_shape[a] >= s == c
+        for a, c, s in zip(axes, grid.cell, grid.shape, strict=True)
+    )
+
+
+def _row_bytes(layout: ArrayLayout, axes: Sequence[int]) -> int:
+    """Stored bytes of one sample."""
+    return math.prod(s for a, s in enumerate(layout.shape) if a not in axes) * layout.dtype.itemsize
+
+
+def _scratch(feed: Feed, column: Column, grid: CellGrid) -> int:
+    """Bytes that one thread takes for reading a cell of this array."""
+    layout = feed.layout
+    cell = grid.full * column.row_bytes
+    copies = cell if column.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
+    if not _decoded(layout):
+        return min(layout.chunk_bytes, 2 * cell) + copies
+    return 2 * layout.chunk_bytes + copies
+
+
+def _chunks_read(feed: Feed, split: Split, shuffle: Shuffle, sizes: Sizes) -> int:
+    """About how many chunks of an array a pass reads."""
+    layout, grid = feed.layout, split.grid
+    axes = feed.sample_axes
+    per_cell = math.prod(max(1, -(-c // layout.chunk_shape[a])) for a, c in zip(axes, grid.cell, strict=True))
+    per_row = math.prod(feed.chunks_per_row)
+    if shuffle == "global":
+        rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
+        chunks = max(1, grid.num_samples // rows_each)
+        units = max(1, -(-split.num_samples // sizes.unit_rows))
+        touched = chunks * (1 - (1 - 1 / chunks) ** min(sizes.unit_rows, split.num_samples)) if chunks > 1 else 1
+        return round(units * touched) * per_row
+    return split.num_cells * per_cell * per_row
+
+
+def _quality(shuffle: Shuffle, split: Split, k: int, batch: int) -> float:
+    """Entropy of the cells that a batch draws from, over that of a full shuffle."""
+    if shuffle == "global" or split.num_cells == 1:
+        return 0.0 if shuffle == "none" else 1.0
+    if shuffle == "none":
+        return 0.0
+    return math.log(max(1, min(k, batch, split.num_cells))) / math.log(max(2, min(batch, split.num_cells)))

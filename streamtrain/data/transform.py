@@ -1,0 +1,115 @@
+"""The user's transform: from the numpy arrays of one batch to the batch that is handed over.
+
+Its law: what it gives depends on the batch alone (its arrays, and a generator keyed by seed, epoch and position), so
+that it is the same after a resume. It may drop rows, never add them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.batch import Batch
+from streamtrain.data.block import ALIGN
+from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
+
+Transform = Callable[[Batch], Any]
+"""`transform(batch) -> Batch | (inputs, targets)`."""
+
+
+def check_transform(transform: object) -> None:
+    """Raise ConfigError for what can't be a transform here."""
+    if transform is None:
+        return
+    if not callable(transform):
+        raise ConfigError(f"transform must be a function of a batch, not {type(transform).__name__}")
+    if inspect.iscoroutinefunction(transform) or inspect.iscoroutinefunction(type(transform).__call__):
+        raise ConfigError(
+            "async transforms are not supported yet", hint="give a plain function: it runs in our threads"
+        )
+
+
+def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
+    """The transformed batch: arrays at multiples of 64 bytes. Raises UserCodeError naming the rows."""
+    start = batch.cursor.position - len(batch.index)
+    rows = len(batch.index)
+    given = replace(batch, rng=np.random.default_rng([seed, batch.epoch, start]))
+    try:
+        made = transform(given)
+    except StreamtrainError:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"transform raised {type(error).__name__}: {error} ({_where(error)}) on {_rows(batch)}",
+            hint="the traceback (--debug) shows the line in the transform",
+        ) from error
+    result = _as_batch(made, given, batch)
+    if len(result) > rows:
+        raise UserCodeError(
+            f"transform made {len(result)} rows out of {rows}, on {_rows(batch)}", hint="it may drop rows, not add them"
+        )
+    return result
+
+
+def _as_batch(made: object, given: Batch, batch: Batch) -> Batch:
+    if isinstance(made, Batch):
+        index = made.index
+        inputs, targets = made.inputs, made.targets
+    elif isinstance(made, tuple) and len(made) == 2:
+        inputs, targets = made
+        index = given.index
+    else:
+        raise UserCodeError(
+            f"transform returned {type(made).__name__}, not a Batch or (inputs, targets)",
+            hint="return (batch.inputs, batch.targets), changed or not",
+        )
+    result = Batch(_aligned(inputs), _aligned(targets), None, batch.epoch, batch.cursor)
+    if index is not None and len(index) == len(result):
+        result.index = _aligned(index)
+    return result
+
+
+def _rows(batch: Batch) -> str:
+    index = batch.index
+    return f"samples {index[0]}...{index[-1]} (epoch {batch.epoch}, positions up to {batch.cursor.position})"
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "no line"
+
+
+def _aligned(tree: Any) -> Any:
+    """Arrays that begin at a multiple of 64 bytes, copied where they do not."""
+    if isinstance(tree, np.ndarray):
+        return tree if tree.ctypes.data % ALIGN == 0 or not tree.size else _aligned_copy(tree)
+    if isinstance(tree, dict):
+        return {key: _aligned(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
+        return type(tree)(_aligned(value) for value in tree)
+    return tree
+
+
+def _aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+    memory = np.empty(array.nbytes + ALIGN, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGN
+    copy: NDArray[Any] = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def batch_bytes(tree: Any) -> int:
+    """Bytes of the arrays in nested dicts, lists and tuples."""
+    if isinstance(tree, Batch):
+        return batch_bytes([tree.inputs, tree.targets, tree.index])
+    if isinstance(tree, dict):
+        return sum(map(batch_bytes, tree.values()))
+    if isinstance(tree, list | tuple):
+        return sum(map(batch_bytes, tree))
+    return int(getattr(tree, "nbytes", 0))
