@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import math
 import mmap
 import os
 import resource
@@ -78,9 +79,10 @@ class ChunkReader(Protocol):
     """`mmap`, `pread` or `zarr`."""
 
     def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
-        """The decoded chunk, of the chunk's shape, valid until the scratch is used again; None if it is absent.
+        """The decoded chunk, valid until the scratch is used again; None if it is absent.
 
-        `rows` are the first axis' rows that will be used: a lane may leave the others undefined.
+        It has the chunk's shape, or ends with the array. `rows` are the first axis' rows that will be used: a lane may
+        leave the others undefined.
         """
 
 
@@ -144,6 +146,13 @@ class StoreFiles:
             self._seen.clear()
         if known != signature:
             raise ValueError(_changed(known, signature))
+
+    def check_absent(self, key: str) -> None:
+        """Raise ValueError if what can't be found was there before, or if a link to nothing stands in its place."""
+        if key in self._seen:
+            raise ValueError("it was there, and vanished during the run")
+        if os.path.lexists(os.path.join(self.root, key)):
+            raise ValueError("it is a link to nothing")
 
     def settled(self, status: os.stat_result) -> bool:
         """Whether the file was not modified since this store was opened."""
@@ -256,7 +265,8 @@ class LocalReader:
                     start, size = self._extent(key, chunk, None, len(memory))
                     return None if size < 0 else memory[start : start + size]
             fd, status = self._files.open(key)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            self._files.check_absent(key)
             return None
         try:
             self._files.check_unchanged(key, status)
@@ -290,6 +300,9 @@ class LocalReader:
                 return 0, -1
             if start + size > file_size:
                 raise ValueError(f"its shard ends at byte {file_size}, the chunk at {start + size}")
+            index = 16 * math.prod(layout.inner) + 4
+            if start < index if layout.index_at_start else start + size > file_size - index:
+                raise ValueError(f"it would lie over the index of its shard, at bytes {start} to {start + size}")
         if exact is not None and size != exact:
             raise ValueError(f"it has {size} bytes, expected {exact}")
         if size > limit:
@@ -304,7 +317,7 @@ class LocalReader:
             if known is not None:
                 self._indexes.move_to_end(key)
                 return known
-        chunks = int(np.prod(self.layout.inner))
+        chunks = math.prod(self.layout.inner)
         length = 16 * chunks + 4
         if file_size < length:
             raise ValueError(f"its shard has {file_size} bytes, fewer than its index of {length}")
@@ -405,7 +418,7 @@ class ZarrReader:
         layout = self.layout
         box = layout.box(chunk)
         try:
-            data = self._loop.run(self._array.getitem(tuple(slice(a, b) for a, b in box)), self._timeout)
+            data = self._loop.run(self._get(chunk, tuple(slice(a, b) for a, b in box)), self._timeout)
         except TimeoutError:
             raise EnvironmentProblem(
                 f"array {layout.name!r}: chunk {chunk} was not read within {self._timeout:g} s",
@@ -416,3 +429,9 @@ class ZarrReader:
             raise chunk_error(layout, chunk, getattr(self._array, "store_path", layout.name), cause) from error
         result: NDArray[Any] = np.asarray(data)
         return result
+
+    async def _get(self, chunk: Sequence[int], selection: tuple[slice, ...]) -> Any:
+        """What zarr reads; it takes a missing file for fill, which it is not where the writer left no chunk out."""
+        if self.layout.complete and not await self._array.store_path.store.exists(self.layout.key(chunk)):
+            raise FileNotFoundError("it is missing, and its writer left no chunk out")
+        return await self._array.getitem(selection)
