@@ -177,6 +177,11 @@ class StoreFiles:
                 return None
             self.check_unchanged(key, status)
             memory = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            self.close()  # others took the descriptors: make room, and read this one by pread
+            return None
         finally:
             os.close(fd)
         populate(memory)
