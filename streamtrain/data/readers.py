@@ -14,12 +14,13 @@ import errno
 import math
 import mmap
 import os
+import queue
 import resource
 import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +39,8 @@ INDEX_CACHE_BYTES = 16 << 20
 SPARE_DESCRIPTORS = 256
 ENCODED_SLACK = 1 << 16
 """Encoded chunks may be larger than decoded ones by 1/8 and this much; anything beyond is refused unread."""
+LEAVE_SECONDS = 2.0
+"""How long `ZarrLoop.close` waits for reads that are under way."""
 _REMOTE_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs"})
 
 Signature = tuple[int, int, int]
@@ -344,6 +347,48 @@ class LocalReader:
 _NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 
 
+class _DaemonExecutor(concurrent.futures.ThreadPoolExecutor):
+    """Daemon threads in place of the pool's own, so that a read that hangs for ever keeps no process alive."""
+
+    def __init__(self, max_workers: int, name: str) -> None:
+        super().__init__(max_workers)  # a loop takes nothing else; it starts no thread before its own `submit`
+        self._name, self._limit, self._ended = name, max_workers, False
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._daemons: list[threading.Thread] = []
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._calls.put(call)
+        if len(self._daemons) < self._limit:
+            name = f"{self._name}-{len(self._daemons)}"
+            self._daemons.append(threading.Thread(target=self._serve, name=name, daemon=True))
+            self._daemons[-1].start()
+        return future
+
+    def _serve(self) -> None:
+        while call := self._calls.get():
+            call()
+            del call
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads; the first call waits for those that end within LEAVE_SECONDS."""
+        waited, self._ended = self._ended, True
+        for _ in self._daemons:
+            self._calls.put(None)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for thread in self._daemons if wait and not waited else ():
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 class ZarrLoop:
     """A private event loop in a thread of its own, with an executor of its own, for zarr's asynchronous API.
 
@@ -357,7 +402,10 @@ class ZarrLoop:
         self._thread: threading.Thread | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
-        """Run a coroutine there and wait for its result, from any other thread. Raises TimeoutError."""
+        """Run a coroutine there and wait for its result, from any other thread.
+
+        Raises TimeoutError, or concurrent.futures.CancelledError where `close` came first.
+        """
         future = self.submit(coroutine)
         try:
             return future.result(timeout)
@@ -381,11 +429,16 @@ class ZarrLoop:
     @staticmethod
     def _serve(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        executor = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="streamtrain-zarr-io")
+        executor = _DaemonExecutor(4, "streamtrain-zarr-io")
         loop.set_default_executor(executor)
         try:
             loop.run_forever()
         finally:
+            waiting = asyncio.all_tasks(loop)
+            for task in waiting:
+                task.cancel()
+            if waiting:
+                loop.run_until_complete(asyncio.wait(waiting))
             loop.run_until_complete(loop.shutdown_asyncgens())
             executor.shutdown(wait=True)
             loop.close()
@@ -403,7 +456,7 @@ class ZarrLoop:
         self.close()
 
     def close(self) -> None:
-        """End the thread and its executor, and wait for both."""
+        """End the thread and its executor, and wait for both (but not for a read that hangs)."""
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is not None and thread is not None:
@@ -426,7 +479,7 @@ class ZarrReader:
             data = self._loop.run(self._get(chunk, tuple(slice(a, b) for a, b in box)), self._timeout)
         except TimeoutError:
             raise EnvironmentProblem(
-                f"array {layout.name!r}: chunk {chunk} was not read within {self._timeout:g} s",
+                f"array {layout.name or '/'!r}: chunk {'.'.join(map(str, chunk)) or '0'} was not read within {self._timeout:g} s",
                 hint="check the storage, or raise read_timeout",
             ) from None
         except Exception as error:
