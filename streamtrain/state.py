@@ -314,7 +314,7 @@ class _Decoder:
             return self._tagged(tag, json)
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise self._refusal(f"a malformed {tag}: {error}") from error
 
     def _refusal(self, what: str) -> CheckpointError:
@@ -347,7 +347,8 @@ class _Decoder:
             data = self._tensor(body).numpy()
             return data.view(_dtype(json["dtype"])).reshape(json["shape"])
         if tag == "$scalar":
-            return np.frombuffer(bytes.fromhex(json["hex"]), _dtype(body))[0]
+            dtype, raw = _dtype(body), bytes.fromhex(json["hex"])
+            return np.frombuffer(raw, dtype)[0] if dtype.itemsize else dtype.type()  # an empty text has no bytes
         raise self._refusal(f"{tag!r:.80}, which this version does not know")
 
     def _tensor(self, json: dict[str, Json]) -> Tensor:
