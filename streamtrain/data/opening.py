@@ -149,6 +149,8 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
         member = await node.getitem(name)
     except KeyError:
         names = await _names(node, where)
+        if name in names:  # an array of the other Zarr format within a group
+            return await _array_at(where, name)
         near = difflib.get_close_matches(name, names, 1)
         there = f"there are: {', '.join(names)}" if names else "there is none"
         hint = f"did you mean {near[0]!r}?" if near else there
@@ -159,6 +161,12 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
     if not isinstance(member, zarr.AsyncArray):
         raise DataError(f"{where.name}: {name!r} is a group, not an array", hint=f"name an array in it: '{name}/...'")
     return member
+
+
+async def _array_at(where: Located, name: str) -> zarr.AsyncArray[Any]:
+    node = await _opened(where, name)
+    assert isinstance(node, zarr.AsyncArray)
+    return node
 
 
 async def _names(node: zarr.AsyncGroup, where: Located) -> list[str]:
@@ -223,7 +231,7 @@ def _check_json(folder: Path) -> None:
             json.loads(text)
         except json.JSONDecodeError as error:
             at = len(error.doc[: error.pos].encode())
-            raise DataError(f"{path} is no JSON: {error.msg} at byte {at} of {len(text)}", hint=hint) from error
+            raise DataError(f"{path} is no JSON: {error.msg.removesuffix(' at')} at byte {at} of {len(text)}", hint=hint) from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=hint) from error
         except RecursionError as error:
