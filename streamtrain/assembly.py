@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from streamtrain.config import Config, DataTable, Named, Said
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
@@ -91,7 +91,7 @@ def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> 
     return Job(trainer, train, validation, config.fit.model_dump(exclude_none=True))
 
 
-def stream(table: DataTable, said: Said, name: str) -> ZarrStream:
+def stream(table: DataTable, said: Said, name: str, *, output: Literal["torch", "numpy"] = "torch") -> ZarrStream:
     """The stream of `[data]` or `[validation]`; nothing is opened yet."""
     from streamtrain.data.stream import ZarrStream
 
@@ -101,7 +101,7 @@ def stream(table: DataTable, said: Said, name: str) -> ZarrStream:
         keywords["split"] = tuple(table.split)
     if table.transform is not None:
         keywords["transform"] = _function(table.transform, said, (name, "transform"))
-    return ZarrStream(table.store, **keywords)
+    return ZarrStream(table.store, output=output, **keywords)  # type: ignore[arg-type]  # it refuses lists itself
 
 
 def model(config: Config, said: Said) -> nn.Module:

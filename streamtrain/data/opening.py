@@ -231,7 +231,9 @@ def _check_json(folder: Path) -> None:
             json.loads(text)
         except json.JSONDecodeError as error:
             at = len(error.doc[: error.pos].encode())
-            raise DataError(f"{path} is no JSON: {error.msg.removesuffix(' at')} at byte {at} of {len(text)}", hint=hint) from error
+            raise DataError(
+                f"{path} is no JSON: {error.msg.removesuffix(' at')} at byte {at} of {len(text)}", hint=hint
+            ) from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=hint) from error
         except RecursionError as error:

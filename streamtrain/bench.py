@@ -1,0 +1,130 @@
+"""The loader alone: how many samples and bytes a second a store gives, with no model behind it and no torch loaded.
+
+Its law: what is measured is what `fit` would be handed, batch by batch, on an event loop; nothing is warmed up first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamtrain import assembly
+from streamtrain.config import Said, resolve_data
+from streamtrain.data.budget import format_bytes
+from streamtrain.inspection import with_inputs
+
+if TYPE_CHECKING:
+    from streamtrain.data.stream import ZarrStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured."""
+
+    samples_per_s: float
+    """Over all batches, the first with its start-up included."""
+    bytes_per_s: float
+    """Bytes of inputs and targets handed over, not bytes read."""
+    first_batch_s: float
+    """From asking for the first pass to its first batch; metadata were read before."""
+    open_s: float
+    """Reading metadata."""
+    peak_rss_bytes: int
+    """Most resident memory that this process ever had, mapped files included."""
+    cpu_s: float
+    """Processor time of all threads while reading."""
+    seconds: float
+    samples: int
+    batches: int
+    passes: int
+    """Epochs begun."""
+    stages: dict[str, Any]
+    """The stream's own statistics, each told in `StreamStatistics`: sums over all passes, the rest of the last one."""
+
+    def dumps(self) -> str:
+        """As one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+
+SUMS = ("chunks", "bytes_read", "read_seconds", "decode_seconds", "gather_seconds", "transform_seconds")
+
+
+def bench(said: Said, *, seconds: float) -> Measured:
+    """Read the store for so long (one batch at least), in as many passes as that takes."""
+    table = with_inputs(resolve_data(said))
+    return asyncio.run(measure(assembly.stream(table, said, "data", output="numpy"), seconds))
+
+
+async def measure(stream: ZarrStream, seconds: float) -> Measured:
+    """Take batches from `stream`, and drop them, until `seconds` are over."""
+    opening = time.perf_counter()
+    samples = batches = passes = size = 0
+    first = 0.0
+    sums: dict[str, float] = dict.fromkeys(SUMS, 0)
+    told: dict[str, Any] = {}
+    async with stream:
+        began, cpu = time.perf_counter(), time.process_time()
+        while time.perf_counter() - began < seconds:
+            passes += 1
+            async for batch in stream:
+                if not batches:
+                    first = time.perf_counter() - began
+                batches += 1
+                samples += len(batch)
+                size += _bytes(batch.inputs) + _bytes(batch.targets)
+                if time.perf_counter() - began >= seconds:
+                    break
+            told = dataclasses.asdict(stream.statistics())
+            sums = {name: sums[name] + told[name] for name in SUMS}
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
+        stages = {**told, **sums}
+    return Measured(
+        samples_per_s=samples / took,
+        bytes_per_s=size / took,
+        first_batch_s=first,
+        open_s=began - opening,
+        peak_rss_bytes=peak_rss(),
+        cpu_s=cpu,
+        seconds=took,
+        samples=samples,
+        batches=batches,
+        passes=passes,
+        stages=stages,
+    )
+
+
+def in_words(measured: Measured) -> Iterator[str]:
+    """The same for people."""
+    yield f"{measured.samples_per_s:,.0f} samples/s, {format_bytes(measured.bytes_per_s)}/s"
+    yield f"  {measured.samples:,} samples in {measured.batches:,} batches, {measured.seconds:.2f} s"
+    yield f"  first batch after {measured.first_batch_s * 1000:.1f} ms; metadata took {measured.open_s * 1000:.1f} ms"
+    cores = measured.cpu_s / measured.seconds
+    yield f"  processor {measured.cpu_s:.2f} s ({cores:.2f} cores); peak memory {format_bytes(measured.peak_rss_bytes)}"
+    stages = measured.stages
+    for name, lane in stages["lanes"].items():
+        yield f"  {name or 'array'} by {lane}"
+    times = {name.removesuffix("_seconds"): stages[name] for name in stages if name.endswith("_seconds")}
+    yield "  time of the threads: " + ", ".join(f"{name} {value:.2f} s" for name, value in times.items())
+
+
+def peak_rss() -> int:
+    """Most resident bytes of this process; getrusage would count those of the process that started it."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        unit = 1 if os.uname().sysname == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _bytes(part: Any) -> int:
+    if isinstance(part, dict):
+        return sum(map(_bytes, part.values()))
+    return 0 if part is None else int(part.nbytes)

@@ -1,0 +1,165 @@
+"""What building from a configuration promises: a name that leads nowhere is named, with what was found instead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamtrain import assembly
+from streamtrain.config import Named, Said, resolve
+from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
+
+MODULE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.layer = nn.Linear(width, 1)
+
+class Bare(nn.Module):
+    pass
+
+class Broken(nn.Module):
+    def __init__(self):
+        raise RuntimeError("no weights here")
+
+def factory(width):
+    return Net(width)
+
+def nothing():
+    return None
+
+def leaves():
+    raise SystemExit(3)
+
+made = Net()
+number = 3
+
+def close(outputs, targets, scale=1.0):
+    return scale * ((outputs - targets) ** 2).mean()
+"""
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "nets_here.py").write_text(MODULE)
+    (tmp_path / "nets_broken.py").write_text("x = 1\nimport no_such_package\n")
+    (tmp_path / "nets_raise.py").write_text("def f():\n    return 1 / 0\nf()\n")
+    (tmp_path / "nets_exit.py").write_text("raise SystemExit(5)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [name for name in sys.modules if name.startswith("nets_")]:
+        del sys.modules[name]
+
+
+def made(target: str, **arguments: Any) -> nn.Module:
+    said = Said({"data": {"store": "d"}, "model": {"target": target, "args": arguments}})
+    return assembly.model(resolve(said), said)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("nets_here:Net", {}),
+        ("nets_here:Net", {"width": 3}),
+        ("nets_here:factory", {"width": 5}),
+        ("nets_here:made", {}),
+    ],
+)
+def test_a_model_is_a_class_a_function_or_a_module(target: str, arguments: dict[str, Any]) -> None:
+    assert isinstance(made(target, **arguments), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "kind", "message", "hint"),
+    [
+        ("nets_here:Nett", {}, ConfigError, "module nets_here has no Nett", "Did you mean Net?"),
+        ("nets_her:Net", {}, ConfigError, "there is no module nets_her (for nets_her:Net)", "Modules are looked for in"),
+        ("nets_broken:Net", {}, ConfigError, "importing nets_broken (for nets_broken:Net) failed: ModuleNotFoundError: No"
+         " module named 'no_such_package' (", "Try `python -c"),
+        ("nets_raise:Net", {}, ConfigError, "importing nets_raise (for nets_raise:Net) failed: ZeroDivisionError: ", ""),
+        ("nets_exit:Net", {}, ConfigError, "importing nets_exit (for nets_exit:Net) failed: SystemExit: 5", ""),
+        ("nets_here:nothing", {}, ConfigError, "nets_here:nothing gave None of type NoneType, not a torch.nn.Module", ""),
+        ("nets_here:number", {}, ConfigError, "nets_here:number gave 3 of type int, not a torch.nn.Module", ""),
+        ("nets_here:Bare", {}, ConfigError, "nets_here:Bare gave a Bare without parameters: nothing to train", ""),
+        ("nets_here:Net", {"widht": 3}, ConfigError, "unknown key model.args.widht: nets_here:Net takes no such argument",
+         "Did you mean width?"),
+        ("nets_here:factory", {}, ConfigError, "nets_here:factory cannot be made: missing a required argument: 'width'",
+         "Its arguments are (width)"),
+        ("nets_here:Broken", {}, UserCodeError, "nets_here:Broken raised RuntimeError: no weights here (", "--debug"),
+        ("nets_here:leaves", {}, UserCodeError, "nets_here:leaves raised SystemExit: 3 (", "--debug"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_said(
+    target: str, arguments: dict[str, Any], kind: type[StreamtrainError], message: str, hint: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        made(target, **arguments)
+    assert str(caught.value).startswith(message)
+    assert caught.value.hint.startswith(hint)
+
+
+def test_an_import_error_inside_a_module_names_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        made("nets_raise:Net")
+    assert str(caught.value).endswith(f"({tmp_path / 'nets_raise.py'}:2)")
+
+
+def test_losses_go_by_short_name_or_by_where_they_are() -> None:
+    said, outputs, targets = Said(), torch.ones(3, 1), torch.zeros(3)
+    named = assembly.loss(Named(name="MSE"), said)
+    own = assembly.loss(Named.model_validate({"name": "nets_here:close", "scale": 2.0}), said)
+    assert named is not None
+    assert own is not None
+    assert named(outputs, targets) == 1
+    assert own(outputs, targets.reshape(3, 1)) == 2
+    assert assembly.loss(None, said) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message", "hint"),
+    [
+        ({"name": "msee"}, "there is no loss 'msee'", "Did you mean mse? Known: "),
+        (
+            {"name": "huber", "detla": 1.0},
+            "unknown key loss.detla: huber takes no such argument",
+            "Did you mean delta?",
+        ),
+        ({"name": "nets_here:number"}, "nets_here:number is 3, which cannot be called", "Name a function or a class."),
+    ],
+)
+def test_a_loss_that_is_none_is_said(table: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        assembly.loss(Named.model_validate(table), Said())
+    assert str(caught.value) == message
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize("name", sorted(assembly.METRICS))
+def test_every_metric_has_its_short_name(name: str) -> None:
+    assert hasattr(assembly.metric(Named(name=name), Said(), "m"), "compute")
+
+
+@pytest.mark.parametrize("name", sorted(assembly.CALLBACKS))
+def test_every_callback_has_its_short_name(name: str) -> None:
+    made = assembly.callback(Named(name=name), Said(), 0)
+    assert type(made).__name__ == name
+
+
+def test_a_callback_with_a_wrong_argument_is_said_by_its_number() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown key callbacks\.2\.evry: ModelCheckpoint takes no such argument$"):
+        assembly.callback(Named.model_validate({"name": "ModelCheckpoint", "evry": "1epoch"}), Said(), 2)
+
+
+def test_the_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    assembly.make_importable(str(tmp_path))
+    assert sys.path[0] == str(tmp_path)
