@@ -478,8 +478,9 @@ class ZarrReader:
         try:
             data = self._loop.run(self._get(chunk, tuple(slice(a, b) for a, b in box)), self._timeout)
         except TimeoutError:
+            where = ".".join(map(str, chunk)) or "0"
             raise EnvironmentProblem(
-                f"array {layout.name or '/'!r}: chunk {'.'.join(map(str, chunk)) or '0'} was not read within {self._timeout:g} s",
+                f"array {layout.name or '/'!r}: chunk {where} was not read within {self._timeout:g} s",
                 hint="check the storage, or raise read_timeout",
             ) from None
         except Exception as error:

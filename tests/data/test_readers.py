@@ -1,0 +1,713 @@
+"""What readers promise: zarr's own numbers by every lane, and nothing but regular, unchanged files of the store."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import mmap
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from numpy.typing import NDArray
+from zarr.api import asynchronous as zarr_api
+from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
+
+from streamtrain.data import readers
+from streamtrain.data.layout import ABSENT, ArrayLayout, parse_array, parse_shard_index
+from streamtrain.data.readers import (
+    LocalReader,
+    Scratch,
+    StoreFiles,
+    ZarrLoop,
+    ZarrReader,
+    anonymous,
+    chunk_error,
+    is_local,
+    populate,
+    read_into,
+)
+from streamtrain.errors import DataError, EnvironmentProblem
+from tests.data.stores import CASES, FAST, Case, chunks_of, layout_of, part, within, write
+from tests.data.test_layout import index_bytes
+
+VOUCHED: dict[str, Any] = {"streamtrain": {"complete": True}}
+LANES = ("mmap", "pread")
+lanes = pytest.mark.parametrize("lane", LANES)
+
+
+def settle(folder: Path) -> None:
+    """Date all files an hour back, as those of a store that nobody writes."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _date(path, 1_700_000_000_000_000_000)
+
+
+def _date(path: Path, ns: int) -> None:
+    os.utime(path, ns=(ns, ns))
+
+
+def reader(folder: Path, lane: str = "pread", files: StoreFiles | None = None) -> LocalReader:
+    return LocalReader(layout_of(folder), files or StoreFiles(folder), mapped=lane == "mmap")
+
+
+def rows(layout: ArrayLayout) -> tuple[int, int]:
+    return (0, layout.chunk_shape[0]) if layout.ndim else (0, 1)
+
+
+def read(lane: LocalReader | ZarrReader, chunk: tuple[int, ...], scratch: Scratch | None = None) -> Any:
+    return lane.read(chunk, rows(lane.layout), scratch or Scratch())
+
+
+def raw(folder: Path, *, shape: tuple[int, ...] = (8, 3), **options: Any) -> NDArray[Any]:
+    """A small uncompressed array `x` of int32 in chunks of 2 rows."""
+    case = Case("raw", {"chunks": (2, *shape[1:]), "compressors": None, **options}, shape)
+    data = write(case, folder)
+    settle(folder)
+    return data
+
+
+def sharded(folder: Path, **sharding: Any) -> NDArray[Any]:
+    data = write(Case("sharded", {"chunks": (4, 3)}, (8, 3), sharding={"chunk_shape": (2, 3), **sharding}), folder)
+    settle(folder)
+    return data
+
+
+@pytest.fixture
+def loop() -> Iterator[ZarrLoop]:
+    private = ZarrLoop()
+    yield private
+    private.close()
+
+
+def zarr_reader(folder: Path, loop: ZarrLoop, timeout: float = 30.0) -> ZarrReader:
+    array = loop.run(zarr_api.open_array(store=str(folder), path="x", mode="r"), 30)
+    layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)
+    return ZarrReader(layout, array, loop, timeout=timeout)
+
+
+# The same numbers
+
+
+@lanes
+@pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
+def test_fast_lanes_read_what_zarr_reads(case: Case, lane: str, tmp_path: Path) -> None:
+    data = write(case, tmp_path)
+    settle(tmp_path)
+    fast, scratch = reader(tmp_path, lane), Scratch()
+    assert fast.lane == ("mmap" if lane == "mmap" and fast.layout.raw else "pread")
+    assert np.array_equal(zarr.open_array(str(tmp_path), path="x", mode="r")[...], data)
+    for chunk in chunks_of(fast.layout):
+        found = read(fast, chunk, scratch)
+        assert found.shape == fast.layout.chunk_shape
+        assert np.array_equal(found[within(fast.layout, chunk)], data[part(fast.layout, chunk)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_zarrs_lane_reads_all_there_is(case: Case, loop: ZarrLoop, tmp_path: Path) -> None:
+    data = write(case, tmp_path)
+    lane = zarr_reader(tmp_path, loop)
+    assert lane.lane == "zarr"
+    for chunk in chunks_of(lane.layout):
+        assert np.array_equal(read(lane, chunk)[within(lane.layout, chunk)], data[part(lane.layout, chunk)])
+
+
+@lanes
+def test_only_the_rows_that_are_asked_for_must_be_right(lane: str, tmp_path: Path) -> None:
+    data = raw(tmp_path, shape=(8, 3), chunks=(8, 3))
+    found = reader(tmp_path, lane).read((0, 0), (2, 5), Scratch())
+    assert found is not None
+    assert np.array_equal(found[2:5], data[2:5])
+
+
+def test_a_pread_fetches_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+    data, scratch = raw(tmp_path, shape=(8, 3), chunks=(8, 3)), Scratch()
+    scratch.take("encoded", data.nbytes)[:] = 0xA5
+    found = reader(tmp_path).read((0, 0), (2, 5), scratch)
+    assert found is not None
+    assert np.array_equal(found[2:5], data[2:5])
+    assert {*found[:2].tobytes(), *found[5:].tobytes()} == {0xA5}
+
+
+def test_rows_of_a_checked_chunk_are_read_whole(tmp_path: Path) -> None:
+    data = raw(tmp_path, shape=(8, 3), chunks=(8, 3), compressors=Crc32cCodec())
+    found = reader(tmp_path).read((0, 0), (2, 5), Scratch())
+    assert found is not None
+    assert np.array_equal(found, data)
+
+
+@lanes
+def test_an_absent_chunk_is_none(lane: str, tmp_path: Path) -> None:
+    raw(tmp_path)
+    (tmp_path / "x/c/2/0").unlink()
+    assert read(reader(tmp_path, lane), (2, 0)) is None
+    assert read(reader(tmp_path, lane), (3, 0)) is not None
+
+
+@lanes
+def test_an_absent_chunk_within_a_shard_is_none(lane: str, tmp_path: Path) -> None:
+    array = zarr.create_array(
+        str(tmp_path), name="x", shape=(4, 3), chunks=(2, 3), shards=(4, 3), dtype="i4", compressors=None
+    )
+    array[:2] = 7
+    settle(tmp_path)
+    assert read(reader(tmp_path, lane), (0, 0)).tolist() == [[7, 7, 7]] * 2
+    assert read(reader(tmp_path, lane), (1, 0)) is None
+
+
+# What can't be trusted
+
+
+@lanes
+@pytest.mark.parametrize("sharding", [False, True])
+def test_where_the_writer_vouches_for_every_chunk_an_absent_one_is_damage(
+    lane: str, sharding: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"shards": (4, 3)} if sharding else {}
+    zarr.create_array(
+        str(tmp_path),
+        name="x",
+        shape=(8, 3),
+        chunks=(2, 3),
+        dtype="i4",
+        compressors=None,
+        attributes=dict(VOUCHED),
+        **options,
+    )[:2] = 1
+    with pytest.raises(DataError, match=r"chunk 3.0 \(rows \[6:8, 0:3\]\) in .*: it is missing, and its writer"):
+        read(reader(tmp_path, lane), (3, 0))
+
+
+def test_zarrs_lane_takes_no_missing_file_for_fill_where_its_writer_vouches(loop: ZarrLoop, tmp_path: Path) -> None:
+    array = zarr.create_array(
+        str(tmp_path), name="x", shape=(8, 3), chunks=(2, 3), dtype="i4", attributes=dict(VOUCHED)
+    )
+    array[:2] = 1
+    assert read(zarr_reader(tmp_path, loop), (0, 0)).tolist() == [[1, 1, 1]] * 2
+    with pytest.raises(DataError, match=r"chunk 3.0 .* it is missing, and its writer left no chunk out"):
+        read(zarr_reader(tmp_path, loop), (3, 0))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"12345")
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _link_out(path: Path) -> None:
+    outside = path.parents[4] / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def _folder_linked_out(path: Path) -> None:
+    outside = path.parents[4] / "outside"
+    path.parent.rename(outside)
+    path.parent.symlink_to(outside)
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def _link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def _file_for_a_folder(path: Path) -> None:
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_bytes(b"no folder")
+
+
+def _unreadable(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/null")
+
+
+DAMAGE = [
+    (_cut, "it has 19 bytes, expected 24"),
+    (_grow, "it has 29 bytes, expected 24"),
+    (_empty, "it has 0 bytes, expected 24"),
+    (_folder, "it is not a regular file"),
+    (_fifo, "it is not a regular file"),
+    (_link_out, "it is a link out of the store, to /"),
+    (_folder_linked_out, "it is a link out of the store, to /"),
+    (_link_to_nothing, "it is a link to nothing"),
+    (_link_to_itself, "Too many levels of symbolic links"),
+    (_file_for_a_folder, "Not a directory"),
+    (_unreadable, "it is a link out of the store, to /dev/null"),
+]
+
+
+@lanes
+@pytest.mark.parametrize(("damage", "cause"), DAMAGE, ids=lambda value: getattr(value, "__name__", ""))
+def test_damage_is_named_with_array_chunk_rows_path_and_cause(
+    damage: Callable[[Path], None], cause: str, lane: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    raw(store)
+    path = store / "x/c/1/0"
+    damage(path)
+    with pytest.raises(DataError) as caught:
+        read(reader(store, lane), (1, 0))
+    assert str(caught.value).startswith(f"array 'x': chunk 1.0 (rows [2:4, 0:3]) in {path}: {cause}")
+    assert caught.value.hint
+
+
+@lanes
+def test_links_within_the_store_are_followed(lane: str, tmp_path: Path) -> None:
+    data = raw(tmp_path)
+    (tmp_path / "x/c/1/0").rename(tmp_path / "elsewhere")
+    (tmp_path / "x/c/1/0").symlink_to(tmp_path / "elsewhere")
+    assert np.array_equal(read(reader(tmp_path, lane), (1, 0)), data[2:4])
+
+
+def test_a_store_reached_by_a_link_is_a_store(tmp_path: Path) -> None:
+    data = raw(tmp_path / "store")
+    (tmp_path / "link").symlink_to("store")
+    assert np.array_equal(read(reader(tmp_path / "link"), (1, 0)), data[2:4])
+
+
+@pytest.mark.parametrize("key", ["../outside", "x/../../outside", "/etc/passwd", "x"])
+def test_nothing_but_a_file_of_the_store_is_opened(key: str, tmp_path: Path) -> None:
+    raw(tmp_path / "store")
+    (tmp_path / "outside").write_bytes(b"secret")
+    with pytest.raises(ValueError, match=r"out of the store|not a regular file"):
+        StoreFiles(tmp_path / "store").open(key)
+
+
+def test_a_compressed_chunk_far_larger_than_it_decodes_to_is_refused_unread(tmp_path: Path) -> None:
+    raw(tmp_path, compressors=ZstdCodec())
+    os.truncate(tmp_path / "x/c/1/0", 1 << 40)
+    with pytest.raises(DataError, match="has 1099511627776 encoded bytes, a chunk decodes to 24"):
+        read(reader(tmp_path), (1, 0))
+
+
+@pytest.mark.parametrize("codec", [None, ZstdCodec()], ids=["raw", "zstd"])
+def test_an_empty_file_is_no_chunk(codec: Any, tmp_path: Path) -> None:
+    raw(tmp_path, compressors=codec)
+    _empty(tmp_path / "x/c/1/0")
+    with pytest.raises(DataError, match=r"it is empty|it has 0 bytes"):
+        read(reader(tmp_path), (1, 0))
+
+
+def _index(path: Path, entries: list[tuple[int, int]], *, at_start: bool = False) -> None:
+    data, index = path.read_bytes(), index_bytes(entries)
+    path.write_bytes(index + data[len(index) :] if at_start else data[: -len(index)] + index)
+    settle(path.parent)
+
+
+@lanes
+@pytest.mark.parametrize(
+    ("entry", "cause"),
+    [
+        ((1000, 24), "its shard ends at byte 84, the chunk at 1024"),
+        ((20, 25), "it has 25 bytes, expected 24"),
+        ((24, 0), "it has 0 bytes, expected 24"),
+        ((ABSENT, 24), "its shard ends at byte 84"),
+        ((24, ABSENT), "its shard ends at byte 84"),
+        ((40, 24), "it would lie over the index of its shard, at bytes 40 to 64"),
+    ],
+    ids=str,
+)
+def test_an_index_that_points_nowhere_is_damage(entry: tuple[int, int], cause: str, lane: str, tmp_path: Path) -> None:
+    sharded(tmp_path, codecs=[BytesCodec()])
+    _index(tmp_path / "x/c/0/0", [(0, 24), entry])
+    lane_ = reader(tmp_path, lane)
+    assert read(lane_, (0, 0)) is not None
+    with pytest.raises(DataError, match=cause):
+        read(lane_, (1, 0))
+
+
+def test_a_chunk_over_an_index_at_the_start_is_damage(tmp_path: Path) -> None:
+    sharded(tmp_path, codecs=[BytesCodec()], index_location="start")
+    _index(tmp_path / "x/c/0/0", [(36, 24), (30, 24)], at_start=True)
+    with pytest.raises(DataError, match="over the index of its shard, at bytes 30 to 54"):
+        read(reader(tmp_path), (1, 0))
+
+
+@lanes
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(b"", "its shard has 0 bytes, fewer than its index of 36"), (b"x" * 100, "checksum .* of its index")],
+    ids=["empty", "garbage"],
+)
+def test_a_damaged_shard_is_named(content: bytes, cause: str, lane: str, tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "x/c/0/0").write_bytes(content)
+    settle(tmp_path)
+    with pytest.raises(DataError, match=cause):
+        read(reader(tmp_path, lane), (1, 0))
+
+
+# What changes during the run
+
+
+@lanes
+@pytest.mark.parametrize("change", [_cut, _grow, _empty], ids=lambda change: change.__name__)
+def test_a_file_that_changes_after_its_first_read_is_noticed(
+    change: Callable[[Path], None], lane: str, tmp_path: Path
+) -> None:
+    raw(tmp_path)
+    lane_ = reader(tmp_path, lane)
+    read(lane_, (1, 0))
+    change(tmp_path / "x/c/1/0")
+    with pytest.raises(DataError, match=r"chunk 1.0 .* it changed during the run: 24 bytes of 2023-.* before, \d+ byt"):
+        read(lane_, (1, 0))
+
+
+@lanes
+def test_another_content_of_the_same_size_is_noticed_by_its_time(lane: str, tmp_path: Path) -> None:
+    data = raw(tmp_path)
+    lane_ = reader(tmp_path, lane)
+    read(lane_, (1, 0))
+    (tmp_path / "x/c/1/0").write_bytes(data[:2].tobytes())
+    with pytest.raises(DataError, match="changed during the run"):
+        read(lane_, (1, 0))
+
+
+@lanes
+def test_another_file_in_its_place_is_noticed(lane: str, tmp_path: Path) -> None:
+    raw(tmp_path)
+    lane_ = reader(tmp_path, lane)
+    read(lane_, (1, 0))
+    path = tmp_path / "x/c/1/0"
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    _date(other, path.stat().st_mtime_ns)
+    other.rename(path)
+    with pytest.raises(DataError, match="changed during the run"):
+        read(lane_, (1, 0))
+
+
+@lanes
+def test_a_file_that_vanishes_after_its_first_read_is_no_fill(lane: str, tmp_path: Path) -> None:
+    raw(tmp_path)
+    lane_ = reader(tmp_path, lane)
+    read(lane_, (1, 0))
+    (tmp_path / "x/c/1/0").unlink()
+    with pytest.raises(DataError, match="it was there, and vanished during the run"):
+        read(lane_, (1, 0))
+
+
+def test_a_change_is_noticed_also_after_its_map_was_let_go(tmp_path: Path) -> None:
+    raw(tmp_path)
+    lane = reader(tmp_path, "mmap", StoreFiles(tmp_path, maps=1))
+    for chunk in (1, 2):
+        read(lane, (chunk, 0))
+    _date(tmp_path / "x/c/1/0", 1_700_000_001_000_000_000)
+    with pytest.raises(DataError, match="changed during the run"):
+        read(lane, (1, 0))
+
+
+def test_a_shard_that_changes_is_noticed_though_its_index_is_kept(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    lane = reader(tmp_path)
+    read(lane, (0, 0))
+    _grow(tmp_path / "x/c/0/0")
+    with pytest.raises(DataError, match="changed during the run"):
+        read(lane, (1, 0))
+
+
+def test_the_index_of_a_shard_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, parsed = sharded(tmp_path), []
+
+    def count(index: bytes, chunks: int) -> Any:
+        parsed.append(chunks)
+        return parse_shard_index(index, chunks)
+
+    monkeypatch.setattr(readers, "parse_shard_index", count)
+    lane = reader(tmp_path)
+    for _ in range(2):
+        for chunk in range(4):
+            assert np.array_equal(read(lane, (chunk, 0)), data[2 * chunk : 2 * chunk + 2])
+    assert parsed == [2, 2]
+
+
+def test_kept_indexes_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded(tmp_path)
+    monkeypatch.setattr(readers, "INDEX_CACHE_BYTES", 40)
+    lane = reader(tmp_path)
+    for chunk in range(4):
+        read(lane, (chunk, 0))
+    assert list(lane._indexes) == ["x/c/1/0"]
+
+
+# Maps
+
+
+def test_files_written_since_the_store_was_opened_are_not_mapped(tmp_path: Path) -> None:
+    data = raw(tmp_path)
+    files = StoreFiles(tmp_path)
+    _date(tmp_path / "x/c/1/0", files.opened_at + 10**9)
+    assert files.map("x/c/1/0") is None
+    assert files.map("x/c/2/0") is not None
+    assert np.array_equal(read(reader(tmp_path, "mmap", files), (1, 0)), data[2:4])
+
+
+def test_maps_keep_within_their_limit_and_give_descriptors_back(tmp_path: Path) -> None:
+    raw(tmp_path, shape=(200, 3))
+    files = StoreFiles(tmp_path, maps=5)
+    lane, before = reader(tmp_path, "mmap", files), len(os.listdir("/proc/self/fd"))
+    for chunk in range(100):
+        read(lane, (chunk, 0))
+        assert len(os.listdir("/proc/self/fd")) <= before + 6
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_limit_of_maps_is_below_that_of_descriptors(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 8 // 2 <= StoreFiles(tmp_path).max_maps < soft // 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        assert StoreFiles(tmp_path).max_maps == 22
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_maps_give_way_to_pread(tmp_path: Path) -> None:
+    """Others may take the descriptors that the limit of maps counted on."""
+    data = raw(tmp_path, shape=(200, 3))
+    lane = reader(tmp_path, "mmap", StoreFiles(tmp_path, maps=1000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, hard))
+    try:
+        for chunk in range(100):
+            assert np.array_equal(read(lane, (chunk, 0)), data[2 * chunk : 2 * chunk + 2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_map_lives_as_long_as_somebody_reads_it(tmp_path: Path) -> None:
+    data = raw(tmp_path)
+    files = StoreFiles(tmp_path, maps=1)
+    found = read(reader(tmp_path, "mmap", files), (1, 0))
+    files.close()
+    assert np.array_equal(found, data[2:4])
+    assert not found.flags.writeable
+
+
+def test_a_file_cut_between_its_opening_and_its_map_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 16))
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    os.truncate(path, 0)
+    with pytest.raises(ValueError, match="cut short while it was mapped"):
+        populate(memory)
+
+
+def test_threads_share_a_reader(tmp_path: Path) -> None:
+    data = raw(tmp_path, shape=(400, 3))
+    lane = reader(tmp_path, "mmap", StoreFiles(tmp_path, maps=8))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        jobs = [(chunk, pool.submit(read, lane, (chunk, 0))) for chunk in [*range(200), *range(199, -1, -1)]]
+        for chunk, job in jobs:
+            assert np.array_equal(job.result(), data[2 * chunk : 2 * chunk + 2])
+
+
+# Pieces
+
+
+def test_scratch_grows_and_is_kept() -> None:
+    scratch = Scratch()
+    first = scratch.take("a", 100)
+    first[:] = 7
+    assert np.shares_memory(scratch.take("a", 50), first)
+    assert not np.shares_memory(scratch.take("b", 100), first)
+    larger = scratch.take("a", 5000)
+    assert len(larger) == 5000
+    assert larger.ctypes.data % 4096 == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 5 << 20])
+def test_anonymous_memory_is_zeroed_and_aligned(size: int) -> None:
+    memory = anonymous(size)
+    assert (len(memory), memory.ctypes.data % 4096, bool(memory.any())) == (size, 0, False)
+    memory[:] = 1
+
+
+def test_reading_stops_at_the_end_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        out = np.zeros(6, dtype=np.uint8)
+        assert (read_into(fd, out, 2), out.tobytes()) == (6, b"234567")
+        assert (read_into(fd, out, 7), out[:3].tobytes()) == (3, b"789")
+        assert read_into(fd, out, 100) == 0
+    finally:
+        os.close(fd)
+
+
+def test_a_chunk_error_says_where(tmp_path: Path) -> None:
+    write(Case("edge", {"chunks": (4, 4)}, (6, 6)), tmp_path)
+    error = chunk_error(layout_of(tmp_path), (1, 1), "/p", "it is cut")
+    assert str(error) == "array 'x': chunk 1.1 (rows [4:6, 4:6]) in /p: it is cut"
+    write(Case("scalar", {}, ()), tmp_path, "s")
+    assert str(chunk_error(layout_of(tmp_path, "s"), (), "/p", "why")) == "array 's': chunk 0 (rows []) in /p: why"
+
+
+def test_this_machines_own_file_systems_are_local(tmp_path: Path) -> None:
+    assert is_local(tmp_path)
+    assert is_local(Path("/"))
+    assert is_local(tmp_path / "not" / "there")
+
+
+# zarr's loop
+
+
+def ours() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("streamtrain-zarr")}
+
+
+def test_the_private_loop_starts_on_first_use_and_is_joined_with_its_executor() -> None:
+    private = ZarrLoop()
+    assert ours() == set()
+    assert private.run(asyncio.to_thread(lambda: threading.current_thread().name), 30) == "streamtrain-zarr-io-0"
+    assert ours() == {"streamtrain-zarr", "streamtrain-zarr-io-0"}
+    private.close()
+    private.close()
+    assert ours() == set()
+
+
+async def test_the_callers_loop_and_its_executor_are_not_touched(tmp_path: Path) -> None:
+    data, private = await asyncio.to_thread(raw, tmp_path), ZarrLoop()
+    lane = await asyncio.to_thread(zarr_reader, tmp_path, private)
+    assert np.array_equal(await asyncio.to_thread(read, lane, (1, 0)), data[2:4])
+    assert {name.partition("-io")[0] for name in ours()} == {"streamtrain-zarr"}
+    await asyncio.to_thread(private.close)
+    assert ours() == set()
+
+
+def test_a_closed_loop_can_be_used_again(loop: ZarrLoop) -> None:
+    for _ in range(2):
+        assert loop.run(_answer(7), 30) == 7
+        loop.close()
+
+
+async def _answer(value: int) -> int:
+    return value
+
+
+def test_failures_come_through(loop: ZarrLoop) -> None:
+    async def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        loop.run(fail(), 30)
+
+
+def test_closing_the_loop_ends_what_waits_there() -> None:
+    private, started = ZarrLoop(), threading.Event()
+
+    async def wait_for_ever() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(private.run, wait_for_ever(), None)
+        started.wait(30)
+        private.close()
+        with pytest.raises(concurrent.futures.CancelledError):
+            waiting.result(30)
+
+
+class Hanging:
+    """An array whose reads never end."""
+
+    store_path = "memory://hanging/x"
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+
+    async def getitem(self, selection: tuple[slice, ...]) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
+
+class Failing(Hanging):
+    async def getitem(self, selection: tuple[slice, ...]) -> Any:
+        raise RuntimeError("the disk is on fire")
+
+
+def test_a_read_that_hangs_is_given_up_with_its_chunk_and_its_seconds(loop: ZarrLoop, tmp_path: Path) -> None:
+    raw(tmp_path)
+    hanging = Hanging()
+    with pytest.raises(EnvironmentProblem, match=r"array 'x': chunk 1\.0 .*was not read within 0\.05 s"):
+        read(ZarrReader(layout_of(tmp_path), hanging, loop, timeout=0.05), (1, 0))
+    assert hanging.cancelled.wait(30)
+
+
+def test_whatever_zarr_raises_gets_a_place(loop: ZarrLoop, tmp_path: Path) -> None:
+    raw(tmp_path)
+    with pytest.raises(
+        DataError, match=r"chunk 1.0 \(rows \[2:4, 0:3\]\) in memory://hanging/x: RuntimeError: the disk"
+    ):
+        read(ZarrReader(layout_of(tmp_path), Failing(), loop, timeout=30), (1, 0))
+
+
+def test_a_damaged_chunk_of_zarrs_lane_gets_a_place(loop: ZarrLoop, tmp_path: Path) -> None:
+    raw(tmp_path, compressors=GzipCodec())
+    (tmp_path / "x/c/1/0").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match=r"array 'x': chunk 1.0 \(rows \[2:4, 0:3\]\)"):
+        read(zarr_reader(tmp_path, loop), (1, 0))
+
+
+FIFO = """
+import sys, time
+from pathlib import Path
+from zarr.api import asynchronous as zarr_api
+from streamtrain.data import readers
+from streamtrain.data.layout import parse_array
+readers.LEAVE_SECONDS = 0.05
+loop = readers.ZarrLoop()
+array = loop.run(zarr_api.open_array(store=sys.argv[1], path="x", mode="r"), 30)
+layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)
+reader = readers.ZarrReader(layout, array, loop, timeout=0.2)
+try:
+    reader.read((1, 0), (0, 2), readers.Scratch())
+except Exception as error:
+    print(type(error).__name__)
+loop.close()
+"""
+
+
+def test_a_pipe_in_a_chunks_place_keeps_neither_the_reader_nor_the_process(tmp_path: Path) -> None:
+    """zarr opens it and waits in a thread for ever: that thread must not be waited for."""
+    raw(tmp_path)
+    _fifo(tmp_path / "x/c/1/0")
+    done = subprocess.run(
+        [sys.executable, "-c", FIFO, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("EnvironmentProblem\n", 0), done.stderr
