@@ -73,7 +73,7 @@ def size(head: bytes, tensors: list[Tensor]) -> int:
     return len(head) + sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def write(sink: Callable[[memoryview], None], head: bytes, tensors: list[Tensor]) -> None:
+def write(sink: Callable[[memoryview], object], head: bytes, tensors: list[Tensor]) -> None:
     """Give the file's bytes to `sink`, piece by piece; only a tensor that is not contiguous or on CPU is copied."""
     sink(memoryview(head))
     for tensor in tensors:
