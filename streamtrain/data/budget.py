@@ -6,6 +6,7 @@ import re
 import threading
 from collections import deque
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import psutil
@@ -27,17 +28,17 @@ def parse_bytes(size: str | int, name: str = "memory") -> int:
     Raises ConfigError if it is no size.
     """
     if isinstance(size, int) and not isinstance(size, bool):
-        value = float(size)
+        value = size
     elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)):
         unit = match[2].lower()
         if unit not in _UNITS:
             raise ConfigError(f"{name}={size!r}: unknown unit {match[2]!r}", hint="write it like 256MiB or 2GB")
-        value = float(match[1]) * _UNITS[unit]
+        value = int(Decimal(match[1]) * _UNITS[unit])
     else:
         raise ConfigError(f"{name} must be a size in bytes, got {size!r}", hint="write it like 256MiB or 2GB")
     if value < 0:
         raise ConfigError(f"{name} must not be negative, got {size!r}")
-    return int(value)
+    return value
 
 
 def format_bytes(size: float) -> str:
