@@ -6,7 +6,7 @@ import re
 import threading
 from collections import deque
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import psutil
@@ -29,11 +29,11 @@ def parse_bytes(size: str | int, name: str = "memory") -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool):
         value = size
-    elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)):
+    elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([a-zA-Z]*)\s*", size)):
         unit = match[2].lower()
         if unit not in _UNITS:
             raise ConfigError(f"{name}={size!r}: unknown unit {match[2]!r}", hint="write it like 256MiB or 2GB")
-        value = int(Decimal(match[1]) * _UNITS[unit])
+        value = int(Fraction(match[1]) * _UNITS[unit])
     else:
         raise ConfigError(f"{name} must be a size in bytes, got {size!r}", hint="write it like 256MiB or 2GB")
     if value < 0:

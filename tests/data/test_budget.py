@@ -31,14 +31,16 @@ from streamtrain.errors import ConfigError, UserCodeError
         ("0.5kib", 512),
         ("3b", 3),
         ((1 << 53) + 1, (1 << 53) + 1),
-        ("9" * 400, int("9" * 400)),
+        ("9" * 40, 10**40 - 1),
     ],
 )
 def test_sizes_are_read_as_people_write_them(size: Any, expected: int) -> None:
     assert parse_bytes(size) == expected
 
 
-@pytest.mark.parametrize("size", [-1, "-1", "", "GiB", "1 parsec", "1e3", "0x10", "nan", "1,5GB", 1.5, None, True, []])
+@pytest.mark.parametrize(
+    "size", [-1, "-1", "", "GiB", "1 parsec", "1e3", "0x10", "nan", "1,5GB", "9" * 5000, 1.5, None, True, []]
+)
 def test_what_is_no_size_is_refused_with_its_name_and_value(size: Any) -> None:
     with pytest.raises(ConfigError, match=r"cache.*") as caught:
         parse_bytes(size, "cache")
