@@ -7,9 +7,11 @@ the sample axes; an array may be chunked differently from the cells, and over it
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,38 +42,65 @@ class Box:
         return cls(tuple(int(o[0]) for o in origins), tuple(int(e[0]) for e in extents))
 
 
+@dataclass(frozen=True)
+class Site:
+    """How an array lies under the cells: which axes number samples, and how its chunks cut cells and rows."""
+
+    layout: ArrayLayout
+    sample_axes: tuple[int, ...]
+    cell: tuple[int, ...]
+
+    @cached_property
+    def row_axes(self) -> tuple[int, ...]:
+        """The other axes: those of one sample."""
+        return tuple(a for a in range(self.layout.ndim) if a not in self.sample_axes)
+
+    @cached_property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.layout.shape[a] for a in self.row_axes)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Stored bytes of one sample."""
+        return math.prod(self.row_shape) * self.layout.dtype.itemsize
+
+    @cached_property
+    def chunks_per_row(self) -> tuple[int, ...]:
+        """Into how many chunks a sample is cut along each of its axes."""
+        return tuple(-(-self.layout.shape[a] // self.layout.chunk_shape[a]) for a in self.row_axes)
+
+    @cached_property
+    def cell_holds_chunks(self) -> bool:
+        """Whether no chunk reaches over more than one cell."""
+        chunks, shape = self.layout.chunk_shape, self.layout.shape
+        return all(
+            c % chunks[a] == 0 or chunks[a] >= shape[a] == c for a, c in zip(self.sample_axes, self.cell, strict=True)
+        )
+
+    @cached_property
+    def one_chunk(self) -> bool:
+        """Whether a cell is exactly one chunk, the usual case."""
+        chunks, shape = self.layout.chunk_shape, self.layout.shape
+        same = all(min(chunks[a], shape[a]) == c for a, c in zip(self.sample_axes, self.cell, strict=True))
+        return same and all(count == 1 for count in self.chunks_per_row)
+
+
 class Feed:
     """One array's rows, cell by cell. Thread-safe: what it keeps between calls is the cache, which is."""
 
-    def __init__(
-        self,
-        layout: ArrayLayout,
-        reader: ChunkReader,
-        sample_axes: Sequence[int],
-        cell: Sequence[int],
-        cache: ChunkCache | None,
-    ) -> None:
-        self.layout, self.reader, self.cache = layout, reader, cache
-        self.sample_axes = tuple(sample_axes)
-        self._row_axes = tuple(a for a in range(layout.ndim) if a not in self.sample_axes)
-        self._order = self.sample_axes + self._row_axes
-        self.row_shape = tuple(layout.shape[a] for a in self._row_axes)
-        lengths, chunks = layout.shape, layout.chunk_shape
-        self.one_chunk = all(chunks[a] == c for a, c in zip(self.sample_axes, cell, strict=True)) and all(
-            chunks[a] >= lengths[a] for a in self._row_axes
-        )
-        """Whether a cell is exactly one chunk, the usual case."""
-        self.chunks_per_row = tuple(-(-lengths[a] // chunks[a]) for a in self._row_axes)
+    def __init__(self, site: Site, reader: ChunkReader, cache: ChunkCache | None) -> None:
+        self.site, self.layout, self.reader, self.cache = site, site.layout, reader, cache
+        self._order = site.sample_axes + site.row_axes
 
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
         """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
-        if self.one_chunk:
-            where = self._chunk_of(box.origin, (0,) * len(self._row_axes))
+        if self.site.one_chunk:
+            where = self._chunk_of(box.origin, (0,) * len(self.site.row_axes))
             values = self._values(where, box.extent, self._reach(rows, box), scratch)
             self._put(put, slice(None), values if _whole(rows, len(values)) else values[rows], None, scratch)
             return
         for first, inside, wanted in self._parts(box, rows):
-            for part in itertools.product(*map(range, self.chunks_per_row)):
+            for part in itertools.product(*map(range, self.site.chunks_per_row)):
                 self._fill_part(first, inside, wanted, part, put, scratch)
 
     def _fill_part(
@@ -79,14 +108,14 @@ class Feed:
     ) -> None:
         """Rows `inside` the chunk that begins at sample `first`, which are the rows `wanted` of the piece."""
         lengths, chunks = self.layout.shape, self.layout.chunk_shape
-        extent = tuple(min(chunks[a], lengths[a] - f) for a, f in zip(self.sample_axes, first, strict=True))
+        extent = tuple(min(chunks[a], lengths[a] - f) for a, f in zip(self.site.sample_axes, first, strict=True))
         reach = (inside.start, inside.stop) if isinstance(inside, slice) and len(first) == 1 else (0, extent[0])
         values = self._values(self._chunk_of(first, part), extent, reach, scratch)
         columns = tuple(
             slice(p * chunks[a], min((p + 1) * chunks[a], lengths[a]))
-            for p, a in zip(part, self._row_axes, strict=True)
+            for p, a in zip(part, self.site.row_axes, strict=True)
         )
-        whole = all(count == 1 for count in self.chunks_per_row)
+        whole = all(count == 1 for count in self.site.chunks_per_row)
         self._put(put, wanted, values[inside], None if whole else columns, scratch)
 
     @staticmethod
@@ -97,9 +126,9 @@ class Feed:
 
     def _chunk_of(self, first: Sequence[int], part: Sequence[int]) -> tuple[int, ...]:
         chunk = [0] * self.layout.ndim
-        for axis, sample in zip(self.sample_axes, first, strict=True):
+        for axis, sample in zip(self.site.sample_axes, first, strict=True):
             chunk[axis] = sample // self.layout.chunk_shape[axis]
-        for axis, number in zip(self._row_axes, part, strict=True):
+        for axis, number in zip(self.site.row_axes, part, strict=True):
             chunk[axis] = number
         return tuple(chunk)
 
@@ -125,11 +154,11 @@ class Feed:
 
     def _sample_box(self, chunk: Sequence[int]) -> list[tuple[int, int]]:
         box = self.layout.box(chunk)
-        return [box[a] for a in self.sample_axes]
+        return [box[a] for a in self.site.sample_axes]
 
     def _row_box(self, chunk: Sequence[int]) -> list[tuple[int, int]]:
         box = self.layout.box(chunk)
-        return [box[a] for a in self._row_axes]
+        return [box[a] for a in self.site.row_axes]
 
     def _read(self, chunk: tuple[int, ...], reach: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
         rows = reach if self._order[:1] == (0,) else (0, self.layout.chunk_shape[0]) if self.layout.ndim else (0, 1)
@@ -145,7 +174,7 @@ class Feed:
 
     def _parts(self, box: Box, rows: Rows) -> Iterator[tuple[tuple[int, ...], Rows, Rows]]:
         """The chunks that a cell touches: first sample, rows in the chunk, and which of the wanted rows they are."""
-        chunks = [self.layout.chunk_shape[a] for a in self.sample_axes]
+        chunks = [self.layout.chunk_shape[a] for a in self.site.sample_axes]
         spans = [range(o // c * c, o + e, c) for o, e, c in zip(box.origin, box.extent, chunks, strict=True)]
         if len(spans) == 1 and isinstance(rows, slice):
             yield from self._slices(box, rows, spans[0], chunks[0])
@@ -159,7 +188,8 @@ class Feed:
             wanted = np.flatnonzero(inside)
             if wanted.size:
                 extent = tuple(
-                    min(c, self.layout.shape[a] - f) for a, f, c in zip(self.sample_axes, first, chunks, strict=True)
+                    min(c, self.layout.shape[a] - f)
+                    for a, f, c in zip(self.site.sample_axes, first, chunks, strict=True)
                 )
                 at = tuple(w[wanted] - f for w, f in zip(where, first, strict=True))
                 yield first, np.ravel_multi_index(at, extent), wanted

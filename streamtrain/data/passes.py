@@ -31,14 +31,13 @@ from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.order import EpochOrder, Ints, Piece
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
+from streamtrain.data.survey import Sizes
 from streamtrain.data.transform import Transform, apply, batch_bytes
 from streamtrain.data.workers import Workers
 from streamtrain.errors import EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
 
-UNIT_BYTES = 16 << 20
-"""Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
 JOB_BYTES = 1 << 20
 """Small pieces are filled by one job until they have so many bytes."""
 BLOCKS_AHEAD = 3
@@ -46,26 +45,6 @@ BLOCKS_AHEAD = 3
 GROUP_BYTES = 1 << 20
 GROUP_BATCHES = 16
 """Batches are transformed in groups up to so much, for one hop a group."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a pass takes, worked out before it starts."""
-
-    unit_blocks: int
-    """Blocks of the order that are filled together; of a scattered order 1."""
-    unit_rows: int
-    """Most rows of a unit."""
-    buffer_bytes: int
-    units: int
-    """About how many units an epoch has."""
-    scratch_bytes: int
-    """Of one thread."""
-
-    @property
-    def least(self) -> int:
-        """The least memory that works."""
-        return self.buffer_bytes * (1 if self.units == 1 else 2) + self.scratch_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

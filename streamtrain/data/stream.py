@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,17 +18,27 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from streamtrain.data.batch import START, Batch, Cursor
-from streamtrain.data.block import Column, Pool, block_bytes
+from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetHeld, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.feed import Feed
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.opening import IO, OpenArray, StoreLike, locate, open_arrays
-from streamtrain.data.order import BLOCK_BYTES, CellGrid, EpochOrder, Shuffle, Split, SplitBy, split_bounds
-from streamtrain.data.order import default_cells_per_block as default_k
-from streamtrain.data.passes import UNIT_BYTES, Recipe, Sizes, ZarrPass
+from streamtrain.data.options import (
+    array_names,
+    at_least,
+    axis_numbers,
+    cast_dtypes,
+    choice,
+    seconds_above_zero,
+    shuffle_mode,
+    split_pair,
+)
+from streamtrain.data.order import EpochOrder, Shuffle, SplitBy, derive_key
+from streamtrain.data.passes import Recipe, ZarrPass
 from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.survey import Field, Plan, Survey, decoded_whole, take_survey
 from streamtrain.data.transform import Transform, check_transform
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -42,9 +51,6 @@ LATER = frozenset(
     | {"lanes", "rank", "world_size"}
 )
 """Keywords that are reserved and not supported yet."""
-LARGE_CHUNK = 64 << 20
-RAW_CELL = 16 << 20
-"""Uncompressed chunks above LARGE_CHUNK are shuffled in cells of this size."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
 
@@ -78,45 +84,16 @@ class StreamStatistics:
     buffer_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a pass costs, told before it."""
-
-    samples: int
-    batches: int
-    cells: int
-    """Parts of the store (usually chunks) that rows come from."""
-    cells_per_block: int
-    """Cells whose rows are permuted together."""
-    chunks: int
-    """Chunks read in a pass, counted as often as they are."""
-    bytes_used: int
-    """Decoded bytes of the samples themselves."""
-    bytes_read: int
-    """Decoded bytes of the chunks read for them."""
-    read_amplification: float
-    """`bytes_read / bytes_used`: above 1 where chunks are read for a part of their rows, or more than once."""
-    shuffle_quality: float
-    """From 0 (rows as they lie) to 1 (a full shuffle): entropy of a batch's cells over that of a full shuffle's."""
-    buffer_bytes: int
-    memory_least: int
-    """The least `memory` that works."""
-    memory: int
-
-
 @dataclass(frozen=True)
 class _Opened:
-    """What metadata tells."""
+    """A stream whose metadata is known."""
 
     arrays: dict[str, OpenArray]
-    grid: CellGrid
-    split: Split
-    cells_per_block: int
+    survey: Survey
     feeds: list[Feed]
-    columns: list[Column]
-    sizes: Sizes
     cache: ChunkCache | None
-    finish: Any
+    finish: Callable[[Batch], Batch]
+    """A transformed batch as it is handed over."""
 
 
 class ZarrStream:
@@ -177,17 +154,17 @@ class ZarrStream:
             near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
             raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
         self._where = locate(store)
-        self._inputs, self._targets = _names(inputs, "inputs"), _names(targets, "targets")
-        self._batch_size = _at_least(batch_size, 1, "batch_size")
-        self._shuffle: Shuffle = _choice(_shuffle(shuffle), ("none", "block", "global"), "shuffle")
-        self._seed = _at_least(seed, 0, "seed")
+        self._inputs, self._targets = array_names(inputs, "inputs"), array_names(targets, "targets")
+        self._batch_size = at_least(batch_size, 1, "batch_size")
+        self._shuffle: Shuffle = choice(shuffle_mode(shuffle), ("none", "block", "global"), "shuffle")
+        self._seed = at_least(seed, 0, "seed")
         self._drop_last = drop_last
-        self._shuffle_blocks = None if shuffle_blocks is None else _at_least(shuffle_blocks, 1, "shuffle_blocks")
-        self._split_given = _split(split)
-        self._split_by: SplitBy = _choice(split_by, ("range", "chunk", "sample"), "split_by")
-        self._split_seed = _at_least(split_seed, 0, "split_seed")
-        self._sample_axes = _axes(sample_axes)
-        self._dtypes = _dtypes(dtype)
+        self._shuffle_blocks = None if shuffle_blocks is None else at_least(shuffle_blocks, 1, "shuffle_blocks")
+        self._split_given = split_pair(split)
+        self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
+        self._split_seed = at_least(split_seed, 0, "split_seed")
+        self._sample_axes = axis_numbers(sample_axes)
+        self._dtypes = cast_dtypes(dtype)
         if self._targets is not None and self._inputs is None:
             raise ConfigError("targets= without inputs=", hint="name the inputs too")
         check_transform(transform)
@@ -195,11 +172,11 @@ class ZarrStream:
         self._shared = isinstance(memory, Budget)
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
         self._cache_bytes = None if cache == "auto" else parse_bytes(cache, "cache")
-        self._io: IO = _choice(io, ("auto", "mmap", "pread", "store"), "io")
-        self._threads = default_threads() if threads is None else _at_least(threads, 1, "threads")
-        self._prefetch = None if prefetch is None else _at_least(prefetch, 1, "prefetch")
-        self._read_timeout = _seconds(read_timeout, "read_timeout")
-        self._output = _choice(output, ("torch", "numpy"), "output")
+        self._io: IO = choice(io, ("auto", "mmap", "pread", "store"), "io")
+        self._threads = default_threads() if threads is None else at_least(threads, 1, "threads")
+        self._prefetch = None if prefetch is None else at_least(prefetch, 1, "prefetch")
+        self._read_timeout = seconds_above_zero(read_timeout, "read_timeout")
+        self._output = choice(output, ("torch", "numpy"), "output")
         self._opened: _Opened | None = None
         self._zarr_loop = ZarrLoop()
         self._pool: Pool | None = None
@@ -258,124 +235,57 @@ class ZarrStream:
             hint="check the storage, or raise read_timeout",
         )
 
+    @property
+    def _num_targets(self) -> int:
+        return len(self._targets[0]) if self._targets is not None else 0
+
     def _settle(self, arrays: dict[str, OpenArray]) -> _Opened:
         """Everything that follows from metadata and arguments."""
         for name, array in arrays.items():
             if array.fallback is not None:
                 logger.info("array %s is read by zarr's own API, which is slower: %s", name, array.fallback)
-        layouts = {name: array.layout for name, array in arrays.items()}
-        shape = _sample_shape(layouts, self._sample_axes)
-        cell = _cell(next(iter(layouts.values())), self._sample_axes)
-        grid = CellGrid(shape, cell)
-        split = self._split(grid)
-        row_bytes = sum(_row_bytes(layout, self._sample_axes) for layout in layouts.values())
-        k = self._shuffle_blocks or default_k(row_bytes * grid.full, grid.full)
-        cache = self._cache(list(layouts.values()), grid)
-        axes = self._sample_axes
         fields = self._fields(arrays)
-        feeds = [
-            Feed(arrays[name].layout, arrays[name].reader, axes, cell, cache if _decoded(layouts[name]) else None)
-            for name in fields
-        ]
-        columns = [
-            Column(
-                name,
-                feed.row_shape,
-                self._dtype(name, layouts[name], is_input=i < len(fields) - self._num_targets),
-                self._batch_size,
-            )
-            for i, (name, feed) in enumerate(zip(fields, feeds, strict=True))
-        ]
-        for column in columns:
-            if column.row_bytes == 0:
-                raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} are empty")
-        columns.append(Column("index", (), np.dtype(np.int64), self._batch_size))
-        order = EpochOrder(split, self._shuffle, k, self._seed, 0)
-        sizes = self._sizes(order, columns, feeds)
-        least = sizes.least + (cache.capacity if cache is not None else 0)
-        if least > self.budget.total:
-            raise ConfigError(
-                f"memory={format_bytes(self.budget.total)} is too small: a block of {min(k, split.num_cells)} chunks "
-                f"takes {format_bytes(sizes.buffer_bytes)}, and the least that works is {format_bytes(least)}",
-                hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
-            )
+        survey = take_survey(
+            [
+                Field(name, arrays[name].layout, self._cast(name, arrays[name].layout, i))
+                for i, name in enumerate(fields)
+            ],
+            sample_axes=self._sample_axes,
+            batch_size=self._batch_size,
+            drop_last=self._drop_last,
+            shuffle=self._shuffle,
+            shuffle_blocks=self._shuffle_blocks,
+            split=self._split_given,
+            split_by=self._split_by,
+            split_seed=self._split_seed,
+            memory=self.budget.total,
+            cache=self._cache_bytes,
+            store=self._where.name,
+        )
         if self.budget.total > available_memory():
             logger.warning(
                 "memory=%s is more than this machine or container has (%s)",
                 format_bytes(self.budget.total),
                 format_bytes(available_memory()),
             )
-        return _Opened(arrays, grid, split, k, feeds, columns, sizes, cache, self._finisher(columns))
+        cache = ChunkCache(survey.cache_bytes) if survey.cache_bytes else None
+        feeds = [
+            Feed(site, arrays[name].reader, cache if decoded_whole(site.layout) else None)
+            for name, site in zip(fields, survey.sites, strict=True)
+        ]
+        return _Opened(arrays, survey, feeds, cache, self._finisher(survey.columns))
 
-    def _split(self, grid: CellGrid) -> Split:
-        try:
-            lower, upper = split_bounds(self._split_given, grid.num_samples)
-        except ValueError as error:
-            raise DataError(f"{self._where.name}: {error}", hint="split=(0.0, 0.9), or two sample numbers") from error
-        count = upper - lower
-        if count == 0:
-            raise DataError(
-                f"{self._where.name}: no samples (split {self._split_given} of {grid.num_samples})",
-                hint="choose a wider split, or data with rows",
-            )
-        if self._drop_last and count < self._batch_size:
-            raise DataError(
-                f"{self._where.name}: {count} samples are fewer than a batch of {self._batch_size}, and drop_last "
-                "drops them all",
-                hint="lower batch_size, or leave drop_last out",
-            )
-        return Split(grid, lower, upper, self._split_by, self._split_seed, ascending=self._shuffle == "none")
-
-    @property
-    def _num_targets(self) -> int:
-        return len(self._targets[0]) if self._targets is not None else 0
-
-    def _dtype(self, name: str, layout: ArrayLayout, *, is_input: bool) -> np.dtype[Any]:
+    def _cast(self, name: str, layout: ArrayLayout, number: int) -> np.dtype[Any]:
+        """The dtype that this part of a batch gets."""
         own = layout.native
         if isinstance(self._dtypes, dict):
             return self._dtypes.get(name, own)
         if self._dtypes is None:
             return own
+        is_input = self._inputs is None or number < len(self._inputs[0])
         return self._dtypes if is_input or own.kind == self._dtypes.kind else own
 
-    def _cache(self, layouts: Sequence[ArrayLayout], grid: CellGrid) -> ChunkCache | None:
-        """A cache for decoded chunks, where one serves; its bytes come out of the budget while the stream is open."""
-        scattered = self._shuffle == "global" or (self._shuffle == "none" and len(self._sample_axes) > 1)
-        shared = [
-            layout
-            for layout in layouts
-            if _decoded(layout) and (scattered or not _same(layout, self._sample_axes, grid))
-        ]
-        if not shared or self._cache_bytes == 0:
-            return None
-        whole = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in shared)
-        capacity = min(whole * 2, self.budget.total // (4 if scattered else 8))
-        if self._cache_bytes is not None:
-            capacity = min(self._cache_bytes, self.budget.total // 2)
-        return ChunkCache(capacity)
-
-    def _sizes(self, order: EpochOrder, columns: Sequence[Column], feeds: Sequence[Feed]) -> Sizes:
-        split, size = order.split, self._batch_size
-        row = max(1, block_bytes(columns, 1) // size)
-        quarter = self.budget.total // 4
-        if order.scattered:
-            blocks, units = 1, max(1, -(-split.num_samples * row // max(1, min(BLOCK_BYTES, quarter))))
-            rows = min(split.num_samples, max(1, -(-split.num_samples // units // size)) * size)
-            units = -(-split.num_samples // rows)
-        else:
-            full = min(split.num_samples, -(-split.num_cells // order.num_blocks) * split.grid.full)
-            blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, quarter) // (full * row)))
-            rows = min(split.num_samples, blocks * full)
-            units = -(-order.num_blocks // blocks)
-        return Sizes(
-            unit_blocks=blocks,
-            unit_rows=rows,
-            buffer_bytes=block_bytes(columns, -(-rows // size)),
-            units=units,
-            scratch_bytes=max(_scratch(feed, column, split.grid) for feed, column in zip(feeds, columns, strict=False)),
-        )
-
-    def _finisher(self, columns: Sequence[Column]) -> Any:
+    def _finisher(self, columns: Sequence[Column]) -> Callable[[Batch], Batch]:
         """What turns transformed batches into what is handed over; checks dtypes at once."""
         if self._output == "numpy":
             return lambda batch: batch
@@ -397,11 +307,11 @@ class ZarrStream:
             self._pass.stop()
         self._grant_cache(opened.cache)
         if self._pool is None:
-            self._pool = Pool(opened.sizes.buffer_bytes, self.budget, poison=bool(os.environ.get(POISON)))
+            self._pool = Pool(opened.survey.sizes.buffer_bytes, self.budget, poison=bool(os.environ.get(POISON)))
         start, self._skip = Cursor(self._epoch, self._skip), 0
         if not self._driven:
             self._cursor = start
-        order = EpochOrder(opened.split, self._shuffle, opened.cells_per_block, self._seed, self._epoch)
+        order = EpochOrder(opened.survey.split, self._shuffle, opened.survey.cells_per_block, self._seed, self._epoch)
         self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned)
         return self._pass
 
@@ -433,8 +343,8 @@ class ZarrStream:
 
         return Recipe(
             feeds=opened.feeds,
-            columns=opened.columns,
-            sizes=opened.sizes,
+            columns=opened.survey.columns,
+            sizes=opened.survey.sizes,
             budget=self.budget,
             batch_size=self._batch_size,
             drop_last=self._drop_last,
@@ -501,7 +411,7 @@ class ZarrStream:
     @property
     def num_samples(self) -> int:
         """Samples of an epoch. Before the first use this reads metadata, and may block."""
-        return self._known().split.num_samples
+        return self._known().survey.split.num_samples
 
     def __len__(self) -> int:
         """Batches of an epoch. Before the first use this reads metadata, and may block."""
@@ -510,7 +420,7 @@ class ZarrStream:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of this epoch; does nothing within it. Raises ConfigError for a negative one."""
-        if _at_least(epoch, 0, "epoch") != self._epoch:
+        if at_least(epoch, 0, "epoch") != self._epoch:
             self._epoch, self._skip = epoch, 0
             self._cursor = Cursor(epoch, 0)
 
@@ -551,22 +461,20 @@ class ZarrStream:
 
     def _fingerprint(self) -> dict[str, Any]:
         opened = self._known()
-        split = opened.split
+        split = opened.survey.split
         arrays: Any = {
             name: f"{'x'.join(map(str, a.layout.shape))} {a.layout.native}" for name, a in opened.arrays.items()
         }
         if len(str(arrays)) > 500:
-            from streamtrain.data.order import derive_key
-
             arrays = f"{len(arrays)} arrays, digest {derive_key(str(arrays)):016x}"
         keyed = self._shuffle != "none"
         return {
             "arrays": arrays,
             "sample_axes": list(self._sample_axes),
-            "cells": list(opened.grid.cell),
+            "cells": list(opened.survey.grid.cell),
             "shuffle": self._shuffle,
             "seed": self._seed if keyed else None,
-            "shuffle_blocks": opened.cells_per_block if self._shuffle == "block" else None,
+            "shuffle_blocks": opened.survey.cells_per_block if self._shuffle == "block" else None,
             "split": [split.lower, split.upper],
             "split_by": split.by,
             "split_seed": self._split_seed if split.by != "range" else None,
@@ -605,192 +513,13 @@ class ZarrStream:
             cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,
             threads=self._threads,
             buffers=self._pass.buffers if self._pass is not None else 0,
-            buffer_bytes=opened.sizes.buffer_bytes if opened is not None else 0,
+            buffer_bytes=opened.survey.sizes.buffer_bytes if opened is not None else 0,
         )
 
     def plan(self) -> Plan:
         """What a pass costs, without reading data. Before the first use this reads metadata, and may block."""
-        opened = self._known()
-        split, sizes = opened.split, opened.sizes
-        used = read = chunks = 0
-        for feed, column in zip(opened.feeds, opened.columns, strict=False):
-            row = _row_bytes(feed.layout, self._sample_axes)
-            touched = _chunks_read(feed, split, self._shuffle, sizes)
-            used += split.num_samples * row
-            chunks += touched
-            read += max(split.num_samples * row, touched * feed.layout.chunk_bytes if _decoded(feed.layout) else 0)
-            del column
-        return Plan(
-            samples=split.num_samples,
-            batches=len(self),
-            cells=split.num_cells,
-            cells_per_block=opened.cells_per_block,
-            chunks=chunks,
-            bytes_used=used,
-            bytes_read=read,
-            read_amplification=read / used if used else 0.0,
-            shuffle_quality=_quality(self._shuffle, split, opened.cells_per_block, self._batch_size),
-            buffer_bytes=sizes.buffer_bytes,
-            memory_least=sizes.least + (opened.cache.capacity if opened.cache is not None else 0),
-            memory=self.budget.total,
-        )
+        return self._known().survey.plan()
 
 
 def _same_array(array: NDArray[Any]) -> NDArray[Any]:
     return array
-
-
-def _at_least(value: object, least: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
-    return int(value)
-
-
-def _seconds(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
-    return float(value)
-
-
-def _choice(value: Any, known: Sequence[str], name: str) -> Any:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}", hint=hint)
-    return value
-
-
-def _shuffle(shuffle: object) -> object:
-    if shuffle is False or shuffle is None:
-        return "none"
-    return "block" if shuffle is True else shuffle
-
-
-def _names(names: object, what: str) -> tuple[tuple[str, ...], bool] | None:
-    """The names, and whether batches hold a dict of them."""
-    if names is None:
-        return None
-    if isinstance(names, str):
-        return (names,), False
-    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
-        if len(set(names)) < len(names):
-            raise ConfigError(f"{what}={names!r} names an array twice")
-        return tuple(names), True
-    raise ConfigError(f"{what} must be a name or a list of names, not {names!r}")
-
-
-def _split(split: Any) -> tuple[float, float] | tuple[int, int] | None:
-    if split is None:
-        return None
-    if isinstance(split, list | tuple) and len(split) == 2:
-        try:
-            split_bounds(split, 1 << 62)
-        except ValueError as error:
-            raise ConfigError(str(error), hint="split=(0.0, 0.9), or two sample numbers") from error
-        return split[0], split[1]
-    raise ConfigError(f"split must be two fractions or two sample numbers, not {split!r}", hint="split=(0.0, 0.9)")
-
-
-def _axes(axes: object) -> tuple[int, ...]:
-    given = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(given, list | tuple) or not given or len(set(given)) < len(given):
-        raise ConfigError(f"sample_axes must be different axis numbers such as (0,), not {axes!r}")
-    return tuple(_at_least(axis, 0, "sample_axes") for axis in given)
-
-
-def _dtypes(dtype: Any) -> np.dtype[Any] | dict[str, np.dtype[Any]] | None:
-    if dtype is None:
-        return None
-    if isinstance(dtype, Mapping):
-        return {name: _one_dtype(each) for name, each in dtype.items()}
-    return _one_dtype(dtype)
-
-
-def _one_dtype(dtype: Any) -> np.dtype[Any]:
-    try:
-        found = np.dtype(dtype)
-    except TypeError as error:
-        raise ConfigError(f"dtype={dtype!r} is no numpy dtype", hint="for example dtype='float32'") from error
-    if found.kind not in "biufc":
-        raise ConfigError(f"dtype={dtype!r} can't be trained on", hint="for example dtype='float32'")
-    native: np.dtype[Any] = found.newbyteorder("=")
-    return native
-
-
-def _sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tuple[int, ...]:
-    """The lengths of the sample axes, which all arrays must share."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layout in layouts.items():
-        if max(axes) >= layout.ndim:
-            raise DataError(
-                f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={tuple(axes)}",
-                hint="choose axes that all arrays have",
-            )
-        shapes[name] = tuple(layout.shape[a] for a in axes)
-    first = next(iter(shapes.values()))
-    if any(shape != first for shape in shapes.values()):
-        table = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
-        raise DataError(f"arrays differ in their numbers of samples: {table}", hint="all need the same")
-    if 0 in first:
-        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
-    return first
-
-
-def _cell(layout: ArrayLayout, axes: Sequence[int]) -> tuple[int, ...]:
-    """Samples of a cell along each sample axis: those of a chunk; fewer of very large uncompressed ones."""
-    cell = [min(layout.chunk_shape[a], layout.shape[a]) for a in axes]
-    if layout.chunk_bytes > LARGE_CHUNK and not _decoded(layout) and layout.slow is None:
-        cell[0] = max(1, cell[0] // -(-layout.chunk_bytes // RAW_CELL))
-    return tuple(cell)
-
-
-def _decoded(layout: ArrayLayout) -> bool:
-    """Whether its chunks can only be had whole."""
-    return layout.slow is not None or not layout.raw
-
-
-def _same(layout: ArrayLayout, axes: Sequence[int], grid: CellGrid) -> bool:
-    """Whether no chunk reaches over more than one cell."""
-    return all(
-        c % layout.chunk_shape[a] == 0 or layout.chunk_shape[a] >= s == c
-        for a, c, s in zip(axes, grid.cell, grid.shape, strict=True)
-    )
-
-
-def _row_bytes(layout: ArrayLayout, axes: Sequence[int]) -> int:
-    """Stored bytes of one sample."""
-    return math.prod(s for a, s in enumerate(layout.shape) if a not in axes) * layout.dtype.itemsize
-
-
-def _scratch(feed: Feed, column: Column, grid: CellGrid) -> int:
-    """Bytes that one thread takes for reading a cell of this array."""
-    layout = feed.layout
-    cell = grid.full * column.row_bytes
-    copies = cell if column.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
-    if not _decoded(layout):
-        return min(layout.chunk_bytes, 2 * cell) + copies
-    return 2 * layout.chunk_bytes + copies
-
-
-def _chunks_read(feed: Feed, split: Split, shuffle: Shuffle, sizes: Sizes) -> int:
-    """About how many chunks of an array a pass reads."""
-    layout, grid = feed.layout, split.grid
-    axes = feed.sample_axes
-    per_cell = math.prod(max(1, -(-c // layout.chunk_shape[a])) for a, c in zip(axes, grid.cell, strict=True))
-    per_row = math.prod(feed.chunks_per_row)
-    if shuffle == "global":
-        rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
-        chunks = max(1, grid.num_samples // rows_each)
-        units = max(1, -(-split.num_samples // sizes.unit_rows))
-        touched = chunks * (1 - (1 - 1 / chunks) ** min(sizes.unit_rows, split.num_samples)) if chunks > 1 else 1
-        return round(units * touched) * per_row
-    return split.num_cells * per_cell * per_row
-
-
-def _quality(shuffle: Shuffle, split: Split, k: int, batch: int) -> float:
-    """Entropy of the cells that a batch draws from, over that of a full shuffle."""
-    if shuffle == "global" or split.num_cells == 1:
-        return 0.0 if shuffle == "none" else 1.0
-    if shuffle == "none":
-        return 0.0
-    return math.log(max(1, min(k, batch, split.num_cells))) / math.log(max(2, min(batch, split.num_cells)))

@@ -1,0 +1,290 @@
+"""What a stream comes to, worked out from metadata alone: cells, sizes of buffers, what a pass will cost. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streamtrain.data.block import Column, block_bytes
+from streamtrain.data.budget import format_bytes
+from streamtrain.data.feed import Site
+from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.order import (
+    BLOCK_BYTES,
+    CellGrid,
+    EpochOrder,
+    Shuffle,
+    Split,
+    SplitBy,
+    default_cells_per_block,
+    split_bounds,
+)
+from streamtrain.errors import ConfigError, DataError
+
+LARGE_CHUNK = 64 << 20
+RAW_CELL = 16 << 20
+"""Uncompressed chunks above LARGE_CHUNK are shuffled in cells of this size."""
+UNIT_BYTES = 16 << 20
+"""Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One part of a batch: an array and the dtype that it is cast to."""
+
+    name: str
+    layout: ArrayLayout
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a pass takes, worked out before it starts."""
+
+    unit_blocks: int
+    """Blocks of the order that are filled together; of a scattered order 1."""
+    unit_rows: int
+    """Most rows of a unit."""
+    buffer_bytes: int
+    units: int
+    """How many units an epoch has."""
+    scratch_bytes: int
+    """Of one thread."""
+
+    @property
+    def least(self) -> int:
+        """The least memory that works: two buffers (one, if it holds the epoch), and one thread's scratch."""
+        return self.buffer_bytes * (1 if self.units == 1 else 2) + self.scratch_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a pass costs, told before it."""
+
+    samples: int
+    batches: int
+    cells: int
+    """Parts of the store (usually chunks) that rows come from."""
+    cells_per_block: int
+    """Cells whose rows are permuted together."""
+    chunks: int
+    """Chunks read in a pass, counted as often as they are."""
+    bytes_used: int
+    """Decoded bytes of the samples themselves."""
+    bytes_read: int
+    """Decoded bytes of the chunks read for them."""
+    read_amplification: float
+    """`bytes_read / bytes_used`: above 1 where chunks are read for a part of their rows, or more than once."""
+    shuffle_quality: float
+    """From 0 (rows as they lie) to 1 (a full shuffle): entropy of a batch's cells over that of a full shuffle's."""
+    buffer_bytes: int
+    memory_least: int
+    """The least `memory` that works."""
+    memory: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What metadata and arguments come to."""
+
+    grid: CellGrid
+    split: Split
+    shuffle: Shuffle
+    cells_per_block: int
+    sites: list[Site]
+    columns: list[Column]
+    """One for each part of a batch, then the sample numbers'."""
+    sizes: Sizes
+    cache_bytes: int
+    """For decoded chunks that several cells share; 0 where none do."""
+    batches: int
+    memory: int
+
+    def plan(self) -> Plan:
+        """What a pass costs."""
+        used = read = chunks = 0
+        for site in self.sites:
+            touched = chunks_read(site, self.split, self.shuffle, self.sizes)
+            rows = self.split.num_samples * site.row_bytes
+            used += rows
+            chunks += touched
+            read += max(rows, touched * site.layout.chunk_bytes if decoded_whole(site.layout) else 0)
+        return Plan(
+            samples=self.split.num_samples,
+            batches=self.batches,
+            cells=self.split.num_cells,
+            cells_per_block=min(self.cells_per_block, self.split.num_cells) if self.shuffle == "block" else 1,
+            chunks=chunks,
+            bytes_used=used,
+            bytes_read=read,
+            read_amplification=read / used,
+            shuffle_quality=shuffle_quality(self.shuffle, self.split, self.cells_per_block, self.columns[0].batch_size),
+            buffer_bytes=self.sizes.buffer_bytes,
+            memory_least=self.sizes.least + self.cache_bytes,
+            memory=self.memory,
+        )
+
+
+def take_survey(
+    fields: Sequence[Field],
+    *,
+    sample_axes: Sequence[int],
+    batch_size: int,
+    drop_last: bool,
+    shuffle: Shuffle,
+    shuffle_blocks: int | None,
+    split: Sequence[float] | None,
+    split_by: SplitBy,
+    split_seed: int,
+    memory: int,
+    cache: int | None,
+    store: str,
+) -> Survey:
+    """Work out all that can be known before any data is read.
+
+    Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
+    """
+    layouts = {field.name: field.layout for field in fields}
+    grid = CellGrid(sample_shape(layouts, sample_axes), cell_shape(fields[0].layout, sample_axes))
+    part = cut_split(grid, split, split_by, split_seed, store, ascending=shuffle == "none")
+    count = part.num_samples
+    if drop_last and count < batch_size:
+        raise DataError(
+            f"{store}: {count} samples are fewer than a batch of {batch_size}, and drop_last drops them all",
+            hint="lower batch_size, or leave drop_last out",
+        )
+    sites = [Site(field.layout, tuple(sample_axes), grid.cell) for field in fields]
+    k = shuffle_blocks or default_cells_per_block(sum(site.row_bytes for site in sites) * grid.full, grid.full)
+    columns = [Column(f.name, site.row_shape, f.dtype, batch_size) for f, site in zip(fields, sites, strict=True)]
+    for column in columns:
+        if column.row_bytes == 0:
+            raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")
+    columns.append(Column("index", (), np.dtype(np.int64), batch_size))
+    scattered = shuffle == "global" or (shuffle == "none" and len(sample_axes) > 1)
+    cache_bytes = _cache_bytes(sites, scattered, memory, cache)
+    sizes = _sizes(EpochOrder(part, shuffle, k, 0, 0), columns, sites, memory)
+    if sizes.least + cache_bytes > memory:
+        least = sizes.least + cache_bytes
+        raise ConfigError(
+            f"memory={format_bytes(memory)} is too small: a block of {min(k, part.num_cells)} chunks takes "
+            f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_bytes(least)}",
+            hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
+        )
+    batches = count // batch_size if drop_last else -(-count // batch_size)
+    return Survey(grid, part, shuffle, k, sites, columns, sizes, cache_bytes, batches, memory)
+
+
+def cut_split(
+    grid: CellGrid, split: Sequence[float] | None, by: SplitBy, seed: int, store: str, *, ascending: bool
+) -> Split:
+    """The part of the samples that `split` names; DataError where it holds none."""
+    try:
+        lower, upper = split_bounds(split, grid.num_samples)
+    except ValueError as error:
+        raise DataError(f"{store}: {error}", hint="split=(0.0, 0.9), or two sample numbers") from error
+    if lower == upper:
+        raise DataError(
+            f"{store}: no samples (split {split} of {grid.num_samples})", hint="choose a wider split, or data with rows"
+        )
+    return Split(grid, lower, upper, by, seed, ascending=ascending)
+
+
+def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int | None) -> int:
+    """Bytes for decoded chunks that are read for more than one cell; they come out of the budget."""
+    shared = [site for site in sites if decoded_whole(site.layout) and (scattered or not site.cell_holds_chunks)]
+    if not shared or given == 0:
+        return 0
+    if given is not None:
+        return min(given, memory // 2)
+    whole = sum(math.prod(site.layout.shape) * site.layout.dtype.itemsize for site in shared)
+    return min(whole * 2, memory // (4 if scattered else 8))
+
+
+def _sizes(order: EpochOrder, columns: Sequence[Column], sites: Sequence[Site], memory: int) -> Sizes:
+    split, size = order.split, columns[0].batch_size
+    row = max(1, block_bytes(columns, 1) // size)
+    if order.scattered:
+        blocks, wanted = 1, max(1, min(BLOCK_BYTES, memory // 4))
+        rows = min(split.num_samples, max(1, wanted // row // size) * size)
+        units = -(-split.num_samples // rows)
+    else:
+        full = min(split.num_samples, -(-split.num_cells // order.num_blocks) * split.grid.full)
+        blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, memory // 4) // (full * row)))
+        rows = min(split.num_samples, blocks * full)
+        units = -(-order.num_blocks // blocks)
+    return Sizes(
+        unit_blocks=blocks,
+        unit_rows=rows,
+        buffer_bytes=block_bytes(columns, -(-rows // size)),
+        units=units,
+        scratch_bytes=max(scratch_bytes(s, c, split.grid) for s, c in zip(sites, columns, strict=False)),
+    )
+
+
+def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of the sample axes, which all arrays must share."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layout in layouts.items():
+        if max(axes) >= layout.ndim:
+            raise DataError(
+                f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={tuple(axes)}",
+                hint="choose axes that all arrays have",
+            )
+        shapes[name] = tuple(layout.shape[a] for a in axes)
+    first = next(iter(shapes.values()))
+    if any(shape != first for shape in shapes.values()):
+        table = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        raise DataError(f"arrays differ in their numbers of samples: {table}", hint="all need the same")
+    if 0 in first:
+        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
+    return first
+
+
+def cell_shape(layout: ArrayLayout, axes: Sequence[int]) -> tuple[int, ...]:
+    """Samples of a cell along each sample axis: those of a chunk; fewer of very large uncompressed ones."""
+    cell = [min(layout.chunk_shape[a], layout.shape[a]) for a in axes]
+    if layout.chunk_bytes > LARGE_CHUNK and not decoded_whole(layout) and layout.slow is None:
+        cell[0] = max(1, cell[0] // -(-layout.chunk_bytes // RAW_CELL))
+    return tuple(cell)
+
+
+def decoded_whole(layout: ArrayLayout) -> bool:
+    """Whether its chunks can only be had whole."""
+    return layout.slow is not None or not layout.raw
+
+
+def scratch_bytes(site: Site, column: Column, grid: CellGrid) -> int:
+    """Bytes that one thread takes for reading a cell of this array."""
+    layout = site.layout
+    cell = grid.full * column.row_bytes
+    copies = cell if column.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
+    if not decoded_whole(layout):
+        return min(layout.chunk_bytes, 2 * cell) + copies
+    return 2 * layout.chunk_bytes + copies
+
+
+def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes) -> int:
+    """About how many chunks of an array a pass reads."""
+    layout, grid, axes = site.layout, split.grid, site.sample_axes
+    per_cell = math.prod(max(1, -(-c // layout.chunk_shape[a])) for a, c in zip(axes, grid.cell, strict=True))
+    per_row = math.prod(site.chunks_per_row)
+    if shuffle == "global":
+        rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
+        chunks = max(1, grid.num_samples // rows_each)
+        units = max(1, -(-split.num_samples // sizes.unit_rows))
+        touched = chunks * (1 - (1 - 1 / chunks) ** min(sizes.unit_rows, split.num_samples)) if chunks > 1 else 1
+        return round(units * touched) * per_row
+    return split.num_cells * per_cell * per_row
+
+
+def shuffle_quality(shuffle: Shuffle, split: Split, k: int, batch: int) -> float:
+    """Entropy of the cells that a batch draws from, over that of a full shuffle."""
+    if shuffle == "global" or split.num_cells == 1:
+        return 0.0 if shuffle == "none" else 1.0
+    if shuffle == "none":
+        return 0.0
+    return math.log(max(1, min(k, batch, split.num_cells))) / math.log(max(2, min(batch, split.num_cells)))
