@@ -1,0 +1,417 @@
+"""Committed means durable and verified: whole or not there, whatever dies, fills up or flips in between."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from streamtrain import checkpoint
+from streamtrain.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE
+from streamtrain.errors import CheckpointError, EnvironmentProblem
+from streamtrain.state import Snapshot
+
+ROOT = Path(__file__).parents[1]
+
+
+def snapshot(step: int = 1, *, size: int = 4, **state: Any) -> Snapshot:
+    weight = torch.full((size,), float(step))
+    return Snapshot(
+        model={"embed": weight, "head": weight, "mean": torch.arange(3)},
+        optimizer={"state": {0: {"exp_avg": torch.ones(size), "step": 3}}, "param_groups": [{"betas": (0.9, 0.999)}]},
+        state={"step": step, "rng": torch.arange(5, dtype=torch.uint8), **state},
+    )
+
+
+def put(checkpoints: Path, *steps: int) -> list[Path]:
+    return [checkpoint.commit(checkpoints / f"step-{step:09}", snapshot(step)).path for step in steps]
+
+
+def problems(checkpoints: Path, *, deep: bool = True) -> dict[str, str | None]:
+    return {entry.name: entry.problem for entry in checkpoint.scan(checkpoints, deep=deep)}
+
+
+def test_what_is_committed_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / "step-000000007"
+    committed = checkpoint.commit(path, snapshot(7))
+    read = checkpoint.read(path)
+    assert torch.equal(read.model["embed"], torch.full((4,), 7.0))
+    assert read.model["embed"].data_ptr() == read.model["head"].data_ptr()
+    assert read.optimizer["param_groups"] == [{"betas": (0.9, 0.999)}]
+    assert torch.equal(read.optimizer["state"][0]["exp_avg"], torch.ones(4))
+    assert read.state["step"] == 7
+    assert sorted(os.listdir(path)) == sorted([*FILES, MANIFEST])
+    assert committed.bytes == sum(file.stat().st_size for file in path.iterdir())
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_model_is_a_plain_safetensors_file(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, 3)
+    assert {name: list(tensor) for name, tensor in load_file(path / MODEL).items()} == {
+        "embed": [3.0] * 4,
+        "mean": [0, 1, 2],
+    }
+
+
+def test_equal_snapshots_are_equal_files(tmp_path: Path) -> None:
+    one, other = (checkpoint.commit(tmp_path / name, snapshot(3)).path for name in ("a", "b"))
+    assert [(one / name).read_bytes() == (other / name).read_bytes() for name in (*FILES, MANIFEST)] == [True] * 4
+
+
+def test_a_taken_name_is_refused_and_what_stands_there_stays(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoint.commit(path, snapshot(2))
+    assert checkpoint.read(path).state["step"] == 1
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_replaced_checkpoint_is_the_new_one(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, 1)
+    (path / "notes.txt").write_text("of the old one")
+    checkpoint.commit(path, snapshot(2), replace=True)
+    assert checkpoint.read(path).state["step"] == 2
+    assert os.listdir(tmp_path) == [path.name]
+    assert not (path / "notes.txt").exists()
+
+
+def test_two_commits_of_one_name_leave_one_whole(tmp_path: Path) -> None:
+    errors: list[CheckpointError] = []
+
+    def commit(step: int) -> None:
+        try:
+            checkpoint.commit(tmp_path / "step-1", snapshot(step))
+        except CheckpointError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=commit, args=(step,)) for step in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 3
+    assert problems(tmp_path) == {"step-1": None}
+
+
+def test_what_cannot_be_kept_is_refused_by_its_path_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^state\.callbacks\[0\]: a set can't be kept"):
+        checkpoint.commit(tmp_path / "run" / "step-1", snapshot(callbacks=[{1}]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, 1)
+    for name in (*FILES, MANIFEST):
+        whole = (path / name).read_bytes()
+        with open(path / name, "r+b", buffering=0) as file:
+            for position, byte in enumerate(whole):
+                os.pwrite(file.fileno(), bytes([byte ^ (1 << position % 8)]), position)
+                problem = problems(tmp_path)[path.name]
+                assert problem is not None, (name, position)
+                assert problem.startswith(name)
+                os.pwrite(file.fileno(), bytes([byte]), position)
+    assert problems(tmp_path) == {path.name: None}
+
+
+def test_every_other_length_is_noticed(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, 1)
+    for name in (*FILES, MANIFEST):
+        whole = (path / name).read_bytes()
+        for content in [*(whole[:length] for length in range(len(whole))), whole + b"\n", whole + b"\0"]:
+            (path / name).write_bytes(content)
+            problem = problems(tmp_path, deep=False)[path.name]
+            assert problem is not None, (name, len(content))
+            assert problem.startswith(name)
+        (path / name).write_bytes(whole)
+    assert problems(tmp_path) == {path.name: None}
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_file_that_is_no_file_is_noticed(tmp_path: Path, name: str) -> None:
+    (path,) = put(tmp_path, 1)
+    (path / name).unlink()
+    assert problems(tmp_path) == {path.name: f"{name}, it is missing"}
+    os.mkfifo(path / name)
+    assert problems(tmp_path) == {path.name: f"{name}, it is no regular file"}
+    (path / name).unlink()
+    (path / name).mkdir()
+    assert problems(tmp_path) == {path.name: f"{name}, it is no regular file"}
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.read(path)
+
+
+def forge(path: Path, files: dict[str, bytes], **more: Any) -> None:
+    """A folder whose manifest fits whatever its files hold."""
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    document = {"format": 1, "files": listed, **more}
+    digest = hashlib.sha256(_canonical(document)).hexdigest()
+    (path / MANIFEST).write_bytes(_canonical({**document, "sha256": digest}))
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, ("/tmp/streamtrain-was-fooled",)
+
+
+def genuine(tmp_path: Path) -> dict[str, bytes]:
+    path = checkpoint.commit(tmp_path / "genuine", snapshot(1)).path
+    return {name: (path / name).read_bytes() for name in FILES}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_in_a_checkpoints_clothes_is_refused_unread(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "step-000000009"
+    forge(path, {**genuine(tmp_path), name: pickle.dumps(Malicious())})
+    with pytest.raises(CheckpointError, match=f"{name}, "):
+        checkpoint.read(path)
+    assert not os.path.exists("/tmp/streamtrain-was-fooled")
+
+
+def test_a_pickled_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "step-000000009"
+    torch.save({"model": Malicious()}, path)
+    with pytest.raises(CheckpointError, match=r"step-000000009, is a file, not .*never loaded"):
+        checkpoint.read(path)
+    assert "never loaded" in str(problems(tmp_path)["step-000000009"])
+    assert not os.path.exists("/tmp/streamtrain-was-fooled")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"model": {}, "optimizer": {}}', b"{'model': 1}"],
+    ids=range(7),
+)
+def test_a_state_that_fits_its_digest_but_nothing_else_is_refused(tmp_path: Path, state: bytes) -> None:
+    forge(tmp_path / "step-1", {**genuine(tmp_path), STATE: state})
+    with pytest.raises(CheckpointError, match=r"step-1: state\.json, "):
+        checkpoint.read(tmp_path / "step-1")
+
+
+def test_a_reference_to_nothing_is_refused_by_its_path(tmp_path: Path) -> None:
+    state = json.dumps({"model": {}, "optimizer": {"a": [{"$tensor": "x"}]}, "state": {}}).encode()
+    forge(tmp_path / "step-1", {**genuine(tmp_path), STATE: state})
+    with pytest.raises(CheckpointError, match=r"state\.json, optimizer\.a\[0\]: .*'x', which is not there"):
+        checkpoint.read(tmp_path / "step-1")
+
+
+def test_a_newer_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    forge(tmp_path / "step-1", {"weights.bin": b""}, format=2)
+    assert "format 2 is newer than this streamtrain reads (1): update" in str(problems(tmp_path)["step-1"])
+
+
+@pytest.mark.parametrize("path", ["absent", "file"])
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=f"checkpoint .*/{path}: ") as caught:
+        checkpoint.read(tmp_path / path)
+    assert caught.value.hint
+
+
+def test_scanning_lists_by_step_and_only_what_has_the_name(tmp_path: Path) -> None:
+    put(tmp_path, 10, 9, 1_000_000_000)
+    for other in ("step-x", ".tmp-step-000000001-0123abcd", "best", "step-5.bak"):
+        (tmp_path / other).mkdir()
+    entries = checkpoint.scan(tmp_path)
+    assert [entry.step for entry in entries] == [9, 10, 1_000_000_000]
+    assert all(entry.problem is None and entry.bytes > 0 for entry in entries)
+    assert checkpoint.scan(tmp_path / "absent") == []
+
+
+def test_the_newest_valid_one_is_found_and_the_damaged_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert checkpoint.newest_valid(tmp_path) is None
+    put(tmp_path, 1, 2, 5)
+    (tmp_path / "step-000000005" / OPTIMIZER).unlink()
+    found = checkpoint.newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    assert "optimizer.safetensors, it is missing" in caplog.text
+    assert "repeats 3 steps" in caplog.text
+
+
+def test_if_none_is_valid_each_reason_is_told(tmp_path: Path) -> None:
+    one, other = put(tmp_path, 1, 2)
+    (one / MANIFEST).write_bytes(b"{}")
+    shutil.rmtree(other)
+    other.mkdir()
+    reasons = "step-000000002: manifest.json, it is missing; step-000000001: manifest.json, it is no manifest"
+    with pytest.raises(CheckpointError, match=reasons):
+        checkpoint.newest_valid(tmp_path)
+
+
+def test_pruning_keeps_what_is_named_and_never_everything_away(tmp_path: Path) -> None:
+    paths = put(tmp_path, 1, 2, 3)
+    (tmp_path / "other").mkdir()
+    assert checkpoint.prune(tmp_path, {"absent"}) == []
+    assert checkpoint.prune(tmp_path, {paths[1].name}) == [paths[0].name, paths[2].name]
+    assert sorted(os.listdir(tmp_path)) == ["other", paths[1].name]
+
+
+def test_sweeping_takes_leftovers_but_no_living_commit(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    living, dead = tmp_path / ".tmp-step-000000002-0123abcd", tmp_path / ".tmp-step-000000003-0123abcd"
+    living.mkdir()
+    dead.mkdir()
+    (dead / MODEL).write_bytes(b"half")
+    descriptor = os.open(living, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert checkpoint.sweep(tmp_path) == [dead.name]
+    os.close(descriptor)
+    assert checkpoint.sweep(tmp_path) == [living.name]
+    assert os.listdir(tmp_path) == ["step-000000001"]
+    assert checkpoint.sweep(tmp_path / "absent") == []
+
+
+def test_a_checkpoint_whose_successor_did_not_arrive_gets_its_name_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = put(tmp_path, 1)
+    path.rename(tmp_path / f".old-{path.name}-0123abcd")
+    assert checkpoint.sweep(tmp_path) == []
+    assert problems(tmp_path) == {path.name: None}
+    assert "the old one stands" in caplog.text
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel lets no file of this process grow beyond `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100, 5000, 9000])
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, limit: int) -> None:
+    (path,) = put(tmp_path, 1)
+    with files_of_at_most(limit), pytest.raises(EnvironmentProblem, match=r"needs [\d,]+ bytes, [\d,]+ bytes are free"):
+        checkpoint.commit(path, snapshot(2, size=2500), replace=True)
+    assert checkpoint.read(path).state["step"] == 1
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        put(tmp_path, 1)
+        with pytest.raises(EnvironmentProblem, match=r"the disk is full: .* the checkpoints before it are untouched"):
+            checkpoint.commit(tmp_path / "step-2", snapshot(2, size=20_000))
+        assert problems(tmp_path) == {"step-000000001": None}
+        assert os.listdir(tmp_path) == ["step-000000001"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+CHILD = textwrap.dedent("""
+    # Dies by kill -9 before each of the system calls that a commit or a prune makes, one life a call.
+    import os, signal, sys
+    from pathlib import Path
+    from streamtrain import checkpoint
+    from tests.test_checkpoint import snapshot
+
+    def act(folder):
+        if what == "replace by two renames":
+            checkpoint._exchange = lambda staging, folder: False  # as where the file system can't swap names
+        if what.startswith("replace"):
+            checkpoint.commit(folder / "step-000000001", snapshot(2), replace=True)
+        elif what == "add":
+            checkpoint.commit(folder / "step-000000002", snapshot(2))
+        else:
+            checkpoint.prune(folder, {"step-000000001"})
+
+    seen = 0
+    def profile(frame, event, function):
+        global seen
+        if event == "c_call" and function.__module__ in ("posix", "fcntl"):
+            seen += 1
+            if seen == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    root, what = Path(sys.argv[1]), sys.argv[2]
+    for fatal in range(1, 200):
+        folder = root / f"{fatal:03}"
+        checkpoint.commit(folder / "step-000000001", snapshot(1))
+        if what == "prune":
+            checkpoint.commit(folder / "step-000000002", snapshot(2))
+        child = os.fork()
+        if child == 0:
+            sys.setprofile(profile)
+            act(folder)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:  # it lived through all steps
+            break
+""")
+
+
+@pytest.mark.parametrize("what", ["replace", "replace by two renames", "add", "prune"])
+def test_kill_9_at_each_step_leaves_old_or_new_whole(tmp_path: Path, what: str) -> None:
+    subprocess.run([sys.executable, "-c", CHILD, tmp_path, what], check=True, timeout=60, cwd=ROOT)
+    outcomes = []
+    for folder in sorted(tmp_path.iterdir()):
+        assert set(problems(folder).values()) <= {None}, "what has a checkpoint's name is whole"
+        checkpoint.sweep(folder)
+        assert all(name.startswith("step-") for name in os.listdir(folder)), "nothing half-made stays after a sweep"
+        newest = checkpoint.newest_valid(folder)
+        assert newest is not None
+        outcomes.append((newest.step, checkpoint.read(newest.path).state["step"]))
+    died = len(outcomes) - 1
+    assert died >= (10 if what == "prune" else 20)
+    old, new = {"add": [(1, 1), (2, 2)], "prune": [(2, 2), (1, 1)]}.get(what, [(1, 1), (1, 2)])
+    assert set(outcomes) == {old, new}
+    assert outcomes[-1] == new
+
+
+WRITER = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from streamtrain import checkpoint
+    from tests.test_checkpoint import snapshot
+
+    print("ready", flush=True)
+    for step in range(1, 1_000_000):
+        checkpoint.commit(Path(sys.argv[1]) / "step-000000001", snapshot(step, size=300_000), replace=True)
+        print(step, flush=True)
+""")
+
+
+def test_kill_9_in_the_middle_of_writing_leaves_what_was_said_to_stand(tmp_path: Path) -> None:
+    for lines in (2, 3):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert writer.stdout is not None
+        said = [writer.stdout.readline() for _ in range(lines)]
+        writer.kill()
+        said += writer.stdout.readlines()
+        writer.wait()
+        writer.stdout.close()
+        committed = int(said[-1])
+        assert checkpoint.read(tmp_path / "step-000000001").state["step"] in (committed, committed + 1)
+        checkpoint.sweep(tmp_path)
+        assert os.listdir(tmp_path) == ["step-000000001"]
