@@ -6,6 +6,8 @@ Law: memory holds one band of rows at a time, and a store appears whole or not a
 from __future__ import annotations
 
 import contextlib
+import glob
+import math
 import os
 import shutil
 import zipfile
@@ -13,13 +15,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ZstdCodec
 
+from streamtrain.data.layout import TRAINABLE, trainable
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 Codec = Literal["raw", "zstd", "blosc"]
@@ -74,19 +77,21 @@ def convert(
 
     `member` names the array in an .npz; it may be left out where there is but one. With `every=n` each n-th element
     along each axis is kept. Memory: one band of rows (those of a shard or chunk), whatever the size of the array.
-    Raises DataError where the source is missing, cut short, damaged or of a kind that cannot be streamed (Fortran
-    order, Python objects), ConfigError where the layout does not fit, and leaves no half-written store.
+    Raises DataError where the source is missing, cut short, damaged, empty or of a kind that cannot be streamed
+    (Fortran order, Python objects, text), ConfigError where the layout does not fit, EnvironmentProblem where the disk
+    refuses, and leaves no half-written store.
     """
     source, target, layout = Path(source), Path(target), layout or Layout()
     if every < 1:
         raise ConfigError(f"every={every} must be at least 1", hint="every=1 keeps all")
-    with _open_npy(source, member) as stream:
+    with _open_npy(source, member) as (stream, size):
         shape, dtype = _read_header(stream, source)
+        _check_size(size - stream.tell(), shape, dtype, source)
         kept = tuple(-(-size // every) for size in shape)
         chunks, shards = layout.resolve(kept, dtype.itemsize)
         with whole_or_nothing(target) as part:
             array = create_array(part, shape=kept, dtype=dtype, chunks=chunks, shards=shards, codec=layout.codec)
-            array.attrs.update(attributes or {})
+            array.attrs.update({**(attributes or {}), **COMPLETE})
             for start, band in _bands(stream, source, shape, dtype, rows=(shards or chunks)[0], every=every):
                 array[start : start + len(band)] = band
                 if progress:
@@ -105,7 +110,12 @@ def create_array(
     shards: tuple[int, ...] | None = None,
     codec: Codec = "zstd",
 ) -> zarr.Array[Any]:
-    """A new Zarr 3 array that writes chunks of zeros too and says so, so that a missing file always means damage."""
+    """A new Zarr 3 array that writes chunks of zeros too and says so, so that a missing file always means damage.
+
+    Raises ConfigError for an unknown codec.
+    """
+    if codec not in get_args(Codec):
+        raise ConfigError(f"codec={codec!r} is unknown", hint=f"one of {', '.join(get_args(Codec))}")
     compressors: Any = {
         "raw": None,
         "zstd": ZstdCodec(level=1),
@@ -122,7 +132,7 @@ def create_array(
 @contextlib.contextmanager
 def whole_or_nothing(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` at the end, when it is durable, and vanishes on an error."""
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError(f"{target} exists already", hint="name another target, or remove this one")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -142,7 +152,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
 
 def _sweep(target: Path) -> None:
     """Remove what conversions to this target that were killed have left."""
-    for part in target.parent.glob(f".{target.name}.*.part"):
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(part, ignore_errors=True)
@@ -157,26 +167,30 @@ def _fsync(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_npy(source: Path, member: str | None) -> Iterator[IO[bytes]]:
-    """The bytes of the .npy file, or of that member of the .npz, as a stream."""
+def _open_npy(source: Path, member: str | None) -> Iterator[tuple[IO[bytes], int]]:
+    """The bytes of the .npy file, or of that member of the .npz, as a stream, and how many they are."""
     try:
+        if not source.exists():
+            raise DataError(f"{source} does not exist", hint="check the path")
+        if not source.is_file():
+            raise DataError(f"{source} is no regular file", hint="only .npy and .npz are read")
         if source.suffix == ".npy":
             with source.open("rb") as stream:
-                yield stream
+                yield stream, os.fstat(stream.fileno()).st_size
             return
         with zipfile.ZipFile(source) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             chosen = member if member is not None else names[0] if len(names) == 1 else ""
             if chosen not in names:
                 raise ConfigError(
-                    f"{source}: no array {member!r}" if member else f"{source} holds several arrays",
-                    hint=f"choose one of: {', '.join(names)}",
+                    f"{source}: no array {member!r}" if member else f"{source} holds {len(names) or 'no'} arrays",
+                    hint=f"choose one of: {', '.join(names)}" if names else "only .npy and .npz are read",
                 )
             with archive.open(f"{chosen}.npy") as stream:
-                yield stream
-    except FileNotFoundError as error:
-        raise DataError(f"{source} does not exist", hint="check the path") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                yield stream, archive.getinfo(f"{chosen}.npy").file_size
+    except OSError as error:
+        raise DataError(f"{source} can't be read: {error.strerror or error}", hint="check the file") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise DataError(f"{source} is damaged or no .npy or .npz file: {error}", hint="fetch it again") from error
 
 
@@ -185,12 +199,27 @@ def _read_header(stream: IO[bytes], source: Path) -> tuple[tuple[int, ...], np.d
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+        raise
+    except Exception as error:  # the header is a Python literal: what its parser raises is anybody's guess
         raise DataError(f"{source}: no array in numpy's format: {error}", hint="only .npy and .npz are read") from error
     if fortran or dtype.hasobject or not shape:
         kind = "Fortran order" if fortran else "Python objects" if dtype.hasobject else "a single number"
         raise DataError(f"{source} holds {kind}, which cannot be streamed", hint="save it as an array in C order")
+    if not trainable(dtype):
+        raise DataError(f"{source} holds {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
     return tuple(int(size) for size in shape), dtype
+
+
+def _check_size(have: int, shape: tuple[int, ...], dtype: np.dtype[Any], source: Path) -> None:
+    """Believe a header only as far as there are bytes behind it."""
+    if min(shape) < 1:
+        raise DataError(f"{source} holds an array of shape {shape}, without a sample", hint="choose an array with rows")
+    need = math.prod(shape) * dtype.itemsize
+    if have < need:
+        raise DataError(f"{source} is cut short: {have} of {need} bytes after its header", hint="fetch it again")
+    if have > need:
+        raise DataError(f"{source} goes on after its array", hint="it is no plain .npy file; save it again")
 
 
 def _bands(
@@ -218,16 +247,30 @@ def _bands(
 def _flat_bands(
     stream: IO[bytes], source: Path, size: int, dtype: np.dtype[Any], *, rows: int, every: int
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    for start in range(0, size, rows * every):
-        part = np.empty(min(rows * every, size - start), dtype=dtype)
+    kept = -(-size // every)
+    band = np.empty(min(rows, kept), dtype=dtype)
+    some = np.empty(min(size, max(1, BAND_BYTES // dtype.itemsize)), dtype=dtype)
+    filled = first = 0
+    for start in range(0, size, len(some)):
+        part = some[: size - start]
         _fill(stream, part.view(np.uint8).data, source, start)
-        yield start // every, part[::every]
+        chosen = part[-start % every :: every]
+        while len(chosen):
+            taken = chosen[: rows - filled]
+            band[filled : filled + len(taken)] = taken
+            filled, chosen = filled + len(taken), chosen[len(taken) :]
+            if filled == rows or first + filled == kept:
+                yield first, band[:filled]
+                filled, first = 0, first + filled
 
 
 def _fill(stream: IO[bytes], view: memoryview, source: Path, row: int) -> None:
     done = 0
     while done < len(view):
-        got: int = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        try:
+            got: int = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise DataError(f"{source} can't be read in row {row}: {error}", hint="fetch it again") from error
         if not got:
             raise DataError(f"{source} is cut short in row {row}", hint="fetch it again")
         done += got

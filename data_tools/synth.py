@@ -31,8 +31,11 @@ def synth(
     linear function of x's row plus noise of 0.1, so that a model has something to learn. Chunks are whole rows.
     """
     if min(rows, columns, chunk_rows) < 1:
-        raise ConfigError(f"rows={rows}, columns={columns}, chunk_rows={chunk_rows}: all must be at least 1")
-    if shard_rows and shard_rows % chunk_rows:
+        given = f"rows={rows}, columns={columns}, chunk_rows={chunk_rows}"
+        raise ConfigError(f"{given}: all must be at least 1", hint="give positive sizes")
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must be at least 0", hint="any number from 0 on will do")
+    if shard_rows and (shard_rows < 0 or shard_rows % chunk_rows):
         raise ConfigError(
             f"shard_rows={shard_rows} is no multiple of chunk_rows={chunk_rows}", hint="a shard holds whole chunks"
         )
