@@ -1,0 +1,189 @@
+"""A run's folder belongs to one living process, and its small files are replaced whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from streamtrain.errors import DataError, EnvironmentProblem
+from streamtrain.run_folder import LOCK, RunFolder
+
+ROOT = Path(__file__).parents[1]
+HOLDER = textwrap.dedent("""
+    import sys
+    from streamtrain.run_folder import RunFolder
+    folder = RunFolder(sys.argv[1])
+    folder.lock()
+    print("held", flush=True)
+    sys.stdin.read()
+    {at_the_end}
+""")
+
+
+@contextmanager
+def held(path: Path, at_the_end: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Another process holds the folder while the block lasts."""
+    command = [sys.executable, "-c", HOLDER.format(at_the_end=at_the_end), str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_a_folder_that_a_living_process_holds_is_refused_with_its_pid_and_since_when(tmp_path: Path) -> None:
+    with held(tmp_path / "run") as holder, pytest.raises(EnvironmentProblem) as caught:
+        RunFolder(tmp_path / "run").lock()
+    said = f"the run folder {tmp_path}/run is in use by process {holder.pid} since "
+    assert str(caught.value).startswith(said)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", str(caught.value).removeprefix(said))
+    assert caught.value.hint
+
+
+def test_kill_9_frees_the_folder(tmp_path: Path) -> None:
+    with held(tmp_path) as holder:
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path) as folder:
+            assert json.loads((folder.path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_release_frees_the_folder_for_others_while_a_fork_lives(tmp_path: Path) -> None:
+    fork = "import os, signal; child = os.fork(); child or signal.pause(); folder.release(); print(child, flush=True)"
+    with held(tmp_path, fork + "; sys.stdin.close(); signal.pause()") as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdin.close()
+        child = int(holder.stdout.readline())
+        try:
+            RunFolder(tmp_path).lock()
+        finally:
+            os.kill(child, 9)
+
+
+def test_the_same_process_does_not_get_it_twice(tmp_path: Path) -> None:
+    with RunFolder(tmp_path), pytest.raises(EnvironmentProblem, match=rf"this very process \({os.getpid()}\)"):
+        RunFolder(tmp_path).lock()
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_locking_and_releasing_twice_does_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    folder.lock()
+    folder.release()
+    folder.release()
+    assert (tmp_path / LOCK).read_text() == ""
+
+
+def test_nothing_is_made_before_the_lock(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    with folder:
+        assert os.listdir(tmp_path / "a" / "b") == [LOCK]
+    assert folder.checkpoints == tmp_path / "a" / "b" / "checkpoints"
+
+
+def test_a_damaged_lock_file_still_locks(tmp_path: Path) -> None:
+    with RunFolder(tmp_path):
+        for text in ("", "{", "[]", '{"pid": "x"}', '{"pid": 1}'):
+            (tmp_path / LOCK).write_text(text)
+            with pytest.raises(EnvironmentProblem, match="in use by another process"):
+                RunFolder(tmp_path).lock()
+
+
+def test_a_holder_on_another_host_is_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path):
+        (tmp_path / LOCK).write_text('{"pid": 7, "since": "today", "host": "elsewhere"}')
+        with pytest.raises(EnvironmentProblem, match="process 7 on elsewhere since today"):
+            RunFolder(tmp_path).lock()
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "dangling", "/proc/streamtrain", "/sys/streamtrain/run"])
+def test_a_folder_that_cannot_be_made_is_refused_with_the_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    path = tmp_path / name
+    with pytest.raises(EnvironmentProblem, match=f"the run folder {path} can't be written: "):
+        RunFolder(path).lock()
+
+
+def test_files_are_replaced_whole(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        path = tmp_path / "status.json"
+        folder.write_status({"step": 0})
+        done = threading.Event()
+        seen: set[int] = set()
+
+        def watch() -> None:
+            while not done.is_set():
+                seen.add(json.loads(path.read_text())["step"])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for step in range(500):
+            folder.write_status({"step": step, "filler": "x" * (step * 37 % 5000)})
+        done.set()
+        watcher.join()
+    assert seen <= set(range(500))
+    assert json.loads(path.read_text())["step"] == 499
+    assert sorted(os.listdir(tmp_path)) == [LOCK, "status.json"]
+
+
+def test_a_status_is_json_whatever_it_holds(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.write_status({"loss": float("nan"), "lr": [1.0, float("-inf")], "path": tmp_path, "pair": (1, 2)})
+    text = (tmp_path / "status.json").read_text()
+    assert json.loads(text) == {"loss": None, "lr": [1.0, None], "path": str(tmp_path), "pair": [1, 2]}
+
+
+def test_an_error_is_kept_with_hint_and_traceback(tmp_path: Path) -> None:
+    try:
+        raise DataError("chunk 3 is cut", hint="fetch it again") from OSError("cause")
+    except DataError as error:
+        with RunFolder(tmp_path) as folder:
+            folder.write_error(error)
+    kept = json.loads((tmp_path / "error.json").read_text())
+    assert (kept["type"], kept["message"], kept["hint"], kept["exit_code"]) == (
+        "DataError",
+        "chunk 3 is cut",
+        "fetch it again",
+        3,
+    )
+    assert "OSError: cause" in kept["traceback"]
+
+
+def test_any_error_can_be_kept(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.write_error(KeyboardInterrupt())
+    assert json.loads((tmp_path / "error.json").read_text())["exit_code"] == 1
+
+
+def test_a_configuration_is_kept_as_it_is(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.write_config('name = "größe"\n')
+    assert (tmp_path / "config.toml").read_text(encoding="utf-8") == 'name = "größe"\n'
+
+
+def test_a_file_that_cannot_be_written_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        (tmp_path / "status.json").mkdir()
+        with pytest.raises(EnvironmentProblem, match=r"status\.json can't be written: Is a directory"):
+            folder.write_status({})
