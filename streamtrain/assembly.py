@@ -86,6 +86,7 @@ def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> 
         scheduler=None if config.scheduler is None else {"name": config.scheduler.name, **config.scheduler.arguments},
         metrics={name: metric(named, said, name) for name, named in config.metrics.items()},
         callbacks=[*(callback(c, said, i) for i, c in enumerate(config.callbacks or [])), *callbacks],
+        config=config.tables(),
         **given,
     )
     return Job(trainer, train, validation, config.fit.model_dump(exclude_none=True))

@@ -7,6 +7,7 @@ heavy is imported before a command needs it, so that help is quick and loads no 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import signal
@@ -53,6 +54,7 @@ app = App(
     exit_on_error=False,
     print_error=False,
     help_on_error=False,
+    suppress_keyboard_interrupt=False,
 )
 app["--help"].help = "Say how to use a command."
 app["--version"].help = "Say the version."
@@ -128,8 +130,10 @@ def inspect(
 ) -> int:
     """Show arrays, what a pass costs, what to change."""
     from streamtrain.inspection import inspect
+    from streamtrain.log_file import logged
 
-    _print(inspect(_stream_said(data, flags)))
+    with logged(logging.WARNING):
+        _print(inspect(_stream_said(data, flags)))
     return 0
 
 
@@ -150,8 +154,10 @@ def bench(
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
         raise ConfigError(f"--seconds must be a finite number above 0, got {seconds!r}", hint="For instance 10.")
     from streamtrain.bench import bench, in_words
+    from streamtrain.log_file import logged
 
-    measured = bench(_stream_said(data, flags), seconds=float(limit))
+    with logged(logging.INFO):
+        measured = bench(_stream_said(data, flags), seconds=float(limit))
     _print([measured.dumps()] if json else in_words(measured))
     return 0
 
@@ -213,8 +219,10 @@ def _command(tokens: list[str]) -> int:
         code: Any = app(normalise(tokens))
     except CycloptsError as error:
         raise _usage_error(error) from error
-    except SystemExit:  # rich, where nobody reads the help any more
-        return 0
+    except SystemExit:
+        if {"--help", "-h", "--version"}.isdisjoint(tokens):
+            raise
+        return 0  # from rich, where nobody reads the help any more
     return code if isinstance(code, int) else 0
 
 

@@ -29,8 +29,9 @@ from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import ValidationEnd
 from streamtrain.metrics import Accuracy
-from streamtrain.signals import capture
-from streamtrain.trainer import FitResult, Trainer
+from streamtrain.progress import FitResult
+from streamtrain.trainer import Trainer
+from streamtrain.watch import Watch
 
 MASK_SHAPE = (21600, 43200)
 """Lines from north to south, pixels from the date line eastward."""
@@ -179,16 +180,12 @@ def run(*, out: Path = Path("runs/demo"), quick: bool = False, max_epochs: int |
     model, and some seconds. Raises EnvironmentProblem where the packages of the extra `demo` are missing.
     """
     mask, recipe = find_mask(), QUICK if quick else FULL
-    try:
+    with Watch(grace=25) as watch:
         world = prepare(mask, out / ("world-quick.zarr" if quick else "world.zarr"), recipe)
         trainer = build(out, world, recipe)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command again starts over with the data")
-        return 130
-    with capture(lambda number: trainer.stop(f"signal {number}")) as captured:
-        result = asyncio.run(train(trainer, world, recipe, max_epochs))
+        result = asyncio.run(train(trainer, world, recipe, max_epochs, watch))
     report(out, world, recipe, result)
-    return 0 if captured.first is None else 128 + captured.first
+    return watch.exit_code(result.reason)
 
 
 def find_mask() -> Path:
@@ -252,7 +249,7 @@ def build(out: Path, world: Path, recipe: Recipe) -> Trainer:
     )
 
 
-async def train(trainer: Trainer, world: Path, recipe: Recipe, max_epochs: int | None) -> FitResult:
+async def train(trainer: Trainer, world: Path, recipe: Recipe, max_epochs: int | None, watch: Watch) -> FitResult:
     """Stream the world's pixels through `trainer`, from where the last run in this folder stopped."""
     height, width = (-(-size // recipe.every) for size in MASK_SHAPE)
     common: dict[str, Any] = {"batch_size": recipe.batch_size, "sample_axes": (0, 1), "split_by": "chunk", "seed": 0}
@@ -273,6 +270,7 @@ async def train(trainer: Trainer, world: Path, recipe: Recipe, max_epochs: int |
         **common | {"batch_size": recipe.batch_size * recipe.validate_on},
     )
     async with lines, held_out:
+        watch.begins(trainer)
         return await trainer.fit(
             lines, validation=held_out, max_epochs=max_epochs, max_steps=recipe.steps, resume="auto"
         )

@@ -9,11 +9,9 @@ import asyncio
 import glob
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +22,8 @@ from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.events import TrainBegin
 from streamtrain.log_file import LogFile, logged
 from streamtrain.run_folder import RunFolder
-from streamtrain.signals import Interrupted, capture, leave
 from streamtrain.spelling import nearest, shown
+from streamtrain.watch import Watch
 
 if TYPE_CHECKING:
     from streamtrain.data.stream import ZarrStream
@@ -51,24 +49,17 @@ def log_level(name: str | None, *, quiet: bool, verbose: bool) -> int:
 def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, list[str]]:
     """Train; the exit code, and what to tell the user at the end.
 
-    The first SIGINT, SIGTERM or SIGHUP has the step finished and the run saved (exit 128 + its number); a second one,
-    or one that can't be obeyed within `grace`, ends the process at once.
+    A SIGINT, SIGTERM or SIGHUP has the step finished and the run saved: the exit code is 128 + its number.
     """
     config = in_folder(config, said)
     if config.trainer.run_dir is not None:
         refuse_other_run(config, config.trainer.run_dir)
-    watch = Watch(config.trainer.grace)
-    with logged(level) as log, capture(watch.first, second=watch.second):
+    with logged(level) as log, Watch(config.trainer.grace) as watch:
         begun = Begun(watch, config, log)
         job = assembly.build(config, said, callbacks=(begun, *_progress(config, quiet)))
         begun.trainer = job.trainer
-        try:
-            result = asyncio.run(_train(job, watch))
-        except asyncio.CancelledError:
-            raise Interrupted(watch.signum or signal.SIGINT) from None
-        finally:
-            watch.over()
-    return (128 + watch.signum if watch.signum and result.reason == "signal" else 0), report(result, config)
+        result = asyncio.run(_train(job, watch))
+    return watch.exit_code(result.reason), report(result, config)
 
 
 def rehearse(config: Config, said: Said, *, level: int) -> list[str]:
@@ -144,93 +135,41 @@ def report(result: FitResult, config: Config) -> list[str]:
     return lines
 
 
-class Watch:
-    """What a signal does: before training it ends the command, from then on it asks the trainer to save and stop."""
-
-    def __init__(self, grace: float) -> None:
-        self.grace = grace
-        self.signum = 0
-        """The first signal's number; 0 while there was none."""
-        self._cancel: Callable[[], object] | None = None
-        self._stop: Callable[[int], None] | None = None
-        self._patience: threading.Timer | None = None
-
-    def opening(self, cancel: Callable[[], object]) -> None:
-        """From now on a signal cancels the coroutine that opens the data and builds."""
-        self._cancel = cancel
-
-    def begun(self, stop: Callable[[int], None]) -> None:
-        """From now on there are steps to save."""
-        self._stop = stop
-        if self.signum:
-            stop(self.signum)
-
-    def first(self, signum: int) -> None:
-        """On the main thread, between two bytecodes."""
-        self.signum = signum
-        if self._stop is not None:
-            _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
-            self._stop(signum)
-            self._patience = threading.Timer(self.grace, self._give_up)
-            self._patience.daemon = True
-            self._patience.start()
-        elif self._cancel is not None:
-            self._cancel()
-        else:
-            raise Interrupted(signum)
-
-    def second(self, signum: int) -> None:
-        """End at once; a terminal that is closed may hang up twice, though, and that is no hurry."""
-        if signum != signal.SIGHUP:
-            leave(self.signum or signum)
-
-    def over(self) -> None:
-        """All is saved."""
-        if self._patience is not None:
-            self._patience.cancel()
-
-    def _give_up(self) -> None:
-        _tell(f"not saved within {self.grace:g} s (--grace): leaving, the last checkpoint stands")
-        os._exit(128 + self.signum)
-
-
 class Begun(Callback):
-    """Once everything is checked and restored: keeps the configuration, opens log.txt, hands signals to the trainer."""
+    """Once everything is checked and restored: keeps the configuration, opens log.txt, passes on an early signal."""
 
     def __init__(self, watch: Watch, config: Config, log: LogFile) -> None:
         self.watch, self.config, self.log = watch, config, log
         self.trainer: Trainer | None = None
 
     def on_train_begin(self, event: TrainBegin) -> None:
-        if self.trainer is not None:
-            self.watch.begun(stopper(self.trainer))
         if event.run_dir is not None:
             RunFolder(event.run_dir).write_config(self.config.dumps())
             self.log.open(Path(event.run_dir))
-
-
-def stopper(trainer: Trainer) -> Callable[[int], None]:
-    """A function that ends this trainer's fit because of a signal."""
-    return lambda signum: trainer.control.stop("signal", signal.Signals(signum).name)
+        if self.trainer is not None:
+            self.watch.begins(self.trainer)
 
 
 async def _train(job: assembly.Job, watch: Watch) -> FitResult:
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
-    watch.opening(lambda: loop.call_soon_threadsafe(task.cancel))
-    async with AsyncExitStack() as stack:
-        for stream in (job.train, job.validation):
-            if stream is not None:
-                stack.push_async_callback(stream.aclose)
+    async with _closing(job):
+        watch.begins(job.trainer)
         return await job.trainer.fit(job.train, validation=job.validation, **job.limits)
 
 
 async def _opened(job: assembly.Job) -> None:
-    async with AsyncExitStack() as stack:
-        for stream in (job.train, job.validation):
-            if stream is not None:
-                stack.push_async_callback(stream.aclose)
-                await stream.open()
+    async with _closing(job) as streams:
+        for stream in streams:
+            await stream.open()
+
+
+@asynccontextmanager
+async def _closing(job: assembly.Job) -> AsyncIterator[list[ZarrStream]]:
+    streams = [stream for stream in (job.train, job.validation) if stream is not None]
+    try:
+        yield streams
+    finally:
+        for stream in streams:
+            await stream.aclose()
 
 
 def _progress(config: Config, quiet: bool) -> Sequence[Callback]:
@@ -247,17 +186,11 @@ def _model_line(trainer: Trainer) -> str:
     from torch.nn.parameter import is_lazy
 
     parameters = list(trainer.model.parameters())
-    known = sum(p.numel() for p in parameters if not is_lazy(p))
-    lazy = sum(map(is_lazy, parameters))
-    later = f" and {lazy} tensors whose size the first batch tells" if lazy else ""
+    lazy: list[bool] = [bool(is_lazy(parameter)) for parameter in parameters]
+    known = sum(parameter.numel() for parameter, later in zip(parameters, lazy, strict=True) if not later)
+    later = f" and {sum(lazy)} tensors whose size the first batch tells" if any(lazy) else ""
     return f"model {type(trainer.model).__name__}: {known} parameters{later}"
 
 
 def _stream_line(stream: ZarrStream) -> str:
     return f"{stream.num_samples} samples in {len(stream)} batches of {stream.batch_size}"
-
-
-def _tell(line: str) -> None:
-    """Say something from a signal handler, where sys.stderr may be in the middle of a write."""
-    with suppress(OSError):
-        os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))

@@ -39,10 +39,13 @@ class LogFile:
 
 
 class _Plain(logging.Formatter):
-    """`warning: what happened`, like errors and hints."""
+    """`warning: what happened`, on one line; `error:` is left to what ends the command, tracebacks to log.txt."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {super().format(record)}"
+        kind = "warning" if record.levelno > logging.INFO else "note" if record.levelno == logging.INFO else "debug"
+        text = " ".join(record.getMessage().split("\n"))
+        error = record.exc_info[1] if record.exc_info else None
+        return f"{kind}: {text}" + (f" ({type(error).__name__}: {error})" if error is not None else "")
 
 
 @contextmanager

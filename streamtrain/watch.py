@@ -1,0 +1,81 @@
+"""From a signal to a saved run, for whoever owns the process: the command line and the demo.
+
+Its law: a signal never loses a finished step, and is always obeyed in time: the first one has the step finished and
+the run saved, a second one, or `grace` seconds, end the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from streamtrain.signals import Interrupted, capture, leave
+
+if TYPE_CHECKING:
+    from streamtrain.trainer import Trainer
+
+
+class Watch:
+    """`with Watch(grace) as watch:`; until `begins` a signal raises Interrupted, from then on it stops the trainer."""
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.signum = 0
+        """The first signal's number; 0 while there was none."""
+        self._trainer: Trainer | None = None
+        self._patience: threading.Timer | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Watch:
+        self._stack.enter_context(capture(self._first, second=self._second))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._stack.close()
+
+    def begins(self, trainer: Trainer) -> None:
+        """This trainer's `fit` begins; a signal that has come already is passed on. May be called again."""
+        self._trainer = trainer
+        if self.signum:
+            self._stop()
+
+    def exit_code(self, reason: str) -> int:
+        """0, or 128 + the signal's number if the fit ended because of it."""
+        return 128 + self.signum if self.signum and reason == "signal" else 0
+
+    def _first(self, signum: int) -> None:
+        self.signum = signum
+        if self._trainer is None:
+            raise Interrupted(signum)
+        _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
+        self._stop()
+        self._patience = threading.Timer(self.grace, self._give_up)
+        self._patience.daemon = True
+        self._patience.start()
+
+    def _second(self, signum: int) -> None:
+        """A terminal that is closed may hang up twice, and that is no hurry."""
+        if signum != signal.SIGHUP:
+            leave(self.signum)
+
+    def _stop(self) -> None:
+        assert self._trainer is not None
+        self._trainer.control.stop("signal", signal.Signals(self.signum).name)
+
+    def _give_up(self) -> None:
+        _tell(f"not saved within {self.grace:g} s: leaving, the last checkpoint stands")
+        os._exit(128 + self.signum)
+
+
+def _tell(line: str) -> None:
+    """Say something from a signal handler, where sys.stderr may be in the middle of a write."""
+    with suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
