@@ -7,10 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numcodecs
+import numpy as np
 import pytest
 import torch
+import zarr
 
+from data_tools.synth import synth
 from streamtrain.checkpoint import commit
 from streamtrain.cli import main
 from streamtrain.state import Snapshot
@@ -159,3 +164,70 @@ def test_a_folder_without_checkpoints_ends_with_4(tmp_path: Path, capsys: Captur
     assert main(["checkpoints", str(tmp_path)]) == 4
     assert capsys.readouterr().err.startswith("error: there is no checkpoint in ")
     assert main(["checkpoints", str(tmp_path / "none")]) == 2
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return synth(tmp_path / "d.zarr", rows=640, columns=4, chunk_rows=64, codec="zstd")
+
+
+def test_inspect_tells_how_arrays_lie_what_a_pass_costs_and_what_to_change(store: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(store), "--inputs", "x", "--targets", "y", "--shuffle", "--batch-size", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "x: float32 640 x 4, 10.0 KiB\n  chunks 64 x 4 of 1.0 KiB; 10 files" in shown
+    assert "codecs zstd (level 1)" in shown
+    assert "a pass over x, y: 640 samples in 20 batches of 32\n  reads 20 chunks" in shown
+    assert "shuffle block, 10 of 10 cells permuted together" in shown
+    assert shown.endswith("what to change:\n  nothing: this streams well as it is\n")
+
+
+def test_inspect_takes_arrays_of_one_length_where_none_are_named(store: Path, capsys: Capture) -> None:
+    group: Any = zarr.open_group(store, mode="r+")
+    group.create_array("scale", data=np.ones(3))
+    assert main(["inspect", str(store)]) == 0
+    assert "a pass over x, y: 640 samples" in capsys.readouterr().out
+
+
+def test_inspect_hides_no_array_behind_one_that_is_damaged(store: Path, capsys: Capture) -> None:
+    (store / "x" / "zarr.json").write_text('{"zarr')
+    assert main(["inspect", str(store)]) == 3
+    shown = capsys.readouterr()
+    assert "x: can't be read: " in shown.out
+    assert "y: float32 640" in shown.out
+    assert main(["inspect", str(store), "--inputs", "y"]) == 0
+
+
+def test_inspect_says_which_lane_is_slow_and_why(tmp_path: Path, capsys: Capture) -> None:
+    zarr.create_array(
+        tmp_path / "odd.zarr", data=np.ones((64, 4)), chunks=(16, 4), zarr_format=2, compressors=numcodecs.BZ2()
+    )
+    assert main(["inspect", str(tmp_path / "odd.zarr")]) == 0
+    shown = capsys.readouterr().out
+    assert "lane zarr's own API, slower: compressor 'bz2'" in shown
+    assert "the array: converting it to raw or zstd chunks takes it off the slow lane" in shown
+
+
+def test_bench_measures_in_one_json_object_without_torch(store: Path) -> None:
+    done = child("bench", str(store), "--seconds", "0.05", "--json", "--shuffle", code=LOADED)
+    measured = json.loads(done.stdout)
+    code, loaded = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0
+    assert "torch" not in loaded
+    assert {"samples_per_s", "bytes_per_s", "first_batch_s", "peak_rss_bytes", "cpu_s", "stages"} <= set(measured)
+    assert measured["samples"] >= 640
+    assert measured["bytes_per_s"] == pytest.approx(measured["samples_per_s"] * 20)
+    assert measured["stages"]["lanes"] == {"x": "pread", "y": "pread"}
+    assert measured["stages"]["chunks"] >= 20
+
+
+def test_bench_tells_people_in_words(store: Path, capsys: Capture) -> None:
+    assert main(["bench", str(store), "--seconds", "0.01", "--inputs", "x"]) == 0
+    shown = capsys.readouterr().out
+    assert " samples/s, " in shown
+    assert "  x by pread\n" in shown
+    assert "  y by" not in shown
+
+
+def test_bench_beside_others_comes_later(store: Path, capsys: Capture) -> None:
+    assert main(["bench", str(store), "--compare", "zarr"]) == 2
+    assert capsys.readouterr().err.startswith("error: --compare zarr is not there yet\nhint: ")
