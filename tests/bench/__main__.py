@@ -1,0 +1,68 @@
+"""`python -m tests.bench NAME ... [--rounds N] [--quick] [--json]`: measure what the README claims; `all` for all.
+
+A line a measure: its median, the spread over the rounds, the bar, and `ok` or `SHORT` (then the exit code is 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.bench.measure import Measure, Options, load
+
+BENCHES = {
+    "rates": "batches a second from raw and zstd chunks, against the least that must be done, and against zarr",
+    "overhead": "time per step of fit over a bare loop",
+    "heartbeat": "how late a task on the loop runs beside fit, against one beside a bare loop in a thread",
+    "waiting": "time that steps wait for data",
+    "equal": "weights after fit against a bare loop with the same batches",
+    "memory": "memory over that of an open stream, for a pass over 4 GiB in 256 MiB",
+    "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
+    "shuffle": "whether shuffling is real",
+    "startup": "--help against an empty cyclopts app",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    names = "\n".join(f"  {name:<10} {text}" for name, text in BENCHES.items())
+    made = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=f"Measure, in ratios of one run, interleaved.\n\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("names", nargs="+", choices=[*BENCHES, "all"], metavar="NAME")
+    made.add_argument("--rounds", type=int, default=7, help="7 by default")
+    made.add_argument("--quick", action="store_true", help="small data: to see that it works, not what it gives")
+    made.add_argument("--json", action="store_true", help="one JSON object")
+    made.add_argument("--folder", type=Path, help="where data is made, and removed")
+    return made
+
+
+def main() -> int:
+    """Run the named benchmarks; 1 if one falls short."""
+    given = parser().parse_args()
+    options = Options(rounds=given.rounds, quick=given.quick, folder=given.folder)
+    machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "load": load()}
+    if not given.json:
+        print(f"{machine['cores']} cores, Python {machine['python']}, load {machine['load']:.2f}", flush=True)
+    made: list[Measure] = []
+    for name in BENCHES if "all" in given.names else given.names:
+        run: Callable[[Options], Iterable[Measure]] = importlib.import_module(f"tests.bench.{name}").run
+        for measure in run(options):
+            made.append(measure)
+            if not given.json:
+                print(measure, flush=True)
+    if given.json:
+        print(json.dumps({**machine, "measures": [measure.as_dict() for measure in made]}, indent=1))
+    return 0 if all(measure.ok for measure in made) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
