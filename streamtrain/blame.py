@@ -1,0 +1,114 @@
+"""Whose fault it is: turns what came up inside a step into an error that names rows, columns and values.
+
+Its law: it is only called once something has gone wrong, so it may look at everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamtrain.data.batch import Batch
+from streamtrain.data.budget import format_bytes
+from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, StreamtrainError, UserCodeError
+
+
+def explained(error: Exception, batch: Batch | None, where: str) -> StreamtrainError:
+    """`error`, raised while `batch` was computed, as one of ours; the original is its cause."""
+    if isinstance(error, StreamtrainError):
+        return error
+    made = _made(error, batch, where)
+    made.__cause__ = error
+    return made
+
+
+def _made(error: Exception, batch: Batch | None, where: str) -> StreamtrainError:
+    text = str(error).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        size = "" if batch is None else f" with a batch of {format_bytes(_bytes(batch))}"
+        return EnvironmentProblem(
+            f"{where}: out of memory{size}: {text}",
+            hint="Lower batch_size (and raise accumulate_grad_batches), or the stream's memory.",
+        )
+    if batch is not None and isinstance(error, IndexError | RuntimeError) and "out of bounds" in text:
+        found = _label(batch, text)
+        if found is not None:
+            return DataError(f"{where}: {found}", hint="Mend the data, or give the model an output for each class.")
+    return UserCodeError(
+        f"{where}: the model, loss or step raised {type(error).__name__}: {text}",
+        hint="The traceback (--debug) shows the line.",
+    )
+
+
+def non_finite(batch: Batch | None, indices: Sequence[Any], losses: Sequence[float], step: int) -> StreamtrainError:
+    """The error for an update that was not made; a DataError where the batch itself holds what is not finite."""
+    if batch is not None:
+        for name, tensor in _tensors(batch):
+            bad = _first_bad(tensor)
+            if bad is not None:
+                at, value = bad
+                return DataError(
+                    f"step {step}: {name} hold {value} at {_place(batch, at)}; "
+                    f"the weights are those of step {step - 1}",
+                    hint="Mend the data, filter it in a transform, or give nonfinite='skip'.",
+                )
+    rows = [row for index in indices if index is not None for row in torch.as_tensor(index).tolist()]
+    shown = f", rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}" if rows else ""
+    bad_loss = next((loss for loss in losses if loss != loss or abs(loss) == float("inf")), None)
+    what = "a gradient is not finite" if bad_loss is None else f"the loss is {bad_loss}"
+    return NonFiniteError(
+        f"step {step}{shown}: {what}; the weights are those of step {step - 1}, the last good one",
+        hint="Lower the learning rate, give gradient_clip_norm, or nonfinite='skip'.",
+    )
+
+
+def _label(batch: Batch, text: str) -> str | None:
+    """Which integer target the loss refused, if its value is named in the error."""
+    for name, tensor in _tensors(batch):
+        if not name.startswith("targets") or tensor.is_floating_point():
+            continue
+        digits = [int(word) for word in text.replace(",", " ").replace(".", " ").split() if word.lstrip("-").isdigit()]
+        for value in digits:
+            found = (tensor == value).nonzero()
+            if len(found):
+                at = tuple(found[0].tolist())
+                return f"{name} hold {value} at {_place(batch, at)}, which is out of range for the loss"
+    return None
+
+
+def _tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    for name, part in (("inputs", batch.inputs), ("targets", batch.targets)):
+        yield from _named(name, part)
+
+
+def _named(name: str, part: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(part, Tensor):
+        yield name, part
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            yield from _named(f"{name} {key!r}", value)
+    elif isinstance(part, list | tuple):
+        for number, value in enumerate(part):
+            yield from _named(f"{name}[{number}]", value)
+
+
+def _first_bad(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
+    if not tensor.is_floating_point():
+        return None
+    found = (~tensor.isfinite()).nonzero()
+    if not len(found):
+        return None
+    at = tuple(int(i) for i in found[0])
+    return at, float(tensor[at])
+
+
+def _place(batch: Batch, at: tuple[int, ...]) -> str:
+    row = f"row {at[0]} of the batch" if batch.index is None else f"row {int(batch.index[at[0]])}"
+    return row if len(at) < 2 else f"{row}, column {', '.join(map(str, at[1:]))}"
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(tensor.numel() * tensor.itemsize for _, tensor in _tensors(batch))

@@ -1,0 +1,300 @@
+"""Anything that can be iterated, as a stream: lists, generators, async generators, a DataLoader.
+
+Its law: the position is a number of items. To go there again the source is asked for its own state if it has one,
+else its items are produced again and thrown away, and it is said how many.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
+
+logger = logging.getLogger(__name__)
+
+
+def from_iterable(source: Any) -> IterableStream:
+    """A stream of the items of `source`, an iterable or async iterable: `(x, y)`, a dict (inputs), or a Batch.
+
+    Each epoch iterates it again; an iterator, which can't start over, serves one. If it has `state_dict` and
+    `load_state_dict` they are used to resume, `set_epoch` is called where it is defined. Raises ConfigError.
+    """
+    return IterableStream(source)
+
+
+@dataclass(frozen=True, slots=True)
+class IterableStatistics:
+    """How a foreign source does."""
+
+    items: int
+    """Items that it gave, discarded ones included."""
+    discarded: int
+    """Items that were produced only to get to a position again: the cost of a source without `state_dict`."""
+
+
+class IterableStream:
+    """A foreign source in the shape of a stream; made by `from_iterable`."""
+
+    def __init__(self, source: Any) -> None:
+        self.pulls_inside = not hasattr(source, "__aiter__")
+        if self.pulls_inside and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+            raise ConfigError(
+                f"a stream must be iterable, got {type(source).__name__}",
+                hint="Give a ZarrStream, a DataLoader, or anything that `for` or `async for` takes.",
+            )
+        if isinstance(source, str | bytes | Mapping):
+            raise ConfigError(f"a {type(source).__name__} is no series of batches", hint="Give a list of (x, y).")
+        self.source = source
+        self.one_epoch = isinstance(source, Iterator | AsyncIterator)
+        """An iterator: it can't start over."""
+        self._cursor = self._trained = START
+        self._driven = False
+        self._resume: dict[str, Any] | None = None
+        self._known: tuple[int, dict[str, Any] | None] = (0, None)
+        """The source's own state, and how many items it had given by then."""
+        self._stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        self._live: IterablePass | None = None
+        self._used = False
+        self._items = self._discarded = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the position lies."""
+        return self._position.epoch
+
+    @property
+    def _position(self) -> Cursor:
+        return self._trained if self._driven else self._cursor
+
+    @property
+    def num_samples(self) -> int | None:
+        """Not known."""
+        return None
+
+    @property
+    def batch_size(self) -> int | None:
+        """The source's, where it tells."""
+        size = getattr(self.source, "batch_size", None)
+        return size if type(size) is int else None
+
+    async def open(self) -> None:
+        """There is nothing to open."""
+
+    def __len__(self) -> int:
+        """Items of an epoch, where the source knows. Raises TypeError."""
+        return len(self.source)
+
+    def __aiter__(self) -> IterablePass:
+        """Start a pass; ends the one that was live."""
+        if self._live is not None:
+            self._live.end()
+        resume, self._resume = self._resume, None
+        if resume is None:
+            self._cursor = self._trained = Cursor(self.epoch, 0)
+            self._known = (0, None)
+        if self.one_epoch and (self._used or self.epoch > 0):
+            raise ConfigError(
+                f"this {type(self.source).__name__} can't start over: it serves one epoch",
+                hint="Give something that can be iterated again: a list, a DataLoader, an object with __iter__.",
+            )
+        self._used = True
+        self._live = IterablePass(self, resume)
+        return self._live
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of this epoch; does nothing within it."""
+        if epoch != self.epoch:
+            self._cursor = self._trained = Cursor(epoch, 0)
+            self._resume, self._known = None, (0, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the source's own state at or before it."""
+        epoch, position = self._position
+        if self._stateful and position == self._cursor.position and self._live is not None:
+            self._remember(position)
+        at, state = self._known
+        return {"kind": "iterable", "epoch": epoch, "position": position, "source_position": at, "source": state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go there; the next pass continues. Raises DataError."""
+        if state.get("kind") != "iterable":
+            raise DataError(f"a position in a {state.get('kind', 'foreign')} stream is none in an iterable")
+        self._cursor = self._trained = Cursor(int(state["epoch"]), int(state["position"]))
+        self._known = (int(state["source_position"]), state["source"])
+        self._resume = state
+
+    def follow(self, driven: bool) -> None:
+        """While `driven`, only `trained` moves the position."""
+        self._driven, self._trained = driven, self._position
+
+    def trained(self, cursor: Cursor) -> None:
+        """All before this position is part of a finished update."""
+        self._trained = cursor
+
+    def statistics(self) -> IterableStatistics:
+        """How it does."""
+        return IterableStatistics(self._items, self._discarded)
+
+    async def aclose(self) -> None:
+        """End the live pass."""
+        if self._live is not None:
+            await self._live.aclose()
+
+    def put_back(self, batch: Batch) -> None:
+        """Give `batch`, which an iterator has given already, once more before the rest."""
+        rest, self._used = self.source, False
+        if self.pulls_inside:
+            self.source = itertools.chain([batch], rest)
+        else:
+
+            async def again() -> AsyncIterator[Any]:
+                yield batch
+                async for item in rest:
+                    yield item
+
+            self.source = again()
+
+    def _remember(self, position: int) -> None:
+        """Keep the source's own state as the one after `position` items."""
+        try:
+            state = self.source.state_dict()
+            json.dumps(state, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            self._stateful = False
+            logger.warning("the state of %s can't be kept as JSON (%s): resuming replays", _name(self.source), error)
+        else:
+            self._known = (position, state)
+
+
+class IterablePass:
+    """One epoch's items; a synchronous source gives each at once."""
+
+    def __init__(self, stream: IterableStream, resume: dict[str, Any] | None) -> None:
+        self._stream = stream
+        self._epoch = stream.epoch
+        self._resume = resume
+        self._position = 0
+        self._iterator: Any = None
+        self._begun = False
+        self._ended = False
+
+    def __aiter__(self) -> IterablePass:
+        return self
+
+    async def __anext__(self) -> Batch:
+        """The next batch."""
+        if self._stream.pulls_inside:
+            batch = self.next_nowait()
+            assert batch is not None
+            return batch
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if not self._begun:
+                for _ in range(self._begin(lambda: aiter(self._stream.source))):
+                    await self._iterator.__anext__()
+            return self._taken(await anext(self._iterator))
+        except StopAsyncIteration:
+            self._finish()
+            raise
+        except StreamtrainError:
+            raise
+        except Exception as error:
+            raise _raised(self._stream.source, error) from error
+
+    def next_nowait(self) -> Batch | None:
+        """The next item of a synchronous source; None from an asynchronous one, which only `await` can ask."""
+        if not self._stream.pulls_inside:
+            return None
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if not self._begun:
+                for _ in range(self._begin(lambda: iter(self._stream.source))):
+                    self._iterator.__next__()
+            elif self._stream._stateful and self._stream._trained == (self._epoch, self._position):
+                self._stream._remember(self._position)  # the only moment at which it is the state of a trained position
+            item = next(self._iterator)
+        except StopIteration:
+            self._finish()
+            raise StopAsyncIteration from None
+        except StreamtrainError:
+            raise
+        except Exception as error:
+            raise _raised(self._stream.source, error) from error
+        return self._taken(item)
+
+    def _begin(self, start: Any) -> int:
+        """Start the iterator where the pass begins; how many items are to be produced again and discarded."""
+        stream, source = self._stream, self._stream.source
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(self._epoch)
+        repeat = 0
+        if self._resume is not None:
+            position, at, state = (self._resume[key] for key in ("position", "source_position", "source"))
+            if state is None or not stream._stateful:
+                at = 0
+            else:
+                source.load_state_dict(state)
+            repeat = position - at
+            self._position = position
+            if repeat:
+                stream._discarded += repeat
+                logger.info("%s: %d batches are produced again and discarded to resume", _name(source), repeat)
+        self._iterator, self._begun = start(), True
+        return int(repeat)
+
+    def _taken(self, item: Any) -> Batch:
+        self._position += 1
+        self._stream._items += 1
+        cursor = Cursor(self._epoch, self._position)
+        self._stream._cursor = cursor
+        return _batch(item, cursor)
+
+    def _finish(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._stream._cursor = Cursor(self._epoch + 1, 0)
+
+    def end(self) -> None:
+        """Give nothing any more."""
+        self._ended, self._iterator = True, None
+
+    async def aclose(self) -> None:
+        """End the pass, and an async generator with it."""
+        iterator, self._ended, self._iterator = self._iterator, True, None
+        if hasattr(iterator, "aclose"):
+            await iterator.aclose()
+
+
+def _batch(item: Any, cursor: Cursor) -> Batch:
+    if isinstance(item, Batch):
+        return replace(item, epoch=cursor.epoch, cursor=cursor)
+    if isinstance(item, tuple | list) and len(item) in (1, 2):
+        return Batch(item[0], item[1] if len(item) == 2 else None, epoch=cursor.epoch, cursor=cursor)
+    if isinstance(item, Mapping):
+        return Batch(dict(item), epoch=cursor.epoch, cursor=cursor)
+    if hasattr(item, "shape"):
+        return Batch(item, epoch=cursor.epoch, cursor=cursor)
+    many = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+    raise DataError(
+        f"item {cursor.position - 1} of the iterable is a {type(item).__name__}{many}, not a batch",
+        hint="Items are (inputs, targets), a dict of inputs, or a streamtrain.Batch.",
+    )
+
+
+def _name(source: Any) -> str:
+    return type(source).__name__
+
+
+def _raised(source: Any, error: Exception) -> UserCodeError:
+    return UserCodeError(
+        f"the data source {_name(source)} raised {type(error).__name__}: {error}",
+        hint="The traceback (--debug) shows the line.",
+    )

@@ -1,0 +1,194 @@
+"""A stream through the model without learning from it: means of the loss and of metrics, weighted by samples.
+
+Its law: an evaluation leaves nothing behind. Modes of modules are put back one by one, random numbers come from a copy
+of the fit's, and no gradient is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from streamtrain.blame import explained
+from streamtrain.data.batch import Batch
+from streamtrain.data.source import Stream
+from streamtrain.device import MoveBatch
+from streamtrain.errors import ConfigError, DataError
+from streamtrain.metrics import Mean, Metric
+from streamtrain.rng import Rng
+from streamtrain.step import Compute, Outcome, autocast
+from streamtrain.supply import Supply, supply
+from streamtrain.threads import TrainThread
+
+T = TypeVar("T")
+BURST = 0.02
+"""Seconds of work on the train thread at a time."""
+
+
+class Stopped(Exception):
+    """A stop was asked for in the middle of it."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if modes[0][1]:
+            model.train()
+        for module, training in modes:
+            module.training = training
+
+
+class Evaluator:
+    """Computes means over streams; what `validate`, `evaluate` and `predict` have in common."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute: Compute,
+        metrics: Mapping[str, Metric],
+        *,
+        move: MoveBatch,
+        device: torch.device,
+        precision: str = "32",
+    ) -> None:
+        self.metrics = dict(metrics)
+        self._model, self._compute, self._move = model, compute, move
+        self._autocast = autocast(precision, device)
+
+    async def run(
+        self,
+        stream: Stream,
+        thread: TrainThread,
+        rng: Rng,
+        *,
+        limit: int | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float]:
+        """The means over one pass of `stream`, of `limit` batches at most: `loss` and the metrics by their names.
+
+        Raises DataError if it gives nothing, Stopped once `stopping()` says so.
+        """
+        sums = _Sums(self.metrics)
+        async with aclosing(self._bursts(stream, thread, rng, limit, sums.add)) as bursts:
+            async for _ in bursts:
+                if stopping():
+                    raise Stopped
+        if not sums.samples:
+            raise DataError("a stream to evaluate on gave no batch", hint="Check its split and filters.")
+        return await thread.run(sums.compute)
+
+    async def outputs(
+        self, stream: Stream, thread: TrainThread, rng: Rng, compute: Compute
+    ) -> AsyncGenerator[Any, None]:
+        """What the model makes of each batch, in order."""
+
+        def keep(batch: Batch, outcome: Outcome) -> Any:
+            return outcome.outputs
+
+        async with aclosing(self._bursts(stream, thread, rng, None, keep, compute)) as bursts:
+            async for outputs in bursts:
+                for output in outputs:
+                    yield output
+
+    async def _bursts(
+        self,
+        stream: Stream,
+        thread: TrainThread,
+        rng: Rng,
+        limit: int | None,
+        use: Callable[[Batch, Outcome], T],
+        compute: Compute | None = None,
+    ) -> AsyncGenerator[list[T], None]:
+        """Run `use(batch, outcome)` for each batch on the train thread; a list of its results for each burst."""
+        own = Rng(rng.state)
+        batches = _supply(stream, thread, own, limit)
+        each = 0.0
+        flying: asyncio.Future[tuple[list[T], float]] | None = None
+        try:
+            while await batches.wait():
+                batches.burst(max(1, int(BURST / each)) if each else 1)
+                flying = thread.submit(lambda: self._burst(batches, own, use, compute or self._compute))
+                made, seconds = await asyncio.shield(flying)
+                batches.burst(None)
+                if made:
+                    each = seconds / len(made)
+                    yield made
+        finally:
+            if flying is not None and not flying.done():
+                await asyncio.wait([flying])
+            await batches.aclose()
+
+    def _burst(
+        self, batches: Supply, rng: Rng, use: Callable[[Batch, Outcome], T], compute: Compute
+    ) -> tuple[list[T], float]:
+        began = time.perf_counter()
+        made: list[T] = []
+        batch: Batch | None = None
+        with rng.swapped_in(), evaluating(self._model):
+            while time.perf_counter() - began < BURST and (batch := batches.take()) is not None:
+                try:
+                    batch = self._move(batch)
+                    with self._autocast():
+                        outcome = compute(batch)
+                    made.append(use(batch, outcome))
+                except Exception as error:
+                    problem = explained(error, batch, "in evaluation")
+                    raise problem from problem.__cause__
+                del outcome
+        return made, time.perf_counter() - began
+
+
+def _supply(stream: Stream, thread: TrainThread, rng: Rng, limit: int | None) -> Supply:
+    async def run(fn: Callable[[], Batch | None]) -> Batch | None:
+        def job() -> Batch | None:
+            with rng.swapped_in():
+                return fn()
+
+        return await thread.run(job)
+
+    return supply(stream, limit=limit, runner=run)
+
+
+class _Sums:
+    """The loss, the metrics, and what a step function returned beside them."""
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self.samples = 0
+        self._metrics = metrics
+        self._means: dict[str, Mean] = {}
+        for metric in metrics.values():
+            metric.reset()
+
+    def add(self, batch: Batch, outcome: Outcome) -> None:
+        samples = len(batch)
+        self.samples += samples
+        values = dict(outcome.logged or {})
+        if outcome.loss is not None:
+            values = {"loss": outcome.loss, **values}
+        for name, value in values.items():
+            mean = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
+            self._means.setdefault(name, Mean()).add(mean * samples, samples)
+        if self._metrics and outcome.outputs is None:
+            raise ConfigError(
+                "metrics need outputs, and the step returned none",
+                hint="Have it return {'loss': ..., 'outputs': ..., 'targets': ...}.",
+            )
+        targets = batch.inputs if outcome.targets is None else outcome.targets
+        for metric in self._metrics.values():
+            metric.update(outcome.outputs, targets)
+
+    def compute(self) -> dict[str, float]:
+        means = {name: mean.compute() for name, mean in self._means.items()}
+        return means | {name: float(metric.compute()) for name, metric in self._metrics.items()}

@@ -1,0 +1,207 @@
+"""All that one life of a run consists of, and how it is put down and taken up again.
+
+Its law: nothing live is touched before everything that a checkpoint holds was found to fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+import streamtrain
+from streamtrain import rng as rngs
+from streamtrain import state as trees
+from streamtrain.data.source import Stream
+from streamtrain.errors import CheckpointError
+from streamtrain.optimizers import signature
+from streamtrain.progress import Progress
+from streamtrain.rng import Rng, RngState
+from streamtrain.schedulers import LearningRate
+from streamtrain.state import Snapshot, Tree
+from streamtrain.step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Life:
+    """The live objects of a fit."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    lr: LearningRate
+    step: TrainStep
+    stream: Stream | None
+    """None where it is saved outside of a fit that never was."""
+    rng: Rng
+    progress: Progress
+    callbacks: dict[str, object]
+    """By the names under which their states are kept."""
+    settings: dict[str, Any]
+    """What must not change between two lives, by name."""
+    habits: dict[str, Any]
+    """What may change, but is said: then the numbers are not the same to the bit."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of each metric."""
+    epoch_rng: RngState | None = None
+    """Of a source whose order may depend on torch's generator: how that stood when the epoch began."""
+    ended: tuple[str, str] | None = None
+    """Reason and detail of an end that more epochs don't undo."""
+
+    def state(self) -> Tree:
+        """All but the weights and the optimizer, as of the last finished update."""
+        return {
+            "version": VERSION,
+            "step": self.progress.step,
+            "progress": self.progress.state_dict(),
+            "stream": None if self.stream is None else self.stream.state_dict(),
+            "rng": self.rng.state,
+            "epoch_rng": self.epoch_rng,
+            "scheduler": self.lr.state_dict(),
+            "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
+            "callbacks": {name: _state_of(callback) for name, callback in self.callbacks.items()},
+            "metrics": dict(self.metrics),
+            "window": self.step.window.state_dict(),
+            "means": self.step.means.state_dict(),
+            "settings": self.settings,
+            "habits": self.habits,
+            "ended": self.ended,
+            "config": dict(self.config),
+        }
+
+    def check(self) -> None:
+        """Raise CheckpointError if anything here can't be kept in a checkpoint."""
+        trees.check(self.state(), "state")
+        trees.check(self.optimizer.state_dict(), "optimizer")
+        trees.check(dict(self.model.state_dict()), "model")
+
+    def snapshot(self, state: Tree) -> Snapshot:
+        """A copy of everything, in memory of its own; on the train thread, between two updates."""
+        model = trees.clone(dict(self.model.state_dict()))
+        return Snapshot(model, trees.clone(self.optimizer.state_dict()), trees.clone(state))
+
+    def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
+        """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
+        DataError if its stream is another one."""
+        state = snapshot.state
+        if not isinstance(state, dict) or state.get("version") != VERSION:
+            raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
+        told = [*_model_differences(snapshot.model, self.model), *_differences(state["settings"], self.settings)]
+        _refuse(told, path)
+        if self.stream is not None and state["stream"] is not None:
+            self.stream.load_state_dict(state["stream"])
+        for difference in _differences(state["habits"], self.habits):
+            logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
+        self.model.load_state_dict(snapshot.model)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.lr.load_state_dict(state["scheduler"])
+        if self.step.scaler is not None and state["scaler"]:
+            self.step.scaler.load_state_dict(state["scaler"])
+        self.rng.state, self.epoch_rng = state["rng"], state["epoch_rng"]
+        self.progress.load_state_dict(state["progress"], checkpoints)
+        self.step.step = self.progress.step
+        self.step.window.load_state_dict(state["window"])
+        self.step.means.load_state_dict(state["means"])
+        self.metrics = dict(state["metrics"])
+        gives_up = any(hasattr(callback, "monitors") for callback in self.callbacks.values())
+        self.ended = state["ended"] if gives_up else None
+        for name, callback in self.callbacks.items():
+            if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(state["callbacks"][name])
+
+
+def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What of an optimizer must not change between two lives of a run; to be asked before its first update."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+    return {"optimizer": {**signature(optimizer), "names": groups}}
+
+
+def schedule_name(lr: LearningRate) -> str:
+    """What a schedule is called, to be compared between two lives."""
+    schedule = getattr(lr, "schedule", None) or getattr(lr, "scheduler", None)
+    return str(getattr(schedule, "name", type(schedule).__name__))
+
+
+def check_model(snapshot: Snapshot, model: nn.Module, path: Path) -> None:
+    """Raise CheckpointError if the snapshot's model is another one."""
+    if not any(is_lazy(parameter) for parameter in model.parameters()):
+        _refuse(list(_model_differences(snapshot.model, model)), path)
+
+
+def check_settings(snapshot: Snapshot, settings: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError if one of these settings is another one in the snapshot."""
+    saved = snapshot.state["settings"]
+    _refuse(list(_differences({key: saved[key] for key in settings}, settings)), path)
+
+
+def _refuse(differences: list[str], path: Path) -> None:
+    if differences:
+        more = f"; and {len(differences) - 12} more" if len(differences) > 12 else ""
+        raise CheckpointError(
+            f"checkpoint {path} does not fit (saved -> now): {'; '.join(differences[:12])}{more}",
+            hint="Set these back, or train in another run_dir.",
+        )
+
+
+def habits(device: torch.device, **given: Any) -> dict[str, Any]:
+    """What may change between two lives, but is said."""
+    return {
+        "device": device.type,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "streamtrain": streamtrain.__version__,
+        **given,
+    }
+
+
+def first_rng(seed: int | None) -> Rng:
+    """The random state of a fit that begins: seeded, or a copy of the caller's."""
+    return Rng(rngs.capture() if seed is None else rngs.seeded(seed))
+
+
+def _state_of(callback: object) -> Tree:
+    get = getattr(callback, "state_dict", None)
+    return get() if callable(get) else {}
+
+
+def _model_differences(saved: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
+    live = model.state_dict()
+    for name in saved.keys() | live.keys():
+        if name not in live:
+            yield f"model.{name}: {_shape(saved[name])} -> not there"
+        elif name not in saved:
+            yield f"model.{name}: not there -> {_shape(live[name])}"
+        elif _shape(saved[name]) != _shape(live[name]):
+            yield f"model.{name}: {_shape(saved[name])} -> {_shape(live[name])}"
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _differences(saved: Any, now: Any, path: str = "") -> Iterator[str]:
+    """`path: saved -> now` of each leaf that differs."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys(), key=str):
+            yield from _differences(saved.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(saved, list | tuple) and isinstance(now, list | tuple) and len(saved) == len(now):
+        for number, (one, other) in enumerate(zip(saved, now, strict=True)):
+            yield from _differences(one, other, f"{path}[{number}]")
+    elif saved != now:
+        yield f"{path}: {saved!r:.60} -> {now!r:.60}"

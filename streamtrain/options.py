@@ -1,0 +1,144 @@
+"""What a fit can be told, checked when it is told; its law: a value that cannot work is named with what it must be."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streamtrain.errors import ConfigError
+from streamtrain.schedulers import parse_span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How every fit of one trainer goes."""
+
+    step: Callable[..., Any] | None
+    precision: str
+    accumulate: int
+    """Batches of one update."""
+    clip_norm: float | None
+    clip_value: float | None
+    device: torch.device
+    device_transform: Callable[..., Any] | None
+    seed: int | None
+    deterministic: bool
+    skip: bool
+    """Updates that are not finite are left out rather than an error."""
+    log_every: int
+    validate_every: tuple[int, str]
+    dev: int
+    """Batches of a `fast_dev_run`; 0 for none."""
+    limit: int | float | None
+    """Batches of an epoch, or a share of them."""
+    overfit: int | None
+    sanity: int
+    grace: float
+    config: Mapping[str, Any]
+
+    def batches(self, known: int | None) -> int | None:
+        """The most batches of a stream that are used, of which `known` are there; None for all."""
+        if self.dev:
+            return self.dev
+        if self.overfit is not None:
+            return self.overfit
+        if isinstance(self.limit, float):
+            if known is None:
+                raise ConfigError(
+                    f"limit_batches={self.limit} is a share of a stream whose length nobody knows",
+                    hint="Give a number of batches.",
+                )
+            return max(1, int(self.limit * known))
+        return self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a fit is over; totals over the run's life."""
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    max_time: float | None = None
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is limited."""
+        return self.max_epochs is self.max_steps is self.max_time is None
+
+
+def count(value: object, name: str, *, least: int = 1) -> int:
+    """`value` as an integer of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
+    return value
+
+
+def positive(value: object, name: str) -> float | None:
+    """`value` as a finite number above 0, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
+    return float(value)
+
+
+def seconds(value: object, name: str) -> float:
+    """`value` as a finite number of seconds of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{name} must be a finite number of seconds of at least 0, not {value!r}")
+    return float(value)
+
+
+def one_of(value: object, known: Collection[str], name: str) -> str:
+    """`value` if it is one of these texts."""
+    text = str(value) if isinstance(value, str | int) else ""
+    if text not in known:
+        raise ConfigError(f"{name} must be {', '.join(map(repr, known))}, not {value!r}")
+    return text
+
+
+def share_or_count(value: object, name: str) -> int | float | None:
+    """`value` as a number of at least 1 (int), or a share above 0.0 and up to 1.0 (float)."""
+    if value is None or (type(value) is int and value >= 1):
+        return value
+    if type(value) is float and 0 < value <= 1:
+        return value
+    raise ConfigError(f"{name} must be a number of at least 1, or a share above 0.0 and up to 1.0, not {value!r}")
+
+
+def every(value: Any, name: str) -> tuple[int, str]:
+    """`value`, such as "1epoch" or "500steps", as a number and its unit."""
+    amount, unit = parse_span(value, name)
+    if unit == "second" or amount < 1:
+        raise ConfigError(f"{name} must be like '500steps' or '1epoch', not {value!r}")
+    return int(amount), unit
+
+
+def duration(value: Any, name: str) -> float:
+    """`value`, such as "2h" or 90 (seconds), in seconds."""
+    amount, unit = parse_span(value, name, bare="second")
+    if unit != "second" or amount <= 0 or not math.isfinite(amount):
+        raise ConfigError(f"{name} must be a time above 0, such as '2h' or 90 (seconds), not {value!r}")
+    return amount
+
+
+def refuse_later(**given: Any) -> None:
+    """Raise ConfigError for what is not built yet."""
+    for name, value in given.items():
+        if value not in (None, False, "auto"):
+            raise ConfigError(f"{name}={value!r}: this comes later", hint=f"Leave {name} out.")
+
+
+def refuse_world_size() -> None:
+    """Raise ConfigError in a process that was launched as one of several."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdigit() and int(size) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}: training on several processes is not supported yet",
+            hint="Start one process, without torchrun.",
+        )

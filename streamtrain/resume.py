@@ -1,0 +1,87 @@
+"""Which checkpoint a fit goes on from. Blocking, for a thread; its law: a run is never started over in silence."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from streamtrain import checkpoint
+from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.state import Snapshot
+
+logger = logging.getLogger(__name__)
+
+Resume = str | os.PathLike[str] | None
+
+
+def refuse_unasked(checkpoints: Path) -> None:
+    """Raise ConfigError if there are checkpoints: whoever fits into this folder has to say what becomes of them."""
+    names = sorted(path.name for path in checkpoints.glob("step-*")) if checkpoints.is_dir() else []
+    if names:
+        raise ConfigError(
+            f"{checkpoints} holds checkpoints ({names[-1]} is the newest), and resume was not given",
+            hint="Give resume='auto' (--resume auto) to go on from there, or another run_dir to start anew.",
+        )
+
+
+def find(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
+    """The checkpoint to go on from, read and verified; None for a fresh start, which is said.
+
+    "auto": the newest that is valid; "best": the one that the newest names as its best; else a path of a checkpoint,
+    a folder of checkpoints, or a run's folder. Raises CheckpointError.
+    """
+    assert resume is not None
+    if resume == "auto":
+        checkpoint.sweep(checkpoints)
+        entry = checkpoint.newest_valid(checkpoints)
+        if entry is None:
+            logger.info("no checkpoint in %s: starting fresh", checkpoints)
+            return None
+        return entry.path, checkpoint.read(entry.path)
+    if resume == "best":
+        checkpoint.sweep(checkpoints)
+        return _set_newer_aside(checkpoints, *_best(checkpoints))
+    path = Path(os.path.abspath(resume))
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and any(folder.glob("step-*")):
+            entry = checkpoint.newest_valid(folder)
+            assert entry is not None
+            path = entry.path
+            break
+    return _set_newer_aside(checkpoints, path, checkpoint.read(path))
+
+
+def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
+    entry = checkpoint.newest_valid(checkpoints)
+    if entry is None:
+        raise CheckpointError(f"resume='best': there is no checkpoint in {checkpoints}")
+    progress = checkpoint.read(entry.path).state["progress"]
+    names = {monitor: name for monitor, _, _, _, name in progress["bests"]}
+    name = names.get(progress["best"])
+    if name is None:
+        raise CheckpointError(
+            f"resume='best': {entry.path} names no best checkpoint", hint="Was there a validation? Give 'auto'."
+        )
+    path = checkpoints / Path(name).name
+    return path, checkpoint.read(path)
+
+
+def _set_newer_aside(checkpoints: Path, path: Path, snapshot: Snapshot) -> tuple[Path, Snapshot]:
+    """Newer checkpoints of this folder belong to a future that is given up: they get another name, which is said."""
+    if path.parent == checkpoints:
+        for newer in sorted(checkpoints.glob("step-*")):
+            number = newer.name.removeprefix("step-")
+            if number.isdigit() and int(number) > int(snapshot.state["step"]):
+                aside = _free_name(checkpoints, f"abandoned-{newer.name}")
+                newer.rename(aside)
+                logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer.name, aside.name)
+    return path, snapshot
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    number, path = 1, folder / name
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}"
+    return path

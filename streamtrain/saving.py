@@ -1,0 +1,135 @@
+"""Saves, one at a time: commits snapshots on a thread of ours while training goes on, and removes what need not stay.
+
+Its law: a save that fails costs nothing that was saved before, and is not the end of a run until it has failed again
+and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
+
+from streamtrain import checkpoint
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.checkpoint import Committed
+from streamtrain.errors import CheckpointError, EnvironmentProblem, StreamtrainError
+from streamtrain.file_thread import Files
+from streamtrain.state import Snapshot
+
+logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+"""Periodic saves in a row that may fail while training goes on."""
+
+Told = Callable[[Committed, str, float], Awaitable[None]]
+Done = Callable[[Path | None, BaseException | None], None]
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint of this step."""
+    return f"step-{step:09d}"
+
+
+class Saver:
+    """The saves of one fit."""
+
+    def __init__(self, checkpoints: Path, rule: ModelCheckpoint, files: Files) -> None:
+        self.checkpoints, self.rule, self.files = checkpoints, rule, files
+        self.last: Path | None = None
+        """The last committed checkpoint."""
+        self.told: Told = _nobody
+        """Awaited with each committed checkpoint."""
+        self.pins: Callable[[], Collection[str]] = tuple
+        """Names of checkpoints that must stay."""
+        self._task: asyncio.Task[None] | None = None
+        self._failures = 0
+        self._fatal: StreamtrainError | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def failing(self) -> bool:
+        """Whether saves have failed so often that another one is not worth trying."""
+        return self._fatal is not None
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of this step lies."""
+        return self.checkpoints / folder_name(step)
+
+    def begin(
+        self,
+        snapshot: Snapshot,
+        step: int,
+        *,
+        kind: str,
+        stall: float,
+        path: Path | None = None,
+        done: Done | None = None,
+    ) -> None:
+        """Commit in the background; the save before must be over. `stall`: seconds that training stood still for it.
+
+        With `path` it goes there, and a failure concerns only `done`, which is told how it went.
+        """
+        assert not self.busy
+        commit = self._commit(snapshot, step, kind, stall, path, done)
+        self._task = asyncio.create_task(commit, name="streamtrain-save")
+
+    async def wait(self) -> None:
+        """Wait for the save that is under way; whoever stops waiting does not stop it."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def check(self) -> None:
+        """Raise the error of saves that failed too often."""
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def _commit(
+        self, snapshot: Snapshot, step: int, kind: str, stall: float, path: Path | None, done: Done | None
+    ) -> None:
+        target = path or self.path(step)
+        try:
+            committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=path is None))
+            if path is None:
+                self._failures, self.last = 0, committed.path
+            await self.told(committed, kind, stall)
+            if path is None:
+                await self._prune(committed.path.name)
+        except BaseException as error:
+            if done is not None:
+                done(None, error)
+            if not isinstance(error, Exception):
+                raise
+            if path is None:
+                self._failed(error, kind)
+        else:
+            if done is not None:
+                done(committed.path, None)
+
+    def _failed(self, error: Exception, kind: str) -> None:
+        self._failures += 1
+        if kind != "end" and isinstance(error, EnvironmentProblem) and self._failures <= MOST_FAILURES:
+            message = "%s; training goes on (failed saves in a row: %d of %d)"
+            logger.warning(message, error, self._failures, MOST_FAILURES)
+        elif isinstance(error, StreamtrainError):
+            self._fatal = error
+        else:
+            self._fatal = CheckpointError(f"a checkpoint could not be saved: {type(error).__name__}: {error}")
+            self._fatal.__cause__ = error
+
+    async def _prune(self, newest: str) -> None:
+        try:
+            entries = await self.files(lambda: checkpoint.scan(self.checkpoints, deep=False))
+            stay = self.rule.retain(entries, pins={newest, *self.pins()})
+            await self.files(lambda: checkpoint.prune(self.checkpoints, stay))
+        except StreamtrainError as error:
+            logger.warning("%s", error)
+
+
+async def _nobody(committed: Committed, kind: str, stall: float) -> None:
+    pass

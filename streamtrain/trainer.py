@@ -1,0 +1,767 @@
+"""The trainer: checks what it is given, puts the parts together and sets the wheel turning.
+
+Its law: all that can be refused is refused before anything is written, and when `fit` returns or raises nothing of it
+is left running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from streamtrain import checkpoint, resume, signals
+from streamtrain.callbacks.bus import Bus
+from streamtrain.callbacks.csv_logger import CSVLogger
+from streamtrain.callbacks.event_log import EventLog
+from streamtrain.callbacks.json_logger import JSONLogger
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.control import Control, Save
+from streamtrain.data.batch import Batch
+from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.data.source import Stream
+from streamtrain.device import MoveBatch, mover, resolve_device
+from streamtrain.errors import CheckpointError, ConfigError, DataError, StreamtrainError
+from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.file_thread import Files, file_thread
+from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
+from streamtrain.loop import Plan, Wheel
+from streamtrain.losses import LOSSES, short_loss
+from streamtrain.metrics import Metric, as_metric
+from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
+from streamtrain.options import (
+    Limits,
+    Options,
+    count,
+    duration,
+    every,
+    one_of,
+    positive,
+    refuse_later,
+    refuse_world_size,
+    seconds,
+    share_or_count,
+)
+from streamtrain.progress import FitResult, Progress
+from streamtrain.resume import Resume
+from streamtrain.rng import Rng
+from streamtrain.run_folder import RunFolder
+from streamtrain.saving import Saver, folder_name
+from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
+from streamtrain.state import Snapshot
+from streamtrain.step import Compute, TrainStep, custom, custom_outputs, supervised
+from streamtrain.supply import supply
+from streamtrain.threads import TrainThread, train_thread
+
+__all__ = ["FitResult", "Trainer"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+Streams = Any
+"""A Stream, anything that `from_iterable` takes, or (for validation) a dict of them by name."""
+
+
+class Trainer:
+    """Trains a model on streams: `result = await Trainer(model, loss).fit(stream)`.
+
+    The model is called `model(batch.inputs)`, the loss `loss(outputs, targets)`, or `loss(outputs, inputs)` without
+    targets. Anything else is a `step=` function `(model, batch) -> loss | {"loss": ..., "outputs": ..., "targets": ...,
+    other names: logged}`, or an overridden `training_step`, `validation_step` or `predict_step`.
+
+    Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Any] | str | None = None,
+        *,
+        optimizer: OptimizerSpec = "adamw",
+        lr: float = 1e-3,
+        scheduler: SchedulerSpec = None,
+        metrics: Mapping[str, Any] | None = None,
+        callbacks: Sequence[object] = (),
+        run_dir: str | os.PathLike[str] | None = None,
+        step: Callable[[nn.Module, Batch], Any] | None = None,
+        precision: str = "32",
+        accumulate_grad_batches: int = 1,
+        gradient_clip_norm: float | None = None,
+        gradient_clip_value: float | None = None,
+        device: str | torch.device = "auto",
+        device_transform: Callable[[Batch], Any] | None = None,
+        compile: bool = False,  # noqa: A002
+        gradient_checkpointing: bool = False,
+        ema: float | None = None,
+        seed: int | None = None,
+        deterministic: bool = False,
+        nonfinite: str = "raise",
+        log_every: int = 50,
+        validate_every: str = "1epoch",
+        fast_dev_run: bool | int = False,
+        limit_batches: int | float | None = None,
+        overfit_batches: int | None = None,
+        sanity_batches: int = 2,
+        grace: float = 25.0,
+        strategy: str = "auto",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        refuse_later(compile=compile, gradient_checkpointing=gradient_checkpointing, ema=ema, strategy=strategy)
+        self.model = model
+        self.loss = _loss(loss)
+        self.state = Progress()
+        """Where the run stands: epoch, step, samples, best."""
+        self.control = Control()
+        self._options = Options(
+            step=step,
+            precision=one_of(precision, ("32", "bf16", "16"), "precision"),
+            accumulate=count(accumulate_grad_batches, "accumulate_grad_batches"),
+            clip_norm=positive(gradient_clip_norm, "gradient_clip_norm"),
+            clip_value=positive(gradient_clip_value, "gradient_clip_value"),
+            device=resolve_device(device),
+            device_transform=device_transform,
+            seed=None if seed is None else count(seed, "seed", least=0),
+            deterministic=bool(deterministic),
+            skip=one_of(nonfinite, ("raise", "skip"), "nonfinite") == "skip",
+            log_every=count(log_every, "log_every"),
+            validate_every=every(validate_every, "validate_every"),
+            dev=0 if fast_dev_run is False else count(int(fast_dev_run), "fast_dev_run"),
+            limit=share_or_count(limit_batches, "limit_batches"),
+            overfit=None if overfit_batches is None else count(overfit_batches, "overfit_batches"),
+            sanity=count(sanity_batches, "sanity_batches", least=0),
+            grace=seconds(grace, "grace"),
+            config=config or {},
+        )
+        if self._options.precision == "16" and self._options.device.type == "cpu":
+            raise ConfigError("precision '16' needs a CUDA device", hint="On the CPU use 'bf16' or '32'.")
+        self._lr, self._optimizer_spec, self._scheduler_spec = check_lr(lr), optimizer, scheduler
+        self._metrics: dict[str, Metric] = {name: as_metric(metric) for name, metric in (metrics or {}).items()}
+        self.run_dir = None if run_dir is None or self._options.dev else Path(os.path.abspath(run_dir))
+        """The run's folder; None where nothing is written."""
+        self.callbacks = _with_defaults(list(callbacks), self.run_dir, dev=bool(self._options.dev))
+        self.optimizer: Optimizer | None = None
+        """None while the model has parameters whose size only the first batch tells."""
+        self.scheduler: LearningRate | None = None
+        """Bound at the beginning of `fit`, which knows how long the run is."""
+        self._settings: dict[str, Any] = {}
+        self._logged: deque[tuple[str, float]] = deque()
+        self._fitting = False
+        self._rng: Rng | None = None
+        self._lasting: Life | None = None
+        self._checkpoint: Path | None = None
+        if not any(map(is_lazy, model.parameters())):
+            self._build()
+        self.evaluator = self._evaluator()
+
+    # --- what can be overridden ---
+
+    def training_step(self, model: nn.Module, batch: Batch) -> Any:
+        """The loss of a batch, or a dict with `loss`, `outputs`, `targets` and more to log."""
+        raise NotImplementedError
+
+    def validation_step(self, model: nn.Module, batch: Batch) -> Any:
+        """The same for validation; by default what training does, without gradients."""
+        raise NotImplementedError
+
+    def predict_step(self, model: nn.Module, batch: Batch) -> Any:
+        """What `predict` gives for a batch; by default `model(batch.inputs)`."""
+        return model(batch.inputs)
+
+    # --- fit ---
+
+    async def fit(
+        self,
+        stream: Streams,
+        validation: Streams = None,
+        *,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        max_time: float | str | None = None,
+        resume: Resume = None,
+    ) -> FitResult:
+        """Train until a limit; limits are totals over the run's life, and none means one epoch.
+
+        `validation`: a stream, or a dict of named ones. `resume`: "auto" (the newest valid checkpoint, else fresh),
+        "best", or a path. If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError
+        raised again.
+
+        Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem.
+        """
+        limits = Limits(
+            None if max_epochs is None else count(max_epochs, "max_epochs"),
+            None if max_steps is None else count(max_steps, "max_steps"),
+            None if max_time is None else duration(max_time, "max_time"),
+        )
+        train, streams = as_stream(stream), _named_streams(validation)
+        self._check(train, streams, resume, limits)
+        self._fitting = True
+        try:
+            self.control.bind()
+            return await self._saving_on_cancel(self._fit(train, streams, limits, resume))
+        finally:
+            self.control.unbind()
+            self._fitting = False
+
+    train = fit
+
+    def fit_sync(self, *args: Any, **kwargs: Any) -> FitResult:
+        """`fit` for scripts and notebooks without a running loop; the first SIGINT or SIGTERM finishes the step and
+        saves, if this is the main thread and nobody else handles them."""
+        if not signals.untouched():
+            return asyncio.run(self.fit(*args, **kwargs))
+        with signals.capture(lambda number: self.control.stop("signal", signal.Signals(number).name)):
+            return asyncio.run(self.fit(*args, **kwargs))
+
+    async def train_epoch(self, stream: Streams) -> dict[str, float]:
+        """Train one more epoch and return its means."""
+        result = await self.fit(stream, max_epochs=self.state.epoch + 1)
+        return {name: value for name, value in result.metrics.items() if not name.startswith("val_")}
+
+    # --- without learning ---
+
+    async def validate(self, stream: Streams) -> dict[str, float]:
+        """The means over a stream, or a dict of named ones, as `val_<metric>`."""
+        return await self._evaluate(stream, "val_")
+
+    async def evaluate(self, stream: Streams) -> dict[str, float]:
+        """The means over a stream, or a dict of named ones, as `test_<metric>`."""
+        return await self._evaluate(stream, "test_")
+
+    def predict(self, stream: Streams, out: str | os.PathLike[str] | None = None) -> AsyncGenerator[Any, None]:
+        """`async for outputs in trainer.predict(stream)`: what the model makes of each batch, in order."""
+        if out is not None:
+            raise ConfigError(
+                "predict(out=...) comes later", hint="Write the outputs yourself: async for ... in predict"
+            )
+        return self._predict(as_stream(stream))
+
+    # --- checkpoints ---
+
+    async def save_checkpoint(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Save now (during `fit`: after the current update) and return where, once it is durable."""
+        target = None if path is None else Path.cwd() / path
+        if target is None and self.run_dir is None:
+            raise ConfigError("save_checkpoint() needs a run_dir or a path")
+        saved: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+
+        def done(path: Path | None, error: BaseException | None) -> None:
+            if saved.done():
+                return
+            if path is not None:
+                saved.set_result(path)
+            else:
+                saved.set_exception(error or CheckpointError("the fit ended before it was saved"))
+
+        if self._fitting:
+            self.control.save(Save(target, done))
+            return await saved
+        return await self._save_outside(target)
+
+    async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Load model and optimizer from a checkpoint, or from the newest of a run's folder. Raises CheckpointError."""
+        if self._fitting:
+            raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
+        async with file_thread() as files, train_thread() as thread:
+            found = await files(lambda: resume.find(_NOWHERE, path))
+            assert found is not None
+            where, snapshot = found
+            await thread.run(lambda: self._load(where, snapshot))
+
+    # --- plain, from any thread ---
+
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        """Add numbers to the next line of the log."""
+        self._logged.extend((str(name), float(value)) for name, value in values.items())
+
+    def stop(self, detail: str = "") -> None:
+        """End the fit after the current update, and save."""
+        self.control.stop("stopped", detail)
+
+    def pause(self) -> None:
+        """Stand still after the current update."""
+        self.control.pause()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self.control.resume()
+
+    def request_checkpoint(self) -> None:
+        """Save after the current update."""
+        self.control.save()
+
+    def set_lr(self, lr: float) -> None:
+        """Bring the first group's learning rate to `lr` after the current update, the others in proportion."""
+        self.control.set_lr(check_lr(lr))
+
+    # --- the parts ---
+
+    def _check(self, train: Stream, streams: Mapping[str, Stream], resume_from: Resume, limits: Limits) -> None:
+        """Refuse what can be refused without looking at a disk."""
+        if self._fitting:
+            raise ConfigError("fit is running already", hint="One fit at a time for each trainer.")
+        refuse_world_size()
+        if self.run_dir is None and not self._options.dev:
+            if resume_from is not None:
+                raise ConfigError(f"resume={resume_from!r} needs a run_dir")
+            if any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks):
+                raise ConfigError("ModelCheckpoint needs a run_dir", hint="Give run_dir=, or leave it out.")
+        if self.loss is None and self._options.step is None and not self._overrides("training_step"):
+            raise ConfigError("there is no loss", hint="Give loss=, step=, or override training_step.")
+        for callback in self.callbacks:
+            for monitor in getattr(callback, "monitors", ()):
+                if monitor.startswith("val_") and not streams:
+                    name = type(callback).__name__
+                    raise ConfigError(f"{name} monitors {monitor!r}, but fit has no validation stream")
+        if getattr(train, "one_epoch", False) and limits.max_epochs is not None and limits.max_epochs > 1:
+            raise ConfigError(
+                f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
+                hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
+            )
+
+    async def _saving_on_cancel(self, fit: Coroutine[Any, Any, T]) -> T:
+        """Await a fit in a task of its own; if we are cancelled it gets `grace` seconds to save."""
+        task = asyncio.create_task(fit, name="streamtrain-fit")
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.done():
+                raise
+            self.control.stop("cancelled", "the task was cancelled")
+            with anyio.CancelScope(shield=True):  # anyio cancels again and again; this holds it off
+                await _patiently(task, self._options.grace)
+                if not task.done():
+                    logger.error("not saved within %g s: the last checkpoint stands", self._options.grace)
+                    task.cancel()
+                    await _patiently(task, 5.0)
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                logger.error("the cancelled fit failed", exc_info=task.exception())
+            raise
+
+    async def _fit(self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume) -> FitResult:
+        """Open, lock, restore, turn the wheel; closed again in the opposite order."""
+        async with AsyncExitStack() as stack:
+            files = await stack.enter_async_context(file_thread())
+            folder = None if self.run_dir is None else RunFolder(self.run_dir)
+            if folder is not None and resume_from is None and not self.state.step:
+                await files(lambda: resume.refuse_unasked(folder.checkpoints))
+            for stream in (train, *streams.values()):
+                await stream.open()
+            if folder is not None:
+                stack.push_async_callback(files, folder.release)
+                await files(folder.lock)
+            try:
+                return await self._turn(train, streams, limits, resume_from, files, folder)
+            except Exception as error:
+                if folder is not None:
+                    failure = error
+                    with suppress(StreamtrainError):
+                        await files(lambda: folder.write_error(failure))
+                raise
+
+    async def _turn(
+        self,
+        train: Stream,
+        streams: dict[str, Stream],
+        limits: Limits,
+        resume_from: Resume,
+        files: Files,
+        folder: RunFolder | None,
+    ) -> FitResult:
+        options = self._options
+        checkpoints = None if folder is None else folder.checkpoints
+        found = None
+        if checkpoints is not None and resume_from is not None:
+            found = await files(lambda: resume.find(checkpoints, resume_from))
+        async with AsyncExitStack() as stack:
+            thread = await stack.enter_async_context(train_thread())
+            bus = await stack.enter_async_context(Bus(self.callbacks, grace=options.grace))
+            train.follow(True)
+            stack.callback(train.follow, False)
+            await self._prepare(train, thread)
+            if limits.none or options.dev:
+                limits = Limits(max_epochs=1 if found is not None else self.state.epoch + 1)
+            known = _length(train)
+            life = await thread.run(lambda: self._life(train, bus, limits, _least(known, options.batches(known))))
+            if folder is not None:
+                life.check()
+            if found is not None:
+                path, snapshot = found
+                await thread.run(lambda: life.restore(snapshot, path, checkpoints))
+                logger.info("going on from %s at step %d", path, self.state.step)
+                self._checkpoint = path
+                del found, snapshot
+            else:
+                path = None
+            self._lasting = life
+            plan = self._plan(limits, train, streams, folder, path)
+            status = _Status(files, folder)
+            stack.push_async_callback(status.written)
+            wheel = Wheel(
+                life,
+                plan,
+                validation=streams,
+                evaluator=self.evaluator,
+                bus=bus,
+                control=self.control,
+                thread=thread,
+                saver=None if checkpoints is None else self._saver(checkpoints, files),
+                status=status.write,
+                said=self._take_logged,
+                deterministic=options.deterministic,
+            )
+            try:
+                reason, detail = await wheel.turn()
+            finally:
+                if wheel.saver is not None:
+                    await wheel.saver.wait()
+                    self._checkpoint = wheel.saver.last or self._checkpoint
+        state = self.state
+        return FitResult(
+            reason, detail, state.epoch, state.step, state.samples, dict(life.metrics), state.best, self._checkpoint
+        )
+
+    def _saver(self, checkpoints: Path, files: Files) -> Saver:
+        rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
+        return Saver(checkpoints, rule, files)
+
+    async def _prepare(self, train: Stream, thread: TrainThread) -> None:
+        """The fit's random state, and the sizes of lazy parameters from the first batch."""
+        if self._rng is None:
+            self._rng = first_rng(self._options.seed)
+        if self.optimizer is not None:
+            return
+        own = Rng(self._rng.state)
+
+        async def pull(fn: Callable[[], Batch | None]) -> Batch | None:
+            return await thread.run(lambda: _drawing_from(own, fn))
+
+        batches = supply(train, limit=1, runner=pull)
+        try:
+            if await batches.finished():
+                raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
+            batch = batches.take()
+            assert batch is not None
+            await thread.run(lambda: _drawing_from(own, lambda: self._materialise(batch)))
+        finally:
+            await batches.aclose()
+        if isinstance(train, IterableStream) and train.one_epoch:
+            train.put_back(batch)
+
+    def _materialise(self, batch: Batch) -> None:
+        self.model.to(self._options.device)
+        with evaluating(self.model):
+            self._move(batch)
+            self._compute(self._move(batch))
+        self._build()
+
+    @property
+    def _move(self) -> MoveBatch:
+        return mover(self._options.device, self._options.device_transform)
+
+    def _build(self) -> None:
+        """Bring the model to its device and make the optimizer."""
+        self.model.to(self._options.device)
+        self.optimizer = build_optimizer(self.model, self._optimizer_spec, self._lr)
+        self._settings = settings(self.model, self.optimizer)
+
+    def _life(self, train: Stream | None, bus: Bus, limits: Limits, batches: int | None) -> Life:
+        """All live objects of a fit; on the train thread."""
+        options, optimizer = self._options, self.optimizer
+        assert optimizer is not None
+        assert self._rng is not None
+        per_epoch = None if batches is None else -(-batches // options.accumulate)
+        total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
+        self.scheduler = build_scheduler(
+            optimizer,
+            self._scheduler_spec,
+            total_steps=_least(total, limits.max_steps),
+            total_epochs=limits.max_epochs,
+            steps_per_epoch=per_epoch,
+        )
+        if not self.model.training:
+            self.model.train()
+        step = TrainStep(
+            self.model,
+            optimizer,
+            self._compute,
+            self.scheduler,
+            move=self._move,
+            door=self.control,
+            device=options.device,
+            accumulate=options.accumulate,
+            clip_norm=options.clip_norm,
+            clip_value=options.clip_value,
+            precision=options.precision,
+            skip=options.skip,
+            log_every=options.log_every,
+        )
+        step.step = self.state.step
+        names = [box.name for box in bus.statistics().mailboxes]
+        fixed = {
+            **self._settings,
+            "scheduler": schedule_name(self.scheduler),
+            "seed": options.seed,
+            "precision": options.precision,
+        }
+        clip = {"gradient_clip_norm": options.clip_norm, "gradient_clip_value": options.clip_value}
+        return Life(
+            model=self.model,
+            optimizer=optimizer,
+            lr=self.scheduler,
+            step=step,
+            stream=train,
+            rng=self._rng,
+            progress=self.state,
+            callbacks=dict(zip(names, self.callbacks, strict=True)),
+            settings=fixed,
+            habits=habits(options.device, accumulate_grad_batches=options.accumulate, **clip),
+            config=options.config,
+        )
+
+    def _plan(
+        self, limits: Limits, train: Stream, streams: dict[str, Stream], folder: RunFolder | None, path: Path | None
+    ) -> Plan:
+        options = self._options
+        known = _length(train)
+        limit = options.batches(known)
+        batches = _least(known, limit)
+        fresh = path is None and not self.state.step
+        return Plan(
+            max_epochs=limits.max_epochs,
+            max_steps=limits.max_steps,
+            max_time=limits.max_time,
+            validate_every=options.validate_every,
+            batches=batches,
+            limit=limit,
+            overfit=options.overfit is not None,
+            validation_limits={name: options.batches(_length(stream)) for name, stream in streams.items()},
+            sanity=options.sanity if fresh and not options.dev else 0,
+            announcement={
+                "run_dir": None if folder is None else str(folder.path),
+                "resumed_from": None if path is None else str(path),
+                "max_epochs": limits.max_epochs,
+                "max_steps": limits.max_steps,
+                "batches_per_epoch": batches,
+                "steps_per_epoch": None if batches is None else -(-batches // options.accumulate),
+                "config": options.config,
+            },
+        )
+
+    # --- what a batch comes to ---
+
+    @property
+    def _compute(self) -> Compute:
+        if self._overrides("training_step"):
+            return custom(_called(self.training_step, self.model))
+        if self._options.step is not None:
+            return custom(_called(self._options.step, self.model))
+        return supervised(self.model, self.loss)
+
+    def _evaluator(self) -> Evaluator:
+        compute = self._compute
+        if self._overrides("validation_step"):
+            compute = custom(_called(self.validation_step, self.model))
+        options = self._options
+        return Evaluator(
+            self.model,
+            compute,
+            self._metrics,
+            move=self._move,
+            device=options.device,
+            precision=options.precision,
+        )
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(Trainer, name)
+
+    def _take_logged(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        while self._logged:
+            name, value = self._logged.popleft()
+            values[name] = value
+        return values
+
+    # --- outside of a fit ---
+
+    async def _evaluate(self, streams: Streams, prefix: str) -> dict[str, float]:
+        values: dict[str, float] = {}
+        async with train_thread() as thread:
+            rng = self._rng or first_rng(self._options.seed)
+            for name, stream in _named_streams(streams).items():
+                await stream.open()
+                stream.set_epoch(0)
+                await thread.run(lambda: self.model.to(self._options.device))
+                limit = self._options.batches(_length(stream))
+                means = await self.evaluator.run(stream, thread, rng, limit=limit)
+                before = f"{prefix}{name}_" if name else prefix
+                values |= {before + metric: value for metric, value in means.items()}
+        return values
+
+    async def _predict(self, stream: Stream) -> AsyncGenerator[Any, None]:
+        compute = custom_outputs(_called(self.predict_step, self.model))
+        async with train_thread() as thread:
+            await stream.open()
+            await thread.run(lambda: self.model.to(self._options.device))
+            rng = self._rng or first_rng(self._options.seed)
+            async with aclosing(self.evaluator.outputs(stream, thread, rng, compute)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _save_outside(self, target: Path | None) -> Path:
+        if self.optimizer is None:
+            raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
+        if self._rng is None:
+            self._rng = first_rng(self._options.seed)
+        life = self._lasting or self._life(None, Bus(self.callbacks), Limits(max_steps=1), None)
+        async with file_thread() as files, train_thread() as thread:
+            state = life.state()
+            snapshot = await thread.run(lambda: life.snapshot(state))
+            if target is not None:
+                return (await files(lambda: checkpoint.commit(target, snapshot))).path
+            assert self.run_dir is not None
+            folder = RunFolder(self.run_dir)
+            await files(folder.lock)
+            try:
+                path = folder.checkpoints / folder_name(self.state.step)
+                return (await files(lambda: checkpoint.commit(path, snapshot, replace=True))).path
+            finally:
+                await files(folder.release)
+
+    def _load(self, path: Path, snapshot: Snapshot) -> None:
+        check_model(snapshot, self.model, path)
+        self.model.load_state_dict(snapshot.model)
+        if self.optimizer is None:
+            self._build()
+        assert self.optimizer is not None
+        check_settings(snapshot, self._settings, path)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.state.load_state_dict(snapshot.state["progress"], path.parent)
+        self._rng = Rng(snapshot.state["rng"])
+        self._lasting = None
+
+
+class _Status:
+    """Writes `status.json` now and then, one at a time, without anybody waiting for it."""
+
+    def __init__(self, files: Files, folder: RunFolder | None) -> None:
+        self._files, self._folder = files, folder
+        self._task: asyncio.Task[None] | None = None
+        self._last: dict[str, Any] | None = None
+
+    def write(self, status: dict[str, Any]) -> None:
+        """Have this written soon; what still waits then is left out."""
+        if self._folder is not None:
+            self._last = {"pid": os.getpid(), **status}
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._write(), name="streamtrain-status")
+
+    async def _write(self) -> None:
+        folder = self._folder
+        assert folder is not None
+        while self._last is not None:
+            write = partial(folder.write_status, self._last)
+            self._last = None
+            try:
+                await self._files(write)
+            except StreamtrainError as error:
+                logger.warning("%s", error)
+
+    async def written(self) -> None:
+        """Wait for the last one."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+
+def as_stream(source: Streams) -> Stream:
+    """`source` itself if it is a stream, else what `from_iterable` makes of it."""
+    if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
+        stream: Stream = source
+        return stream
+    return from_iterable(source)
+
+
+def _named_streams(streams: Streams) -> dict[str, Stream]:
+    if streams is None:
+        return {}
+    if isinstance(streams, Mapping):
+        return {str(name): as_stream(stream) for name, stream in streams.items()}
+    return {"": as_stream(streams)}
+
+
+def _with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -> list[object]:
+    """The callbacks, and the defaults of a run with a folder that nobody replaced."""
+    if dev:
+        return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    if run_dir is not None:
+        defaults = [ModelCheckpoint, JSONLogger, CSVLogger, EventLog]
+        callbacks += [kind() for kind in defaults if not any(isinstance(callback, kind) for callback in callbacks)]
+    return callbacks
+
+
+def _loss(loss: Any) -> Callable[..., Any] | None:
+    if loss is None or (callable(loss) and not inspect.isclass(loss)):
+        made: Callable[..., Any] | None = loss
+        return made
+    if isinstance(loss, str) and loss in LOSSES:
+        return short_loss(loss, {})
+    raise ConfigError(
+        f"loss must be a function of (outputs, targets), not {loss!r}",
+        hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
+    )
+
+
+def _called(function: Callable[..., Any], model: nn.Module) -> Callable[[Batch], Any]:
+    """A step of the user as a function of the batch: it takes (model, batch), (batch) or (batch, batch_idx)."""
+    names = list(inspect.signature(function).parameters)
+    if names[:1] == ["batch"] and len(names) == 1:
+        return function
+    if names[:1] == ["batch"]:
+        number = itertools.count()
+        return lambda batch: function(batch, next(number))
+    return lambda batch: function(model, batch)
+
+
+def _drawing_from(rng: Rng, fn: Callable[[], T]) -> T:
+    with rng.swapped_in():
+        return fn()
+
+
+def _length(stream: Stream) -> int | None:
+    try:
+        return len(stream)
+    except TypeError:
+        return None
+
+
+def _least(*values: int | None) -> int | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+async def _patiently(task: asyncio.Task[Any], timeout: float) -> None:
+    """Wait for a task, however often we are cancelled."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    while not task.done() and loop.time() < deadline:
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([task], timeout=deadline - loop.time())
+
+
+_NOWHERE = Path(os.devnull, "checkpoints")
+"""A folder of checkpoints that none lies in."""
