@@ -27,7 +27,9 @@ class ElementLoss(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.shape != targets.shape:
-            if outputs.shape.numel() != targets.shape.numel() or outputs.squeeze().shape != targets.squeeze().shape:
+            # An output without dimensions is a batch of one, squeezed.
+            other_batch = outputs.ndim > 0 and outputs.shape[:1] != targets.shape[:1]
+            if other_batch or outputs.squeeze().shape != targets.squeeze().shape:
                 raise _mismatch(self.name, outputs, targets, "give both the same shape")
             targets = targets.reshape(outputs.shape)
         if not targets.dtype.is_floating_point:

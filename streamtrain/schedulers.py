@@ -159,15 +159,15 @@ class ScheduledLearningRate:
     def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
         self.by_epoch = schedule.interval == "epoch"
         self.schedule = schedule
-        self._groups = optimizer.param_groups
-        for group in self._groups:
+        self._optimizer = optimizer  # not its groups: loading a state makes new ones
+        for group in optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
-        self._bases = [float(group["initial_lr"]) for group in self._groups]
+        self._bases = [float(group["initial_lr"]) for group in optimizer.param_groups]
 
     def before_update(self, step: int, epoch: int) -> None:
         t = epoch if self.by_epoch else step
         lr = self.schedule.lr
-        for group, base in zip(self._groups, self._bases, strict=False):
+        for group, base in zip(self._optimizer.param_groups, self._bases, strict=False):
             set_group_lr(group, lr(base, t))
 
     def after_update(self) -> None:
@@ -178,7 +178,7 @@ class ScheduledLearningRate:
 
     def scale(self, factor: float) -> None:
         self._bases = [base * factor for base in self._bases]
-        for group in self._groups:
+        for group in self._optimizer.param_groups:
             set_group_lr(group, float(group["lr"]) * factor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class TorchLearningRate:
         self.by_epoch = interval == "epoch"
         self.scheduler = scheduler
         self._monitor = monitor
-        self._groups = optimizer.param_groups
+        self._optimizer = optimizer
 
     def before_update(self, step: int, epoch: int) -> None:
         pass
@@ -217,7 +217,7 @@ class TorchLearningRate:
         self.scheduler.step(metrics[monitor])
 
     def scale(self, factor: float) -> None:
-        for group in self._groups:
+        for group in self._optimizer.param_groups:
             set_group_lr(group, float(group["lr"]) * factor)
         if isinstance(bases := getattr(self.scheduler, "base_lrs", None), list):
             self.scheduler.base_lrs = [base * factor for base in bases]
@@ -260,7 +260,7 @@ def build_scheduler(
     if isinstance(name, LRScheduler) or callable(name):
         return _torch(optimizer, name, interval, table.get("monitor"))
     if name not in NAMES:
-        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(str(name), NAMES))
+        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(str(name or ""), NAMES))
     if "monitor" in table:
         raise ConfigError(f"scheduler.monitor is for ReduceLROnPlateau, not for {name!r}")
     return ScheduledLearningRate(
