@@ -130,6 +130,8 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
     shape = tuple(int(s) for s in metadata["shape"])
     if not trainable(dtype):
         raise DataError(f"array {name!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
+    if fill_value is None:  # Zarr 2 leaves it open; zarr reads zero
+        fill_value = dtype.type(0)
     parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3
     layout = parse(name, shape, metadata, dtype, fill_value)
     if any(s < 0 for s in shape) or math.prod(shape) > MAX_SAMPLES:

@@ -115,6 +115,13 @@ def test_a_writer_may_vouch_that_no_chunk_is_left_out() -> None:
         assert not parse(v3(attributes=own)).complete
 
 
+def test_fill_that_is_left_open_is_zero_as_in_zarr(tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path), name="x", shape=(4,), dtype="int8", zarr_format=2, fill_value=None)
+    assert layout_of(tmp_path).fill_value == zarr.open_array(str(tmp_path), path="x")[0] == 0
+    assert parse(v2()).fill_value == 0
+    assert parse_array("x", v2(), np.dtype("f4"), None).fill_value == 0
+
+
 # Byte order and axes
 
 
