@@ -1,0 +1,118 @@
+"""The one door: knocking never blocks, from anywhere; the first stop wins, the last rate wins, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+from streamtrain.control import Control, Save, Stop
+
+
+async def test_what_was_asked_for_is_taken_once() -> None:
+    control = Control()
+    control.bind()
+    assert not control.pending
+    saves = [Save(), Save(Path("x"))]
+    for save in saves:
+        control.save(save)
+    control.set_lr(1)
+    control.set_lr(0.5)
+    control.call(list)
+    assert control.pending
+    taken = control.take()
+    assert (taken.saves, taken.lr, taken.calls, taken.stop) == (saves, 0.5, [list], None)
+    assert not control.pending
+    again = control.take()
+    assert (again.saves, again.lr, again.calls) == ([], None, [])
+
+
+async def test_the_first_stop_wins_and_stays() -> None:
+    control = Control()
+    control.bind()
+    control.stop("signal", "SIGTERM")
+    control.stop("stopped")
+    assert control.take().stop == control.take().stop == control.stopping == Stop("signal", "SIGTERM")
+
+
+async def test_requests_from_before_stay_but_stops_do_not() -> None:
+    control = Control()
+    control.stop()
+    control.save()
+    control.pause()
+    control.bind()
+    assert control.pending
+    assert not control.paused
+    taken = control.take()
+    assert taken.stop is control.stopping is None
+    assert taken.saves == [Save()]
+    control.stop("stopped", "later")
+    control.unbind()
+    control.bind()
+    assert not control.pending
+    assert control.take().stop is None
+
+
+async def test_pausing_and_resuming_are_seen_at_once() -> None:
+    control = Control()
+    control.bind()
+    control.pause()
+    assert control.paused
+    assert control.pending
+    await control.knocked()
+    control.take()
+    control.resume()
+    assert not control.paused
+    await control.knocked()
+
+
+async def test_a_knock_from_another_thread_wakes_the_wheel() -> None:
+    control = Control()
+    control.bind()
+    waiting = asyncio.create_task(control.knocked())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await asyncio.to_thread(control.stop, "signal")
+    await waiting
+    assert control.take().stop == Stop("signal")
+
+
+async def test_a_knock_before_the_waiting_is_not_lost() -> None:
+    control = Control()
+    control.bind()
+    control.save()
+    await control.knocked()
+    assert control.take().saves == [Save()]
+
+
+async def test_no_request_is_lost_between_many_threads() -> None:
+    control = Control()
+    control.bind()
+    taken: list[Save] = []
+
+    def knock(number: int) -> None:
+        for i in range(200):
+            control.save(Save(Path(f"{number}-{i}")))
+
+    threads = [threading.Thread(target=knock, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(taken) < 800:
+        await control.knocked()
+        taken += control.take().saves
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
+    assert len({save.path for save in taken}) == 800
+    assert not control.pending
+
+
+def test_knocking_after_the_loop_has_gone_is_no_error() -> None:
+    control = Control()
+
+    async def bind() -> None:
+        control.bind()
+
+    asyncio.run(bind())
+    control.stop()
+    control.save()
+    assert control.pending

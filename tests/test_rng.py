@@ -1,0 +1,114 @@
+"""Random states: a fit draws its own numbers, and whoever is around draws as if it were not there."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamtrain import rng
+from streamtrain.rng import Rng
+from streamtrain.state import clone, decode, encode
+
+
+def draw() -> tuple[Any, ...]:
+    """Numbers from all generators, normal ones too, of which some keep half a pair."""
+    return (torch.randn(3).tolist(), np.random.randn(), np.random.rand(), random.gauss(0, 1), random.random())
+
+
+@pytest.fixture(autouse=True)
+def _own_generators() -> Any:
+    before = rng.capture()
+    yield
+    rng.restore(before)
+
+
+def test_restored_states_give_the_same_numbers() -> None:
+    draw()
+    state = rng.capture()
+    assert draw() != (first := draw())
+    rng.restore(state)
+    draw()
+    assert draw() == first
+
+
+def test_states_go_through_a_checkpoint() -> None:
+    draw()
+    state = rng.capture()
+    document, tensors = encode(state)
+    read = decode(document, {name: tensor.clone() for name, tensor in tensors.items()})
+    first = draw()
+    for kept in (read, clone(state)):
+        rng.restore(kept)
+        assert draw() == first
+
+
+def test_a_captured_state_does_not_move_with_the_generator() -> None:
+    state = rng.capture()
+    first = draw()
+    rng.restore(state)
+    draw()
+    rng.restore(state)
+    assert draw() == first
+
+
+def test_seeding_leaves_the_generators_as_they_are() -> None:
+    state = rng.capture()
+    first = draw()
+    rng.restore(state)
+    rng.seeded(7)
+    assert draw() == first
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_a_seed_is_a_state(seed: int) -> None:
+    one, other = Rng(rng.seeded(seed)), Rng(rng.seeded(seed))
+    draw()
+    with one.swapped_in():
+        mine = draw()
+    draw()
+    with other.swapped_in():
+        assert draw() == mine
+    with Rng(rng.seeded(seed + 1)).swapped_in():
+        assert draw() != mine
+    torch.manual_seed(seed)
+    assert torch.randn(3).tolist() == mine[0]
+
+
+@pytest.mark.parametrize("end", ["well", "by an error"])
+def test_outside_its_bursts_a_fit_is_invisible(end: str) -> None:
+    state = rng.capture()
+    first = draw()
+    rng.restore(state)
+    fit = Rng(rng.seeded(7))
+    try:
+        with fit.swapped_in():
+            draw()
+            if end != "well":
+                raise OSError
+    except OSError:
+        pass
+    assert draw() == first
+
+
+def test_bursts_go_on_where_the_last_one_ended() -> None:
+    whole, parts = Rng(rng.seeded(7)), Rng(rng.seeded(7))
+    with whole.swapped_in():
+        expected = [draw(), draw()]
+    drawn = []
+    for _ in range(2):
+        with parts.swapped_in():
+            drawn.append(draw())
+        draw()
+    assert drawn == expected
+
+
+def test_a_glance_leaves_no_trace_in_the_fit() -> None:
+    one = Rng(rng.seeded(7))
+    with one.swapped_in(keep=False):
+        expected = draw()
+    with one.swapped_in():
+        assert draw() == expected
