@@ -15,6 +15,9 @@ settings.load_profile("quiet")
 JOINS = [
     ("streamtrain/callbacks/bus.py", {"join"}),
     ("streamtrain/callbacks/lines.py", {"close"}),
+    ("streamtrain/data/readers.py", {"aclose"}),
+    ("streamtrain/data/workers.py", {"joined"}),
+    ("streamtrain/file_thread.py", {"_end"}),
     ("streamtrain/threads.py", {"release"}),
 ]
 """Where a thread is joined on the loop after it has said that it is done: microseconds."""

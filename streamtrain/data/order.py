@@ -534,7 +534,7 @@ def split_bounds(split: Sequence[float | int] | None, num_samples: int) -> tuple
     """
     if split is None:
         return 0, num_samples
-    if not isinstance(split, Sequence) or isinstance(split, str) or len(split) != 2:
+    if isinstance(split, str) or len(split) != 2:
         raise ValueError(f"split must be two numbers, got {split!r}")
     a, b = split
     if all(isinstance(x, int) and not isinstance(x, bool) for x in (a, b)):

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from streamtrain.data.readers import Scratch
 from streamtrain.data.survey import Sizes
 from streamtrain.data.transform import Transform, apply, batch_bytes
 from streamtrain.data.workers import Workers
-from streamtrain.errors import EnvironmentProblem, StreamtrainError
+from streamtrain.errors import EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Unit:
         """Holds the batch that began before and goes on here; None if its rows were handed over in another life."""
         self.left = 0
         self.done = False
+        self.error: BaseException | None = None
 
     def put(self, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
         """Copy rows of one column to their places in the blocks."""
@@ -129,7 +131,9 @@ class ZarrPass:
     def __init__(
         self, recipe: Recipe, order: EpochOrder, start: Cursor, returned: Callable[[Cursor, bool], None]
     ) -> None:
-        self._recipe, self._order, self._returned = recipe, order, returned
+        self._recipe, self._order = recipe, order
+        # Weak, so that letting go of a stream ends its pass at once, without a garbage collection.
+        self._returned = weakref.WeakMethod(returned)
         self._epoch, self._origin = start
         rest = max(0, order.num_samples - self._origin)
         size = recipe.batch_size
@@ -148,14 +152,14 @@ class ZarrPass:
         self._started = self._emitted = self._taken = 0
         self._filling = 0
         self._raw: collections.deque[_Ready] = collections.deque()
-        self._groups: dict[int, list[_Made] | None] = {}
+        self._groups: dict[int, list[_Made] | BaseException | None] = {}
         self._group_number = self._group_next = 0
         self._made_bytes = 0
         self._scratch_granted = 0
         self.paused = False
         self.closed = False
         self._finished = False
-        self._error: BaseException | None = None
+        self._broken: BaseException | None = None
         self.retired: list[Scratch] = []
         if self._batches == 0:
             self._queue.end()
@@ -214,8 +218,13 @@ class ZarrPass:
             self._recipe.budget.release(item.granted)
             self._pump_transforms()
         if batch is not None:
-            self._returned(batch.cursor, False)
+            self._tell(batch.cursor, False)
         return batch
+
+    def _tell(self, cursor: Cursor, finished: bool) -> None:
+        returned = self._returned()
+        if returned is not None:
+            returned(cursor, finished)
 
     def _drained(self) -> None:
         self._taken += 1
@@ -223,11 +232,14 @@ class ZarrPass:
             self._draining.popleft()
             self._pump()
 
+    @property
+    def _busy(self) -> bool:
+        """Whether something is ready or under way that gives a batch."""
+        return bool(self._filling or len(self._queue) or self._raw or self._groups)
+
     def _check_progress(self) -> None:
         """Raise BudgetHeld where nothing is under way that could give the next batch."""
-        if self._filling or len(self._queue) or self._raw or any(made is None for made in self._groups.values()):
-            return
-        if self._queue.closed or self.paused:
+        if self._busy or self._queue.closed or self.paused:
             return
         held = self._pool.out
         raise BudgetHeld(
@@ -239,7 +251,7 @@ class ZarrPass:
     def _check_reads(self) -> None:
         """Raise EnvironmentProblem where a read has hung for longer than the timeout."""
         now = time.monotonic()
-        for scratch in self._workers.scratches if self._workers is not None else ():
+        for scratch in self.scratches:
             reading = scratch.reading
             if reading is not None and now - reading[1] >= self._recipe.read_timeout:
                 raise EnvironmentProblem(
@@ -294,7 +306,7 @@ class ZarrPass:
             size = self._recipe.batch_size
             first = max(0, -(-(start - self._origin) // size))
             last = max(first, -(-(stop - self._origin) // size))
-            slots = min(last, self._batches) - first
+            slots = last - first
             block = None
             if slots > 0:
                 if not self._room(slots):
@@ -308,13 +320,13 @@ class ZarrPass:
             head = self._blocks[-1][1] if self._blocks else None
             if block is not None:
                 self._blocks.append((first, block))
-                self._draining.append(first + slots)
+                self._draining.append(min(last, self._batches))
             self._started += max(0, slots)
             self._next_span = next(self._spans, None)
             self._start_unit(Unit(start, stop, block, head), blocks)
 
     def _room(self, slots: int) -> bool:
-        if not self._draining:
+        if not self._draining or not self._busy:
             return True
         prefetch = self._recipe.prefetch
         if prefetch is not None and self._started - self._taken >= prefetch:
@@ -355,8 +367,12 @@ class ZarrPass:
         """The hop: the batches that are complete now become ready."""
         unit.done = True
         self._filling -= 1
-        while self._units and self._units[0].done:
-            self._emit(self._units.popleft())
+        while self._units and self._units[0].done and self._broken is None:
+            unit = self._units.popleft()
+            self._broken = unit.error
+            if unit.error is None:
+                self._emit(unit)
+        self._end_if_over()
         self._pump()
 
     def _emit(self, unit: Unit) -> None:
@@ -378,10 +394,17 @@ class ZarrPass:
                 self._raw.append(ready)
         if self._emitted == self._batches:
             self._blocks.clear()
-            if self._recipe.transform is None:
-                self._queue.end()
         if self._recipe.transform is not None:
             self._pump_transforms()
+
+    def _end_if_over(self) -> None:
+        """What follows the last batch that is ready: the end, or the failure that stopped the pass there."""
+        if self._raw or self._groups:
+            return
+        if self._broken is not None:
+            self._queue.fail(self._broken)
+        elif self._emitted == self._batches:
+            self._queue.end()
 
     # ---- transforms
 
@@ -429,45 +452,53 @@ class ZarrPass:
                 del batch
             result = [recipe.finish(batch) for batch in made]
         except BaseException as error:
-            self._hop(self._failed, error)
+            self._hop(self._transformed, number, error, [], granted)
             return
         scratch.seconds["transform"] += time.perf_counter() - began
         self._hop(self._transformed, number, result, [batch_bytes(batch) for batch in made], granted)
 
-    def _transformed(self, number: int, batches: list[Batch], sizes: list[int], granted: int) -> None:
-        self._made_bytes = max(self._made_bytes, *sizes)
-        need = sum(sizes)
-        budget = self._recipe.budget
-        if need < granted:
-            budget.release(granted - need)
-        elif need > granted and not budget.try_acquire(need - granted):
-            sizes = [granted // len(sizes)] * len(sizes)
-            budget.release(granted - sum(sizes))
-        kept = [batch if len(batch) else None for batch in batches]
-        self._groups[number] = [_Made(batch, size) for batch, size in zip(kept, sizes, strict=True)]
+    def _transformed(self, number: int, batches: list[Batch] | BaseException, sizes: list[int], granted: int) -> None:
+        sizes = self._settled(sizes, granted)
+        if isinstance(batches, BaseException):
+            self._groups[number] = batches
+        else:
+            kept = [batch if len(batch) else None for batch in batches]
+            self._groups[number] = [_Made(batch, size) for batch, size in zip(kept, sizes, strict=True)]
         while (ready := self._groups.get(self._group_next)) is not None:
             del self._groups[self._group_next]
             self._group_next += 1
+            if isinstance(ready, BaseException):
+                self._queue.fail(ready)
+                return
             for made in ready:
                 self._queue.put(made, made.granted)
         if self.closed:
             self._release_made()
             return
         self._pump_transforms()
-        if self._emitted == self._batches and not self._raw and not self._groups:
-            self._queue.end()
+        self._end_if_over()
+
+    def _settled(self, sizes: list[int], granted: int) -> list[int]:
+        """Grant what a group really made, in place of the guess; the bytes granted for each of its batches."""
+        budget, need = self._recipe.budget, sum(sizes)
+        self._made_bytes = max(self._made_bytes, *sizes, 0)
+        if need > granted and not budget.try_acquire(need - granted):
+            sizes = [granted // len(sizes)] * len(sizes)
+            need = sum(sizes)
+        budget.release(max(0, granted - need))
+        return sizes
 
     # ---- in the threads
 
     def _run(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> None:
         try:
             for piece in pieces:
-                if self.closed:
+                if self.closed or unit.error is not None:
                     break
                 self._fill(unit, piece, scratch)
         except BaseException as error:
-            self._hop(self._failed, error)
-            return
+            logger.debug("a job of the pass failed", exc_info=error)
+            unit.error = error
         with self._lock:
             unit.left -= 1
             last = unit.left == 0
@@ -492,17 +523,12 @@ class ZarrPass:
         with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _failed(self, error: BaseException) -> None:
-        if not isinstance(error, StreamtrainError):
-            logger.debug("a job of the pass failed", exc_info=error)
-        self._queue.fail(error)
-
     # ---- the end
 
     def _finish(self) -> None:
         if not self._finished:
             self._finished = True
-            self._returned(Cursor(self._epoch, self._order.num_samples), True)
+            self._tell(Cursor(self._epoch, self._order.num_samples), True)
         self.stop()
 
     def stop(self) -> None:

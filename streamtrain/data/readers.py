@@ -455,6 +455,11 @@ class ZarrLoop:
             await asyncio.wait([executor_done], timeout=5.0)
         self.close()
 
+    def __del__(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._loop.stop)
+
     def close(self) -> None:
         """End the thread and its executor, and wait for both (but not for a read that hangs)."""
         with self._lock:

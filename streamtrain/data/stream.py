@@ -38,6 +38,7 @@ from streamtrain.data.order import EpochOrder, Shuffle, SplitBy, derive_key
 from streamtrain.data.passes import Recipe, ZarrPass
 from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.source import Pass
 from streamtrain.data.survey import Field, Plan, Survey, decoded_whole, take_survey
 from streamtrain.data.transform import Transform, check_transform
 from streamtrain.data.workers import default_threads
@@ -181,6 +182,7 @@ class ZarrStream:
         self._zarr_loop = ZarrLoop()
         self._pool: Pool | None = None
         self._pass: ZarrPass | None = None
+        self._first: _FirstPass | None = None
         self._epoch = 0
         self._skip = 0
         self._cursor = START
@@ -199,13 +201,12 @@ class ZarrStream:
             return
         loop = ZarrLoop()
         try:
-            task = asyncio.wrap_future(loop.submit(self._open_arrays()))
-            arrays = await asyncio.wait_for(task, self._read_timeout)
+            task = asyncio.wrap_future(loop.submit(self._read_metadata()))
+            self._opened = await asyncio.wait_for(task, self._read_timeout)
         except TimeoutError:
             raise self._hung() from None
         finally:
             await loop.aclose()
-        self._opened = self._settle(arrays)
 
     def open_blocking(self) -> None:
         """The same for callers without a loop; blocks for up to `read_timeout`."""
@@ -213,16 +214,17 @@ class ZarrStream:
             return
         loop = ZarrLoop()
         try:
-            arrays = loop.run(self._open_arrays(), self._read_timeout)
+            self._opened = loop.run(self._read_metadata(), self._read_timeout)
         except TimeoutError:
             raise self._hung() from None
         finally:
             loop.close()
-        self._opened = self._settle(arrays)
 
-    async def _open_arrays(self) -> dict[str, OpenArray]:
+    async def _read_metadata(self) -> _Opened:
+        """All that is known before data is read; runs on a private loop, where it may block."""
         names = None if self._inputs is None else list(dict.fromkeys(self._fields(())))
-        return await open_arrays(self._where, names, io=self._io, loop=self._zarr_loop, timeout=self._read_timeout)
+        arrays = await open_arrays(self._where, names, io=self._io, loop=self._zarr_loop, timeout=self._read_timeout)
+        return self._settle(arrays)
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
@@ -260,6 +262,7 @@ class ZarrStream:
             split_seed=self._split_seed,
             memory=self.budget.total,
             cache=self._cache_bytes,
+            prefetch=self._prefetch,
             store=self._where.name,
         )
         if self.budget.total > available_memory():
@@ -297,12 +300,19 @@ class ZarrStream:
 
     # ---- a pass
 
-    def __aiter__(self) -> ZarrPass:
-        """Start a pass: the current epoch over, or from where `load_state_dict` went. Ends the one that was live."""
-        if self._opened is None:
-            self.open_blocking()
-        opened = self._opened
-        assert opened is not None
+    def __aiter__(self) -> Pass:
+        """Start a pass: the current epoch over, or from where `load_state_dict` went. Ends the one that was live.
+
+        Metadata that is not known yet is read, off the loop, when the first batch is asked for.
+        """
+        if self._first is not None:
+            self._first.stop()
+        self._first = None if self._opened is not None else _FirstPass(self)
+        return self._first or self.start()
+
+    def start(self) -> ZarrPass:
+        """The same for a stream that is open."""
+        opened = self._known()
         if self._pass is not None:
             self._pass.stop()
         self._grant_cache(opened.cache)
@@ -374,6 +384,8 @@ class ZarrStream:
 
     async def aclose(self) -> None:
         """End the live pass and give all memory back; batches that are still held stay valid."""
+        if self._first is not None:
+            self._first.stop()
         if self._pass is not None:
             await self._pass.aclose()
         if self._pool is not None:
@@ -519,6 +531,44 @@ class ZarrStream:
     def plan(self) -> Plan:
         """What a pass costs, without reading data. Before the first use this reads metadata, and may block."""
         return self._known().survey.plan()
+
+
+class _FirstPass:
+    """A pass over a stream that is not open yet: the first batch that is asked for opens it."""
+
+    def __init__(self, stream: ZarrStream) -> None:
+        self._stream: ZarrStream | None = stream
+        self._pass: ZarrPass | None = None
+
+    def __aiter__(self) -> _FirstPass:
+        return self
+
+    async def __anext__(self) -> Batch:
+        if self._pass is None:
+            if self._stream is not None:
+                await self._stream.open()
+            if self._stream is None:  # stopped, perhaps meanwhile
+                raise StopAsyncIteration
+            self._pass, self._stream = self._stream.start(), None
+        return await self._pass.__anext__()
+
+    def next_nowait(self) -> Batch | None:
+        """The next batch if it is ready. Before the first, reading metadata may block."""
+        if self._pass is None:
+            if self._stream is None:
+                raise StopAsyncIteration
+            self._pass, self._stream = self._stream.start(), None
+        return self._pass.next_nowait()
+
+    def stop(self) -> None:
+        """End before anything was started."""
+        self._stream = None
+
+    async def aclose(self) -> None:
+        """End the pass and join its threads."""
+        self.stop()
+        if self._pass is not None:
+            await self._pass.aclose()
 
 
 def _same_array(array: NDArray[Any]) -> NDArray[Any]:

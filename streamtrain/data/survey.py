@@ -142,6 +142,7 @@ def take_survey(
     split_seed: int,
     memory: int,
     cache: int | None,
+    prefetch: int | None,
     store: str,
 ) -> Survey:
     """Work out all that can be known before any data is read.
@@ -166,7 +167,12 @@ def take_survey(
     columns.append(Column("index", (), np.dtype(np.int64), batch_size))
     scattered = shuffle == "global" or (shuffle == "none" and len(sample_axes) > 1)
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
-    sizes = _sizes(EpochOrder(part, shuffle, k, 0, 0), columns, sites, memory)
+    sizes = _sizes(
+        EpochOrder(part, shuffle, k, 0, 0),
+        columns,
+        sites,
+        min(memory // 4, (prefetch or memory) * block_bytes(columns, 1)),
+    )
     if sizes.least + cache_bytes > memory:
         least = sizes.least + cache_bytes
         raise ConfigError(
@@ -204,16 +210,17 @@ def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int
     return min(whole * 2, memory // (4 if scattered else 8))
 
 
-def _sizes(order: EpochOrder, columns: Sequence[Column], sites: Sequence[Site], memory: int) -> Sizes:
+def _sizes(order: EpochOrder, columns: Sequence[Column], sites: Sequence[Site], most: int) -> Sizes:
+    """`most`: bytes up to which small blocks may be filled together."""
     split, size = order.split, columns[0].batch_size
     row = max(1, block_bytes(columns, 1) // size)
     if order.scattered:
-        blocks, wanted = 1, max(1, min(BLOCK_BYTES, memory // 4))
+        blocks, wanted = 1, max(1, min(BLOCK_BYTES, most))
         rows = min(split.num_samples, max(1, wanted // row // size) * size)
         units = -(-split.num_samples // rows)
     else:
         full = min(split.num_samples, -(-split.num_cells // order.num_blocks) * split.grid.full)
-        blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, memory // 4) // (full * row)))
+        blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, most) // (full * row)))
         rows = min(split.num_samples, blocks * full)
         units = -(-order.num_blocks // blocks)
     return Sizes(

@@ -1,0 +1,490 @@
+"""What a stream promises: the rules of a pass, its position, its memory, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from numpy.typing import NDArray
+from zarr.storage import MemoryStore
+
+from streamtrain.data.batch import Batch, Cursor
+from streamtrain.data.budget import Budget, BudgetHeld
+from streamtrain.data.stream import POISON, ZarrStream
+from streamtrain.errors import ConfigError, DataError, EnvironmentProblem, UserCodeError
+
+ROWS = 1000
+X: NDArray[np.float32] = np.arange(ROWS * 6, dtype=np.float32).reshape(ROWS, 6)
+Y: NDArray[np.int64] = np.arange(ROWS, dtype=np.int64) * 7
+
+
+def write(where: Any, *, rows: int = ROWS) -> Any:
+    group = zarr.create_group(where)
+    group.create_array("x", data=X[:rows], chunks=(64, 6), compressors=None, config={"write_empty_chunks": True})
+    group.create_array("y", data=Y[:rows], chunks=(100,))
+    return where
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = write(tmp_path_factory.mktemp("stores") / "data.zarr")
+    return path
+
+
+def stream(store: Any, **keywords: Any) -> ZarrStream:
+    given: dict[str, Any] = {"inputs": "x", "targets": "y", "batch_size": 33, "shuffle": "block", "shuffle_blocks": 3}
+    return ZarrStream(store, **{**given, "memory": "8MiB", **keywords})
+
+
+async def indices(source: ZarrStream) -> list[list[int]]:
+    return [batch.index.tolist() async for batch in source]
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return [number for numbers in lists for number in numbers]
+
+
+def ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("streamtrain-")]
+
+
+# ---- the rules of a pass
+
+
+async def test_an_epoch_is_each_sample_once_with_its_target(store: Path) -> None:
+    seen: list[int] = []
+    async for x, y in stream(store):
+        assert torch.equal(y, x[:, 0].long() // 6 * 7)
+        seen += (y // 7).tolist()
+    assert sorted(seen) == list(range(ROWS))
+
+
+async def test_a_finished_pass_moves_to_the_next_epoch_and_set_epoch_goes_back(store: Path) -> None:
+    source = stream(store)
+    first, second = await indices(source), await indices(source)
+    assert source.epoch == 2
+    assert first != second
+    assert sorted(flat(first)) == sorted(flat(second))
+    source.set_epoch(0)
+    assert await indices(source) == first
+
+
+async def test_a_pass_that_was_left_starts_over(store: Path) -> None:
+    source = stream(store)
+    first = (await indices(source))[0]
+    source.set_epoch(0)
+    async for batch in source:
+        assert batch.index.tolist() == first
+        break
+    async for batch in source:
+        assert batch.index.tolist() == first
+        break
+    await source.aclose()
+
+
+async def test_a_new_pass_ends_the_old_one(store: Path) -> None:
+    async with stream(store) as source:
+        old = source.__aiter__()
+        await anext(old)
+        new = source.__aiter__()
+        await anext(new)
+        with pytest.raises(StopAsyncIteration):
+            await anext(old)
+        await anext(new)
+
+
+async def test_a_loaded_position_is_continued_once_and_then_epochs_start_over(store: Path) -> None:
+    whole = await indices(stream(store))
+    source = stream(store)
+    source.set_epoch(0)
+    passing = source.__aiter__()
+    for _ in range(7):
+        await anext(passing)
+    state = json.loads(json.dumps(source.state_dict()))
+    await source.aclose()
+    other = stream(store, memory="64MiB", threads=1, prefetch=1)
+    await other.open()
+    other.load_state_dict(state)
+    assert await indices(other) == whole[7:]
+    other.set_epoch(0)
+    assert await indices(other) == whole
+    await other.aclose()
+
+
+async def test_another_batch_size_continues_at_the_same_sample(store: Path) -> None:
+    whole = flat(await indices(stream(store)))
+    source = stream(store)
+    await anext(source.__aiter__())
+    state = source.state_dict()
+    await source.aclose()
+    other = stream(store, batch_size=50)
+    await other.open()
+    other.load_state_dict(state)
+    assert flat(await indices(other)) == whole[33:]
+
+
+async def test_a_state_is_small(store: Path) -> None:
+    source = stream(store, split=(0.1, 0.9), split_by="sample")
+    await source.open()
+    assert len(json.dumps(source.state_dict())) <= 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"split": (0, 999)}, "split"),
+        ({"shuffle": "global"}, "shuffle"),
+        ({"shuffle_blocks": 4}, "shuffle_blocks"),
+        ({"split": (0.0, 0.5), "split_by": "chunk"}, "split_by"),
+        ({"inputs": "y", "targets": "x"}, "cells"),
+    ],
+    ids=str,
+)
+async def test_a_position_of_another_order_is_refused_by_its_difference(
+    store: Path, change: dict[str, Any], named: str
+) -> None:
+    source, other = stream(store), stream(store, **change)
+    await source.open()
+    await other.open()
+    with pytest.raises(DataError, match=named):
+        other.load_state_dict(source.state_dict())
+
+
+async def test_in_a_fit_the_position_is_what_was_trained(store: Path) -> None:
+    source = stream(store)
+    source.follow(True)
+    async for batch in source:
+        if batch.cursor.position == 66:
+            source.trained(batch.cursor)
+    assert source.state_dict()["position"] == 66
+    assert source.state_dict()["epoch"] == 0
+
+
+async def test_len_counts_batches(store: Path) -> None:
+    for keywords, batches in (({}, 31), ({"drop_last": True}, 30), ({"batch_size": 2000}, 1)):
+        source = stream(store, **keywords)
+        await source.open()
+        assert len(source) == batches == len(await indices(source))
+
+
+async def test_cursors_count_source_samples(store: Path) -> None:
+    source = stream(store, batch_size=400)
+    assert [batch.cursor async for batch in source] == [Cursor(0, 400), Cursor(0, 800), Cursor(0, 1000)]
+
+
+# ---- what batches are
+
+
+async def test_batches_are_aligned_tensors_that_stay_valid(store: Path) -> None:
+    source = stream(store, memory="64MiB")
+    kept = [batch async for batch in source]
+    await source.aclose()
+    for batch in kept:
+        assert batch.inputs.data_ptr() % 64 == batch.targets.data_ptr() % 64 == batch.index.data_ptr() % 64 == 0
+        assert np.array_equal(batch.inputs.numpy(), X[batch.index.numpy()])
+    kept[0].inputs.zero_()
+    assert np.array_equal(kept[1].inputs.numpy(), X[kept[1].index.numpy()])
+
+
+async def test_lists_of_names_give_dicts_and_one_array_may_be_both(store: Path) -> None:
+    async for batch in stream(store, inputs=["x"], targets=["y", "x"], output="numpy"):
+        assert set(batch.inputs) == {"x"}
+        assert np.array_equal(batch.inputs["x"], batch.targets["x"])
+        assert isinstance(batch.targets["y"], np.ndarray)
+    async for batch in stream(store, targets="x"):
+        assert torch.equal(batch.inputs, batch.targets)
+
+
+async def test_a_dtype_casts_inputs_and_leaves_labels_alone(store: Path) -> None:
+    async for batch in stream(store, dtype="float64"):
+        assert (batch.inputs.dtype, batch.targets.dtype) == (torch.float64, torch.int64)
+        assert np.array_equal(batch.inputs.numpy(), X[batch.index.numpy()])
+    async for batch in stream(store, dtype={"y": "float32"}):
+        assert (batch.inputs.dtype, batch.targets.dtype) == (torch.float32, torch.float32)
+
+
+async def test_poisoned_buffers_show_in_no_batch(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(POISON, "1")
+    source = stream(store)
+    for _ in range(2):
+        async for batch in source:
+            assert np.array_equal(batch.inputs.numpy(), X[batch.index.numpy()])
+    await source.aclose()
+
+
+async def test_stores_of_any_kind_are_streamed(store: Path) -> None:
+    memory = write(MemoryStore())
+    expected = await indices(stream(store))
+    for given in (memory, zarr.open_group(memory, mode="r"), zarr.open_group(store, mode="r"), str(store)):
+        source = stream(given)
+        assert await indices(source) == expected
+        await source.aclose()
+    async for batch in ZarrStream(zarr.open_array(store / "x", mode="r"), batch_size=100):
+        assert batch.targets is None
+
+
+# ---- memory
+
+
+async def test_holding_everything_raises_at_once_and_letting_go_goes_on(store: Path) -> None:
+    source = stream(store, memory="64KiB")
+    kept: list[Batch] = []
+    passing = source.__aiter__()
+    with pytest.raises(BudgetHeld, match="you hold batches in"):
+        await _keep(passing, kept)
+    count = len(kept)
+    kept.clear()
+    async for _ in passing:
+        count += 1
+    assert count == 31
+
+
+async def test_a_budget_too_small_names_the_least_that_works(store: Path) -> None:
+    with pytest.raises(ConfigError, match="the least that works is") as caught:
+        await stream(store, memory="4KiB").open()
+    least = caught.value.hint.split(",")[0].removeprefix("memory=")
+    assert sorted(flat(await indices(stream(store, memory=least)))) == list(range(ROWS))
+
+
+async def test_all_memory_is_given_back(store: Path) -> None:
+    budget = Budget("8MiB")
+    async with stream(store, memory=budget) as source:
+        kept = [batch async for batch in source][-1]
+        assert budget.statistics().used > 0
+    used = budget.statistics().used
+    assert 0 < used < 1 << 20  # the buffer that the kept batch lies in
+    del kept
+    assert budget.statistics().used == 0
+
+
+async def test_a_shared_budget_serves_two_streams(store: Path) -> None:
+    budget = Budget("1MiB")
+    one, other = stream(store, memory=budget), stream(store, memory=budget, seed=1)
+    async with one, other:
+        assert sorted(flat(await indices(one))) == sorted(flat(await indices(other)))
+    assert budget.statistics().used == 0
+    assert budget.statistics().peak <= budget.total
+
+
+# ---- threads
+
+
+async def test_threads_live_as_long_as_their_pass(store: Path) -> None:
+    source = stream(store, threads=2)
+    passing = source.__aiter__()
+    await anext(passing)
+    assert len(ours()) == 2
+    await passing.aclose()
+    assert ours() == []
+
+
+async def test_letting_go_of_a_pass_ends_its_threads(store: Path) -> None:
+    source = stream(store)
+    async for _ in source:
+        break
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("streamtrain-")]
+    del source
+    gc.collect()
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 5)
+    assert ours() == []
+
+
+async def test_a_paused_stream_reads_no_further(store: Path) -> None:
+    async with stream(store, memory="64KiB", prefetch=1) as source:
+        passing = source.__aiter__()
+        await anext(passing)
+        await source.pause()
+        rest = asyncio.create_task(_drain(passing))
+        await asyncio.wait([rest], timeout=0.05)
+        assert not rest.done()
+        source.resume()
+        assert await rest == 30
+
+
+async def _keep(passing: Any, kept: list[Batch]) -> None:
+    async for batch in passing:
+        kept.append(batch)  # noqa: PERF401 (what came before an error is to be kept)
+
+
+async def _drain(passing: Any) -> int:
+    count = 0
+    async for _ in passing:
+        count += 1
+    return count
+
+
+# ---- transforms
+
+
+def noisy(batch: Batch) -> tuple[Any, Any]:
+    assert batch.rng is not None
+    return batch.inputs + batch.rng.standard_normal(batch.inputs.shape, dtype=np.float32), batch.targets
+
+
+async def test_a_transform_draws_the_same_after_a_resume(store: Path) -> None:
+    whole = [batch.inputs async for batch in stream(store, transform=noisy)]
+    source = stream(store, transform=noisy)
+    passing = source.__aiter__()
+    for _ in range(5):
+        await anext(passing)
+    state = source.state_dict()
+    await source.aclose()
+    other = stream(store, transform=noisy, threads=1, prefetch=2)
+    await other.open()
+    other.load_state_dict(state)
+    rest = [batch.inputs async for batch in other]
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[5:], strict=True))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in rest)
+
+
+async def test_a_filter_drops_rows_and_keeps_the_position(store: Path) -> None:
+    def even(batch: Batch) -> Batch:
+        keep = batch.index % 2 == 0
+        return Batch(batch.inputs[keep], batch.targets[keep], batch.index[keep])
+
+    batches = [batch async for batch in stream(store, transform=even)]
+    assert sorted(flat([batch.index.tolist() for batch in batches])) == list(range(0, ROWS, 2))
+    assert batches[0].cursor.position == 33
+
+
+async def test_batches_without_rows_are_passed_over(store: Path) -> None:
+    def early(batch: Batch) -> tuple[Any, Any]:
+        keep = batch.index < 40
+        return batch.inputs[keep], batch.targets[keep]
+
+    batches = [batch async for batch in stream(store, shuffle=False, transform=early)]
+    assert [len(batch) for batch in batches] == [33, 7]
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda batch: 1 / 0, "transform raised ZeroDivisionError.*samples 0...32"),
+        (lambda batch: batch.inputs, "transform returned ndarray"),
+        (lambda batch: (np.concatenate([batch.inputs] * 2), None), "made 66 rows out of 33"),
+    ],
+)
+async def test_a_transform_that_fails_is_named_with_its_rows(store: Path, transform: Any, message: str) -> None:
+    with pytest.raises(UserCodeError, match=message):
+        await indices(stream(store, shuffle=False, transform=transform))
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
+        ({"shuffle": "blok"}, "shuffle must be one of"),
+        ({"split": (0.5, 0.1)}, "split"),
+        ({"split_by": "row"}, "split_by"),
+        ({"memory": "much"}, "memory"),
+        ({"targets": "y", "inputs": None}, "targets= without inputs="),
+        ({"window": {0: 3}}, "window= is not supported yet"),
+        ({"suffle": True}, "takes no suffle="),
+        ({"transform": 3}, "transform must be a function"),
+        ({"dtype": "string"}, "dtype"),
+        ({"read_timeout": 0}, "read_timeout"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_when_given(store: Path, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stream(store, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"inputs": "z"}, "has no array 'z'; there are: x, y"),
+        ({"inputs": None, "targets": None}, "holds x, y"),
+        ({"sample_axes": (0, 1)}, "no axis 1"),
+        ({"split": (0, 5000)}, "ends beyond the 1000 samples"),
+        ({"split": (0.0, 0.0)}, "no samples"),
+        ({"batch_size": 2000, "drop_last": True}, "1000 samples are fewer than a batch of 2000"),
+    ],
+    ids=str,
+)
+async def test_what_does_not_fit_the_data_is_said_on_opening(
+    store: Path, keywords: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        await stream(store, **keywords).open()
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Iterator[Path]:
+    path = write(tmp_path / "damaged.zarr", rows=640)
+    chunk = path / "x" / "c" / "5" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-4])
+    return path  # type: ignore[no-any-return]
+
+
+async def test_damage_is_named_and_what_came_before_is_served(damaged: Path) -> None:
+    source = stream(damaged, shuffle=False, batch_size=64, prefetch=1)
+    kept: list[Batch] = []
+    with pytest.raises(DataError, match=r"array 'x': chunk 5\.0 .*rows \[320:384, 0:6\].*1532 bytes, expected 1536"):
+        await _keep(source.__aiter__(), kept)
+    assert len(kept) <= 5
+    assert ours() == []
+
+
+class Stuck(MemoryStore):
+    """A store whose chunks never come."""
+
+    async def get(self, key: str, *arguments: Any, **keywords: Any) -> Any:
+        if "/c/" in key:
+            await asyncio.Event().wait()
+        return await super().get(key, *arguments, **keywords)
+
+
+async def test_a_read_that_hangs_is_an_error_with_the_chunk() -> None:
+    write(filled := MemoryStore())
+    source = stream(Stuck(store_dict=filled._store_dict), read_timeout=0.2)
+    with pytest.raises(EnvironmentProblem, match=r"chunk .* was not read within 0.2 s"):
+        await indices(source)
+    await source.aclose()
+
+
+# ---- how it does
+
+
+async def test_statistics_tell_lanes_and_work(store: Path) -> None:
+    source = stream(store)
+    await indices(source)
+    told = source.statistics()
+    assert told.lanes["y"] == "pread"
+    assert told.chunks == 16 + sum(
+        1 for cell in range(16) for _ in {cell * 64 // 100, (min(cell * 64 + 63, 999)) // 100}
+    )
+    assert told.queue is not None
+    assert told.queue.put == 31
+    await source.aclose()
+
+
+async def test_a_plan_tells_what_a_pass_costs(store: Path) -> None:
+    source = stream(store)
+    await source.open()
+    plan = source.plan()
+    assert (plan.samples, plan.batches, plan.cells, plan.cells_per_block) == (1000, 31, 16, 3)
+    assert plan.bytes_used == 1000 * (24 + 8)
+    assert plan.memory_least <= plan.memory
+    qualities = []
+    for shuffle in (False, "block", "global"):
+        other = stream(store, shuffle=shuffle)
+        await other.open()
+        qualities.append(other.plan().shuffle_quality)
+    assert qualities == sorted(qualities)
+    assert (qualities[0], qualities[2]) == (0.0, 1.0)
