@@ -527,14 +527,14 @@ def default_cells_per_block(cell_bytes: int, cell_samples: int) -> int:
     return max(BLOCK_BYTES // cost, min(MIN_CELLS, max(2, LARGE_BLOCK_BYTES // cost)))
 
 
-def split_bounds(split: Sequence[float | int] | str | None, num_samples: int) -> tuple[int, int]:
+def split_bounds(split: object, num_samples: int) -> tuple[int, int]:
     """Sample bounds of `split`: two floats are fractions (bound = floor(f * n)), two ints numbers.
 
     Raises ValueError with the reason if they are neither, or not 0 <= a <= b.
     """
     if split is None:
         return 0, num_samples
-    if isinstance(split, str) or len(split) != 2:
+    if not isinstance(split, Sequence) or isinstance(split, str) or len(split) != 2:
         raise ValueError(f"split must be two numbers, got {split!r}")
     a, b = split
     if all(type(x) is int for x in (a, b)):
