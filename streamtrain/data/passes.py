@@ -372,6 +372,7 @@ class ZarrPass:
             self._broken = unit.error
             if unit.error is None:
                 self._emit(unit)
+            unit.block = unit.head = None  # its last job may still hold it: no buffer may wait for a thread
         self._end_if_over()
         self._pump()
 
