@@ -6,6 +6,7 @@ raises while it is being built is said to come from there.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -81,9 +82,9 @@ def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> 
     trainer = Trainer(
         model(config, said),
         loss(config.loss, said),
-        optimizer={"name": config.optimizer.name, "lr": config.optimizer.lr, **config.optimizer.arguments},
+        optimizer=optimizer(config, said),
         lr=config.optimizer.lr,
-        scheduler=None if config.scheduler is None else {"name": config.scheduler.name, **config.scheduler.arguments},
+        scheduler=scheduler(config.scheduler, said),
         metrics={name: metric(named, said, name) for name, named in config.metrics.items()},
         callbacks=[*(callback(c, said, i) for i, c in enumerate(config.callbacks or [])), *callbacks],
         config=config.tables(),
@@ -142,6 +143,38 @@ def loss(named: Named | None, said: Said) -> Callable[..., Any] | None:
     name = _known(named.name, LOSSES, said, ("loss", "name"), "loss")
     _check_arguments(LOSSES[name][1], named.arguments, said, ("loss",), name)
     return short_loss(name, named.arguments)
+
+
+def optimizer(config: Config, said: Said) -> object:
+    """What `[optimizer]` describes, for `build_optimizer`: a short name with keywords, or a callable."""
+    named = config.optimizer
+    if ":" in named.name:
+        target: Any = load(named.name, _where(said, ("optimizer", "name")))
+        return functools.partial(target, lr=named.lr, **named.arguments)
+    return {"name": named.name, "lr": named.lr, **named.arguments}
+
+
+def scheduler(named: Named | None, said: Said) -> object:
+    """What `[scheduler]` describes, for `build_scheduler`; short names are tried on an optimizer of nothing."""
+    if named is None:
+        return None
+    if ":" in named.name:
+        target: Any = load(named.name, _where(said, ("scheduler", "name")))
+        ours = {key: value for key, value in named.arguments.items() if key in ("interval", "monitor")}
+        theirs = {key: value for key, value in named.arguments.items() if key not in ours}
+        return {"name": functools.partial(target, **theirs), **ours}
+    from torch import nn
+    from torch.optim import SGD
+
+    from streamtrain.schedulers import build_scheduler
+
+    spec = {"name": named.name, **named.arguments}
+    try:
+        trial = SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        build_scheduler(trial, spec, total_steps=1 << 40, total_epochs=1 << 20, steps_per_epoch=1 << 20)
+    except ConfigError as error:
+        raise ConfigError(f"{_where(said, ('scheduler',))}{error}", hint=error.hint) from error
+    return spec
 
 
 def metric(named: Named, said: Said, key: str) -> object:
@@ -245,8 +278,6 @@ def _function(target: str, said: Said, path: tuple[Any, ...], arguments: Mapping
     if isinstance(found, type):
         found = call(found, arguments or {}, said, path, target)
     elif arguments:
-        import functools
-
         found = functools.partial(found, **arguments)
     if not callable(found) and not hasattr(found, "update"):
         raise ConfigError(

@@ -597,7 +597,8 @@ class Wheel:
     async def _save_at_end(self) -> None:
         if self.saver is None:
             return
-        if self._progress.step and self._saved != self._mark():
+        await self.saver.wait()
+        if self._progress.step and (self._saved != self._mark() or self.saver.behind):
             await self._save("end")
         await self.saver.wait()
 

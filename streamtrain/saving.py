@@ -53,6 +53,11 @@ class Saver:
         return self._task is not None and not self._task.done()
 
     @property
+    def behind(self) -> bool:
+        """Whether the last save has failed: what it was to keep is kept nowhere yet."""
+        return self._failures > 0
+
+    @property
     def failing(self) -> bool:
         """Whether saves have failed so often that another one is not worth trying."""
         return self._fatal is not None
