@@ -1,0 +1,68 @@
+"""Each example runs as its docstring says, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+
+
+async def run(*arguments: str) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=ROOT, stdout=pipe, stderr=pipe)
+
+
+async def test_the_async_tests_of_the_example_pass() -> None:
+    process = await run("-m", "pytest", "-q", "examples/test_training.py")
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    assert b"2 passed" in out
+
+
+async def test_the_service_starts_tells_cancels_and_goes_on(tmp_path: Path) -> None:
+    first = await one_life(tmp_path, cancel=True)
+    second = await one_life(tmp_path, cancel=False)
+    assert 0 < first <= second
+
+
+async def one_life(folder: Path, *, cancel: bool) -> int:
+    """Start the service and a training in it; the step that it reached when it was cancelled, or the service ended."""
+    process = await run("-m", "examples.service", str(folder), "--port", "0", "--quick", stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    port, told = None, b""
+    while port is None:
+        line = await process.stderr.readline()
+        assert line, told.decode()
+        told += line
+        port = re.search(rb"http://127\.0\.0\.1:(\d+)", line)
+    rest = asyncio.create_task(process.stderr.read())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{int(port[1])}") as client:
+        assert (await client.get("/status")).json() == {"running": False}
+        assert (await client.post("/start")).status_code == 202
+        assert (await client.post("/start")).status_code == 409
+        step = 0
+        while step < 3:
+            status = (await client.get("/status")).json()
+            assert status["running"], status
+            step = status.get("step", 0)
+        if cancel:
+            ended = (await client.post("/cancel")).json()
+            assert ended["reason"] == "stopped"
+            assert Path(ended["checkpoint"]).name in saved(folder)
+            step = ended["step"]
+    process.send_signal(signal.SIGINT)
+    assert b"Traceback" not in await rest
+    await process.wait()
+    assert saved(folder)
+    return step
+
+
+def saved(folder: Path) -> list[str]:
+    """Names of the checkpoints."""
+    return [path.name for path in (folder / "run" / "checkpoints").glob("step-*")]
