@@ -33,7 +33,7 @@ async def test_the_service_starts_tells_cancels_and_goes_on(tmp_path: Path) -> N
 
 async def one_life(folder: Path, *, cancel: bool) -> int:
     """Start the service and a training in it; the step that it reached when it was cancelled, or the service ended."""
-    process = await run("-m", "examples.service", str(folder), "--port", "0", "--quick", stderr=asyncio.subprocess.PIPE)
+    process = await run("-m", "examples.service", str(folder), "--port", "0", "--quick")
     assert process.stderr is not None
     port, told = None, b""
     while port is None:
