@@ -75,6 +75,10 @@ async def test_a_knock_from_another_thread_wakes_the_wheel() -> None:
     await asyncio.to_thread(control.stop, "signal")
     await waiting
     assert control.take().stop == Stop("signal")
+    again = asyncio.create_task(control.knocked())
+    await asyncio.sleep(0)
+    assert not again.done()
+    again.cancel()
 
 
 async def test_a_knock_before_the_waiting_is_not_lost() -> None:

@@ -198,5 +198,6 @@ async def test_an_idle_thread_keeps_nothing_alive() -> None:
     async with train_thread() as thread:
         await thread.run(lambda held=held: None)  # type: ignore[misc]
         del held
-        await thread.run(lambda: None)
-        assert gone() is None
+        async with asyncio.timeout(10):
+            while gone() is not None:  # noqa: ASYNC110 (the thread forgets its job right after it told the result)
+                await asyncio.sleep(0)
