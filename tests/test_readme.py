@@ -1,0 +1,74 @@
+"""The README's programs, commands and configuration run as they stand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the README takes for granted: a store, and a module with a network."""
+    rng = np.random.default_rng(0)
+    group = zarr.create_group(tmp_path / "era5.zarr")
+    group.create_array("t2m", data=rng.standard_normal((2000, 4, 5), dtype=np.float32), chunks=(100, 4, 5))
+    group.create_array("rain", data=rng.standard_normal(2000, dtype=np.float32), chunks=(200,))
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self) -> None:\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(20, 1), nn.Flatten(0))\n"
+    )
+    return tmp_path
+
+
+async def run(folder: Path, *arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream"])
+async def test_programs_run(folder: Path, program: str) -> None:
+    await run(folder, "-c", program)
+
+
+async def test_commands_run_in_their_order(folder: Path) -> None:
+    lines = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
+    ours = [shlex.split(line) for line in lines if line.startswith("python -m ")]
+    assert len(ours) == 4
+    for command in ours:
+        assert await run(folder, *command[1:])
+
+
+async def test_the_configuration_trains(folder: Path) -> None:
+    (config,) = blocks("toml")
+    (folder / "config.toml").write_text(config)
+    await run(folder, "-m", "streamtrain", "fit", "config.toml", "--run-dir", "runs/config")
+    assert (folder / "runs" / "config" / "metrics.jsonl").read_text()
+
+
+async def test_the_two_commands_stand_at_the_top() -> None:
+    first = blocks("console")[0]
+    assert first == "$ python3 run.py demo\n$ python3 run.py test\n"
