@@ -96,7 +96,7 @@ class Feed:
         """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
         if self.site.one_chunk:
             where = self._chunk_of(box.origin, (0,) * len(self.site.row_axes))
-            values = self._values(where, box.extent, self._reach(rows, box), scratch)
+            values = self._values(where, box.extent, self._reach(rows, box), scratch, few=_few(rows, box.extent))
             self._put(put, slice(None), values if _whole(rows, len(values)) else values[rows], None, scratch)
             return
         for first, inside, wanted in self._parts(box, rows):
@@ -110,7 +110,7 @@ class Feed:
         lengths, chunks = self.layout.shape, self.layout.chunk_shape
         extent = tuple(min(chunks[a], lengths[a] - f) for a, f in zip(self.site.sample_axes, first, strict=True))
         reach = (inside.start, inside.stop) if isinstance(inside, slice) and len(first) == 1 else (0, extent[0])
-        values = self._values(self._chunk_of(first, part), extent, reach, scratch)
+        values = self._values(self._chunk_of(first, part), extent, reach, scratch, few=_few(inside, extent))
         columns = tuple(
             slice(p * chunks[a], min((p + 1) * chunks[a], lengths[a]))
             for p, a in zip(part, self.site.row_axes, strict=True)
@@ -139,10 +139,10 @@ class Feed:
         return 0, box.extent[0]
 
     def _values(
-        self, chunk: tuple[int, ...], extent: Sequence[int], reach: tuple[int, int], scratch: Scratch
+        self, chunk: tuple[int, ...], extent: Sequence[int], reach: tuple[int, int], scratch: Scratch, *, few: bool
     ) -> NDArray[Any]:
         """The samples of a chunk in C order, (n, *part of the row shape); outside of `reach` they may be undefined."""
-        data = self._read(chunk, reach, scratch)
+        data = self._read(chunk, reach, scratch, few)
         shape = tuple(
             min(size, end - start) for size, (start, end) in zip(extent, self._sample_box(chunk), strict=True)
         )
@@ -160,13 +160,13 @@ class Feed:
         box = self.layout.box(chunk)
         return [box[a] for a in self.site.row_axes]
 
-    def _read(self, chunk: tuple[int, ...], reach: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+    def _read(self, chunk: tuple[int, ...], reach: tuple[int, int], scratch: Scratch, few: bool) -> NDArray[Any] | None:
         rows = reach if self._order[:1] == (0,) else (0, self.layout.chunk_shape[0]) if self.layout.ndim else (0, 1)
         scratch.reading = (f"array {self.layout.name or '/'!r}: chunk {'.'.join(map(str, chunk))}", time.monotonic())
         scratch.chunks += 1
         try:
             if self.cache is None:
-                return self.reader.read(chunk, rows, scratch)
+                return self.reader.read(chunk, rows, scratch, few=few)
             everything = (0, self.layout.chunk_shape[0])
             return self.cache.get((self.layout.name, chunk), lambda: self.reader.read(chunk, everything, scratch))
         finally:
@@ -203,6 +203,11 @@ class Feed:
             low, high = max(first, begin), min(first + chunk, end)
             if low < high:
                 yield (first,), slice(low - first, high - first), slice(low - begin, high - begin)
+
+
+def _few(rows: Rows, extent: Sequence[int]) -> bool:
+    """Whether these are scattered rows of a chunk, less than a quarter of it."""
+    return not isinstance(rows, slice) and 4 * len(rows) < math.prod(extent)
 
 
 def _whole(rows: Rows, count: int) -> bool:

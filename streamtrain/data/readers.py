@@ -22,11 +22,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamtrain.data.budget import available_memory
 from streamtrain.data.decode import Bytes, Decoder
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.errors import DataError, EnvironmentProblem
@@ -81,7 +82,9 @@ class ChunkReader(Protocol):
     lane: str
     """`mmap`, `pread` or `zarr`."""
 
-    def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+    def read(
+        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
+    ) -> NDArray[Any] | None:
         """The decoded chunk, valid until the scratch is used again; None if it is absent.
 
         It has the chunk's shape, or ends with the array. `rows` are the first axis' rows that will be used: a lane may
@@ -122,7 +125,7 @@ class StoreFiles:
         self.root = root
         self._real = os.path.realpath(root)
         self._lock = threading.Lock()
-        self._maps: OrderedDict[str, tuple[Bytes, Signature]] = OrderedDict()
+        self._maps: OrderedDict[str, Map] = OrderedDict()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_maps = max(8, limit - SPARE_DESCRIPTORS) // 2 if maps is None else maps
         self.opened_at = time.time_ns()
@@ -161,7 +164,7 @@ class StoreFiles:
         """Whether the file was not modified since this store was opened."""
         return status.st_mtime_ns < self.opened_at
 
-    def map(self, key: str) -> Bytes | None:
+    def map(self, key: str) -> Map | None:
         """The file as a kept read-only map; None if it is not settled. Raises OSError or ValueError."""
         path = os.path.join(self.root, key)
         with self._lock:
@@ -171,9 +174,9 @@ class StoreFiles:
         if kept is not None:
             now = os.stat(path)
             signature = (now.st_size, now.st_mtime_ns, now.st_ino)
-            if signature != kept[1]:
-                raise ValueError(_changed(kept[1], signature))
-            return kept[0]
+            if signature != kept.signature:
+                raise ValueError(_changed(kept.signature, signature))
+            return kept
         fd, status = self.open(key)
         try:
             if not self.settled(status) or status.st_size == 0:
@@ -187,13 +190,12 @@ class StoreFiles:
             return None
         finally:
             os.close(fd)
-        populate(memory)
-        data = np.frombuffer(memory, dtype=np.uint8)
+        made = Map(memory, (status.st_size, status.st_mtime_ns, status.st_ino))
         with self._lock:
-            self._maps[key] = (data, (status.st_size, status.st_mtime_ns, status.st_ino))
+            self._maps[key] = made
             while len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
-        return data
+        return made
 
     def close(self) -> None:
         """Forget all maps; each is unmapped when nobody reads it any more."""
@@ -201,10 +203,34 @@ class StoreFiles:
             self._maps.clear()
 
 
-def populate(memory: mmap.mmap) -> None:
-    """Fault a map's pages in at once where the kernel can."""
+class Map:
+    """A file's memory map, kept open, and what the file was when it was mapped."""
+
+    def __init__(self, memory: mmap.mmap, signature: Signature) -> None:
+        self.signature = signature
+        self._memory = memory
+        self._data: Bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._touched: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def view(self, start: int, size: int, touch: Literal["no", "once", "always"]) -> Bytes:
+        """These bytes, their pages faulted in at once: the first time, each time, or left to faults.
+
+        Touching pages that are there already costs a tenth of gathering from them; once is enough where they stay.
+        """
+        if touch == "always" or (touch == "once" and start not in self._touched):
+            self._touched.add(start)
+            populate(self._memory, start, size)
+        return self._data[start : start + size]
+
+
+def populate(memory: mmap.mmap, start: int, size: int) -> None:
+    """Fault these bytes of a map in at once where the kernel can. Raises ValueError if the file has lost them."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
     try:
-        memory.madvise(MADV_POPULATE_READ)
+        memory.madvise(MADV_POPULATE_READ, first, start + size - first)
     except OSError as error:
         if error.errno == errno.EFAULT:
             raise ValueError("it was cut short while it was mapped") from error
@@ -239,14 +265,18 @@ class LocalReader:
         self._indexes: OrderedDict[str, NDArray[np.uint64]] = OrderedDict()
         self._lock = threading.Lock()
         self._checked = len(layout.codecs) > 0
+        large = math.prod(layout.shape) * layout.dtype.itemsize > available_memory() // 2
+        self._touch: Literal["once", "always"] = "always" if large else "once"
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if layout.ndim and layout.axes[0] == 0 else 0
 
-    def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+    def read(
+        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
+    ) -> NDArray[Any] | None:
         layout = self.layout
         key = layout.key(chunk)
         began = time.perf_counter()
         try:
-            data = self._encoded(key, chunk, rows, scratch)
+            data = self._encoded(key, chunk, rows, scratch, few)
             if data is None:
                 if layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out")
@@ -265,13 +295,15 @@ class LocalReader:
     def _out(self, scratch: Scratch) -> Bytes:
         return scratch.take("decoded", self.layout.chunk_bytes) if self._decoder.compressed else _NOTHING
 
-    def _encoded(self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> Bytes | None:
+    def _encoded(
+        self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, few: bool
+    ) -> Bytes | None:
         try:
             if self._mapped:
                 memory = self._files.map(key)
                 if memory is not None:
                     start, size = self._extent(key, chunk, None, len(memory))
-                    return None if size < 0 else memory[start : start + size]
+                    return None if size < 0 else memory.view(start, size, "no" if few else self._touch)
             fd, status = self._files.open(key)
         except FileNotFoundError:
             self._files.check_absent(key)
@@ -477,7 +509,9 @@ class ZarrReader:
     def __init__(self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float) -> None:
         self.layout, self._array, self._loop, self._timeout = layout, array, loop, timeout
 
-    def read(self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch) -> NDArray[Any] | None:
+    def read(
+        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
+    ) -> NDArray[Any] | None:
         layout = self.layout
         box = layout.box(chunk)
         try:
