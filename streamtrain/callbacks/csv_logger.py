@@ -40,7 +40,9 @@ class CSVLogger(MetricsLog):
         """Write one row, after a new header where one is needed."""
         if self._file is None:
             return
-        values = self.values(event)
+        values = {_plain(name): value for name, value in self.values(event).items()}
+        if self.again(event, values):
+            return
         if not (self._columns and self._columns.keys() >= values.keys()):
             self._columns.update(dict.fromkeys([*FIXED, *values]))
             columns = tuple(self._columns)
@@ -53,9 +55,15 @@ class CSVLogger(MetricsLog):
 
         def keep(line: bytes) -> bool:
             first = line.split(b",", 1)[0]
-            return bool(self._columns) and (first == b"step" or (first.isdigit() and int(first) <= step))
+            if not self._columns or not first.isdigit() or int(first) > step:
+                return bool(self._columns) and first == b"step"
+            if int(first) == step:
+                cells = dict(zip(self._columns, next(csv.reader([line.decode(errors="replace")])), strict=False))
+                names = [name for name, cell in cells.items() if cell and name not in FIXED]
+                self._there.add((cells.get("split", ""), frozenset(names)))
+            return True
 
-        if step > 0 and path.is_file():
+        if step > 0:
             # The rows that may be missing have the columns of their time, which the file may lack or be beyond.
             columns = dict.fromkeys([*columns_of(path), *self._restored])
             if columns:
@@ -76,13 +84,14 @@ class CSVLogger(MetricsLog):
 
 
 def row(cells: Sequence[Any]) -> str:
-    """A row of CSV; line breaks in names become blanks, so that a row is a line."""
+    """A row of CSV."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([_plain(cell) if isinstance(cell, str) else cell for cell in cells])
+    csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
 
 
 def _plain(name: str) -> str:
+    """The name without line breaks, so that a row is a line, and as UTF-8 can hold it."""
     return " ".join(name.splitlines()).encode(errors="backslashreplace").decode()
 
 

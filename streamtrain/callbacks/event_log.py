@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from streamtrain.callbacks.json_logger import finite, json_line, step_of
+from streamtrain.callbacks.json_logger import finite, json_line, parsed
 from streamtrain.callbacks.lines import LineLog, cut
 from streamtrain.errors import StreamtrainError
 from streamtrain.events import (
@@ -36,7 +36,7 @@ class EventLog(LineLog):
 
     def prepare(self, path: Path, step: int) -> None:
         """Cut off a torn line."""
-        cut(path, lambda line: step_of(line) is not None, self._missing)
+        cut(path, lambda line: parsed(line) is not None, self._missing)
 
     def _write(self, name: str, event: Event, facts: Mapping[str, Any] | None = None) -> None:
         if self._file is not None:

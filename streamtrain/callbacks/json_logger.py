@@ -23,13 +23,13 @@ def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, separators=(", ", ": "), allow_nan=False) + "\n"
 
 
-def step_of(line: bytes) -> int | None:
-    """The `step` of a line; None if it is no line of ours."""
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None if it is no line of ours."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        record = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return step if type(step) is int else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 class JSONLogger(MetricsLog):
@@ -43,15 +43,20 @@ class JSONLogger(MetricsLog):
 
     async def on_log(self, event: Log) -> None:
         """Write one line."""
-        if self._file is not None:
+        values = self.values(event)
+        if self._file is not None and not self.again(event, values):
             record = dict(zip(FIXED, self.fixed(event), strict=True))
-            self._file.put(json_line({**record, **finite(self.values(event))}))
+            self._file.put(json_line({**record, **finite(values)}))
 
     def prepare(self, path: Path, step: int) -> None:
         """Cut off what comes after `step`; at step 0, all."""
 
         def keep(line: bytes) -> bool:
-            at = step_of(line)
-            return step > 0 and at is not None and at <= step
+            record = parsed(line)
+            if step == 0 or record is None or record["step"] > step:
+                return False
+            if record["step"] == step:
+                self._there.add((str(record.get("split")), frozenset(record) - frozenset(self.reserved)))
+            return True
 
         cut(path, keep, [line for line in self._missing if keep(line.encode())])

@@ -151,10 +151,7 @@ def rewrite(path: Path, edit: Callable[[Iterable[bytes]], Iterable[bytes]]) -> N
 
 
 def cut(path: Path, keep: Callable[[bytes], bool], missing: Iterable[str] = ()) -> None:
-    """Drop the lines that `keep` refuses, and a torn one; then append those of `missing` that are not there.
-
-    A file that does not exist is left so: lines that are missing elsewhere do not belong into another run's folder.
-    """
+    """Drop the lines that `keep` refuses, and a torn one; then append those of `missing` that are not there."""
     absent = dict.fromkeys(line.encode() for line in missing)
     dropped = 0
 
@@ -168,10 +165,9 @@ def cut(path: Path, keep: Callable[[bytes], bool], missing: Iterable[str] = ()) 
                 dropped += 1
         yield from absent
 
-    if path.is_file():
-        rewrite(path, edit)
-        if dropped:
-            logger.info("%s: %d lines of steps that are made again were cut off", path, dropped)
+    rewrite(path, edit)
+    if dropped:
+        logger.info("%s: %d lines of steps that are made again were cut off", path, dropped)
 
 
 class LineLog(Callback):
@@ -184,7 +180,7 @@ class LineLog(Callback):
         self._missing: list[str] = []
 
     def prepare(self, path: Path, step: int) -> None:
-        """Bring a file of an earlier life to where `step` left it; runs in the thread."""
+        """Bring the file of an earlier life to where `step` left it; runs in the thread."""
         raise NotImplementedError
 
     async def on_train_begin(self, event: TrainBegin) -> None:
@@ -192,7 +188,8 @@ class LineLog(Callback):
         self._file = None  # one whose end never came belonged to another loop, which is gone
         if event.run_dir is not None:
             file = LineFile(Path(event.run_dir, self.file_name))
-            await file.open(lambda path: self.prepare(path, event.step))
+            # Lines that another folder's file lacks do not belong into a new one.
+            await file.open(lambda path: self.prepare(path, event.step) if path.is_file() else None)
             self._missing = []
             self._file = file
 
@@ -217,13 +214,29 @@ FIXED = ("step", "epoch", "samples", "time", "split")
 
 
 class MetricsLog(LineLog):
-    """The base of the loggers of metrics."""
+    """The base of the loggers of metrics.
+
+    A life that goes on at a step whose validation was still due repeats it; its line, which is there already, is not
+    written again.
+    """
 
     reserved: tuple[str, ...] = FIXED
 
     def __init__(self) -> None:
         super().__init__()
         self._said: set[str] = set()
+        self._start = 0
+        self._there: set[tuple[str, frozenset[str]]] = set()
+        """Split and names of the lines that the file has of the step at which this life began."""
+
+    async def on_train_begin(self, event: TrainBegin) -> None:
+        """Open the file."""
+        self._start, self._there = event.step, set()
+        await super().on_train_begin(event)
+
+    def again(self, event: Log, values: Iterable[str]) -> bool:
+        """Whether the file has this line from an earlier life."""
+        return event.step == self._start and (event.split, frozenset(values)) in self._there
 
     def fixed(self, event: Log) -> list[Any]:
         """The values of FIXED."""

@@ -88,6 +88,16 @@ async def test_a_resumed_table_has_each_step_once(tmp_path: Path, torn: str) -> 
     ]
 
 
+async def test_a_validation_that_is_made_again_is_written_once(tmp_path: Path) -> None:
+    await life(tmp_path, [log(20, loss=1.0), log(20, val_loss=0.5, **{"two\nlines": math.nan})])
+    await life(tmp_path, [log(20, val_loss=0.5, **{"two\nlines": math.nan}), log(20, val_mae=1.0)], start=20)
+    assert [(row["loss"], row["val_loss"], row["val_mae"]) for row in table(tmp_path)] == [
+        ("1.0", "", ""),
+        ("", "0.5", ""),
+        ("", "", "1.0"),
+    ]
+
+
 async def test_a_fresh_start_begins_a_table_of_its_own(tmp_path: Path) -> None:
     await life(tmp_path, [log(10, loss=1.0)])
     await life(tmp_path, [log(10, mae=2.0)])

@@ -95,6 +95,20 @@ async def test_a_resumed_file_has_each_step_once(tmp_path: Path, torn: str) -> N
     ]
 
 
+async def test_a_validation_that_is_made_again_is_written_once(tmp_path: Path) -> None:
+    validation = Log(step=20, split="val", values={"val_loss": 0.5})
+    await life(tmp_path, [log(20, loss=1.0), validation, Log(step=20, split="val", values={"val_b_loss": 1.0})])
+    later = Log(step=30, split="val", values={"val_loss": 0.25})
+    await life(tmp_path, [validation, Log(step=20, split="val", values={"val_c_loss": 1.0}), later], start=20)
+    assert [(line["step"], sorted(line)[-1]) for line in lines(tmp_path)] == [
+        (20, "time"),
+        (20, "val_loss"),
+        (20, "val_b_loss"),
+        (20, "val_c_loss"),
+        (30, "val_loss"),
+    ]
+
+
 async def test_a_fresh_start_empties_what_a_life_without_a_checkpoint_left(tmp_path: Path) -> None:
     await life(tmp_path, [log(0, loss=1.0), log(10, loss=1.0)])
     await life(tmp_path, [log(10, loss=2.0)])
