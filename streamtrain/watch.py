@@ -7,6 +7,7 @@ the run saved, a second one, or `grace` seconds, end the process at once.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import threading
 from contextlib import ExitStack, suppress
@@ -27,19 +28,21 @@ class Watch:
         self.signum = 0
         """The first signal's number; 0 while there was none."""
         self._trainer: Trainer | None = None
-        self._patience: threading.Timer | None = None
+        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()  # a signal handler may put where it may not wait
+        self._waiting = threading.Thread(target=self._wait, name="streamtrain-watch", daemon=True)
         self._stack = ExitStack()
 
     def __enter__(self) -> Watch:
+        self._waiting.start()
         self._stack.enter_context(capture(self._first, second=self._second))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
         self._stack.close()
+        self._news.put(0)
+        self._waiting.join()
 
     def begins(self, trainer: Trainer) -> None:
         """This trainer's `fit` begins; a signal that has come already is passed on. May be called again."""
@@ -55,11 +58,8 @@ class Watch:
         self.signum = signum
         if self._trainer is None:
             raise Interrupted(signum)
-        _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
         self._stop()
-        self._patience = threading.Timer(self.grace, self._give_up)
-        self._patience.daemon = True
-        self._patience.start()
+        self._news.put(signum)
 
     def _second(self, signum: int) -> None:
         """A terminal that is closed may hang up twice, and that is no hurry."""
@@ -70,12 +70,20 @@ class Watch:
         assert self._trainer is not None
         self._trainer.control.stop("signal", signal.Signals(self.signum).name)
 
-    def _give_up(self) -> None:
-        _tell(f"not saved within {self.grace:g} s: leaving, the last checkpoint stands")
-        os._exit(128 + self.signum)
+    def _wait(self) -> None:
+        """On a thread of its own: tell of the signal, then be patient for so long."""
+        signum = self._news.get()
+        if not signum:
+            return
+        _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
+        try:
+            self._news.get(timeout=self.grace)
+        except queue.Empty:
+            _tell(f"not saved within {self.grace:g} s: leaving, the last checkpoint stands")
+            os._exit(128 + signum)
 
 
 def _tell(line: str) -> None:
-    """Say something from a signal handler, where sys.stderr may be in the middle of a write."""
+    """Say something on stderr, whoever else writes there, and if it is still there."""
     with suppress(OSError):
         os.write(2, f"\n{line}\n".encode())

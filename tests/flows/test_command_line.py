@@ -1,0 +1,158 @@
+"""Whole journeys on the command line: train, be interrupted, carry on, look at what was left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_tools.synth import synth
+from streamtrain.checkpoint import newest_valid, scan
+from streamtrain.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+NETS = """
+import os
+import threading
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+class Stuck(Net):
+    steps = 0
+
+    def forward(self, x):
+        Stuck.steps += 1
+        if Stuck.steps > 6:
+            print("stuck", flush=True)
+            threading.Event().wait(60)
+        return self.layer(x)
+
+class Kill:
+    def __init__(self, signum, at):
+        self.signum, self.at = signum, at
+
+    def on_log(self, event):
+        if event.step == self.at:
+            os.kill(os.getpid(), self.signum)
+"""
+BASIC = ["--data", "d.zarr", "--inputs", "x", "--targets", "y", "--model", "flow_nets:Net", "--loss", "mse"]
+FIT = ["fit", *BASIC, "--batch-size", "16", "--shuffle", "--seed", "1", "--device", "cpu", "--log-every", "1"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    synth(tmp_path / "d.zarr", rows=64, columns=4, chunk_rows=16)
+    (tmp_path / "flow_nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("flow_nets", None)
+
+
+def steps(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["split"] == "train"]
+
+
+def newest(run: Path) -> int:
+    entry = newest_valid(run / "checkpoints")
+    assert entry is not None
+    return entry.step
+
+
+def test_a_run_leaves_what_its_folder_promises_and_says_where(place: Path, capsys: Capture) -> None:
+    assert main([*FIT, "--validation-split", "0.5,1.0", "--metrics", "mae", "--max-epochs", "2"]) == 0
+    (run,) = (place / "runs").iterdir()
+    assert run.name.startswith("d-")
+    found = {path.name for path in run.iterdir()}
+    assert {"config.toml", "metrics.jsonl", "metrics.csv", "events.jsonl", "status.json", "log.txt"} <= found
+    assert "error.json" not in found
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "completed: epoch 2, step 8, 128 samples"
+    assert "val_mae" in shown[1]
+    assert shown[-1] == f"  run folder runs/{run.name}, newest checkpoint step-000000008"
+
+
+def test_a_kept_configuration_runs_again_and_goes_on(place: Path) -> None:
+    assert main([*FIT, "--run-dir", "run", "-q"]) == 0
+    assert main(["fit", "run/config.toml", "--resume", "auto", "--max-epochs", "3", "-q"]) == 0
+    assert steps(place / "run") == list(range(1, 13))
+
+
+def test_quiet_says_nothing(place: Path, capsys: Capture) -> None:
+    assert main([*FIT, "--run-dir", "run", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_rehearsal_checks_everything_and_writes_nothing(place: Path, capsys: Capture) -> None:
+    before = sorted(place.rglob("*"))
+    assert main([*FIT, "--max-epochs", "2", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "model Net: 5 parameters",
+        "train on 64 samples in 4 batches of 16",
+    ]
+    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_the_printed_configuration_is_one_that_fit_takes(place: Path, capsys: Capture) -> None:
+    assert main([*FIT, "--run-dir", "run", "--print-config"]) == 0
+    (place / "c.toml").write_text(capsys.readouterr().out)
+    assert main(["fit", "c.toml", "-q"]) == 0
+    assert (place / "run" / "config.toml").read_text() == (place / "c.toml").read_text()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_finished_step_and_the_same_command_carries_on(
+    signum: signal.Signals, code: int, place: Path, capsys: Capture
+) -> None:
+    (place / "c.toml").write_text(f'[[callbacks]]\nname = "flow_nets:Kill"\nsignum = {int(signum)}\nat = 6\n')
+    command = [*FIT, "c.toml", "--run-dir", "run", "--resume", "auto"]
+    assert main([*command, "--max-epochs", "1000000"]) == code
+    shown = capsys.readouterr()
+    stopped = newest(place / "run")
+    assert stopped >= 6
+    assert shown.out.startswith(f"signal ({signum.name}): ")
+    assert "  carry on: streamtrain fit run/config.toml --resume auto\n" in shown.out
+    assert main([*command, "--max-steps", str(stopped + 3), "-q"]) == 0
+    assert steps(place / "run") == list(range(1, stopped + 4))
+
+
+def test_a_second_ctrl_c_ends_within_two_seconds_and_harms_no_checkpoint(place: Path) -> None:
+    (place / "c.toml").write_text('[[callbacks]]\nname = "ModelCheckpoint"\nevery = "1steps"\n')
+    stuck = [part.replace("Net", "Stuck") for part in FIT]
+    command = [*stuck, "c.toml", "--run-dir", "run", "--max-epochs", "9", "-q"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "streamtrain", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline() == b"stuck\n"
+            process.send_signal(signal.SIGINT)
+            while b"finishing the step" not in process.stderr.readline():
+                assert process.poll() is None
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == 130
+            assert time.monotonic() - began < 2
+        finally:
+            process.kill()
+    kept = scan(place / "run" / "checkpoints")
+    assert kept
+    assert all(entry.problem is None for entry in kept)
