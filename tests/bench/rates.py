@@ -2,8 +2,8 @@
 
 Over more data than any processor caches, again and again. `raw`: pread of the same chunks and a copy into permuted
 rows, by two threads and nothing else; `zarr.Array[...]` reading the chunks in order; and, as a note, the same a chunk
-at a time, where malloc hands out the same pages again and zarr pays for no page faults. `zstd`: numcodecs decoding bytes
-that are in memory already, and one copy; as a note, the same with the bytes read from files, as we must.
+at a time, where malloc hands out the same pages again and zarr pays for no page faults. `zstd`: numcodecs decoding
+bytes that are in memory already, and one copy; as a note, the same with the bytes read from files, as we must.
 """
 
 from __future__ import annotations

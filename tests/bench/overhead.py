@@ -1,0 +1,56 @@
+"""Time per step of `fit` over a bare loop: what N more steps take, so that beginnings and ends cancel out.
+
+Both have AdamW with the same settings; no task ticks beside them. Against torch's default kernels (which `fit` does not
+take: fused ones are several times faster) it is for information.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tests.bench.loops import MIDDLE, SMALL, Pair, Size, bare, fitted, missing
+from tests.bench.measure import Measure, Options, ratios
+
+
+def run(options: Options) -> Iterator[Measure]:
+    """The ratio at steps of about 500 us, with a bar, and at about 10 ms."""
+    yield from _slopes(options, "500 us", SMALL, steps=200 if options.quick else 2000, at_most=1.10)
+    yield from _slopes(options, "10 ms", MIDDLE, steps=20 if options.quick else 150, at_most=None)
+
+
+def _slopes(options: Options, name: str, size: Size, *, steps: int, at_most: float | None) -> Iterator[Measure]:
+    fit: list[float] = []
+    fused: list[float] = []
+    default: list[float] = []
+    gaps: list[float] = []
+    short, long = size.batches(steps), size.batches(2 * steps)
+    bare(size, short, fused=True)  # warm
+    with options.room() as room:
+        for number in range(options.rounds):
+            folders = [room / f"{number}-{part}" for part in ("short", "long")]
+            # A loop of one kind never follows itself, and rounds turn around: drift falls on all of them.
+            turns: list[tuple[list[float], Callable[[], float]]] = [
+                (fit, functools.partial(_more, size, short, long, folders)),
+                (fused, lambda: bare(size, long, fused=True) - bare(size, short, fused=True)),
+                (default, lambda: bare(size, long) - bare(size, short)),
+            ]
+            for values, turn in turns if number % 2 else reversed(turns):
+                values.append(turn() / steps * 1e6)
+            gaps += [missing(folder, len(batches)) for folder, batches in zip(folders, (short, long), strict=True)]
+    yield Measure(name=f"{name}: fit over a bare loop", values=ratios(fit, fused), at_most=at_most)
+    yield Measure(name=f"{name}: fit over a bare loop, torch's default", values=ratios(fit, default))
+    yield Measure(name="  fit", values=tuple(fit), unit=" us a step")
+    yield Measure(name="  bare loop, fused", values=tuple(fused), unit=" us a step")
+    yield Measure(name="  bare loop, torch's default", values=tuple(default), unit=" us a step")
+    yield Measure(name="  steps missing or twice in metrics.jsonl", values=tuple(gaps), at_most=0)
+
+
+def _more(size: Size, short: list[Pair], long: list[Pair], folders: Sequence[Path]) -> float:
+    """What the longer list takes more."""
+    first, second = (
+        asyncio.run(fitted(size, batches, folder)) for batches, folder in zip((short, long), folders, strict=True)
+    )
+    return second - first
