@@ -44,10 +44,11 @@ class Stuck(Net):
 
 class Kill:
     def __init__(self, signum, at):
-        self.signum, self.at = signum, at
+        self.signum, self.at, self.done = signum, at, False
 
     def on_log(self, event):
-        if event.step == self.at:
+        if event.step == self.at and not self.done:
+            self.done = True
             os.kill(os.getpid(), self.signum)
 """
 BASIC = ["--data", "d.zarr", "--inputs", "x", "--targets", "y", "--model", "flow_nets:Net", "--loss", "mse"]
