@@ -82,17 +82,18 @@ class LineFile:
     async def close(self) -> None:
         """Write what waits, close the file and end the thread. Raises EnvironmentProblem if a line is missing."""
         self._hurry.set()
-        told = self._failure is not None
+        told, idle = self._failure is not None, False
         try:
             if self._writer is not None:
                 await self._writer
             if self._raw is not None:
                 await self._raw.close()
+            idle = True
         except OSError as error:
-            self._failure = self._problem(error)
+            self._failure, idle = self._problem(error), True
         finally:
-            # Nothing is left to do in the thread, unless we are cancelled: then it ends by itself.
-            self._executor.shutdown(wait=self._writer is None or self._writer.done(), cancel_futures=True)
+            # If we are cancelled the thread may be in the middle of something: then it ends by itself.
+            self._executor.shutdown(wait=idle, cancel_futures=True)
         if self._failure is not None and not told:
             raise self._failure
 

@@ -1,0 +1,120 @@
+"""The shared file of the loggers: lines in order, changes between them, an end without leftovers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamtrain.callbacks.lines import LineFile, cut, rewrite
+from streamtrain.errors import EnvironmentProblem
+
+
+def nothing(path: Path) -> None:
+    pass
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("streamtrain-")]
+
+
+async def opened(path: Path) -> LineFile:
+    file = LineFile(path)
+    await file.open(nothing)
+    return file
+
+
+async def test_lines_and_changes_happen_in_their_order(tmp_path: Path) -> None:
+    def shout(path: Path) -> None:
+        rewrite(path, lambda lines: [line.upper() for line in lines])
+
+    file = await opened(tmp_path / "x")
+    for line in ("a\n", "b\n"):
+        file.put(line)
+    file.change(shout)
+    file.put("c\n")
+    await file.close()
+    assert (tmp_path / "x").read_text() == "A\nB\nc\n"
+
+
+async def test_an_earlier_life_is_appended_to(tmp_path: Path) -> None:
+    for line in ("a\n", "größe\n"):
+        file = await opened(tmp_path / "x")
+        file.put(line)
+        await file.close()
+    assert (tmp_path / "x").read_text(encoding="utf-8") == "a\ngröße\n"
+
+
+async def test_what_is_not_written_yet_is_known(tmp_path: Path) -> None:
+    file = await opened(tmp_path / "x")
+    file.put("a\n")
+    file.change(nothing)
+    file.put("b\n")
+    assert file.unwritten() == ["a\n", "b\n"]
+    await file.close()
+    assert file.unwritten() == []
+
+
+async def test_the_thread_ends_with_the_file(tmp_path: Path) -> None:
+    file = await opened(tmp_path / "x")
+    assert threads() == ["streamtrain-x_0"]
+    await file.close()
+    assert threads() == []
+
+
+async def test_after_a_failure_each_line_says_so_until_the_end(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    file = await opened(tmp_path / "x")
+    file.change(fail)
+    with pytest.raises(EnvironmentProblem, match=r"/x can't be written: Input/output error"):
+        await file.close()
+    with pytest.raises(EnvironmentProblem):
+        file.put("a\n")
+    assert threads() == []
+
+
+async def test_an_end_that_is_cancelled_leaves_no_thread(tmp_path: Path) -> None:
+    entered, gate = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait(path: Path) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        gate.wait()
+
+    file = await opened(tmp_path / "x")
+    file.change(wait)
+    closing = asyncio.create_task(file.close())
+    await entered.wait()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    gate.set()  # the thread then ends by itself, as the fixture checks
+
+
+@given(st.lists(st.integers(0, 9)), st.sets(st.integers(0, 9)), st.lists(st.integers(0, 12), unique=True))
+def test_cutting_keeps_what_is_wanted_and_adds_what_is_missing(
+    tmp_path_factory: pytest.TempPathFactory, there: list[int], wanted: set[int], missing: list[int]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut"
+    path.write_text("".join(f"{number}\n" for number in there) + "7")
+    cut(path, lambda line: int(line) in wanted, [f"{number}\n" for number in missing])
+    kept = [number for number in there if number in wanted]
+    assert [int(line) for line in path.read_text().split()] == kept + [n for n in missing if n not in kept]
+
+
+def test_a_rewriting_that_fails_leaves_the_file(tmp_path: Path) -> None:
+    def half(lines: Iterable[bytes]) -> Iterable[bytes]:
+        yield next(iter(lines))
+        raise OSError("no more")
+
+    (tmp_path / "x").write_text("a\nb\n")
+    with pytest.raises(OSError, match="no more"):
+        rewrite(tmp_path / "x", half)
+    assert (tmp_path / "x").read_text() == "a\nb\n"
