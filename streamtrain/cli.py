@@ -79,8 +79,10 @@ def demo(
             f"--max-epochs must be an integer of at least 1, got {shown(max_epochs)}", hint="For instance 3."
         )
     from streamtrain.demo import run
+    from streamtrain.log_file import logged
 
-    return run(out=out, quick=quick, max_epochs=None if max_epochs is None else int(max_epochs))
+    with logged(logging.INFO):
+        return run(out=out, quick=quick, max_epochs=None if max_epochs is None else int(max_epochs))
 
 
 @command
