@@ -73,8 +73,8 @@ class Life:
             "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
             "callbacks": {name: _state_of(callback) for name, callback in self.callbacks.items()},
             "metrics": dict(self.metrics),
-            "window": self.step.window.state_dict(),
-            "means": self.step.means.state_dict(),
+            "window": self.step.tally.window.state_dict(),
+            "means": self.step.tally.epoch.state_dict(),
             "settings": self.settings,
             "habits": self.habits,
             "ended": self.ended,
@@ -112,8 +112,8 @@ class Life:
         self.rng.state, self.epoch_rng = state["rng"], state["epoch_rng"]
         self.progress.load_state_dict(state["progress"], checkpoints)
         self.step.step = self.progress.step
-        self.step.window.load_state_dict(state["window"])
-        self.step.means.load_state_dict(state["means"])
+        self.step.tally.window.load_state_dict(state["window"])
+        self.step.tally.epoch.load_state_dict(state["means"])
         self.metrics = dict(state["metrics"])
         gives_up = any(hasattr(callback, "monitors") for callback in self.callbacks.values())
         self.ended = state["ended"] if gives_up else None

@@ -57,8 +57,8 @@ from streamtrain.life import Life
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
 from streamtrain.schedulers import get_lr, set_group_lr
-from streamtrain.step import Report
 from streamtrain.supply import Supply, supply
+from streamtrain.tally import Report
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ class Wheel:
         if not progress.batch:
             raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
         if progress.owes != "epoch":
-            means = self._step.means.compute()
+            means = self._step.tally.epoch.compute()
             self.life.metrics.update(means)
             verdicts += await self._ask("on_epoch_end", EpochEnd, metrics=means)
             progress.owes = "epoch"
@@ -184,7 +184,7 @@ class Wheel:
         self.life.lr.after_epoch(self.life.metrics)
         ended, progress.owes = progress.epoch, ""
         progress.epoch, progress.batch = ended + 1, 0
-        self._step.means.reset()
+        self._step.tally.epoch.reset()
         self._stream.set_epoch(0 if self.plan.overfit else progress.epoch)
         await self._obey(verdicts, ended)
         await self._save_if_due(ended, epoch_end=True)
@@ -412,7 +412,7 @@ class Wheel:
 
     async def _last_line(self) -> None:
         """The log ends with the last step; where another life may go on its lines stay as they would have been."""
-        values = self._step.window.compute()
+        values = self._step.tally.window.compute()
         if self._progress.step > self._first_step and values:
             values = {**values, "lr": get_lr(self.life.optimizer), **self._said()}
             progress = self._progress
@@ -458,7 +458,7 @@ class Wheel:
         if not sanity:
             self.life.metrics.update(values)
             await self._emit("on_log", Log, split="val", values=values)
-        metrics = {**self._step.means.compute(), **values}
+        metrics = {**self._step.tally.epoch.compute(), **values}
         return await self._ask("on_validation_end", ValidationEnd, metrics=metrics, sanity=sanity)
 
     async def _validate_now(self) -> None:

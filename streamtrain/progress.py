@@ -100,6 +100,14 @@ class Means:
         total, count = self._sums.get(name, (0.0, 0))
         self._sums[name] = (total + value * samples, count + samples)
 
+    def get(self, name: str) -> tuple[float, int]:
+        """Sum and samples."""
+        return self._sums.get(name, (0.0, 0))
+
+    def put(self, name: str, total: float, samples: int) -> None:
+        """Set sum and samples."""
+        self._sums[name] = (total, samples)
+
     def compute(self) -> dict[str, float]:
         """The mean of each name that was added; nan over no samples."""
         return {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}

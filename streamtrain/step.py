@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,9 +21,9 @@ from torch.optim import Optimizer
 from streamtrain.blame import explained, non_finite
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import MoveBatch
-from streamtrain.errors import ConfigError
-from streamtrain.progress import Means
-from streamtrain.schedulers import LearningRate, get_lr
+from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.schedulers import FixedLearningRate, LearningRate, get_lr
+from streamtrain.tally import Report, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Outcome(NamedTuple):
     """What one batch came to."""
 
     loss: Any
-    """A tensor of one value, with a graph; None where there is no loss (prediction, evaluation without one)."""
+    """A tensor of one value, with a graph; None where there is none (prediction, evaluation without a loss)."""
     outputs: Any = None
     targets: Any = None
     logged: Mapping[str, Any] | None = None
@@ -54,11 +53,13 @@ def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Comp
     return compute
 
 
-def custom(function: Callable[[Batch], Any]) -> Compute:
+def custom(function: Callable[[Batch], Any], *, needs_loss: bool = True) -> Compute:
     """What a user's function gives for a batch: a loss, or a dict with `loss`, `outputs`, `targets` and more to log."""
 
     def compute(batch: Batch) -> Outcome:
         made = function(batch)
+        if needs_loss and (made is None or (isinstance(made, Mapping) and made.get("loss") is None)):
+            raise ConfigError("the step returned no loss", hint="Return the loss, or a dict with a 'loss'.")
         if not isinstance(made, Mapping):
             return Outcome(made)
         rest = {key: value for key, value in made.items() if key not in ("loss", "outputs", "targets")}
@@ -88,41 +89,6 @@ class Door(Protocol):
     pending: bool
 
 
-@dataclass(slots=True)
-class Row:
-    """A line of the log: what happened since the line before."""
-
-    step: int
-    samples: int
-    """Samples of this burst up to here."""
-    at: float
-    """When, by `time.perf_counter`."""
-    values: dict[str, float]
-
-
-@dataclass(slots=True)
-class Report:
-    """What a burst did, in finished updates."""
-
-    first_step: int
-    """The update to which its first batch belongs."""
-    updates: int = 0
-    batches: int = 0
-    samples: int = 0
-    loss_sum: float = 0.0
-    """Over samples."""
-    cursor: Cursor | None = None
-    """The position after the last finished update; None if there was none."""
-    rows: list[Row] = field(default_factory=list)
-    skipped: int = 0
-    """Updates that were not made because of a number that is not finite."""
-    lr: float = 0.0
-    began: float = 0.0
-    seconds: float = 0.0
-    error: BaseException | None = None
-    """What ended the burst; the updates before it are finished and counted."""
-
-
 class TrainStep:
     """Makes updates out of batches; keeps the running means."""
 
@@ -148,10 +114,7 @@ class TrainStep:
         self.lr = lr
         self.accumulate = accumulate
         """Batches of a full update."""
-        self.window = Means()
-        """Since the last line of the log."""
-        self.means = Means()
-        """Since the epoch began."""
+        self.tally = Tally()
         self.skipped = 0
         """Updates over this life that were not made because of a number that is not finite."""
         self.scaler = torch.amp.GradScaler("cuda") if precision == "16" else None
@@ -162,26 +125,25 @@ class TrainStep:
         self._compute = compute
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._odd = _has_odd_gradients(model)
+        self._scheduled = not isinstance(lr, FixedLearningRate)
         self._move, self._door, self._device = move, door, device
         self._skip, self._log_every = skip, log_every
         self._clip_norm, self._clip_value = clip_norm, clip_value
-        self._autocast = autocast(precision, device)
+        self._autocast = None if precision == "32" else autocast(precision, device)
         self._one = torch.ones((), device=device)
         self._found = torch.zeros((), device=device)
         self._kernel_skips = device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        self._flags: list[Tensor] = []
+        self._flags: list[tuple[Tensor, int, Cursor | None]] = []
         self._buffers = _running_statistics(model)
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._generator: Tensor | None = None
-        # Batches since the burst began, and those of the group that is not updated yet:
-        self._losses: list[Tensor] = []
-        self._counts: list[int] = []
-        self._logged: list[tuple[int, str, Any]] = []
-        self._marks: list[tuple[int, int, float, float]] = []
+        # The group of batches that is not updated yet:
         self._group = 0
         self._divisor = accumulate
         self._indices: list[Any] = []
         self._batch: Batch | None = None
+        self._loss: Any = None
         self._cursor: Cursor | None = None
 
     @property
@@ -223,11 +185,13 @@ class TrainStep:
                 if time.perf_counter() - report.began + before > seconds:
                     break
         except Exception as error:
-            report.error = explained(error, self._batch, f"step {self.step + 1}")
+            report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
             self.undo()
-        self._batch = None
+        self._batch = self._loss = None
         report.seconds = time.perf_counter() - report.began
-        self._read(report)
+        report.lr = get_lr(self._optimizer)
+        done = len(self.tally.losses) - self._group
+        self.tally.read(report, min(done, self._read_flags(report)) if self._flags else done)
         if report.updates:
             each = report.seconds / report.updates
             self.seconds = each if not before else 0.8 * before + 0.2 * each
@@ -242,9 +206,7 @@ class TrainStep:
             torch._foreach_copy_(self._buffers, self._kept)
         if self._generator is not None:
             torch.default_generator.set_state(self._generator)
-        keep = len(self._losses) - self._group
-        del self._losses[keep:], self._counts[keep:]
-        self._logged = [item for item in self._logged if item[0] < keep]
+        self.tally.drop(self._group)
         self._begin_group()
 
     def _add(self, batch: Batch, remaining: int | None) -> None:
@@ -253,56 +215,71 @@ class TrainStep:
         if not self._group:
             if self._buffers:
                 torch._foreach_copy_(self._kept, self._buffers)
-            self._generator = torch.default_generator.get_state()
-            short = remaining is not None and remaining < self.accumulate
-            self._divisor = max(remaining or 1, 1) if short else self.accumulate
+            if self.accumulate > 1:
+                self._generator = torch.default_generator.get_state()
+                short = remaining is not None and remaining < self.accumulate
+                self._divisor = max(remaining or 1, 1) if short else self.accumulate
         batch = self._batch = self._move(batch)
-        samples = len(batch)
-        with self._autocast():
+        if self._autocast is None:
             loss, _, _, logged = self._compute(batch)
-        _check_loss(loss)
-        scaled = loss if self._divisor == 1 else loss / self._divisor
-        if self._divisor != self.accumulate and self._group and samples != self._counts[-self._group]:
-            scaled = scaled * (samples / self._counts[-self._group])
-        (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-        place = len(self._losses)
-        self._losses.append(loss.detach())
-        self._counts.append(samples)
+        else:
+            with self._autocast():
+                loss, _, _, logged = self._compute(batch)
+        self._loss = loss
+        tally, samples = self.tally, len(batch)
+        if self._divisor > 1 or self.scaler is not None:
+            self._scaled(loss, samples).backward()
+        else:
+            loss.backward()
         if logged:
-            self._logged += [(place, name, _plain(value)) for name, value in logged.items()]
+            tally.add_logged(logged)
+        tally.losses.append(loss.detach())
+        tally.counts.append(samples)
         self._group += 1
         self._indices.append(batch.index)
         self._cursor = batch.cursor
+        self._loss = None
+
+    def _scaled(self, loss: Tensor, samples: int) -> Any:
+        """This batch's part of its update's loss."""
+        scaled = loss if self._divisor == 1 else loss / self._divisor
+        if self._divisor != self.accumulate and self._group:
+            first = self.tally.counts[-self._group]
+            if samples != first:
+                scaled = scaled * (samples / first)
+        return scaled if self.scaler is None else self.scaler.scale(scaled)
 
     def _update(self, report: Report, epoch: int) -> None:
         """One update from the gradients of the group."""
+        optimizer = self._optimizer
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._weigh(gradients)
+        if self._group != self.accumulate or self._divisor != self.accumulate:
+            self._weigh(gradients)
         if self._finite(gradients):
             if self._clip_value is not None:
                 nn.utils.clip_grad_value_(self._parameters, self._clip_value)
             if self._clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-            self.lr.before_update(self.step, epoch)
+            if self._scheduled:
+                self.lr.before_update(self.step, epoch)
             self.torn = True
             if self.scaler is None:
-                self._optimizer.step()
+                optimizer.step()
             else:
-                self.scaler.step(self._optimizer)
+                self.scaler.step(optimizer)
                 self.scaler.update()
             self.torn = False
-            rate = get_lr(self._optimizer)
-            self._optimizer.zero_grad(set_to_none=True)
-            self.lr.after_update()
+            if (self.step + 1) % self._log_every == 0:
+                self.tally.mark(self.step + 1, get_lr(optimizer))
+            del gradients
+            optimizer.zero_grad(set_to_none=True)
+            if self._scheduled:
+                self.lr.after_update()
         else:
-            rate = get_lr(self._optimizer)
             self._refuse(report)
         self.step += 1
         report.updates += 1
-        report.lr = rate
         report.cursor = self._cursor
-        if self.step % self._log_every == 0:
-            self._marks.append((len(self._losses), self.step, rate, time.perf_counter()))
         self._begin_group()
 
     def _begin_group(self) -> None:
@@ -312,9 +289,7 @@ class TrainStep:
 
     def _weigh(self, gradients: list[Tensor]) -> None:
         """Bring the gradients of a short group to the mean over its samples."""
-        if self._group == self._divisor == self.accumulate:
-            return
-        counts = self._counts[-self._group :]
+        counts = self.tally.counts[-self._group :]
         if self._divisor != self.accumulate:  # each was weighted by its size in terms of the first
             factor = self._divisor * counts[0] / sum(counts)
         else:
@@ -327,24 +302,26 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
             return True
-        values = [value for gradient in gradients for value in _values(gradient)]
-        values += self._losses[-self._group :]
+        values = [_dense(gradient) for gradient in gradients] if self._odd else gradients
+        values = values + self.tally.losses[-self._group :]
+        found = self._found
         if self._kernel_skips:
             if self._skip:
-                self._found = torch.zeros((), device=self._device)  # else it stays: no later update is made either
-            torch._amp_foreach_non_finite_check_and_unscale_(values, self._found, self._one)
-            self._optimizer.found_inf = self._found  # type: ignore[attr-defined]
+                found = torch.zeros_like(found)  # else it stays: after a bad one no later update is made either
+            torch._amp_foreach_non_finite_check_and_unscale_(values, found, self._one)
+            self._optimizer.found_inf = found  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self._flags.append(self._found.clone())
+            self._flags.append((found.clone(), len(self.tally.losses) - self._group, self._cursor))
             return True
-        self._found.zero_()
-        torch._amp_foreach_non_finite_check_and_unscale_(values, self._found, self._one)
-        return not self._found.item()
+        torch._amp_foreach_non_finite_check_and_unscale_(values, found, self._one)
+        if found.item():
+            found.zero_()
+            return False
+        return True
 
     def _refuse(self, report: Report) -> None:
         """Not make this update: leave all as it was, and say so."""
-        assert self._batch is not None or self._indices
-        losses = [float(loss) for loss in self._losses[-self._group :]]
+        losses = [float(loss) for loss in self.tally.losses[-self._group :]]
         problem = non_finite(self._batch, self._indices, losses, self.step + 1)
         if not self._skip:
             raise problem
@@ -352,66 +329,30 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
-        keep = len(self._losses) - self._group
-        self._logged = [item for item in self._logged if item[0] < keep]
-        self._losses[keep:] = [torch.full_like(loss, float("nan")) for loss in self._losses[keep:]]
+        self.tally.leave_out(self._group)
+        if (self.step + 1) % self._log_every == 0:
+            self.tally.mark(self.step + 1, get_lr(self._optimizer))
         report.skipped += 1
         self.skipped += 1
 
-    def _read(self, report: Report) -> None:
-        """Turn the finished updates' tensors into floats, once, and the marks into lines of the log."""
-        done = len(self._losses) - self._group
-        if not done:
-            return
-        losses = torch.stack([loss.reshape(()) for loss in self._losses[:done]]).tolist()
-        if self._flags:
-            self._read_flags(report, losses)
-        named: dict[int, list[tuple[str, float]]] = {}
-        for place, name, value in self._logged:
-            if place < done:
-                named.setdefault(place, []).append((name, float(value)))
-        marks = iter([*self._marks, (-1, 0, 0.0, 0.0)])
-        mark = next(marks)
-        skipped = report.skipped > 0
-        for place, (loss, samples) in enumerate(zip(losses, self._counts, strict=False)):
-            if place == mark[0]:
-                report.rows.append(self._row(mark, report.samples))
-                mark = next(marks)
-            report.samples += samples
-            if skipped and loss != loss:
-                continue
-            report.loss_sum += loss * samples
-            for name, value in [("loss", loss), *named.get(place, ())]:
-                self.window.add(name, value, samples)
-                self.means.add(name, value, samples)
-        if mark[0] == done:
-            report.rows.append(self._row(mark, report.samples))
-        report.batches = done
-        del self._losses[:done], self._counts[:done]
-        self._logged = [(place - done, name, value) for place, name, value in self._logged if place >= done]
-        self._marks.clear()
-
-    def _read_flags(self, report: Report, losses: list[float]) -> None:
-        """On CUDA: which updates the kernels left out, known only now."""
-        flags = torch.stack(self._flags).tolist()
-        self._flags.clear()
-        bad = [number for number, flag in enumerate(flags) if flag]
+    def _read_flags(self, report: Report) -> int:
+        """On CUDA: which updates the kernels left out, known only now; how many batches are part of good ones."""
+        flags, self._flags = self._flags, []
+        bad = [number for number, flag in enumerate(torch.stack([flag for flag, _, _ in flags]).tolist()) if flag]
         if not bad:
-            return
-        step = report.first_step + bad[0]
-        problem = non_finite(None, [], losses, step)
+            return len(self.tally.losses)
+        problem = non_finite(None, [], [], report.first_step + bad[0])
         if self._skip:
             logger.warning("%s; %d updates are skipped", problem, len(bad))
             report.skipped += len(bad)
             self.skipped += len(bad)
-        elif report.error is None:
-            report.error = problem
-
-    def _row(self, mark: tuple[int, int, float, float], samples: int) -> Row:
-        _, step, rate, at = mark
-        values = self.window.compute()
-        self.window.reset()
-        return Row(step, samples, at, {**values, "lr": rate})
+            return len(self.tally.losses)
+        report.error = report.error or problem
+        report.updates = bad[0]
+        report.cursor = flags[bad[0] - 1][2] if bad[0] else None
+        self.step = report.first_step + bad[0] - 1
+        self.tally.drop(len(self.tally.losses) - flags[bad[0]][1])
+        return len(self.tally.losses)
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -423,34 +364,38 @@ def autocast(precision: str, device: torch.device) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype)
 
 
-def _check_loss(loss: Any) -> None:
-    if type(loss) is Tensor and loss.requires_grad and loss.numel() == 1:
-        return
+def _no_loss(error: Exception, loss: Any) -> ConfigError | None:
+    """The error for what is no loss, found when it was asked for its gradient; None if that is not what went wrong."""
+    if loss is None or isinstance(error, StreamtrainError):
+        return None
     if not isinstance(loss, Tensor):
-        raise ConfigError(
-            f"the loss is {'missing' if loss is None else f'a {type(loss).__name__}, not a tensor'}",
-            hint="Give loss=, or have step= return the loss, or a dict with a 'loss'.",
+        return ConfigError(
+            f"the loss is a {type(loss).__name__}, not a tensor",
+            hint="Have step= return the loss, or a dict with a 'loss'.",
         )
     if loss.numel() != 1:
-        raise ConfigError(
+        return ConfigError(
             f"the loss must be one number, but has the shape {tuple(loss.shape)}", hint="Average it: loss.mean()."
         )
     if not loss.requires_grad:
-        raise ConfigError(
+        return ConfigError(
             "the loss does not depend on any parameter that requires a gradient",
             hint="Was it detached, or computed under no_grad?",
         )
+    return None
 
 
-def _values(gradient: Tensor) -> list[Tensor]:
+def _dense(gradient: Tensor) -> Tensor:
     """The numbers of a gradient as the fused check takes them."""
     if gradient.is_sparse:
-        return [gradient._values()]
-    return [torch.view_as_real(gradient)] if gradient.is_complex() else [gradient]
+        return gradient._values()
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
-def _plain(value: Any) -> Any:
-    return value.detach().double().mean() if isinstance(value, Tensor) else value
+def _has_odd_gradients(model: nn.Module) -> bool:
+    """Whether a gradient may be sparse or complex."""
+    sparse = any(getattr(module, "sparse", False) for module in model.modules())
+    return sparse or any(parameter.is_complex() for parameter in model.parameters())
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:

@@ -63,6 +63,7 @@ def tensors(tree: Any) -> Any:
 def tensor_batch(batch: Batch) -> Batch:
     """The batch with tensors in place of arrays; itself if it has none."""
     inputs, targets, index = batch.inputs, batch.targets, batch.index
-    if isinstance(inputs, Tensor) and all(part is None or isinstance(part, Tensor) for part in (targets, index)):
+    plain = isinstance(inputs, Tensor) and (targets is None or isinstance(targets, Tensor))
+    if plain and (index is None or isinstance(index, Tensor)):  # written out: this is asked for every batch
         return batch
     return replace(batch, inputs=tensors(inputs), targets=tensors(targets), index=tensors(index))

@@ -577,7 +577,7 @@ class Trainer:
     def _evaluator(self) -> Evaluator:
         compute = self._compute
         if self._overrides("validation_step"):
-            compute = custom(_called(self.validation_step, self.model))
+            compute = custom(_called(self.validation_step, self.model), needs_loss=False)
         options = self._options
         return Evaluator(
             self.model,

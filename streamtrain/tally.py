@@ -1,0 +1,150 @@
+"""What a burst's batches came to: tensors while it runs, floats once at its end, lines of the log, running means.
+
+Its law: no number is read while a burst runs; and sums are made batch by batch in their order, so that they are the
+same however the batches were divided into bursts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamtrain.data.batch import Cursor
+from streamtrain.progress import Means
+
+
+@dataclass(slots=True)
+class Row:
+    """A line of the log: what happened since the line before."""
+
+    step: int
+    samples: int
+    """Samples of this burst up to here."""
+    at: float
+    """When, by `time.perf_counter`."""
+    values: dict[str, float]
+
+
+@dataclass(slots=True)
+class Report:
+    """What a burst did, in finished updates."""
+
+    first_step: int
+    """The update to which its first batch belongs."""
+    updates: int = 0
+    batches: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    """Over samples."""
+    cursor: Cursor | None = None
+    """The position after the last finished update; None if there was none."""
+    rows: list[Row] = field(default_factory=list)
+    skipped: int = 0
+    """Updates that were not made because of a number that is not finite."""
+    lr: float = 0.0
+    began: float = 0.0
+    seconds: float = 0.0
+    error: BaseException | None = None
+    """What ended the burst; the updates before it are finished and counted."""
+
+
+class _Mark(NamedTuple):
+    place: int
+    step: int
+    rate: float
+    at: float
+
+
+class Tally:
+    """Losses and logged numbers of the batches since the last report."""
+
+    def __init__(self) -> None:
+        self.window = Means()
+        """Since the last line of the log."""
+        self.epoch = Means()
+        """Since the epoch began."""
+        self.losses: list[Tensor] = []
+        self.counts: list[int] = []
+        """Samples of each batch."""
+        self._logged: list[tuple[int, str, Any]] = []
+        self._marks: list[_Mark] = []
+        self._left_out: set[int] = set()
+
+    def add_logged(self, logged: Mapping[str, Any]) -> None:
+        """More numbers of the batch that is added next."""
+        place = len(self.losses)
+        for name, value in logged.items():
+            self._logged.append((place, name, value.detach().double().mean() if isinstance(value, Tensor) else value))
+
+    def mark(self, step: int, rate: float) -> None:
+        """A line of the log ends with the last batch."""
+        self._marks.append(_Mark(len(self.losses), step, rate, time.perf_counter()))
+
+    def drop(self, batches: int) -> None:
+        """Forget the last so many batches."""
+        keep = len(self.losses) - batches
+        del self.losses[keep:], self.counts[keep:]
+        self._logged = [item for item in self._logged if item[0] < keep]
+        self._marks = [mark for mark in self._marks if mark.place <= keep]
+
+    def leave_out(self, batches: int) -> None:
+        """Count the samples of the last so many batches, but not their numbers."""
+        self._left_out |= set(range(len(self.losses) - batches, len(self.losses)))
+
+    def read(self, report: Report, done: int) -> None:
+        """Account for the first `done` batches, and forget them."""
+        if not done:
+            return
+        losses = _floats(self.losses[:done])
+        named: dict[int, list[tuple[str, float]]] = {}
+        for place, name, value in self._logged:
+            if place < done:
+                named.setdefault(place, []).append((name, float(value)))
+        begin = 0
+        for mark in self._marks:
+            self._account(report, losses, named, begin, mark.place)
+            values = {**self.window.compute(), "lr": mark.rate}
+            report.rows.append(Row(mark.step, report.samples, mark.at, values))
+            self.window.reset()
+            begin = mark.place
+        self._account(report, losses, named, begin, done)
+        report.batches = done
+        del self.losses[:done], self.counts[:done]
+        self._logged = [(place - done, name, value) for place, name, value in self._logged if place >= done]
+        self._marks.clear()
+        self._left_out.clear()
+
+    def _account(
+        self, report: Report, losses: list[float], named: dict[int, list[tuple[str, float]]], begin: int, end: int
+    ) -> None:
+        counts = self.counts
+        places = [place for place in range(begin, end) if place not in self._left_out] if self._left_out else None
+        for means in (self.window, self.epoch):
+            total, weight = means.get("loss")
+            for place in places if places is not None else range(begin, end):
+                total += losses[place] * counts[place]
+                weight += counts[place]
+            if weight:
+                means.put("loss", total, weight)
+            for place in named:
+                if begin <= place < end and place not in self._left_out:
+                    for name, value in named[place]:
+                        means.add(name, value, counts[place])
+        for place in range(begin, end):
+            report.samples += counts[place]
+            if place not in self._left_out and math.isfinite(losses[place]):
+                report.loss_sum += losses[place] * counts[place]
+
+
+def _floats(losses: list[Tensor]) -> list[float]:
+    """The values of 0-d (or one-element) tensors, read together."""
+    if all(loss.ndim == 0 for loss in losses):
+        values: list[float] = torch.stack(losses).tolist()
+        return values
+    return [float(loss) for loss in losses]
