@@ -20,7 +20,7 @@ data.batch data.source data.order data.options data.budget data.layout data.iter
 losses schedulers optimizers metrics
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.transform data.opening data.survey
 options progress rng threads file_thread signals control tensors device tensor_file state checkpoint run_folder
-data.passes data.stream blame supply step callbacks.base callbacks.bus
+data.passes data.stream blame supply tally step callbacks.base callbacks.bus
 early_stopping evaluation life resume
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint saving
