@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from tests.bench.loops import SMALL, bare, fitted
+from tests.bench.loops import bare, fitted, near
 from tests.bench.measure import Measure, Options, percentile
 
 EVERY = 0.002
@@ -20,7 +20,8 @@ EVERY = 0.002
 def run(options: Options) -> Iterator[Measure]:
     """The 99th percentile beside `fit`, over 1.25 times that beside the bare loop and 1 ms."""
     steps = 500 if options.quick else 5000
-    batches = SMALL.batches(steps)
+    size = near(500e-6)
+    batches = size.batches(steps)
     lags: dict[str, list[float]] = {"alone": [], "bare": [], "fit": []}
     with options.room() as room, ThreadPoolExecutor(1) as executor:
 
@@ -29,9 +30,9 @@ def run(options: Options) -> Iterator[Measure]:
                 await beaten(asyncio.sleep(0.2 if options.quick else 1.0), lags[name])
             elif name == "bare":
                 loop = asyncio.get_running_loop()
-                await beaten(loop.run_in_executor(executor, partial(bare, SMALL, batches, fused=True)), lags[name])
+                await beaten(loop.run_in_executor(executor, partial(bare, size, batches, fused=True)), lags[name])
             else:
-                await beaten(fitted(SMALL, batches, room / str(number)), lags[name])
+                await beaten(fitted(size, batches, room / str(number)), lags[name])
 
         asyncio.run(turn("bare", 0))  # warm
         lags["bare"].clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,10 +44,24 @@ class Size:
         return [made[i % different] for i in range(count)]
 
 
-SMALL = Size(batch=64, columns=64, width=128, layers=2)
-"""A step of about 500 us."""
-MIDDLE = Size(batch=256, columns=256, width=512, layers=2)
-"""A step of about 10 ms."""
+def near(seconds: float, *, steps: int = 100) -> Size:
+    """A size whose step in a bare loop takes about so long on this machine."""
+    sizes = [Size(batch, columns, width, 2) for batch, columns, width in SIZES]
+    taken: dict[Size, float] = {}
+    for size in sizes:
+        batches = size.batches(steps, different=16)
+        bare(size, batches[:10], fused=True)
+        taken[size] = min(bare(size, batches, fused=True) for _ in range(3)) / steps
+        if taken[size] > seconds:
+            break
+    return min(taken, key=lambda size: abs(math.log(taken[size] / seconds)))
+
+
+SIZES = [
+    *((64, 64, width) for width in (32, 64, 96, 128, 160, 192, 224, 256, 320)),
+    *((256, 512, width) for width in (192, 256, 384, 512, 640, 768, 1024, 1280, 1536)),
+]
+"""Batch, columns and width, from small to large."""
 
 
 def bare(size: Size, batches: Iterable[Pair], **how: Any) -> float:

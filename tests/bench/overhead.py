@@ -11,14 +11,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.bench.loops import MIDDLE, SMALL, Pair, Size, bare, fitted, missing
+from tests.bench.loops import Pair, Size, bare, fitted, missing, near
 from tests.bench.measure import Measure, Options, ratios
 
 
 def run(options: Options) -> Iterator[Measure]:
     """The ratio at steps of about 500 us, with a bar, and at about 10 ms."""
-    yield from _slopes(options, "500 us", SMALL, steps=200 if options.quick else 2000, at_most=1.10)
-    yield from _slopes(options, "10 ms", MIDDLE, steps=20 if options.quick else 150, at_most=None)
+    yield from _slopes(options, "500 us", near(500e-6), steps=200 if options.quick else 2000, at_most=1.10)
+    yield from _slopes(options, "10 ms", near(10e-3, steps=20), steps=20 if options.quick else 150, at_most=None)
 
 
 def _slopes(options: Options, name: str, size: Size, *, steps: int, at_most: float | None) -> Iterator[Measure]:

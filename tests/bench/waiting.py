@@ -7,6 +7,7 @@ between an update and the next forward pass, whatever it goes to.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch import nn
 from data_tools.synth import synth
 from streamtrain import Callback, Trainer, ZarrStream
 from streamtrain.events import BatchEnd
-from tests.bench.loops import LR, Size
+from tests.bench.loops import LR, Size, near
 from tests.bench.measure import Measure, Options
 
-BUSY = Size(batch=256, columns=512, width=768, layers=1)
-"""A step of about 10 ms on two cores."""
+STEP = 0.01
+"""Seconds that a step about takes, on all cores."""
 
 
 class Waits(Callback):
@@ -41,8 +42,9 @@ def run(options: Options) -> Iterator[Measure]:
     chunks = 16 if options.quick else 128
     with options.room() as room:
         store = synth(room / "store.zarr", rows=chunks * 4096, columns=512, chunk_rows=4096, codec="zstd")
+        size = dataclasses.replace(near(STEP, steps=20), batch=256, columns=512)
         rounds = 1 if options.quick else min(options.rounds, 5)
-        shares = [asyncio.run(_shares(store)) for _ in range(rounds)]
+        shares = [asyncio.run(_shares(store, size)) for _ in range(rounds)]
     waits, gaps, steps = zip(*shares, strict=True)
     yield Measure(name="time that steps wait for data", values=tuple(100 * s for s in waits), at_most=2, unit=" %")
     yield Measure(
@@ -51,9 +53,9 @@ def run(options: Options) -> Iterator[Measure]:
     yield Measure(name="  a step", values=tuple(1e3 * s for s in steps), unit=" ms")
 
 
-async def _shares(store: Path) -> tuple[float, float, float]:
+async def _shares(store: Path, size: Size) -> tuple[float, float, float]:
     """Waiting and gaps as shares of the time of training, and the time of a step."""
-    waits, model = Waits(), BUSY.model()
+    waits, model = Waits(), size.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     gap, ended, first = 0.0, 0.0, 0.0
 
