@@ -155,3 +155,13 @@ def test_a_second_ctrl_c_ends_within_two_seconds_and_harms_no_checkpoint(place: 
     kept = scan(place / "run" / "checkpoints")
     assert kept
     assert all(entry.problem is None for entry in kept)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_training_ends_it_with_nothing_written(
+    signum: signal.Signals, code: int, place: Path, capsys: Capture
+) -> None:
+    (place / "flow_nets.py").write_text(f"import os\nos.kill(os.getpid(), {int(signum)})\n" + NETS)
+    assert main([*FIT, "--run-dir", "run"]) == code
+    assert capsys.readouterr().err == f"error: ended by {signum.name}\nhint: The same command starts over.\n"
+    assert not (place / "run").exists()
