@@ -119,8 +119,11 @@ def read(path: Path) -> Snapshot:
             model = _read_tensors(files, MODEL)
             others = _read_tensors(files, OPTIMIZER)
             document = _read_json(files)
+            weights = decode(document["model"], model, where="model")
+            if not isinstance(weights, dict):
+                raise _Damaged(STATE, "its model is no table of names")
             return Snapshot(
-                model=decode(document["model"], model, where="model"),
+                model=weights,
                 optimizer=decode(document["optimizer"], others, where="optimizer"),
                 state=decode(document["state"], others, where="state"),
             )
@@ -224,7 +227,7 @@ class _Contents:
         aliases = {
             name: reference["$tensor"]
             for name, reference in model_json.items()
-            if reference.get("$tensor", name) != name and name != "format"
+            if isinstance(reference, dict) and reference.get("$tensor", name) != name and name != "format"
         }
         self._state = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
         self._model = tensor_file.plan(model, aliases)
@@ -499,9 +502,14 @@ def _parse_manifest(text: bytes) -> dict[str, dict[str, Any]]:
     if text != _canonical({**document, "sha256": digest}):
         raise _Damaged(MANIFEST, "it was changed after it was written")
     files = document.get("files")
-    if version != FORMAT or not isinstance(files, dict) or set(files) != set(FILES):
+    listed = isinstance(files, dict) and set(files) == set(FILES)
+    if version != FORMAT or not listed or not all(_is_listing(entry) for entry in files.values()):
         raise _Damaged(MANIFEST, f"it is not of format {FORMAT}")
-    return files
+    return dict(files)
+
+
+def _is_listing(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
 
 
 def _sha256(fd: int, name: str) -> str:
