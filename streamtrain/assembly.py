@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from streamtrain.callbacks.base import HOOKS, hooks_of
 from streamtrain.config import Config, DataTable, Named, Said
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.spelling import nearest, shown
@@ -192,9 +193,17 @@ def callback(named: Named, said: Said, number: int) -> object:
     path = ("callbacks", number)
     if ":" in named.name:
         target: Any = load(named.name, _where(said, (*path, "name")))
-        return call(target, named.arguments, said, path, named.name) if callable(target) else target
-    name = _known(named.name, CALLBACKS, said, (*path, "name"), "callback")
-    return call(getattr(importlib.import_module(CALLBACKS[name]), name), named.arguments, said, path, name)
+        made = call(target, named.arguments, said, path, named.name) if callable(target) else target
+    else:
+        name = _known(named.name, CALLBACKS, said, (*path, "name"), "callback")
+        target = getattr(importlib.import_module(CALLBACKS[name]), name)
+        made = call(target, named.arguments, said, path, name)
+    if not hooks_of(made):
+        raise ConfigError(
+            f"{_where(said, (*path, 'name'))}{named.name} gave a {type(made).__name__}, which has none of the hooks",
+            hint=f"A callback has some of {', '.join(HOOKS)}.",
+        )
+    return made
 
 
 def load(target: str, where: str = "") -> object:

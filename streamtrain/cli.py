@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -264,6 +265,8 @@ def _usage_error(error: CycloptsError) -> ConfigError:
         known = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
         close = nearest(option, known)
         return ConfigError(f"unknown option {option}", hint=f"Did you mean {close}?" if close else hint)
+    if isinstance(error, UnknownCommandError) and error.unused_tokens and error.unused_tokens[0].startswith("-"):
+        return ConfigError(f"unknown option {error.unused_tokens[0].partition('=')[0]}", hint=hint)
     if isinstance(error, UnknownCommandError) and error.unused_tokens:
         close = nearest(error.unused_tokens[0], _commands())
         known = _commands()
@@ -294,7 +297,7 @@ def _say(error: BaseException, debug: bool) -> int:
 
 HINTS = {
     1: "--debug shows the traceback.",
-    2: "`streamtrain --help` lists commands and options.",
+    2: "`--help` after the command lists its options.",
     3: "`streamtrain inspect DATA` shows what is there.",
     4: "`streamtrain checkpoints RUN` lists the good ones.",
     5: "Once the machine allows it, the same command with `--resume auto` carries on.",
@@ -315,7 +318,12 @@ def _known(error: BaseException) -> StreamtrainError | None:
 
 
 def _complain(message: str, hint: str, debug: bool, error: BaseException | None = None) -> None:
-    if debug and error is not None:
+    with suppress(OSError):  # nobody hears it
+        _write(message, hint, error if debug else None)
+
+
+def _write(message: str, hint: str, error: BaseException | None) -> None:
+    if error is not None:
         traceback.print_exception(error)
     for kind, text in (("error", message), ("hint", hint)):
         line = " ".join(part.strip() for part in text.splitlines() if part.strip())

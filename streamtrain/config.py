@@ -34,7 +34,7 @@ class Must:
 
 Count = Annotated[int, Field(ge=1), Must("an integer of at least 1")]
 Natural = Annotated[int, Field(ge=0), Must("an integer of at least 0")]
-Whole = Annotated[int, Must("an integer")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63), Must("an integer of at least 0 and below 2^63")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), Must("a finite number of seconds of at least 0")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Must("a finite number above 0")]
 Text = Annotated[str, Field(min_length=1), Must("a text that is not empty")]
@@ -81,7 +81,7 @@ class DataTable(Table):
     targets: Names | None = None
     batch_size: Count = 256
     shuffle: Annotated[bool | Literal["block", "global"], Must('false, true, "block" or "global"')] = False
-    seed: Natural = 0
+    seed: Seed = 0
     drop_last: Annotated[bool, Must("true or false")] = False
     shuffle_blocks: Count | None = None
     split: (
@@ -93,7 +93,7 @@ class DataTable(Table):
         | None
     ) = None
     split_by: Annotated[Literal["range", "chunk", "sample"], Must('"range", "chunk" or "sample"')] = "range"
-    split_seed: Natural = 0
+    split_seed: Seed = 0
     sample_axes: Annotated[list[int], Field(min_length=1), Must("a list of axis numbers such as [0]")] = Field(
         default=[0]
     )
@@ -133,7 +133,7 @@ class TrainerTable(Table):
     gradient_clip_value: Positive | None = None
     device: Text = "auto"
     device_transform: Target | None = None
-    seed: Natural | None = None
+    seed: Seed | None = None
     deterministic: Annotated[bool, Must("true or false")] = False
     nonfinite: Annotated[Literal["raise", "skip"], Must('"raise" or "skip"')] = "raise"
     log_every: Count = 50
@@ -348,7 +348,7 @@ def _explain(error: ValidationError, said: Said) -> ConfigError:
     return ConfigError(f"{_at(said, path)}{name} must be {must or _plain(first['type'])}, got {shown(got)}", hint=HINT)
 
 
-HINT = "`streamtrain fit --help` lists the options; the README lists the keys of each table."
+HINT = "`--help` after the command lists its options; the README lists the keys of each table."
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

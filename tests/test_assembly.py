@@ -14,6 +14,8 @@ from torch import nn
 from streamtrain import assembly
 from streamtrain.config import Named, Said, resolve
 from streamtrain.errors import ConfigError, UserCodeError
+from streamtrain.optimizers import build_optimizer
+from streamtrain.schedulers import build_scheduler
 
 MODULE = """
 from torch import nn
@@ -173,6 +175,30 @@ def test_every_callback_has_its_short_name(name: str) -> None:
 def test_a_callback_with_a_wrong_argument_is_said_by_its_number() -> None:
     with pytest.raises(ConfigError, match=r"^unknown key callbacks\.2\.evry: ModelCheckpoint takes no such argument$"):
         assembly.callback(Named.model_validate({"name": "ModelCheckpoint", "evry": "1epoch"}), Said(), 2)
+
+
+def test_a_callback_without_a_hook_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^nets_here:Net gave a Net, which has none of the hooks$"):
+        assembly.callback(Named(name="nets_here:Net"), Said(), 0)
+
+
+def test_an_optimizer_may_be_named_by_where_it_is() -> None:
+    said = Said({"data": "d", "model": "nets_here:Net"})
+    tables = {**said.tables, "data": {"store": "d"}, "optimizer": {"name": "torch.optim:RMSprop", "momentum": 0.5}}
+    spec = assembly.optimizer(resolve(Said(tables)), said)
+    built = build_optimizer(nn.Linear(2, 1), spec, 1e-3)
+    assert isinstance(built, torch.optim.RMSprop)
+    assert built.defaults["momentum"] == 0.5
+    assert built.defaults["lr"] == 1e-3
+
+
+def test_a_schedule_may_be_named_by_where_it_is_and_is_tried_before_training() -> None:
+    named = Named.model_validate({"name": "torch.optim.lr_scheduler:StepLR", "step_size": 2, "interval": "epoch"})
+    bound = build_scheduler(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0), assembly.scheduler(named, Said()))
+    assert bound.by_epoch
+    assert assembly.scheduler(None, Said()) is None
+    with pytest.raises(ConfigError, match=r"^scheduler\.warmup must be like"):
+        assembly.scheduler(Named.model_validate({"name": "cosine", "warmup": "3 parsecs"}), Said())
 
 
 def test_the_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

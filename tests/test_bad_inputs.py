@@ -252,6 +252,7 @@ USAGE = [
     Row("max_epochs broken", None, [*FIT, "--max-epochs", "1.5"], 2, "--max-epochs: .* at least 1, got 1.5"),
     Row("max_epochs no number", None, [*FIT, "--max-epochs", "abc"], 2, "--max-epochs: .* at least 1, got 'abc'"),
     Row("batch_size of 0", None, [*FIT, "--batch-size", "0"], 2, "--batch-size: .* at least 1, got 0"),
+    Row("a seed too large", None, [*FIT, "--seed", "9" * 30], 2, "--seed: .* below 2.63, got 9"),
     Row("lr nan", None, [*FIT, "--lr", "nan"], 2, "--lr: .* finite number of at least 0, got nan"),
     Row("lr infinite", None, [*FIT, "--lr", "inf"], 2, "--lr: .* finite number of at least 0, got inf"),
     Row("lr negative", None, [*FIT, "--lr", "-1"], 2, "--lr: .* finite number of at least 0, got -1"),

@@ -74,6 +74,7 @@ def test_each_command_has_help(command: str, capsys: Capture) -> None:
     [
         (["fitt"], "unknown command fitt", "Did you mean fit?"),
         (["validate"], "unknown command validate", "There are: demo, fit, inspect, bench, checkpoints."),
+        (["--epochs=3"], "unknown option --epochs", "`streamtrain --help` lists what there is."),
         (["fit", "--epcohs", "3"], "unknown option --epcohs", "Did you mean --max-epochs?"),
         (["fit", "--batchsize=3"], "unknown option --batchsize", "Did you mean --batch-size?"),
         (["fit", "--zzz"], "unknown option --zzz", "`streamtrain fit --help` lists what there is."),
