@@ -1,7 +1,6 @@
-"""The command line: what each command takes, how errors are said, and the exit codes.
+"""The command line: what each command takes, and its exit code.
 
-Its law: a user reads one `error:` line and one `hint:` line, never a traceback (that takes `--debug`); and nothing
-heavy is imported before a command needs it, so that help is quick and loads no torch, numpy or zarr.
+Its law: nothing heavy is imported before a command needs it, so that help is quick and loads no torch, numpy or zarr.
 """
 
 from __future__ import annotations
@@ -12,20 +11,18 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from streamtrain import __version__
-from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError
+from streamtrain.complaints import complain, say, usage_error
+from streamtrain.errors import ConfigError
 from streamtrain.flags import Flags, StreamFlags, assignments, normalise, parse_value
 from streamtrain.signals import Interrupted
-from streamtrain.spelling import nearest, shown
+from streamtrain.spelling import shown
 
 if TYPE_CHECKING:
     from streamtrain.config import Said
@@ -207,10 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as interrupt:
         signum = interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT
-        _complain(f"ended by {signal.Signals(signum).name}", "The same command starts over.", debug, interrupt)
+        complain(
+            f"ended by {signal.Signals(signum).name}", "The same command starts over.", interrupt if debug else None
+        )
         return 128 + signum
     except Exception as error:
-        return _say(error, debug)
+        return say(error, debug=debug)
 
 
 def _command(tokens: list[str]) -> int:
@@ -221,7 +220,7 @@ def _command(tokens: list[str]) -> int:
     try:
         code: Any = app(normalise(tokens))
     except CycloptsError as error:
-        raise _usage_error(error) from error
+        raise usage_error(error, _commands()) from error
     except SystemExit:
         if {"--help", "-h", "--version"}.isdisjoint(tokens):
             raise
@@ -254,78 +253,3 @@ def _stream_said(store: str, flags: StreamFlags | None) -> Said:
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, flush=True)
-
-
-def _usage_error(error: CycloptsError) -> ConfigError:
-    """What the parser found, in our words."""
-    command = " ".join(["streamtrain", *(error.command_chain or ())])
-    hint = f"`{command} --help` lists what there is."
-    if isinstance(error, UnknownOptionError):
-        option = (error.token.keyword or error.token.value).partition("=")[0]
-        known = [name for argument in error.argument_collection for name in argument.names if name.startswith("--")]
-        close = nearest(option, known)
-        return ConfigError(f"unknown option {option}", hint=f"Did you mean {close}?" if close else hint)
-    if isinstance(error, UnknownCommandError) and error.unused_tokens and error.unused_tokens[0].startswith("-"):
-        return ConfigError(f"unknown option {error.unused_tokens[0].partition('=')[0]}", hint=hint)
-    if isinstance(error, UnknownCommandError) and error.unused_tokens:
-        close = nearest(error.unused_tokens[0], _commands())
-        known = _commands()
-        return ConfigError(
-            f"unknown command {error.unused_tokens[0]}",
-            hint=f"Did you mean {close}?" if close else f"There are: {', '.join(known)}.",
-        )
-    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        return ConfigError(f"unexpected argument {error.unused_tokens[0]}", hint=hint)
-    if isinstance(error, MissingArgumentError) and error.argument is not None:
-        return ConfigError(f"{command}: {error.keyword or error.argument.name} needs a value", hint=hint)
-    error.verbose = False
-    return ConfigError(str(error), hint=hint)
-
-
-def _say(error: BaseException, debug: bool) -> int:
-    """Print an error's two lines; its exit code."""
-    while isinstance(error, BaseExceptionGroup):
-        error = next((one for one in error.exceptions if isinstance(one, StreamtrainError)), error.exceptions[0])
-    known = error if isinstance(error, StreamtrainError) else _known(error)
-    if known is None:
-        text = f"{type(error).__name__}: {error}"
-        _complain(f"internal error: {text}", "This is a fault of streamtrain's own; --debug shows where.", debug, error)
-        return 1
-    _complain(str(known), known.hint or HINTS[known.exit_code], debug, error)
-    return known.exit_code
-
-
-HINTS = {
-    1: "--debug shows the traceback.",
-    2: "`--help` after the command lists its options.",
-    3: "`streamtrain inspect DATA` shows what is there.",
-    4: "`streamtrain checkpoints RUN` lists the good ones.",
-    5: "Once the machine allows it, the same command with `--resume auto` carries on.",
-    6: "Lower the learning rate, or look at the rows named.",
-    7: "--debug shows the traceback.",
-}
-"""What to do where an error itself does not say."""
-
-
-def _known(error: BaseException) -> StreamtrainError | None:
-    """The machine's own refusals, which can come from anywhere."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return EnvironmentProblem(f"out of memory: {error}", hint="Lower batch_size, or memory.")
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return EnvironmentProblem(f"{where}{error.strerror or error}")
-    return None
-
-
-def _complain(message: str, hint: str, debug: bool, error: BaseException | None = None) -> None:
-    with suppress(OSError):  # nobody hears it
-        _write(message, hint, error if debug else None)
-
-
-def _write(message: str, hint: str, error: BaseException | None) -> None:
-    if error is not None:
-        traceback.print_exception(error)
-    for kind, text in (("error", message), ("hint", hint)):
-        line = " ".join(part.strip() for part in text.splitlines() if part.strip())
-        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        print(f"{kind}: {plain}", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ callbacks.model_checkpoint saving
 loop
 trainer
 config assembly watch inspection bench fit_command demo
-cli
+complaints cli
 __main__
 """
 """A file imports only from the floors above it in this list (the ground floor comes first), and on its own floor only
