@@ -72,7 +72,7 @@ def _known(error: BaseException) -> StreamtrainError | None:
         return EnvironmentProblem(f"out of memory: {error}", hint="Lower batch_size, or memory.")
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
-        return EnvironmentProblem(f"{where}{error.strerror or error or type(error).__name__}")
+        return EnvironmentProblem(f"{where}{error.strerror or str(error) or type(error).__name__}")
     return None
 
 
