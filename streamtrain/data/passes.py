@@ -375,6 +375,8 @@ class ZarrPass:
             unit.block = unit.head = None  # its last job may still hold it: no buffer may wait for a thread
         self._end_if_over()
         self._pump()
+        if not self._busy:  # there was no room for the next: the consumer may know why
+            self._queue.wake()
 
     def _emit(self, unit: Unit) -> None:
         size, end = self._recipe.batch_size, self._order.num_samples
@@ -384,11 +386,10 @@ class ZarrPass:
             if stop > unit.stop:
                 break
             first, block = self._blocks[0]
-            while self._emitted >= first + block.slots:
-                self._blocks.popleft()
-                first, block = self._blocks[0]
             ready = _Ready(block, self._emitted - first, stop - position, Cursor(self._epoch, stop))
             self._emitted += 1
+            if self._emitted == first + block.slots:  # what is taken must hold no buffer
+                self._blocks.popleft()
             if self._recipe.transform is None:
                 self._queue.put(ready, self._slot_bytes)
             else:
