@@ -97,7 +97,7 @@ class DataTable(Table):
     sample_axes: Annotated[list[int], Field(min_length=1), Must("a list of axis numbers such as [0]")] = Field(
         default=[0]
     )
-    dtype: Text | None = None
+    dtype: Annotated[Text | dict[str, Text], Must("a numpy dtype, or a table of them by array")] | None = None
     transform: Target | None = None
     memory: Bytes = "1GiB"
     cache: Bytes | Natural = "auto"

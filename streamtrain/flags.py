@@ -80,6 +80,8 @@ _TRAINER = [
     Flag("--resume", ("fit.resume",), "auto, best or the path of a checkpoint", "text"),
     Flag("--run-dir", ("trainer.run_dir",), "the run's folder; runs/<name>-<time> by default", "text"),
     Flag("--grace", ("trainer.grace",), "seconds that saving may take after a signal"),
+    Flag("--step", ("trainer.step",), "pkg.mod:function of (model, batch) that gives the loss", "text"),
+    Flag("--device-transform", ("trainer.device_transform",), "pkg.mod:function, called on the device", "text"),
     Flag("--device", ("trainer.device",), "auto, cpu, cuda, cuda:1, mps", "text"),
     Flag("--precision", ("trainer.precision",), "32, bf16 or 16", "text"),
     Flag("--seed", ("trainer.seed", "data.seed"), "seed of weights, dropout and the order"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from cyclopts import App, Parameter
 
-from streamtrain.config import Said, resolve
+from streamtrain.config import DataTable, FitTable, Said, Table, TrainerTable, resolve
 from streamtrain.flags import FLAGS, STREAM_FLAGS, Flags, StreamFlags, assignments, normalise, parse_value
 
 app = App(result_action="return_value", exit_on_error=False, print_error=False)
@@ -34,6 +34,7 @@ GOOD = {
     "--precision": "32", "--seed": "1", "--accumulate-grad-batches": "2", "--gradient-clip-norm": "1",
     "--gradient-clip-value": "1.5", "--nonfinite": "skip", "--log-every": "1", "--validate-every": "9steps",
     "--sanity-batches": "0", "--limit-batches": "0.5", "--overfit-batches": "1", "--data": "d", "--model": "m:N",
+    "--step": "m:f", "--device-transform": "m:f",
 }  # fmt: skip
 
 
@@ -44,6 +45,17 @@ def test_every_flag_sets_keys_that_the_configuration_knows(flag: Any) -> None:
     for origin, key, value in assignments(app(normalise(tokens))):
         said.assign(origin, key, value)
     resolve(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("data", DataTable), ("trainer", TrainerTable), ("fit", FitTable)],
+    ids=["data", "trainer", "fit"],
+)
+def test_every_key_of_these_tables_has_a_flag_of_its_name(name: str, table: type[Table]) -> None:
+    kebab = {f"--{key.replace('_', '-')}" for key in table.model_fields}
+    assert kebab <= {spelling for flag in FLAGS for spelling in (flag.name, flag.also)}
+    assert {f"{name}.{key}" for key in table.model_fields} <= {key for flag in FLAGS for key in flag.keys}
 
 
 @pytest.mark.parametrize(
