@@ -70,17 +70,29 @@ def rehearse(config: Config, said: Said, *, level: int) -> list[str]:
         lines = [_model_line(job.trainer), f"train on {_stream_line(job.train)}"]
         if job.validation is not None:
             lines.append(f"validate on {_stream_line(job.validation)}")
-    where = config.trainer.run_dir or default_folder(config, said)
+    where = in_folder(config, said).trainer.run_dir or "no folder"
     limits = ", ".join(f"{key} {value}" for key, value in job.limits.items()) or "max_epochs 1"
     return [*lines, f"would train to {limits} in {where}", "nothing was written"]
 
 
 def in_folder(config: Config, said: Said) -> Config:
-    """The same with a run folder: the one that was asked for, or a new one; none for `fast_dev_run`."""
-    if config.trainer.run_dir is not None or config.trainer.fast_dev_run:
+    """The same with a run folder: the one that was asked for, or a new one; none for `fast_dev_run`.
+
+    A config.toml that lies in a run's folder stands for that folder, wherever it was moved to.
+    """
+    folder = config.trainer.run_dir
+    if ("trainer", "run_dir") not in said.origins and _lies_in_a_run(said.file):
+        folder = os.path.dirname(said.file) or "."
+    if folder is None and not config.trainer.fast_dev_run:
+        folder = default_folder(config, said)
+    if folder == config.trainer.run_dir:
         return config
-    trainer = config.trainer.model_copy(update={"run_dir": default_folder(config, said)})
-    return config.model_copy(update={"trainer": trainer})
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"run_dir": folder})})
+
+
+def _lies_in_a_run(file: str) -> bool:
+    folder, name = os.path.split(file)
+    return name == "config.toml" and os.path.isdir(os.path.join(folder, "checkpoints"))
 
 
 def default_folder(config: Config, said: Said) -> str:

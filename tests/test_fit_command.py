@@ -39,6 +39,16 @@ def test_a_folder_that_was_asked_for_is_taken_and_a_trial_has_none() -> None:
     assert in_folder(*config(trainer={"fast_dev_run": True})).trainer.run_dir is None
 
 
+def test_a_kept_configuration_stands_for_its_folder_unless_another_is_asked_for(tmp_path: Path) -> None:
+    made, said = config(trainer={"run_dir": "old"})
+    said.file = str(tmp_path / "config.toml")
+    assert in_folder(made, said).trainer.run_dir == "old"
+    (tmp_path / "checkpoints").mkdir()
+    assert in_folder(made, said).trainer.run_dir == str(tmp_path)
+    said.assign("--run-dir", "trainer.run_dir", "new")
+    assert in_folder(resolve(said), said).trainer.run_dir == "new"
+
+
 def kept(folder: Path, made: Config) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(made.dumps())

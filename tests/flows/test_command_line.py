@@ -93,6 +93,14 @@ def test_a_kept_configuration_runs_again_and_goes_on(place: Path) -> None:
     assert steps(place / "run") == list(range(1, 13))
 
 
+def test_a_run_folder_that_moved_goes_on_where_it_is(place: Path) -> None:
+    assert main([*FIT, "--run-dir", "run", "-q"]) == 0
+    (place / "run").rename(place / "moved")
+    assert main(["fit", "moved/config.toml", "--resume", "auto", "--max-epochs", "2", "-q"]) == 0
+    assert steps(place / "moved") == list(range(1, 9))
+    assert not (place / "run").exists()
+
+
 def test_quiet_says_nothing(place: Path, capsys: Capture) -> None:
     assert main([*FIT, "--run-dir", "run", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
