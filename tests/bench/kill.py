@@ -201,7 +201,9 @@ def lived(setup: Setup, folder: Path, kills: list[Kill]) -> Trial:
         if kill is not None:
             _end(process, run / "checkpoints", kill, signal.SIGTERM if setup.command else signal.SIGKILL)
         code = process.wait()
-        trial.codes.append(128 - code if code == -signal.SIGTERM and not run.exists() else code)  # before it could see
+        # Before anything is there to be saved, and after all is, nobody minds a signal: what a shell reads is the same.
+        nothing_to_lose = not run.exists() or _complete(setup, run / "checkpoints")
+        trial.codes.append(128 - code if code == -signal.SIGTERM and nothing_to_lose else code)
         if code == 0:
             said = GOES_ON.search((folder / "err").read_text())
             trial.silent += committed and not (said is not None and int(said[1]) > 0)
@@ -222,6 +224,11 @@ def _end(process: subprocess.Popen[bytes], checkpoints: Path, kill: Kill, number
         process.wait(kill.after)
     except subprocess.TimeoutExpired:
         process.send_signal(number)
+
+
+def _complete(setup: Setup, checkpoints: Path) -> bool:
+    newest = checkpoint.newest_valid(checkpoints) if _committed(checkpoints) else None
+    return newest is not None and newest.step == setup.needed
 
 
 def _committed(checkpoints: Path) -> bool:
