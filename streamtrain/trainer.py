@@ -166,6 +166,7 @@ class Trainer:
         self._rng: Rng | None = None
         self._lasting: Life | None = None
         self._checkpoint: Path | None = None
+        self._position: tuple[Stream, dict[str, Any]] | None = None
         if not any(map(is_lazy, model.parameters())):
             self._build()
         self.evaluator = self._evaluator()
@@ -409,6 +410,7 @@ class Trainer:
                 del found, snapshot
             else:
                 path = None
+                self._go_on(train)
             self._lasting = life
             plan = self._plan(limits, train, streams, folder, path)
             status = _Status(files, folder)
@@ -432,10 +434,20 @@ class Trainer:
                 if wheel.saver is not None:
                     await wheel.saver.wait()
                     self._checkpoint = wheel.saver.last or self._checkpoint
+                self._position = (train, train.state_dict())
         state = self.state
         return FitResult(
             reason, detail, state.epoch, state.step, state.samples, dict(life.metrics), state.best, self._checkpoint
         )
+
+    def _go_on(self, train: Stream) -> None:
+        """Where the last fit of this process ended in the middle of an epoch: continue there."""
+        last, state = self._position or (None, {})
+        if last is train and self.state.batch:
+            train.load_state_dict(state)
+        elif self.state.batch:
+            logger.info("another stream: epoch %d begins anew", self.state.epoch)
+            self.state.batch = 0
 
     def _saver(self, checkpoints: Path, files: Files) -> Saver:
         rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))

@@ -1,0 +1,244 @@
+"""What from_iterable promises: items become batches, positions are numbers of items, and going back costs what is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamtrain.data.batch import Batch, Cursor
+from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.data.source import Stream
+from streamtrain.errors import ConfigError, DataError, UserCodeError
+
+ROWS = np.arange(6.0).reshape(3, 2)
+
+
+class Again:
+    """An asynchronous source that can start over."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._items()
+
+    async def _items(self) -> AsyncIterator[Any]:
+        for number in range(self.count):
+            yield np.full((2, 1), number)
+
+
+class Stateful:
+    """A source with a position of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.at, self.made = count, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self.at = self.at, 0
+        for number in range(begin, self.count):
+            self.made += 1
+            self.at = number + 1
+            yield np.full((2, 1), number)
+        self.at = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+async def numbers(stream: IterableStream) -> list[int]:
+    """The rest of a pass, as the numbers in it."""
+    return [int(batch.inputs[0, 0]) async for batch in stream]
+
+
+async def after(stream: IterableStream, count: int) -> None:
+    """Take so many batches of a new pass."""
+    batches = aiter(stream)
+    for _ in range(count):
+        await anext(batches)
+
+
+def count(source: type[Again] | type[Stateful] | type[list[Any]], size: int) -> Any:
+    return [np.full((2, 1), number) for number in range(size)] if source is list else source(size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("item", "inputs", "targets"),
+    [
+        ((ROWS, ROWS[:, 0]), ROWS, ROWS[:, 0]),
+        ([ROWS, ROWS[:, 0]], ROWS, ROWS[:, 0]),
+        ((ROWS,), ROWS, None),
+        ({"a": ROWS}, {"a": ROWS}, None),
+        (Batch(ROWS, ROWS[:, 1]), ROWS, ROWS[:, 1]),
+        (ROWS, ROWS, None),
+    ],
+)
+async def test_items_become_batches(item: Any, inputs: Any, targets: Any) -> None:
+    [batch] = [batch async for batch in from_iterable([item])]
+    np.testing.assert_equal(batch.inputs, inputs)
+    np.testing.assert_equal(batch.targets, targets)
+    assert (batch.cursor, len(batch)) == (Cursor(0, 1), 3)
+
+
+@pytest.mark.parametrize("item", ["text", (1, 2, 3), None, 7])
+async def test_what_is_no_batch_is_named(item: Any) -> None:
+    stream = from_iterable([(ROWS, ROWS), item])
+    with pytest.raises(DataError, match="item 1 of the iterable is a"):
+        await after(stream, 2)
+
+
+@pytest.mark.parametrize("source", [7, "text", {"a": 1}, None])
+def test_what_is_no_series_is_refused(source: Any) -> None:
+    with pytest.raises(ConfigError):
+        from_iterable(source)
+
+
+def test_it_is_a_stream() -> None:
+    assert isinstance(from_iterable([]), Stream)
+
+
+@pytest.mark.parametrize("source", [list, Again, Stateful])
+async def test_epochs_follow_each_other(source: Any) -> None:
+    stream = from_iterable(count(source, 3))
+    assert await numbers(stream) == [0, 1, 2]
+    assert stream.epoch == 1
+    assert await numbers(stream) == [0, 1, 2]
+    stream.set_epoch(0)
+    assert stream.state_dict()["epoch"] == 0
+
+
+@pytest.mark.parametrize("source", [list, Again, Stateful])
+async def test_a_loaded_position_is_gone_on_from(source: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    first, second = from_iterable(count(source, 5)), from_iterable(count(source, 5))
+    await after(first, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
+    assert second.state_dict()["position"] == 2
+    assert await numbers(second) == [2, 3, 4]
+    assert await numbers(second) == [0, 1, 2, 3, 4]
+    if source is Stateful:
+        assert second.source.made == 8
+        assert second.statistics().discarded == 0
+    else:
+        assert "2 batches are produced again and discarded" in caplog.text
+        assert second.statistics().discarded == 2
+
+
+async def test_while_driven_only_trained_batches_count() -> None:
+    stream = from_iterable(Stateful(5))
+    stream.follow(True)
+    batches = aiter(stream)
+    first = await anext(batches)
+    stream.trained(first.cursor)
+    await anext(batches)
+    await anext(batches)
+    state = stream.state_dict()
+    assert (state["position"], state["source_position"], state["source"]) == (1, 1, {"at": 1})
+    again = from_iterable(Stateful(5))
+    again.load_state_dict(state)
+    assert await numbers(again) == [1, 2, 3, 4]
+
+
+async def test_a_new_pass_starts_the_epoch_over_and_ends_the_old_one() -> None:
+    stream = from_iterable([ROWS, ROWS, ROWS])
+    old = aiter(stream)
+    await anext(old)
+    assert len([batch async for batch in stream]) == 3
+    with pytest.raises(StopAsyncIteration):
+        await anext(old)
+
+
+async def test_an_iterator_serves_one_epoch() -> None:
+    stream = from_iterable(iter([ROWS]))
+    assert stream.one_epoch
+    await after(stream, 1)
+    with pytest.raises(ConfigError, match="serves one epoch"):
+        aiter(stream)
+
+
+async def test_an_async_generator_is_closed_with_its_pass() -> None:
+    closed = []
+
+    async def items() -> AsyncIterator[Any]:
+        try:
+            while True:
+                yield ROWS
+        finally:
+            closed.append(True)
+
+    stream = from_iterable(items())
+    await after(stream, 2)
+    await stream.aclose()
+    assert closed == [True]
+
+
+async def test_a_batch_that_was_put_back_comes_first() -> None:
+    for source in (iter([ROWS, 2 * ROWS]), aiter(Again(2))):
+        stream = from_iterable(source)
+        batches = aiter(stream)
+        first = await anext(batches)
+        stream.put_back(first)
+        again = [batch.inputs async for batch in stream]
+        np.testing.assert_equal(again[0], first.inputs)
+        assert len(again) == 2
+
+
+async def test_a_source_that_raises_is_named() -> None:
+    def items() -> Iterator[Any]:
+        yield ROWS
+        raise OSError("the tape broke")
+
+    with pytest.raises(UserCodeError, match="generator raised OSError: the tape broke") as caught:
+        await after(from_iterable(items()), 2)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+async def test_a_state_that_json_can_not_hold_is_said_and_replaced_by_a_replay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Odd(Stateful):
+        def state_dict(self) -> dict[str, Any]:
+            return {"at": object()}
+
+    stream = from_iterable(Odd(4))
+    await after(stream, 2)
+    assert stream.state_dict()["source"] is None
+    assert "resuming replays" in caplog.text
+    again = from_iterable(Odd(4))
+    again.load_state_dict(stream.state_dict())
+    assert await numbers(again) == [2, 3]
+
+
+def test_a_position_of_another_stream_is_refused() -> None:
+    with pytest.raises(DataError):
+        from_iterable([]).load_state_dict({"epoch": 0, "position": 3, "of": {}})
+
+
+async def test_set_epoch_is_passed_on() -> None:
+    class Sampler(Stateful):
+        epochs: list[int] = []
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    stream = from_iterable(Sampler(1))
+    await numbers(stream)
+    await numbers(stream)
+    assert Sampler.epochs == [0, 1]
+
+
+def test_the_length_is_the_sources() -> None:
+    assert len(from_iterable(Stateful(4))) == 4
+    with pytest.raises(TypeError):
+        len(from_iterable(Again(4)))

@@ -1,0 +1,739 @@
+"""What fit promises: the bare loop's weights, a resume at the very next batch, nothing lost, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.data.batch import Batch
+from streamtrain.early_stopping import EarlyStopping
+from streamtrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EnvironmentProblem,
+    NonFiniteError,
+    UserCodeError,
+)
+from streamtrain.events import BatchEnd, TrainEnd, ValidationEnd
+from streamtrain.metrics import MeanAbsoluteError
+from streamtrain.progress import FitResult
+from streamtrain.trainer import Trainer
+from tests.engine import AtStep, Recorder, Samples, bare_loop, lines, network, pairs, same, samples
+
+SEED = 5
+
+
+def trainer(model: nn.Module | None = None, **options: Any) -> Trainer:
+    return Trainer(model or network(), nn.MSELoss(), **{"seed": SEED, "device": "cpu", "log_every": 5, **options})
+
+
+def steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 5])
+@pytest.mark.parametrize("known", [True, False], ids=["known-length", "unknown-length"])
+async def test_fit_makes_the_bare_loops_weights(accumulate: int, known: bool) -> None:
+    stream = Samples(96, known=known)  # 12 batches: the last group of 5 has 2
+    fitted = trainer(accumulate_grad_batches=accumulate)
+    result = await fitted.fit(stream, validation=Samples(40), max_epochs=3)
+    bare = bare_loop(network(), pairs(stream, 3), seed=SEED, accumulate=accumulate)
+    if known or accumulate != 5:
+        assert same(fitted.model, bare)
+    else:  # the size of the last group is known only when it is over: gradients are multiplied by 5/2
+        for (name, mine), theirs in zip(fitted.model.named_parameters(), bare.parameters(), strict=True):
+            if name != "0.bias":  # before a BatchNorm its gradient is rounding, which Adam makes large
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    assert (result.reason, result.epoch, result.step, result.samples) == ("completed", 3, 3 * -(-12 // accumulate), 288)
+
+
+async def test_clipping_and_schedule_are_the_bare_loops() -> None:
+    stream = Samples()
+    fitted = trainer(gradient_clip_norm=0.5, scheduler={"name": "linear", "warmup": 3})
+    await fitted.fit(stream, max_epochs=2)
+    lr = fitted.scheduler
+    assert lr is not None
+    bare = bare_loop(
+        network(),
+        pairs(stream, 2),
+        seed=SEED,
+        clip=0.5,
+        lr=lambda step: lr.schedule.lr(1e-3, step),  # type: ignore[attr-defined]
+    )
+    assert same(fitted.model, bare)
+
+
+async def test_a_short_last_group_is_the_mean_over_its_samples() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    stream = Samples(20, batch_size=8)  # batches of 8, 8 and 4: groups of 2 batches, then one of 1; all 3 in one of 5
+    inputs, targets = samples(20)
+    fitted = trainer(model, accumulate_grad_batches=5, optimizer="sgd", lr=0.1)
+    whole = nn.Linear(4, 1)
+    whole.load_state_dict(model.state_dict())
+    await fitted.fit(stream)
+    nn.MSELoss()(whole(inputs), targets).backward()
+    for mine, theirs in zip(fitted.model.parameters(), whole.parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine, theirs - 0.1 * theirs.grad)
+
+
+async def test_a_shuffling_dataloader_gives_the_bare_loops_weights() -> None:
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8, shuffle=True)
+    fitted = trainer()
+    await fitted.fit(loader, max_epochs=2)
+    model = network()
+    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), nn.MSELoss()
+    torch.manual_seed(SEED)
+    for _ in range(2):
+        for inputs, targets in loader:
+            loss(model(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(fitted.model, model)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8, 13, 20, 26])
+@pytest.mark.parametrize("accumulate", [1, 3])
+async def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, stop: int, accumulate: int) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "metrics": {"mae": MeanAbsoluteError()}}
+    options["scheduler"] = {"name": "cosine", "total": 40}
+    whole = trainer(run_dir=tmp_path / "whole", **options)
+    whole_result = await whole.fit(Samples(), validation=Samples(30, seed=9), max_epochs=3)
+    stop = min(stop, whole.state.step - 1)
+    first = trainer(run_dir=tmp_path / "cut", **options)
+    cut = await first.fit(Samples(), validation=Samples(30, seed=9), max_epochs=3, max_steps=stop)
+    assert cut.step == stop
+    again = trainer(run_dir=tmp_path / "cut", **options)
+    result = await again.fit(Samples(), validation=Samples(30, seed=9), max_epochs=3, resume="auto")
+    assert (result.step, result.metrics) == (whole.state.step, whole_result.metrics)
+    assert same(again.model, whole.model)
+    told, undisturbed = lines(tmp_path / "cut"), lines(tmp_path / "whole")
+    if stop % 5:  # a log ends with the last step of a run, which this one was for a while
+        told = [row for row in told if (row["step"], row["split"]) != (stop, "train")]
+    assert told == undisturbed
+
+
+async def test_a_shuffling_dataloader_is_resumed_in_its_own_order(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8, shuffle=True)
+    whole = trainer()
+    await whole.fit(loader, max_epochs=2)
+    await trainer(run_dir=tmp_path).fit(loader, max_steps=18)
+    again = trainer(run_dir=tmp_path)
+    await again.fit(loader, max_epochs=2, resume="auto")
+    assert same(again.model, whole.model)
+
+
+async def test_a_second_fit_goes_on_in_the_middle_of_the_epoch() -> None:
+    stream = Samples()
+    fitted = trainer()
+    await fitted.fit(stream, max_steps=20)
+    assert (fitted.state.epoch, fitted.state.batch) == (1, 7)
+    await fitted.fit(stream, max_epochs=3)
+    assert same(fitted.model, bare_loop(network(), pairs(stream, 3), seed=SEED))
+
+
+async def test_without_limits_each_fit_is_one_epoch() -> None:
+    fitted = trainer()
+    assert (await fitted.fit(Samples())).epoch == 1
+    assert (await fitted.fit(Samples())).epoch == 2
+
+
+async def test_fit_leaves_the_callers_random_numbers_threads_and_tasks_alone(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    await fitted.fit(Samples(), validation=Samples(20))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("streamtrain", "asyncio"))]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_seed_of_none_is_a_copy_of_the_callers_state() -> None:
+    torch.manual_seed(SEED)
+    fitted = trainer(network(), seed=None)  # building the network seeds with 0
+    torch.manual_seed(SEED)
+    await fitted.fit(Samples())
+    assert same(fitted.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED))
+
+
+async def test_two_fits_beside_each_other_disturb_neither() -> None:
+    one, other = trainer(), trainer(seed=6)
+    await asyncio.gather(one.fit(Samples(), max_epochs=2), other.fit(Samples(), max_epochs=2))
+    assert same(one.model, bare_loop(network(), pairs(Samples(), 2), seed=SEED))
+    assert same(other.model, bare_loop(network(), pairs(Samples(), 2), seed=6))
+
+
+async def test_the_order_of_an_epoch(tmp_path: Path) -> None:
+    recorder, told = Recorder(), []
+
+    class Decider(Callback):
+        decides = True
+
+        async def on_validation_end(self, event: ValidationEnd) -> None:
+            told.append(event.sanity)
+
+    fitted = trainer(callbacks=[recorder, Decider()], run_dir=tmp_path)
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=2)
+    hooks = [hook for hook, _ in recorder.told if not hook.startswith("on_batch") and hook != "on_checkpoint"]
+    epoch = ["on_epoch_begin", "on_log", "on_log", "on_epoch_end", "on_validation_begin", "on_log", "on_validation_end"]
+    second = ["on_epoch_begin", "on_log", "on_log", "on_log", *epoch[3:]]
+    begin = ["on_train_begin", "on_validation_begin", "on_validation_end"]
+    assert hooks == [*begin, *epoch, *second, "on_log", "on_train_end"]
+    assert told == [True, False, False]
+    counts = [event.count for event in recorder.events("on_batch_end")]
+    assert sum(counts) == 26
+
+
+# --- cancellation and stops ---
+
+
+async def within(timeout: asyncio.Timeout, fit: Coroutine[Any, Any, None]) -> None:
+    """Await a fit inside a timeout."""
+    async with timeout:
+        await fit
+
+
+async def begun(fitted: Trainer, step: int, **fit: Any) -> asyncio.Task[FitResult]:
+    """A fit without end that has made so many steps."""
+    reached = asyncio.Event()
+    fitted.callbacks.append(AtStep(step, reached.set))
+    task = asyncio.create_task(fitted.fit(**{"stream": Samples(), "max_epochs": 10**6, **fit}))
+    await reached.wait()
+    return task
+
+
+@pytest.mark.parametrize("how", ["task.cancel", "anyio", "wait_for"])
+async def test_a_cancelled_fit_saves_and_raises_again(tmp_path: Path, how: str) -> None:
+    fitted, reached = trainer(run_dir=tmp_path), asyncio.Event()
+    fitted.callbacks.append(AtStep(20, reached.set))
+
+    async def fit() -> None:
+        await fitted.fit(Samples(), max_epochs=10**6)
+
+    if how == "task.cancel":
+        task = asyncio.create_task(fit())
+        await reached.wait()
+        task.cancel()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    elif how == "anyio":
+        async with anyio.create_task_group() as group:
+            group.start_soon(fit)
+            await reached.wait()
+            group.cancel_scope.cancel()
+    else:
+        timeout = asyncio.timeout(None)
+        fitted.callbacks.append(AtStep(20, lambda: timeout.reschedule(0)))
+        with pytest.raises(TimeoutError):
+            await within(timeout, fit())
+    assert steps(tmp_path)[-1] == fitted.state.step
+    again = trainer(run_dir=tmp_path)
+    result = await again.fit(Samples(), max_steps=fitted.state.step + 5, resume="auto")
+    assert same(again.model, bare_loop(network(), cut(result.step), seed=SEED))
+
+
+def cut(updates: int) -> list[Any]:
+    """So many batches of the epochs of Samples."""
+    epochs = pairs(Samples(), -(-updates // 13))
+    epochs[-1] = epochs[-1][: updates - 13 * (len(epochs) - 1)]
+    return epochs
+
+
+async def test_a_cancelled_fit_whose_data_hangs_saves_at_once(tmp_path: Path) -> None:
+    stream = Samples()
+    stream.gates[40] = asyncio.Event()
+    fitted = trainer(run_dir=tmp_path, accumulate_grad_batches=2)
+    task = await begun(fitted, 2, stream=stream)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert steps(tmp_path) == [2]
+    again = trainer(run_dir=tmp_path, accumulate_grad_batches=2)
+    await again.fit(Samples(), resume="auto")
+    assert same(again.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED, accumulate=2))
+
+
+async def test_a_stop_from_another_thread_ends_after_the_update(tmp_path: Path) -> None:
+    recorder = Recorder()
+    fitted = trainer(run_dir=tmp_path, callbacks=[recorder])
+    fitted.callbacks.append(AtStep(7, lambda: threading.Thread(target=fitted.stop, args=("enough",)).start()))
+    result = await fitted.fit(Samples(), max_epochs=10**6)
+    assert (result.reason, result.detail) == ("stopped", "enough")
+    assert steps(tmp_path)[-1] == result.step
+    assert [event.detail for event in recorder.events("on_interrupt")] == ["enough"]
+
+
+async def test_max_time_ends_a_fit_even_while_data_hangs() -> None:
+    stream = Samples()
+    stream.gates[40] = asyncio.Event()
+    result = await trainer().fit(stream, max_time=0.2)
+    assert (result.reason, result.step) == ("max_time", 5)
+
+
+async def test_a_paused_fit_stands_still_saves_and_goes_on(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path / "run")
+    task = await begun(fitted, 3, max_steps=200)
+    fitted.pause()
+    await fitted.save_checkpoint(tmp_path / "one")
+    await fitted.save_checkpoint(tmp_path / "other")
+    one, other = trainer(), trainer()
+    await one.load_checkpoint(tmp_path / "one")
+    await other.load_checkpoint(tmp_path / "other")
+    assert one.state.step == other.state.step == fitted.state.step < 200
+    fitted.resume()
+    assert (await task).step == 200
+
+
+async def test_a_requested_checkpoint_is_made_between_two_updates(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path / "run")
+    task = await begun(fitted, 3)
+    path = await fitted.save_checkpoint()
+    assert path.parent == tmp_path / "run" / "checkpoints"
+    fitted.stop()
+    await task
+    loaded = trainer()
+    await loaded.load_checkpoint(path)
+    assert loaded.state.step >= 3
+    assert same(loaded.model, bare_loop(network(), cut(loaded.state.step), seed=SEED))
+
+
+async def test_set_lr_keeps_the_groups_proportions() -> None:
+    fitted = trainer(optimizer={"name": "sgd", "rules": [("bias", {"lr": 0.002})]}, lr=0.001)
+    fitted.callbacks.append(AtStep(1, lambda: fitted.set_lr(0.01)))
+    await fitted.fit(Samples(), max_epochs=20)
+    assert fitted.optimizer is not None
+    assert [group["lr"] for group in fitted.optimizer.param_groups] == pytest.approx([0.01, 0.02])
+
+
+# --- what is written ---
+
+
+async def test_metrics_are_means_over_samples(tmp_path: Path) -> None:
+    fitted = trainer(nn.Linear(4, 1), optimizer="sgd", lr=0.0, run_dir=tmp_path, metrics={"mae": MeanAbsoluteError()})
+    await fitted.fit(Samples(20, batch_size=8), validation={"a": Samples(20), "b": Samples(30)})
+    inputs, targets = samples(20)
+    loss = nn.MSELoss()(fitted.model(inputs), targets).item()
+    train, val = (
+        [row for row in lines(tmp_path) if row["split"] == "train"],
+        [row for row in lines(tmp_path) if row["split"] == "val"],
+    )
+    assert train[-1]["loss"] == pytest.approx(loss)
+    assert val[-1]["val_a_loss"] == pytest.approx(loss)
+    assert set(val[-1]) >= {"val_a_mae", "val_b_loss", "val_b_mae"}
+
+
+async def test_user_metrics_join_the_next_line(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    fitted.log_metrics({"teacher": 0.5})
+    await fitted.fit(Samples())
+    assert [row["teacher"] for row in lines(tmp_path) if "teacher" in row] == [0.5]
+
+
+async def test_a_step_function_logs_what_it_returns(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Batch) -> dict[str, Any]:
+        outputs = model(batch.inputs)
+        loss = nn.functional.mse_loss(outputs, batch.targets)
+        return {"loss": loss, "outputs": outputs, "double": 2 * loss}
+
+    fitted = Trainer(
+        network(), step=step, seed=SEED, run_dir=tmp_path, log_every=5, metrics={"mae": MeanAbsoluteError()}
+    )
+    await fitted.fit(Samples(), validation=Samples(20))
+    assert same(fitted.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED))
+    for row in lines(tmp_path):
+        prefix = "val_" if row["split"] == "val" else ""
+        assert row[f"{prefix}double"] == pytest.approx(2 * row[f"{prefix}loss"])
+
+
+async def test_overridden_steps_are_used() -> None:
+    class Own(Trainer):
+        def training_step(self, model: nn.Module, batch: Batch) -> Any:
+            return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+        def validation_step(self, model: nn.Module, batch: Batch) -> Any:
+            return {"seven": 7.0}
+
+        def predict_step(self, model: nn.Module, batch: Batch) -> Any:
+            return batch.index
+
+    fitted = Own(network(), seed=SEED)
+    result = await fitted.fit(Samples(), validation=Samples(20))
+    assert same(fitted.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED))
+    assert result.metrics["val_seven"] == 7.0
+    stream = Samples(20)
+    assert torch.cat([part async for part in fitted.predict(stream)]).sort().values.tolist() == list(range(20))
+
+
+async def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    result = await trainer(run_dir=tmp_path / "run", fast_dev_run=2, callbacks=[ModelCheckpoint()]).fit(
+        Samples(), validation=Samples(30), max_epochs=9
+    )
+    assert (result.step, result.reason) == (2, "completed")
+    assert "val_loss" in result.metrics
+    assert not (tmp_path / "run").exists()
+
+
+async def test_limits_of_batches() -> None:
+    assert (await trainer(limit_batches=5).fit(Samples(), max_epochs=2)).step == 10
+    assert (await trainer(limit_batches=0.5).fit(Samples(), max_epochs=2)).step == 12
+    stream = Samples()
+    fitted = trainer(overfit_batches=3)
+    await fitted.fit(stream, max_epochs=2)
+    assert same(fitted.model, bare_loop(network(), [pairs(stream, 1)[0][:3]] * 2, seed=SEED))
+
+
+async def test_lazy_parameters_take_their_size_from_the_first_batch() -> None:
+    def lazy() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    bare = lazy()
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        bare.eval()(pairs(Samples(), 1)[0][0][0])
+    bare.train()
+    fitted = trainer(lazy())
+    await fitted.fit(Samples(), max_epochs=2)
+    assert same(fitted.model, bare_loop(bare, pairs(Samples(), 2), seed=SEED))
+
+
+async def test_bfloat16_trains() -> None:
+    result = await trainer(precision="bf16").fit(Samples(), max_epochs=3)
+    assert result.metrics["loss"] < 5
+
+
+# --- deciders ---
+
+
+async def test_early_stopping_ends_the_fit_and_restores_the_best_weights(tmp_path: Path) -> None:
+    fitted = trainer(lr=0.3, run_dir=tmp_path, callbacks=[EarlyStopping(patience=2)])
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=100)
+    assert result.reason == "early_stopping"
+    assert result.best is not None
+    assert result.best.checkpoint is not None
+    assert result.best.epoch == result.epoch - 3
+    means = await fitted.validate(Samples(30, seed=3))
+    assert means["val_loss"] == pytest.approx(result.best.value, rel=1e-6)
+    again = await trainer(lr=0.3, run_dir=tmp_path, callbacks=[EarlyStopping(patience=2)]).fit(
+        Samples(), validation=Samples(30, seed=3), max_epochs=100, resume="auto"
+    )
+    assert (again.reason, again.step) == ("early_stopping", result.step)
+
+
+async def test_early_stopping_restores_without_a_folder() -> None:
+    fitted = trainer(lr=0.3, callbacks=[EarlyStopping(patience=2)])
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=100)
+    assert result.best is not None
+    means = await fitted.validate(Samples(30, seed=3))
+    assert means["val_loss"] == pytest.approx(result.best.value, rel=1e-6)
+
+
+async def test_resume_best_goes_back_and_sets_the_future_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = {"every": "1epoch", "keep_last": -1, "save_top_k": 1}
+    fitted = trainer(lr=0.3, run_dir=tmp_path, callbacks=[ModelCheckpoint(**rule)])  # type: ignore[arg-type]
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=8)
+    assert result.best is not None
+    again = trainer(lr=0.3, run_dir=tmp_path, callbacks=[ModelCheckpoint(**rule)])  # type: ignore[arg-type]
+    recorder = Recorder()
+    again.callbacks.append(recorder)
+    await again.fit(Samples(), validation=Samples(30, seed=3), max_epochs=8, resume="best")
+    assert recorder.events("on_train_begin")[0].step == result.best.step
+    assert same(again.model, fitted.model)
+    assert result.best.step == result.step or "set aside" in caplog.text
+
+
+# --- what is refused ---
+
+
+async def test_a_folder_with_checkpoints_wants_to_know_what_to_do(tmp_path: Path) -> None:
+    await trainer(run_dir=tmp_path).fit(Samples())
+    with pytest.raises(ConfigError, match="resume was not given") as caught:
+        await trainer(run_dir=tmp_path).fit(Samples())
+    assert "resume='auto'" in caught.value.hint
+
+
+async def test_another_model_or_optimizer_is_refused_with_a_table(tmp_path: Path) -> None:
+    await trainer(run_dir=tmp_path).fit(Samples())
+    other = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"0\.weight: float32\[16, 4\] -> float32\[8, 4\]"):
+        await trainer(other, run_dir=tmp_path).fit(Samples(), resume="auto")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    for options, told in (
+        ({"optimizer": "sgd"}, "optimizer.class: 'AdamW' -> 'SGD'"),
+        ({"lr": 0.5}, r"optimizer.groups\[0\].lr: 0.001 -> 0.5"),
+        ({"seed": 6}, "seed: 5 -> 6"),
+        ({"precision": "bf16"}, "precision: '32' -> 'bf16'"),
+        ({"scheduler": "cosine"}, "scheduler: "),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            await trainer(run_dir=tmp_path, **options).fit(Samples(), max_epochs=9, resume="auto")
+    with pytest.raises(DataError, match="seed: 0 then, 1 now"):
+        await trainer(run_dir=tmp_path).fit(Samples(seed=1), resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"precision": "64"}, "precision"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches"),
+        ({"log_every": 1.5}, "log_every"),
+        ({"lr": float("nan")}, "lr"),
+        ({"validate_every": "10min"}, "validate_every"),
+        ({"nonfinite": "rollback"}, "nonfinite"),
+        ({"limit_batches": 1.5}, "limit_batches"),
+        ({"compile": True}, "later"),
+        ({"strategy": "ddp"}, "later"),
+        ({"optimizer": "adan"}, "optimizer"),
+        ({"precision": "16"}, "CUDA"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_when_given(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        trainer(**options)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"max_epochs": 0}, "max_epochs"),
+        ({"max_steps": -1}, "max_steps"),
+        ({"max_epochs": 1.5}, "max_epochs"),
+        ({"max_time": "soon"}, "max_time"),
+        ({"resume": "auto"}, "needs a run_dir"),
+    ],
+)
+async def test_limits_that_cannot_work_are_refused(limits: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        await trainer().fit(Samples(), **limits)
+
+
+async def test_more_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match="serves one epoch"):
+        await trainer(run_dir=run).fit(iter([samples(8)]), max_epochs=2)
+    with pytest.raises(ConfigError, match="no validation stream"):
+        await trainer(run_dir=run, callbacks=[EarlyStopping()]).fit(Samples())
+    with pytest.raises(ConfigError, match="there is no loss"):
+        await Trainer(network(), run_dir=run).fit(Samples())
+    with pytest.raises(ConfigError, match="ModelCheckpoint needs a run_dir"):
+        await trainer(callbacks=[ModelCheckpoint()]).fit(Samples())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2"):
+        await trainer(run_dir=run).fit(Samples())
+    assert not run.exists()
+
+
+async def test_fit_while_fit_runs_is_refused() -> None:
+    fitted = trainer()
+    task = await begun(fitted, 1)
+    with pytest.raises(ConfigError, match="running already"):
+        await fitted.fit(Samples())
+    fitted.stop()
+    await task
+
+
+async def test_a_locked_folder_is_refused(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    task = await begun(fitted, 1)
+    with pytest.raises(EnvironmentProblem, match="in use"):
+        await trainer(run_dir=tmp_path).fit(Samples(), resume="auto")
+    fitted.stop()
+    await task
+
+
+# --- what goes wrong ---
+
+
+class Faulty(Callback):
+    """Raises at a step."""
+
+    async def on_batch_end(self, event: BatchEnd) -> None:
+        if event.step >= 5:
+            raise ValueError("no")
+
+
+async def test_a_callback_that_raises_ends_the_fit_saved_and_the_others_properly(tmp_path: Path) -> None:
+    recorder = Recorder()
+    fitted = trainer(run_dir=tmp_path, callbacks=[Faulty(), recorder])
+    with pytest.raises(UserCodeError, match="callback Faulty: on_batch_end raised ValueError: no"):
+        await fitted.fit(Samples(), max_epochs=10**6)
+    assert steps(tmp_path)[-1] == fitted.state.step >= 5
+    assert isinstance(recorder.events("on_exception")[0].error, UserCodeError)
+    assert isinstance(recorder.told[-1][1], TrainEnd)
+    assert "callback Faulty" in (tmp_path / "error.json").read_text()
+
+
+async def test_a_model_that_raises_is_named_and_what_was_finished_is_saved(tmp_path: Path) -> None:
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(4, 1), 0
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 8:
+                raise RuntimeError("out of ideas")
+            out: torch.Tensor = self.layer(inputs)
+            return out
+
+    fitted = trainer(Fragile(), run_dir=tmp_path)
+    with pytest.raises(UserCodeError, match=r"step 8: .* RuntimeError: out of ideas"):
+        await fitted.fit(Samples())
+    assert steps(tmp_path) == [7]
+
+
+async def test_data_that_fails_is_raised_after_what_came_before_is_trained(tmp_path: Path) -> None:
+    stream = Samples()
+    stream.failures[40] = DataError("chunk 5 is damaged")
+    fitted = trainer(run_dir=tmp_path)
+    with pytest.raises(DataError, match="chunk 5"):
+        await fitted.fit(stream)
+    assert steps(tmp_path) == [5]
+    again = trainer(run_dir=tmp_path)
+    await again.fit(Samples(), resume="auto")
+    assert same(again.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED))
+
+
+async def test_not_a_number_in_the_features_names_row_and_column() -> None:
+    stream = Samples()
+    row = int(next(iter(stream.batches(0))).index[3])
+    stream.inputs[row, 2] = float("nan")
+    fitted = trainer()
+    before = {name: value.clone() for name, value in fitted.model.state_dict().items()}
+    with pytest.raises(DataError, match=f"step 1: inputs hold nan at row {row}, column 2"):
+        await fitted.fit(stream)
+    assert all(torch.equal(value, before[name]) for name, value in fitted.model.state_dict().items())
+
+
+async def test_a_loss_that_is_not_finite_leaves_the_weights_before_it(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Batch) -> Any:
+        loss = nn.functional.mse_loss(model(batch.inputs), batch.targets)
+        return loss * float("inf") if batch.cursor.position == 48 else loss
+
+    fitted = Trainer(network(), step=step, seed=SEED, run_dir=tmp_path)
+    with pytest.raises(NonFiniteError, match=r"step 6, rows .*: the loss is inf; the weights are those of step 5"):
+        await fitted.fit(Samples())
+    assert same(fitted.model, bare_loop(network(), cut(5), seed=SEED))
+    assert steps(tmp_path) == [5]
+
+
+async def test_skipped_updates_change_nothing_and_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Samples()
+    batch = list(stream.batches(0))[4]
+    stream.inputs[int(batch.index[0]), 1] = float("nan")
+    fitted = trainer(network(dropout=0.0), nonfinite="skip")
+    result = await fitted.fit(stream)
+    batches = pairs(stream, 1)[0]
+    del batches[4]
+    assert same(fitted.model, bare_loop(network(dropout=0.0), [batches], seed=SEED))
+    assert (result.step, result.samples) == (13, 100)
+    assert np.isfinite(result.metrics["loss"])
+    assert "the update is skipped" in caplog.text
+
+
+async def test_a_label_out_of_range_names_its_row() -> None:
+    inputs, _ = samples()
+    labels = torch.zeros(100, dtype=torch.int64)
+    labels[9] = 7
+    batches = [Batch(inputs[i : i + 10], labels[i : i + 10], torch.arange(i, i + 10)) for i in range(0, 100, 10)]
+    with pytest.raises(DataError, match="targets hold 7 at row 9"):
+        await Trainer(nn.Linear(4, 3), nn.CrossEntropyLoss()).fit(batches)
+
+
+async def test_saves_that_fail_let_training_go_on_three_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    fitted = trainer(run_dir=tmp_path, callbacks=[ModelCheckpoint(every="1epoch")])
+    with pytest.raises(EnvironmentProblem, match="checkpoint"):
+        await fitted.fit(Samples(), max_epochs=10)
+    assert caplog.text.count("training goes on") == 3
+    assert fitted.state.epoch == 4
+
+
+async def test_an_empty_stream_is_said() -> None:
+    with pytest.raises(DataError, match="gave no batch"):
+        await trainer().fit([])
+
+
+async def test_a_loss_that_is_none_is_explained() -> None:
+    for step, told in (
+        (lambda model, batch: None, "returned no loss"),
+        (lambda model, batch: 1.0, "float, not a tensor"),
+        (lambda model, batch: model(batch.inputs), r"shape \(8, 1\)"),
+        (lambda model, batch: torch.zeros(()), "does not depend"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            await Trainer(network(), step=step).fit(Samples())
+
+
+# --- without learning ---
+
+
+async def test_evaluation_leaves_modes_and_random_numbers_alone() -> None:
+    fitted = trainer(metrics={"mae": MeanAbsoluteError()})
+    fitted.model[1].eval()  # type: ignore[index]
+    before = torch.get_rng_state()
+    means = await fitted.evaluate(Samples(30))
+    assert set(means) == {"test_loss", "test_mae"}
+    assert [module.training for module in fitted.model] == [True, False, True, True, True]  # type: ignore[attr-defined]
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in fitted.model.parameters())
+
+
+async def test_predictions_come_in_order_and_may_be_left_early() -> None:
+    fitted = trainer()
+    inputs, _ = samples(40)
+    batches = list(torch.split(inputs, 8))
+    outputs = [output async for output in fitted.predict(batches)]
+    fitted.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(outputs), fitted.model(inputs))
+    fitted.model.train()
+    async for output in fitted.predict(batches):
+        assert len(output) == 8
+        break
+    with pytest.raises(ConfigError, match="later"):
+        fitted.predict(batches, out="p.zarr")
+
+
+async def test_train_epoch_returns_its_means() -> None:
+    fitted = trainer()
+    first, second = await fitted.train_epoch(Samples()), await fitted.train_epoch(Samples())
+    assert first["loss"] > second["loss"]
+
+
+async def test_a_checkpoint_saved_outside_of_fit_can_be_resumed(tmp_path: Path) -> None:
+    fitted = trainer()
+    await fitted.fit(Samples())
+    path = await fitted.save_checkpoint(tmp_path / "kept")
+    again = trainer(run_dir=tmp_path / "run")
+    await again.fit(Samples(), max_epochs=2, resume=path)
+    assert same(again.model, bare_loop(network(), pairs(Samples(), 2), seed=SEED))
+
+
+def test_fit_sync_runs_without_a_loop() -> None:
+    assert trainer().fit_sync(Samples()).reason == "completed"
+
+
+def test_said_once_that_a_run_starts_fresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    trainer(run_dir=tmp_path).fit_sync(Samples(), resume="auto")
+    assert "starting fresh" in caplog.text
