@@ -79,7 +79,7 @@ class Pumped:
         self._ready: deque[Batch] = deque()
         self._batches = 1
         self._running = False
-        self._full = False
+        self._full = self._closing = False
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -126,6 +126,7 @@ class Pumped:
         return self._ready[0] if self._ready else None
 
     async def aclose(self) -> None:
+        self._closing = True  # a source of the user's may swallow a cancellation
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._ready.clear()
@@ -133,7 +134,7 @@ class Pumped:
 
     async def _pump(self) -> None:
         try:
-            while self._left is None or self._left > 0:
+            while (self._left is None or self._left > 0) and not self._closing:
                 await self._until_room(2 * self._batches)
                 batch = await self._next()
                 self._ready.append(batch)

@@ -107,13 +107,12 @@ class ReadyQueue(Generic[T]):
         self._empty_waits += 1
         started = time.perf_counter()
         try:
-            await asyncio.wait_for(self._waiter, timeout)
-        except TimeoutError:
-            return False
+            # Not asyncio.wait_for: on Python 3.11 it loses a cancellation that comes together with the result.
+            done, _ = await asyncio.wait([self._waiter], timeout=timeout)
         finally:
             self._waiter = None
             self._wait_seconds += time.perf_counter() - started
-        return True
+        return bool(done)
 
     def statistics(self) -> QueueStatistics:
         """How the queue stands now."""

@@ -202,7 +202,8 @@ class ZarrStream:
         loop = ZarrLoop()
         try:
             task = asyncio.wrap_future(loop.submit(self._read_metadata()))
-            self._opened = await asyncio.wait_for(task, self._read_timeout)
+            async with asyncio.timeout(self._read_timeout):  # wait_for loses cancellations on Python 3.11
+                self._opened = await task
         except TimeoutError:
             raise self._hung() from None
         finally:

@@ -136,3 +136,14 @@ async def test_producer_and_consumer_meet_within_the_bounds() -> None:
     await producer
     assert seen == [str(number) for number in range(100)]
     assert most <= 3
+
+
+async def test_a_wait_that_is_cancelled_as_something_comes_in_is_cancelled() -> None:
+    ready = queue()
+    waiting = asyncio.create_task(ready.wait(timeout=60))
+    await asyncio.sleep(0)
+    ready.put("a", 1)
+    await asyncio.sleep(0)  # the waiter is done, its task not yet awake
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
