@@ -63,7 +63,7 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec = "adamw", lr: float =
     options = {"lr": lr, **_options(NAMES[name], table, "optimizer")}
     check_lr(options["lr"], "optimizer.lr")
     groups = _groups(model, rules, NAMES[name])
-    if options.get("fused") is None and name in FUSED and "foreach" not in options and _fusable(groups):
+    if options.get("fused") is None and name in FUSED and "foreach" not in options and _fusable(model, groups):
         options["fused"] = True
     try:
         return NAMES[name](groups, **options)  # type: ignore[no-any-return]
@@ -153,8 +153,9 @@ def _groups(model: nn.Module, rules: Sequence[Any], kind: type[Optimizer]) -> li
     return first + [{"params": members, **options} for _, options, members in plans]
 
 
-def _fusable(groups: Sequence[Mapping[str, Any]]) -> bool:
-    return all(
+def _fusable(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the fused kernels take all gradients; sparse ones they do not."""
+    return not any(getattr(module, "sparse", False) for module in model.modules()) and all(
         parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
         for group in groups
         for parameter in group["params"]

@@ -1,0 +1,122 @@
+"""What an evaluation promises: means over samples, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamtrain.data.batch import Batch
+from streamtrain.data.iterable import from_iterable
+from streamtrain.device import mover
+from streamtrain.errors import ConfigError, DataError, UserCodeError
+from streamtrain.evaluation import Evaluator, Stopped, evaluating
+from streamtrain.life import first_rng
+from streamtrain.metrics import MeanAbsoluteError, as_metric
+from streamtrain.step import Compute, Outcome, supervised
+from streamtrain.threads import train_thread
+from tests.engine import Samples, network, samples
+
+CPU = torch.device("cpu")
+
+
+def evaluator(model: nn.Module, compute: Compute | None = None, **metrics: Any) -> Evaluator:
+    made = {name: as_metric(metric) for name, metric in metrics.items()}
+    return Evaluator(model, compute or supervised(model, nn.MSELoss()), made, move=mover(CPU), device=CPU)
+
+
+async def run(judge: Evaluator, stream: Any, **options: Any) -> dict[str, float]:
+    async with train_thread() as thread:
+        return await judge.run(stream, thread, first_rng(0), **options)
+
+
+async def test_means_weigh_by_samples_however_the_batches_are() -> None:
+    model = network()
+    inputs, targets = samples(50)
+    model.eval()
+    with torch.no_grad():
+        loss = nn.MSELoss()(model(inputs), targets).item()
+        error = (model(inputs) - targets).abs().mean().item()
+    model.train()
+    for size in (7, 50, 64):
+        means = await run(evaluator(model, mae=MeanAbsoluteError()), Samples(50, size))
+        assert means == {"loss": pytest.approx(loss), "mae": pytest.approx(error)}
+
+
+async def test_a_metric_starts_anew_for_each_evaluation() -> None:
+    judge = evaluator(network(), mae=MeanAbsoluteError)
+    assert await run(judge, Samples(30)) == await run(judge, Samples(30))
+
+
+async def test_a_limit_is_kept() -> None:
+    seen = []
+
+    def metric(outputs: Any, targets: Any) -> float:
+        seen.append(len(outputs))
+        return 0.0
+
+    await run(evaluator(network(), metric=metric), Samples(50, 8), limit=3)
+    assert seen == [8, 8, 8]
+
+
+async def test_modes_are_put_back_one_by_one() -> None:
+    model = network()
+    model[3].eval()  # type: ignore[index]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.children()] == [True, True, True, False, True]
+    await run(evaluator(model), Samples(20))
+    assert [module.training for module in model.children()] == [True, True, True, False, True]
+
+
+async def test_random_numbers_of_an_evaluation_are_its_own_and_the_same_each_time() -> None:
+    class Noisy(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return torch.rand(len(inputs), 1)
+
+    model = Noisy()
+    before = torch.get_rng_state()
+    first, second = await run(evaluator(model), Samples(50, 3)), await run(evaluator(model), Samples(50, 3))
+    assert first == second
+    assert torch.equal(before, torch.get_rng_state())
+
+
+async def test_a_synchronous_source_is_pulled_on_the_train_thread() -> None:
+    inputs, targets = samples(30)
+    batches = [(inputs[i : i + 8], targets[i : i + 8]) for i in range(0, 30, 8)]
+    model = network()
+    assert await run(evaluator(model), from_iterable(batches)) == pytest.approx(
+        await run(evaluator(model), Samples(30))
+    )
+
+
+async def test_a_stop_ends_it_between_two_bursts() -> None:
+    stream = Samples(50)
+    with pytest.raises(Stopped):
+        await run(evaluator(network()), stream, stopping=lambda: True)
+
+
+async def test_a_cancelled_evaluation_waits_for_its_burst() -> None:
+    stream = Samples(50)
+    stream.gates[24] = asyncio.Event()
+    task = asyncio.create_task(run(evaluator(network()), stream))
+    await asyncio.wait([task], timeout=0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_what_goes_wrong_has_a_name() -> None:
+    def broken(batch: Batch) -> Outcome:
+        raise ValueError("no such layer")
+
+    with pytest.raises(UserCodeError, match=r"in evaluation: .* ValueError: no such layer"):
+        await run(evaluator(network(), broken), Samples(20))
+    with pytest.raises(DataError, match="gave no batch"):
+        await run(evaluator(network()), from_iterable([]))
+    with pytest.raises(ConfigError, match="metrics need outputs"):
+        await run(evaluator(network(), lambda batch: Outcome(torch.ones(())), mae=MeanAbsoluteError()), Samples(20))

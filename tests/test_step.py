@@ -1,0 +1,284 @@
+"""What a burst promises: whole updates, numbers read once, nothing of a batch alive afterwards."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from streamtrain.control import Control
+from streamtrain.data.batch import Batch
+from streamtrain.device import mover
+from streamtrain.errors import ConfigError, NonFiniteError, UserCodeError
+from streamtrain.optimizers import build_optimizer
+from streamtrain.schedulers import build_scheduler
+from streamtrain.step import Compute, Outcome, TrainStep, supervised
+from streamtrain.tally import Report
+from tests.engine import Samples, bare_loop, network, pairs, same
+
+CPU = torch.device("cpu")
+
+
+class Hand:
+    """Gives batches until it is empty."""
+
+    def __init__(self, batches: Iterable[Batch], *, ended: bool = False) -> None:
+        self.batches, self.ended = deque(batches), ended
+
+    def take(self) -> Batch | None:
+        return self.batches.popleft() if self.batches else None
+
+
+def made(model: nn.Module, compute: Compute | None = None, *, optimizer: Any = "adamw", **options: Any) -> TrainStep:
+    door = options.pop("door", Control())
+    built = build_optimizer(model, optimizer)
+    lr = build_scheduler(built, options.pop("scheduler", None))
+    compute = compute or supervised(model, nn.MSELoss())
+    return TrainStep(model, built, compute, lr, move=mover(CPU), door=door, device=CPU, **{"log_every": 5, **options})
+
+
+def burst(step: TrainStep, hand: Hand, updates: int | None = None, remaining: int | None = None) -> Report:
+    return step.run(hand, updates=updates, seconds=60.0, epoch=0, remaining=remaining)
+
+
+def batches(count: int = 13) -> list[Batch]:
+    return list(Samples(8 * count).batches(0))
+
+
+def test_a_burst_ends_after_so_many_updates_and_tells_its_position() -> None:
+    step, given = made(network()), batches()
+    report = burst(step, Hand(given), updates=4)
+    assert (report.first_step, report.updates, report.batches, report.samples) == (1, 4, 4, 32)
+    assert report.cursor == given[3].cursor
+    assert step.step == 4
+
+
+def test_a_burst_ends_when_its_time_is_over_but_makes_one_update() -> None:
+    step = made(network())
+    report = step.run(Hand(batches()), updates=None, seconds=0.0, epoch=0, remaining=None)
+    assert report.updates == 1
+
+
+def test_a_burst_ends_after_the_update_during_which_somebody_knocked() -> None:
+    door = Control()
+    model = network()
+    inner = supervised(model, nn.MSELoss())
+    calls: list[int] = []
+
+    def compute(batch: Batch) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            door.pause()
+        return inner(batch)
+
+    assert burst(made(model, compute, door=door), Hand(batches())).updates == 3
+
+
+def test_an_empty_hand_ends_a_burst_without_an_update() -> None:
+    report = burst(made(network()), Hand([]))
+    assert (report.updates, report.cursor, report.error) == (0, None, None)
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=8), accumulate=st.integers(1, 4))
+def test_pieces_and_bursts_make_no_difference(sizes: list[int], accumulate: int) -> None:
+    given_, step = batches(), made(network(), accumulate=accumulate, log_every=2)
+    torch.manual_seed(3)
+    reports, hand = [], Hand([], ended=False)
+    rest = deque(given_)
+    for size in [*sizes, len(given_)]:
+        hand.batches.extend(rest.popleft() for _ in range(min(size, len(rest))))
+        hand.ended = not rest
+        taken = len(given_) - len(rest) - len(hand.batches)
+        reports.append(burst(step, hand, remaining=len(given_) - taken))
+    whole = made(network(), accumulate=accumulate, log_every=2)
+    torch.manual_seed(3)
+    one = burst(whole, Hand(given_, ended=True), remaining=len(given_))
+    assert [row.values for report in reports for row in report.rows] == [row.values for row in one.rows]
+    assert sum(report.updates for report in reports) == one.updates == -(-13 // accumulate)
+    assert step.tally.epoch.compute() == whole.tally.epoch.compute()
+    assert torch.equal(
+        torch.cat([p.flatten() for p in _weights(step)]), torch.cat([p.flatten() for p in _weights(whole)])
+    )
+
+
+def _weights(step: TrainStep) -> list[Tensor]:
+    return [p for group in step._optimizer.param_groups for p in group["params"]]
+
+
+def test_lines_of_the_log_are_means_over_samples() -> None:
+    model = network(dropout=0.0)
+    losses: list[tuple[float, int]] = []
+    inner = supervised(model, nn.MSELoss())
+
+    def compute(batch: Batch) -> Any:
+        outcome = inner(batch)
+        losses.append((outcome.loss.item(), len(batch)))
+        return outcome._replace(logged={"double": outcome.loss * 2, "one": 1})
+
+    given = list(Samples(76).batches(0))  # the last batch has 4
+    report = burst(made(model, compute), Hand(given))
+    assert [row.step for row in report.rows] == [5, 10]
+    assert [row.samples for row in report.rows] == [40, 76]
+    for row, part in zip(report.rows, (losses[:5], losses[5:]), strict=True):
+        mean = sum(loss * count for loss, count in part) / sum(count for _, count in part)
+        assert row.values["loss"] == pytest.approx(mean)
+        assert row.values["double"] == pytest.approx(2 * mean)
+        assert (row.values["one"], row.values["lr"]) == (1.0, 0.001)
+    assert report.loss_sum == pytest.approx(sum(loss * count for loss, count in losses))
+
+
+def test_nothing_of_a_batch_outlives_it() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    model = network()
+    inner = supervised(model, nn.MSELoss())
+
+    def compute(batch: Batch) -> Any:
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(batch.inputs))
+        return inner(batch)
+
+    class Fresh(Hand):
+        def take(self) -> Batch | None:
+            batch = super().take()
+            return None if batch is None else Batch(batch.inputs.clone(), batch.targets)
+
+    gc.disable()
+    try:
+        burst(made(model, compute), Fresh(batches(6)))
+        assert alive == [0] * 6
+        assert all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+
+
+def test_few_frames_lie_between_a_burst_and_the_optimizer() -> None:
+    depth: list[int] = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            depth.append(len(traceback.extract_stack()))
+            return super().step(closure)
+
+    model = network()
+    step = made(model, optimizer=lambda parameters: Spy(parameters, lr=0.1))
+    here = len(traceback.extract_stack())
+    burst(step, Hand(batches(1)))
+    assert depth[0] - here <= 5  # burst, run, _update, torch's wrapper, step
+
+
+def test_an_error_leaves_the_updates_before_it_and_no_trace_of_its_batch() -> None:
+    model, given = network(), batches()
+    inner = supervised(model, nn.MSELoss())
+    calls: list[int] = []
+
+    def compute(batch: Batch) -> Any:
+        outcome = inner(batch)
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyError("colour")
+        return outcome
+
+    step = made(model, compute, accumulate=3)
+    torch.manual_seed(5)
+    report = burst(step, Hand(given))
+    assert isinstance(report.error, UserCodeError)
+    assert isinstance(report.error.__cause__, KeyError)
+    assert (report.updates, report.batches, report.cursor) == (2, 6, given[5].cursor)
+    bare = bare_loop(network(), [pairs(Samples(8 * 13), 1)[0][:6]], seed=5, accumulate=3)
+    assert same(model, bare)
+    assert torch.rand(1) == _after_bare()
+    assert not step.partial
+
+
+def _after_bare() -> Tensor:
+    """What the generator gives after the six batches of that bare loop."""
+    bare_loop(network(), [pairs(Samples(8 * 13), 1)[0][:6]], seed=5, accumulate=3)
+    return torch.rand(1)
+
+
+def test_undo_forgets_the_batches_of_an_unfinished_update() -> None:
+    model, given = network(), batches()
+    step = made(model, accumulate=4)
+    torch.manual_seed(5)
+    burst(step, Hand(given[:6]))
+    assert (step.partial, step.taken) == (True, 2)
+    step.undo()
+    burst(step, Hand(given[4:8]))
+    assert same(model, bare_loop(network(), [pairs(Samples(8 * 13), 1)[0][:8]], seed=5, accumulate=4))
+
+
+def test_gradients_that_are_not_finite_leave_weights_state_and_statistics() -> None:
+    model, given = network(), batches()
+    step = made(model)
+    burst(step, Hand(given[:3]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hook = next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
+    report = burst(step, Hand(given[3:]))
+    assert isinstance(report.error, NonFiniteError)
+    assert "step 4, rows" in str(report.error)
+    assert "a gradient is not finite" in str(report.error)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    hook.remove()
+    assert burst(step, Hand(given[3:])).error is None
+
+
+def test_sparse_and_clipped_gradients_are_the_bare_ones() -> None:
+    def embedding() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 1))
+
+    indices = torch.randint(0, 10, (4, 8, 3), generator=torch.Generator().manual_seed(1))
+    model, bare = embedding(), embedding()
+    targets = torch.ones(8, 1)
+    step = made(model, optimizer={"name": "sgd", "lr": 0.1})
+    assert burst(step, Hand([Batch(rows, targets) for rows in indices])).updates == 4
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
+    for rows in indices:
+        nn.MSELoss()(bare(rows), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(model, bare)
+    clipped = made(embedding()[2], clip_value=1e-4, optimizer={"name": "sgd", "lr": 1.0})  # type: ignore[index]
+    before = [p.detach().clone() for p in _weights(clipped)]
+    burst(clipped, Hand([Batch(torch.ones(8, 12), targets)]))
+    assert max(float((p - q).abs().max().detach()) for p, q in zip(_weights(clipped), before, strict=True)) <= 1.0001e-4
+
+
+def test_a_loss_that_is_no_loss_is_explained() -> None:
+    model = network()
+    for loss, told in ((1.0, "float, not a tensor"), (torch.ones(3), r"shape \(3,\)"), (torch.ones(()), "not depend")):
+        report = burst(made(model, partial(Outcome, loss)), Hand(batches(1)))
+        assert isinstance(report.error, ConfigError)
+        with pytest.raises(ConfigError, match=told):
+            raise report.error
+
+
+def test_an_optimizer_that_raises_marks_the_weights_as_torn() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("half way")
+
+    step = made(network(), optimizer=lambda parameters: Broken(parameters, lr=0.1))
+    report = burst(step, Hand(batches(1)))
+    assert step.torn
+    assert isinstance(report.error, UserCodeError)
+
+
+def test_torch_schedulers_are_stepped_after_each_update() -> None:
+    model = network()
+    step = made(
+        model, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), log_every=1
+    )
+    report = burst(step, Hand(batches(3)))
+    assert [row.values["lr"] for row in report.rows] == [1e-3, 5e-4, 2.5e-4]
