@@ -99,6 +99,8 @@ class Survey:
     columns: list[Column]
     """One for each part of a batch, then the sample numbers'."""
     sizes: Sizes
+    memory_least: int
+    """The least `memory` that works, with units cut for it and nothing kept."""
     cache_bytes: int
     """For decoded chunks that several cells share; 0 where none do."""
     batches: int
@@ -124,7 +126,7 @@ class Survey:
             read_amplification=read / used,
             shuffle_quality=shuffle_quality(self.shuffle, self.split, self.cells_per_block, self.columns[0].batch_size),
             buffer_bytes=self.sizes.buffer_bytes,
-            memory_least=self.sizes.least + self.cache_bytes,
+            memory_least=self.memory_least,
             memory=self.memory,
         )
 
@@ -167,21 +169,20 @@ def take_survey(
     columns.append(Column("index", (), np.dtype(np.int64), batch_size))
     scattered = shuffle == "global" or (shuffle == "none" and len(sample_axes) > 1)
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
-    sizes = _sizes(
-        EpochOrder(part, shuffle, k, 0, 0),
-        columns,
-        sites,
-        min(memory // 4, (prefetch or memory) * block_bytes(columns, 1)),
-    )
-    if sizes.least + cache_bytes > memory:
-        least = sizes.least + cache_bytes
+    order = EpochOrder(part, shuffle, k, 0, 0)
+    wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
+    ways = [_sizes(order, columns, sites, most) for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)]
+    least = min(way.least for way in ways)
+    sizes = next((way for way in ways if way.least <= memory), ways[-1])
+    if least > memory:
         raise ConfigError(
             f"memory={format_bytes(memory)} is too small: a block of {min(k, part.num_cells)} chunks takes "
             f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_bytes(least)}",
             hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)
-    return Survey(grid, part, shuffle, k, sites, columns, sizes, cache_bytes, batches, memory)
+    cache_bytes = min(cache_bytes, memory - sizes.least)
+    return Survey(grid, part, shuffle, k, sites, columns, sizes, least, cache_bytes, batches, memory)
 
 
 def cut_split(
