@@ -267,7 +267,8 @@ class ZarrPass:
             return
         sizes, budget = self._recipe.sizes, self._recipe.budget
         threads = self._recipe.threads
-        least = sizes.least - sizes.scratch_bytes
+        cached = max((feed.cache.capacity for feed in self._recipe.feeds if feed.cache is not None), default=0)
+        least = sizes.least - sizes.scratch_bytes + cached
         while threads > 1 and least + threads * sizes.scratch_bytes > budget.total:
             threads -= 1
         if threads < self._recipe.threads:
