@@ -21,7 +21,8 @@ from streamtrain.errors import DataError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from streamtrain.data.opening import OpenArray
-    from streamtrain.data.stream import Plan, ZarrStream
+    from streamtrain.data.stream import ZarrStream
+    from streamtrain.data.survey import Plan
 
 Arrays = Mapping[str, "OpenArray | DataError"]
 """By name; where one can't be read, why."""
