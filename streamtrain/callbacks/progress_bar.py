@@ -90,11 +90,15 @@ class Standing:
             return None
         return max(0, self.steps - last) * (ended - began) / (last - first)
 
+    def epoch(self, now: Event) -> int:
+        """The epoch as people count; once all are finished, the last one."""
+        return min(now.epoch + 1, self.begin.max_epochs or now.epoch + 1)
+
     def facts(self) -> list[str]:
         """What is shown, the most important first: a narrow terminal cuts the rest off."""
         begin, now = self.begin, self.now
         of = "" if begin.max_epochs is None else f"/{begin.max_epochs}"
-        facts = [f"epoch {now.epoch + 1}{of}", f"step {now.step:,}" + (f"/{self.steps:,}" if self.steps else "")]
+        facts = [f"epoch {self.epoch(now)}{of}", f"step {now.step:,}" + (f"/{self.steps:,}" if self.steps else "")]
         if self.left is not None:
             facts.append(f"{_clock(self.left)} left")
         if self.validating:
@@ -149,7 +153,10 @@ class ProgressBar(Callback):
         if self._bar:
             self._write(self._line() + "\n")
         self._write(
-            _plain(self._stream, f"{reason} at epoch {event.epoch + 1}, step {event.step:,}, {_clock(event.time)}\n")
+            _plain(
+                self._stream,
+                f"{reason} at epoch {self._standing.epoch(event)}, step {event.step:,}, {_clock(event.time)}\n",
+            )
         )
 
     async def on_epoch_begin(self, event: EpochBegin) -> None:

@@ -76,6 +76,12 @@ def test_the_end_is_told_where_it_is_known(begin: TrainBegin, steps: int | None)
     assert Standing(begin=begin).steps == steps
 
 
+def test_after_the_last_epoch_no_further_one_is_shown() -> None:
+    ended = Standing(begin=TrainBegin(max_epochs=2), now=TrainEnd(epoch=2, step=8))
+    assert ended.facts()[0] == "epoch 2/2"
+    assert Standing(begin=TrainBegin(), now=TrainEnd(epoch=2)).facts()[0] == "epoch 3"
+
+
 async def test_without_a_terminal_there_are_plain_lines() -> None:
     stream = io.StringIO()
     await show(ProgressBar(stream=stream))
