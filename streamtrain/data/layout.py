@@ -145,7 +145,8 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
 
 
 def _complete(metadata: Mapping[str, Any]) -> bool:
-    own = (metadata.get("attributes") or {}).get("streamtrain")
+    attributes = metadata.get("attributes")
+    own = attributes.get("streamtrain") if isinstance(attributes, Mapping) else None
     return isinstance(own, Mapping) and own.get("complete") is True
 
 

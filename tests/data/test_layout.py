@@ -111,7 +111,7 @@ def test_a_writer_may_vouch_that_no_chunk_is_left_out() -> None:
     assert parse(v3(attributes={"streamtrain": {"complete": True}})).complete
     assert parse(v2(attributes={"streamtrain": {"complete": True}})).complete
     others: list[dict[str, Any]] = [{}, {"streamtrain": {}}, {"streamtrain": 7}, {"streamtrain": {"complete": "yes"}}]
-    for own in others:
+    for own in [*others, None, 7, "yes", [1]]:
         assert not parse(v3(attributes=own)).complete
 
 
