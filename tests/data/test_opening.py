@@ -1,0 +1,111 @@
+"""What opening promises: whatever a store's metadata say, it gives arrays that can be read, or tells what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+
+from streamtrain.data.stream import ZarrStream
+from streamtrain.errors import ConfigError, DataError
+
+ARRAYS: dict[str, dict[str, Any]] = {
+    "plain": {"chunks": (3, 4), "dtype": "f4"},
+    "sharded": {
+        "chunks": (2, 4),
+        "shards": (4, 4),
+        "dtype": "i4",
+        "compressors": [ZstdCodec(), Crc32cCodec()],
+        "filters": [TransposeCodec(order=(1, 0))],
+    },
+    "old": {"chunks": (3, 4), "dtype": ">i2", "zarr_format": 2},
+}
+SCALARS = st.sampled_from(
+    [None, True, 0, -1, 3, 2.5, 1e308, 10**30, "", "x", "float32", "int8", "NaN", "bytes", "../.."]
+)
+VALUES = SCALARS | st.lists(st.sampled_from([-5, 0, 1, 3, 10**12, "x", None]), max_size=3) | st.just({"name": "x"})
+REMOVED = object()
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores")
+    for name, options in ARRAYS.items():
+        array = zarr.create_array(str(folder / name), name="x", shape=(10, 4), **options)
+        array[...] = np.arange(40).reshape(10, 4)
+    return folder
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths to all values in a tree of JSON."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: object) -> Any:
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    if value is REMOVED:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return tree
+
+
+async def count(store: Path) -> int:
+    async with ZarrStream(store, inputs="x", batch_size=4, memory="16MiB", output="numpy", read_timeout=30) as stream:
+        return sum([len(batch) async for batch in stream])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(ARRAYS)), st.data())
+def test_metadata_that_lie_give_samples_or_an_error_of_one_line(
+    stores: Path, tmp_path: Path, name: str, data: st.DataObject
+) -> None:
+    shutil.copytree(stores / name, tmp_path / "s", dirs_exist_ok=True)
+    file = tmp_path / "s" / "x" / (".zarray" if name == "old" else "zarr.json")
+    tree = json.loads(file.read_text())
+    path = data.draw(st.sampled_from(list(places(tree))), label="place")
+    file.write_text(json.dumps(replaced(tree, path, data.draw(VALUES | st.just(REMOVED), label="value"))))
+    try:
+        found = asyncio.run(count(tmp_path / "s"))
+    except (DataError, ConfigError) as error:
+        text = str(error)
+    else:
+        text = f"{found} samples"
+        assert found > 0
+    assert len(text.splitlines()) == 1
+    shutil.rmtree(tmp_path / "s")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(ARRAYS)), st.binary(max_size=40), st.integers(0, 2000), st.booleans())
+def test_metadata_of_any_bytes_give_samples_or_an_error_with_the_file(
+    stores: Path, tmp_path: Path, name: str, noise: bytes, at: int, cut: bool
+) -> None:
+    shutil.copytree(stores / name, tmp_path / "s", dirs_exist_ok=True)
+    file = tmp_path / "s" / "x" / (".zarray" if name == "old" else "zarr.json")
+    text = file.read_bytes()
+    at %= len(text)
+    file.write_bytes(text[:at] + noise + (b"" if cut else text[at + len(noise) :]))
+    try:
+        found = asyncio.run(count(tmp_path / "s"))
+    except (DataError, ConfigError) as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        assert "x" in str(error)  # noqa: PT017
+    else:
+        assert found > 0
+    shutil.rmtree(tmp_path / "s")
