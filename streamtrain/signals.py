@@ -45,7 +45,8 @@ def leave(signum: int) -> None:
 def capture(on_first: Callable[[int], None], *, second: Callable[[int], None] = leave) -> Iterator[Captured]:
     """While this is open, the first of SIGINT, SIGTERM, SIGHUP calls `on_first` and each later one `second`.
 
-    Both are called on the main thread with the signal's number and must not block. A SIGHUP that is ignored (nohup)
+    A repeated SIGTERM or SIGHUP is no second one: timeout(1) and terminals that close send theirs twice. Both functions
+    are called on the main thread with the signal's number and must not block. A SIGHUP that is ignored (nohup)
     stays ignored. Raises ValueError outside of the main thread, before anything is changed.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -57,7 +58,7 @@ def capture(on_first: Callable[[int], None], *, second: Callable[[int], None] = 
         if captured.first is None:
             captured.first = signum
             on_first(signum)
-        else:
+        elif signum == signal.SIGINT or signum != captured.first:
             second(signum)
 
     wanted = [number for number in SIGNALS if not _left_alone(number)]

@@ -1,7 +1,7 @@
 """From a signal to a saved run, for whoever owns the process: the command line and the demo.
 
 Its law: a signal never loses a finished step, and is always obeyed in time: the first one has the step finished and
-the run saved, a second one, or `grace` seconds, end the process at once.
+the run saved; a second one, or `grace` seconds, end the process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from streamtrain.trainer import Trainer
 
 
+SAME = 0.2
+"""Seconds within which a second SIGINT may be the first one again: timeout(1) signals its child, then their group."""
+HURRY = 1.5
+"""Seconds that are left to a run after such a one: whoever did press Ctrl-C twice waits no longer than that."""
+
+
 class Watch:
     """`with Watch(grace) as watch:`; until `begins` a signal raises Interrupted, from then on it stops the trainer."""
 
@@ -27,6 +34,7 @@ class Watch:
         self.grace = grace
         self.signum = 0
         """The first signal's number; 0 while there was none."""
+        self._when = 0.0
         self._trainer: Trainer | None = None
         self._news: queue.SimpleQueue[int] = queue.SimpleQueue()  # a signal handler may put where it may not wait
         self._waiting = threading.Thread(target=self._wait, name="streamtrain-watch", daemon=True)
@@ -55,16 +63,17 @@ class Watch:
         return 128 + self.signum if self.signum and reason == "signal" else 0
 
     def _first(self, signum: int) -> None:
-        self.signum = signum
+        self.signum, self._when = signum, time.monotonic()
         if self._trainer is None:
             raise Interrupted(signum)
         self._stop()
         self._news.put(signum)
 
     def _second(self, signum: int) -> None:
-        """A terminal that is closed may hang up twice, and that is no hurry."""
-        if signum != signal.SIGHUP:
+        if time.monotonic() - self._when >= SAME:
             leave(self.signum)
+        elif self._trainer is not None:
+            self._news.put(signum)
 
     def _stop(self) -> None:
         assert self._trainer is not None
@@ -72,14 +81,15 @@ class Watch:
 
     def _wait(self) -> None:
         """On a thread of its own: tell of the signal, then be patient for so long."""
-        signum = self._news.get()
+        signum, patience = self._news.get(), self.grace
         if not signum:
             return
         _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
         try:
-            self._news.get(timeout=self.grace)
+            while self._news.get(timeout=patience):
+                patience = min(HURRY, self.grace)
         except queue.Empty:
-            _tell(f"not saved within {self.grace:g} s: leaving, the last checkpoint stands")
+            _tell(f"not saved within {patience:g} s: leaving, the last checkpoint stands")
             os._exit(128 + signum)
 
 

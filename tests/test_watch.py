@@ -53,12 +53,21 @@ def test_a_signal_that_the_trainer_missed_is_passed_on() -> None:
     assert one.control.stopping == Stop("signal", "SIGTERM")
 
 
-def test_a_terminal_may_hang_up_twice() -> None:
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_that_is_sent_twice_is_no_hurry(signum: signal.Signals) -> None:
     with Watch(grace=60) as watch:
         watch.begins(trainer())
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
-    assert watch.exit_code("signal") == 129
+        signal.raise_signal(signum)
+        signal.raise_signal(signum)
+    assert watch.exit_code("signal") == 128 + signum
+
+
+def test_a_ctrl_c_that_comes_twice_at_once_leaves_time_to_save() -> None:
+    with Watch(grace=60) as watch:
+        watch.begins(trainer())
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert watch.exit_code("signal") == 130
 
 
 def test_the_handlers_that_were_there_come_back() -> None:
@@ -83,15 +92,17 @@ with Watch(grace={grace}) as watch:
 @pytest.mark.parametrize(
     ("grace", "signals", "code", "said"),
     [
-        (60, ["SIGINT", "SIGINT"], 130, "SIGINT again: leaving at once"),
-        (60, ["SIGTERM", "SIGINT"], 143, "again: leaving at once"),
+        (60, ["SIGINT", "SIGINT"], 130, "not saved within 1.5 s: leaving"),
+        (60, ["SIGINT", "wait", "SIGINT"], 130, "SIGINT again: leaving at once"),
+        (60, ["SIGTERM", "wait", "SIGINT"], 143, "again: leaving at once"),
         (0.01, ["SIGTERM"], 143, "not saved within 0.01 s: leaving"),
     ],
 )
 def test_a_second_signal_or_lost_patience_ends_the_process(
     grace: float, signals: list[str], code: int, said: str
 ) -> None:
-    raised = "\n    ".join(f"signal.raise_signal(signal.{name})" for name in signals)
+    lines = {"wait": "threading.Event().wait(0.25)"}
+    raised = "\n    ".join(lines.get(name, f"signal.raise_signal(signal.{name})") for name in signals)
     source = WAITS.format(grace=grace, signals=raised)
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == code
