@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import queue
+import re
 import resource
 import stat
 import threading
@@ -102,16 +103,17 @@ def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: 
     )
 
 
-def is_local(path: Path) -> bool:
+def is_local(path: Path, table: Path = Path("/proc/self/mounts")) -> bool:
     """Whether this path lies on a file system of this machine (and may be memory-mapped)."""
     best, kind = "", ""
     try:
-        mounts = Path("/proc/self/mounts").read_text()
+        mounts = os.fsdecode(table.read_bytes())
     except OSError:
         return True
     real = os.path.realpath(path)
     for line in mounts.splitlines():
         _, point, fstype, *_ = line.split(" ")
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)  # blanks stand there as \040
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
             best, kind = point, fstype
