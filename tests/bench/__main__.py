@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tests.bench.measure import Measure, Options, load
+from tests.bench.measure import Measure, Options, Others
 
 BENCHES = {
     "rates": "batches a second from raw and zstd chunks, against the least that must be done, and against zarr",
@@ -49,19 +50,24 @@ def main() -> int:
     """Run the named benchmarks; 1 if one falls short."""
     given = parser().parse_args()
     options = Options(rounds=given.rounds, quick=given.quick, folder=given.folder)
-    machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "load": load()}
+    machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     if not given.json:
-        print(f"{machine['cores']} cores, Python {machine['python']}, load {machine['load']:.2f}", flush=True)
+        print(f"{machine['cores']} cores, Python {machine['python']}", flush=True)
     made: list[Measure] = []
     for name in BENCHES if "all" in given.names else given.names:
         run: Callable[[Options], Iterable[Measure]] = importlib.import_module(f"tests.bench.{name}").run
-        for measure in run(options):
+        others = Others()
+        for measure in itertools.chain(run(options), _taken_by(others, name)):
             made.append(measure)
             if not given.json:
                 print(measure, flush=True)
     if given.json:
         print(json.dumps({**machine, "measures": [measure.as_dict() for measure in made]}, indent=1))
     return 0 if all(measure.ok for measure in made) else 1
+
+
+def _taken_by(others: Others, name: str) -> Iterator[Measure]:
+    yield Measure(name=f"{name}: of the processors, others took", values=(100 * others.share(),), unit=" %")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,28 @@ def ratios(ours: list[float], theirs: list[float]) -> tuple[float, ...]:
     return tuple(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def load() -> float:
-    """How many processes wanted the processor over the last minute."""
-    return os.getloadavg()[0]
+class Others:
+    """How much of the processors other processes take: what makes a figure doubtful."""
+
+    def __init__(self) -> None:
+        self._before = self._times()
+
+    def share(self) -> float:
+        """Their share since this was made; our children count as ours once they have ended."""
+        everything, busy, own = (now - then for now, then in zip(self._times(), self._before, strict=True))
+        return max(0.0, busy - own) / everything if everything else 0.0
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        """Seconds of all processors, of those the busy ones, and of those our own."""
+        first = Path("/proc/stat").read_text().split("\n", 1)[0]
+        user, nice, system, idle, waiting, *rest = (
+            int(field) / os.sysconf("SC_CLK_TCK") for field in first.split()[1:]
+        )
+        busy = user + nice + system + sum(rest[:3])
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        return busy + idle + waiting, busy, own
 
 
 def percentile(values: list[float], share: float) -> float:
