@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import streamtrain
 from streamtrain import rng as rngs
 from streamtrain import state as trees
+from streamtrain.callbacks.base import Callback
 from streamtrain.data.source import Stream
 from streamtrain.errors import CheckpointError
 from streamtrain.optimizers import signature
@@ -171,6 +172,12 @@ def habits(device: torch.device, **given: Any) -> dict[str, Any]:
 def first_rng(seed: int | None) -> Rng:
     """The random state of a fit that begins: seeded, or a copy of the caller's."""
     return Rng(rngs.capture() if seed is None else rngs.seeded(seed))
+
+
+def has_state(callback: object) -> bool:
+    """Whether a callback has a state of its own to keep."""
+    own = getattr(type(callback), "state_dict", None)
+    return own is not None and own is not Callback.state_dict
 
 
 def _state_of(callback: object) -> Tree:

@@ -53,7 +53,7 @@ from streamtrain.events import (
     ValidationEnd,
     Verdict,
 )
-from streamtrain.life import Life
+from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
 from streamtrain.schedulers import get_lr, set_group_lr
@@ -107,7 +107,7 @@ class Wheel:
     ) -> None:
         assert life.stream is not None
         if saver is not None:
-            saver.told, saver.pins = self._committed, self._pins
+            saver.pins = self._pins
         self.life, self.plan, self.saver = life, plan, saver
         self._validation, self._evaluator = validation, evaluator
         self._bus, self._control, self._thread = bus, control, thread
@@ -284,7 +284,9 @@ class Wheel:
         return await self._wait(batches, self._over) and not self._over()
 
     async def _finished(self, batches: Supply) -> bool:
-        """Whether the epoch has no further batch; where a stop was asked for nobody waits to know."""
+        """Whether the epoch has no further batch: its length tells, or the next batch, unless a stop was asked for."""
+        if self.plan.batches is not None and self._progress.batch < self.plan.batches:
+            return batches.finished_nowait()
         if not batches.finished_nowait():
             await self._wait(batches, self._stopping)
             if self._stream.pulls_inside and not self._stopping():
@@ -530,18 +532,19 @@ class Wheel:
         if path is None:
             self._saved, self._saved_when = self._mark(), time.monotonic()
         done = None if request is None else request.done
-        self.saver.begin(snapshot, self._progress.step, kind=kind, stall=stall, path=path, done=done)
+        fields = {**self._common(), "kind": kind, "seconds": stall}  # of the step that is saved, not of the later one
+
+        async def told(committed: Committed) -> None:
+            about = {**fields, "path": str(committed.path), "bytes": committed.bytes}
+            await self._emit("on_checkpoint", CheckpointCommitted, **about)
+
+        self.saver.begin(snapshot, self._progress.step, kind=kind, told=told, path=path, done=done)
 
     async def _settled(self) -> None:
-        """Let callbacks take in what was told, since their states are saved; those that lag are not waited for long."""
-        drained = asyncio.create_task(self._bus.drain())
+        """Let callbacks that have a state take in what was told; one that lags is not waited for long."""
+        drained = asyncio.create_task(self._bus.drain(has_state))
         await asyncio.wait([drained], timeout=0.5)
         drained.cancel()
-
-    async def _committed(self, committed: Committed, kind: str, stall: float) -> None:
-        """Tell that a checkpoint is durable."""
-        fields = {"path": str(committed.path), "kind": kind, "bytes": committed.bytes, "seconds": stall}
-        await self._emit("on_checkpoint", CheckpointCommitted, **fields)
 
     def _pins(self) -> set[str]:
         """Names of the checkpoints that hold the best values."""

@@ -68,14 +68,13 @@ def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
 
 
 def _set_newer_aside(checkpoints: Path, path: Path, snapshot: Snapshot) -> tuple[Path, Snapshot]:
-    """Newer checkpoints of this folder belong to a future that is given up: they get another name, which is said."""
-    if path.parent == checkpoints:
-        for newer in sorted(checkpoints.glob("step-*")):
-            number = newer.name.removeprefix("step-")
-            if number.isdigit() and int(number) > int(snapshot.state["step"]):
-                aside = _free_name(checkpoints, f"abandoned-{newer.name}")
-                newer.rename(aside)
-                logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer.name, aside.name)
+    """Newer checkpoints of the run belong to a future that is given up: they get another name, which is said."""
+    for newer in sorted(checkpoints.glob("step-*")) if checkpoints.is_dir() else ():
+        number = newer.name.removeprefix("step-")
+        if number.isdigit() and int(number) > int(snapshot.state["step"]):
+            aside = _free_name(checkpoints, f"abandoned-{newer.name}")
+            newer.rename(aside)
+            logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer.name, aside.name)
     return path, snapshot
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 MOST_FAILURES = 3
 """Periodic saves in a row that may fail while training goes on."""
 
-Told = Callable[[Committed, str, float], Awaitable[None]]
+Told = Callable[[Committed], Awaitable[None]]
 Done = Callable[[Path | None, BaseException | None], None]
 
 
@@ -39,8 +39,6 @@ class Saver:
         self.checkpoints, self.rule, self.files = checkpoints, rule, files
         self.last: Path | None = None
         """The last committed checkpoint."""
-        self.told: Told = _nobody
-        """Awaited with each committed checkpoint."""
         self.pins: Callable[[], Collection[str]] = tuple
         """Names of checkpoints that must stay."""
         self._task: asyncio.Task[None] | None = None
@@ -72,16 +70,16 @@ class Saver:
         step: int,
         *,
         kind: str,
-        stall: float,
+        told: Told,
         path: Path | None = None,
         done: Done | None = None,
     ) -> None:
-        """Commit in the background; the save before must be over. `stall`: seconds that training stood still for it.
+        """Commit in the background, then await `told`; the save before must be over.
 
         With `path` it goes there, and a failure concerns only `done`, which is told how it went.
         """
         assert not self.busy
-        commit = self._commit(snapshot, step, kind, stall, path, done)
+        commit = self._commit(snapshot, step, kind, told, path, done)
         self._task = asyncio.create_task(commit, name="streamtrain-save")
 
     async def wait(self) -> None:
@@ -95,16 +93,16 @@ class Saver:
             raise self._fatal
 
     async def _commit(
-        self, snapshot: Snapshot, step: int, kind: str, stall: float, path: Path | None, done: Done | None
+        self, snapshot: Snapshot, step: int, kind: str, told: Told, path: Path | None, done: Done | None
     ) -> None:
         target = path or self.path(step)
         try:
             committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=path is None))
             if path is None:
                 self._failures, self.last = 0, committed.path
-            await self.told(committed, kind, stall)
+            await told(committed)
             if path is None:
-                await self._prune(committed.path.name)
+                await self._prune()
         except BaseException as error:
             if done is not None:
                 done(None, error)
@@ -127,14 +125,10 @@ class Saver:
             self._fatal = CheckpointError(f"a checkpoint could not be saved: {type(error).__name__}: {error}")
             self._fatal.__cause__ = error
 
-    async def _prune(self, newest: str) -> None:
+    async def _prune(self) -> None:
         try:
             entries = await self.files(lambda: checkpoint.scan(self.checkpoints, deep=False))
-            stay = self.rule.retain(entries, pins={newest, *self.pins()})
+            stay = self.rule.retain(entries, pins=self.pins())
             await self.files(lambda: checkpoint.prune(self.checkpoints, stay))
         except StreamtrainError as error:
             logger.warning("%s", error)
-
-
-async def _nobody(committed: Committed, kind: str, stall: float) -> None:
-    pass

@@ -236,7 +236,9 @@ class TrainStep:
         tally.losses.append(loss.detach())
         tally.counts.append(samples)
         self._group += 1
-        self._indices.append(batch.index)
+        index = batch.index
+        # A copy where it outlives its batch: a view would keep a whole block of the stream's memory.
+        self._indices.append(index.clone() if self.accumulate > 1 and isinstance(index, Tensor) else index)
         self._cursor = batch.cursor
         self._loss = None
 

@@ -145,7 +145,7 @@ class _Mailbox:
         self.hooks = hooks_of(callback)
         self.decides = bool(getattr(callback, "decides", False))
         self.failure: StreamtrainError | None = None
-        self._callback = callback
+        self.callback = callback
         self._size = size
         self._letters: deque[_Letter] = deque()
         self._changed = asyncio.Event()
@@ -240,7 +240,7 @@ class _Mailbox:
             except Exception as error:
                 self._fail(letter.hook, error)
             except BaseException as error:
-                if letter.hook in self.hooks and inspect.iscoroutinefunction(getattr(self._callback, letter.hook)):
+                if letter.hook in self.hooks and inspect.iscoroutinefunction(getattr(self.callback, letter.hook)):
                     raise  # on the loop, SystemExit and KeyboardInterrupt end the program as they would anywhere
                 self._fail(letter.hook, error)
             finally:
@@ -252,7 +252,7 @@ class _Mailbox:
             del letter
 
     async def _call(self, hook: str, event: Event) -> Any:
-        function = getattr(self._callback, hook)
+        function = getattr(self.callback, hook)
         if inspect.iscoroutinefunction(function):
             return await function(event)
         if self._thread is None:
@@ -397,10 +397,11 @@ class Bus:
             box.put(_Letter(hook, event, answer))
         return boxes
 
-    async def drain(self) -> None:
-        """Wait until all that was told so far has been dealt with."""
+    async def drain(self, only: Callable[[object], bool] = lambda callback: True) -> None:
+        """Wait until all that was told so far has been dealt with, by all or by the callbacks that `only` picks."""
         for box in self._boxes:
-            await box.idle()
+            if only(box.callback):
+                await box.idle()
 
     def check(self) -> None:
         """Raise the error of the first callback, in their order, that failed; costs nothing if none did.

@@ -1,0 +1,298 @@
+"""What the wheel promises: at which step what happens, what is saved when, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+from streamtrain import checkpoint
+from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.checkpoint import Committed
+from streamtrain.events import EpochEnd, ValidationEnd, Verdict
+from streamtrain.metrics import MeanAbsoluteError
+from streamtrain.saving import Saver
+from streamtrain.state import Snapshot
+from streamtrain.trainer import Trainer
+from tests.engine import AtStep, Recorder, Samples, bare_loop, lines, network, pairs, same
+
+T = TypeVar("T")
+
+
+def trainer(**options: Any) -> Trainer:
+    return Trainer(network(), nn.MSELoss(), **{"seed": 5, "device": "cpu", "log_every": 5, **options})
+
+
+def steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+# --- when it saves ---
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [("5steps", [5, 10, 15, 20, 25, 26]), ("13steps", [13, 26]), ("1epoch", [13, 26]), ("1h", [26])],
+)
+async def test_saves_fall_on_their_steps_and_the_end_always_saves(
+    tmp_path: Path, every: str, expected: list[int]
+) -> None:
+    stream, recorder = Samples(), Recorder()
+    stream.gates = {position: asyncio.Event() for position in range(0, 104, 8)}
+
+    class Opens(Callback):
+        """Lets the next batch come once the save of the step before is over: else a save may be left out."""
+
+        async def on_epoch_begin(self, event: Any) -> None:
+            for position in range(0, 104, 8):
+                stream.gates[position].clear()
+            if event.step not in expected:
+                stream.gates[0].set()
+
+        async def on_batch_end(self, event: Any) -> None:
+            if event.step not in expected and event.step % 13:
+                stream.gates[event.step % 13 * 8].set()
+
+        async def on_checkpoint(self, event: Any) -> None:
+            stream.gates[event.step % 13 * 8].set()
+
+    saves = ModelCheckpoint(every=every, keep_last=-1)
+    fitted = trainer(run_dir=tmp_path, callbacks=[saves, recorder, Opens()])
+    await fitted.fit(stream, max_epochs=2)
+    assert steps(tmp_path) == expected
+    assert [event.step for event in recorder.events("on_checkpoint")] == expected
+
+
+async def test_a_save_at_the_end_of_an_epoch_comes_after_its_validation(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path, callbacks=[ModelCheckpoint(every="13steps", save_top_k=0)])
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=1)
+    state = (await asyncio.to_thread(checkpoint.read, tmp_path / "checkpoints" / "step-000000013")).state
+    assert state["progress"]["epoch"] == 1
+    assert "val_loss" in state["metrics"]
+
+
+async def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    fitted = trainer(
+        lr=0.3,
+        run_dir=tmp_path,
+        metrics={"mae": MeanAbsoluteError()},
+        callbacks=[ModelCheckpoint(every="1epoch", monitor="val_mae", keep_last=1)],
+    )
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=12)
+    assert result.best is not None
+    assert result.best.monitor == "val_mae"
+    values = {row["step"]: row["val_mae"] for row in lines(tmp_path) if row["split"] == "val"}
+    assert result.best.value == min(values.values())
+    assert values[result.best.step] == result.best.value
+    assert set(steps(tmp_path)) == {result.best.step, result.step}
+    assert result.best.checkpoint is not None
+    assert (await asyncio.to_thread(checkpoint.read, result.best.checkpoint)).state["step"] == result.best.step
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class Gated:
+    """File work that waits until its gate opens."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.calls = 0
+
+    async def __call__(self, fn: Callable[[], T], /) -> T:
+        self.calls += 1
+        await self.gate.wait()
+        return await asyncio.to_thread(fn)
+
+
+async def test_one_save_at_a_time_and_whoever_stops_waiting_does_not_stop_it(tmp_path: Path) -> None:
+    files, told = Gated(), []
+    saver = Saver(tmp_path, ModelCheckpoint(keep_last=1), files)
+
+    async def tell(committed: Committed) -> None:
+        told.append(committed.path.name)
+
+    snapshot = Snapshot({"w": torch.zeros(2)}, {}, {"step": 3})
+    saver.begin(snapshot, 3, kind="periodic", told=tell)
+    assert saver.busy
+    waiting = asyncio.create_task(saver.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    files.gate.set()
+    await saver.wait()
+    assert (saver.last, told) == (tmp_path / "step-000000003", ["step-000000003"])
+    saver.begin(snapshot, 4, kind="end", told=tell)
+    await saver.wait()
+    assert names(tmp_path) == ["step-000000004"]
+
+
+# --- when it validates ---
+
+
+async def test_validations_fall_on_their_steps(tmp_path: Path) -> None:
+    recorder = Recorder()
+    fitted = trainer(run_dir=tmp_path, validate_every="4steps", callbacks=[recorder], sanity_batches=0)
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=2)
+    assert [event.step for event in recorder.events("on_validation_end")] == [4, 8, 12, 16, 20, 24]
+    assert [event.epoch for event in recorder.events("on_validation_end")] == [0, 0, 0, 1, 1, 1]
+
+
+async def test_a_validation_at_the_last_step_of_an_epoch_comes_after_its_end() -> None:
+    recorder = Recorder()
+    fitted = trainer(validate_every="13steps", callbacks=[recorder], sanity_batches=0)
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=2)
+    order = [hook for hook, _ in recorder.told if hook in ("on_epoch_end", "on_validation_end")]
+    assert order == ["on_epoch_end", "on_validation_end"] * 2
+
+
+async def test_validation_every_second_epoch() -> None:
+    recorder = Recorder()
+    fitted = trainer(validate_every="2epochs", callbacks=[recorder], sanity_batches=0)
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=5)
+    assert [event.step for event in recorder.events("on_validation_end")] == [26, 52]
+
+
+async def test_validation_changes_nothing_in_training() -> None:
+    fitted = trainer(validate_every="3steps")
+    await fitted.fit(Samples(), validation={"one": Samples(20), "two": [(s, t) for s, t in pairs(Samples(20), 1)[0]]})
+    assert same(fitted.model, bare_loop(network(), pairs(Samples(), 1), seed=5))
+
+
+@pytest.mark.parametrize("every", ["1epoch", "4steps"])
+async def test_a_validation_cut_short_by_a_stop_is_made_by_the_next_life(tmp_path: Path, every: str) -> None:
+    whole = trainer(run_dir=tmp_path / "whole", validate_every=every)
+    await whole.fit(Samples(), validation=Samples(40), max_epochs=2)
+
+    stream = Samples(40)
+    stream.gates[16] = asyncio.Event()
+    fitted = trainer(run_dir=tmp_path / "cut", validate_every=every, sanity_batches=0)
+
+    class Stops(Callback):
+        async def on_validation_begin(self, event: Any) -> None:
+            fitted.stop()
+            stream.gates[16].set()
+
+    fitted.callbacks.append(Stops())
+    cut = await fitted.fit(Samples(), validation=stream, max_epochs=2)
+    assert cut.step == (13 if every == "1epoch" else 4)
+    assert fitted.state.owes == ("epoch" if every == "1epoch" else "validation")
+    again = trainer(run_dir=tmp_path / "cut", validate_every=every)
+    await again.fit(Samples(), validation=Samples(40), max_epochs=2, resume="auto")
+    assert same(again.model, whole.model)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+# --- deciders and callbacks ---
+
+
+class Says(Callback):
+    """A decider with a given answer."""
+
+    decides = True
+
+    def __init__(self, step: int, verdict: Verdict) -> None:
+        self.step, self.verdict = step, verdict
+
+    async def on_validation_end(self, event: ValidationEnd) -> Verdict | None:
+        return self.verdict if event.step == self.step else None
+
+
+async def test_a_verdict_stops_at_the_step_where_it_was_asked() -> None:
+    says = Says(8, Verdict(stop=True, reason="early_stopping", detail="enough"))
+    result = await trainer(validate_every="4steps", callbacks=[says]).fit(Samples(), validation=Samples(20))
+    assert (result.reason, result.detail, result.step) == ("early_stopping", "enough", 8)
+
+
+async def test_a_verdict_lowers_the_rate_of_a_schedule_for_good() -> None:
+    fitted = trainer(
+        validate_every="4steps",
+        callbacks=[Says(4, Verdict(lr_factor=0.5))],
+        scheduler={"name": "linear", "total": 26},
+    )
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=2)
+    rates = [1e-3 * (1 - step / 26) * (1 if step < 4 else 0.5) for step in range(26)]
+    assert same(fitted.model, bare_loop(network(), pairs(Samples(), 2), seed=5, lr=lambda step: rates[step]))
+
+
+async def test_an_end_of_epoch_is_asked_too() -> None:
+    class Ends(Callback):
+        decides = True
+
+        def on_epoch_end(self, event: EpochEnd) -> Verdict:
+            return Verdict(stop=event.epoch == 1 and event.metrics["loss"] > 0)
+
+    result = await trainer(callbacks=[Ends()]).fit(Samples(), max_epochs=9)
+    assert (result.epoch, result.reason) == (2, "early_stopping")
+
+
+async def test_a_callback_may_work_on_the_train_thread_between_two_bursts() -> None:
+    names: list[str] = []
+
+    class Looks(Callback):
+        async def on_epoch_begin(self, event: Any) -> None:
+            names.append(await event.on_train_thread(lambda model, optimizer: threading.current_thread().name))
+
+    await trainer(callbacks=[Looks()]).fit(Samples(), max_epochs=2)
+    assert names == ["streamtrain-train"] * 2
+
+
+async def test_batch_events_account_for_every_sample_and_for_the_wait() -> None:
+    recorder = Recorder()
+    stream = Samples()
+    stream.gates[48] = asyncio.Event()
+    fitted = trainer(callbacks=[recorder, AtStep(6, stream.gates[48].set)])
+    await fitted.fit(stream)
+    events = recorder.events("on_batch_end")
+    assert sum(event.batch_samples for event in events) == 100
+    assert sum(event.count for event in recorder.events("on_batch_begin")) == 13
+    assert sum(event.data_wait for event in events) > 0
+    assert events[-1].step == 13
+
+
+async def test_the_first_and_the_last_event_say_how_long_it_is(tmp_path: Path) -> None:
+    recorder = Recorder()
+    await trainer(run_dir=tmp_path, accumulate_grad_batches=2, callbacks=[recorder]).fit(Samples(), max_epochs=3)
+    begin, end = recorder.told[0][1], recorder.told[-1][1]
+    assert (begin.batches_per_epoch, begin.steps_per_epoch, begin.max_epochs, begin.run_dir) == (
+        13,
+        7,
+        3,
+        str(tmp_path),
+    )
+    assert (end.reason, end.step) == ("completed", 21)
+
+
+async def test_the_status_file_tells_where_it_stands(tmp_path: Path) -> None:
+    await trainer(run_dir=tmp_path).fit(Samples())
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["epoch"], status["samples"]) == ("completed", 13, 1, 100)
+
+
+async def test_nothing_is_left_to_do_in_a_run_that_is_complete(tmp_path: Path) -> None:
+    await trainer(run_dir=tmp_path).fit(Samples(), max_epochs=2)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    result = await trainer(run_dir=tmp_path).fit(Samples(), max_epochs=2, resume="auto")
+    assert (result.reason, result.step, result.epoch) == ("completed", 26, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-000000026"
+
+
+async def test_deterministic_kernels_are_asked_for_inside_bursts_alone() -> None:
+    seen: list[bool] = []
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    await Trainer(network(), step=step, deterministic=True).fit(Samples())
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
