@@ -582,6 +582,34 @@ def test_this_machines_own_file_systems_are_local(tmp_path: Path) -> None:
     assert is_local(tmp_path / "not" / "there")
 
 
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+server:/data /data nfs4 rw 0 0
+tmpfs /data/fast tmpfs rw 0 0
+server:/x /my\\040disk cifs rw 0 0
+sshfs /far fuse.sshfs rw 0 0
+/dev/sdb1 /database xfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("/home/x", True),
+        ("/data", False),
+        ("/data/x", False),
+        ("/data/fast/x", True),
+        ("/database/x", True),
+        ("/my disk/x", False),
+        ("/far/x", False),
+    ],
+)
+def test_the_mount_that_a_path_lies_on_tells_whether_it_is_local(path: str, local: bool, tmp_path: Path) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert is_local(Path(path), tmp_path / "mounts") is local
+    assert is_local(Path(path), tmp_path / "absent")
+
+
 # zarr's loop
 
 
