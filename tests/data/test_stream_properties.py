@@ -199,6 +199,11 @@ def check_counting(batches: list[Batch], source: ZarrStream, drawn: Drawn) -> No
             assert order == sorted(order)
 
 
+def unchanged(batch: Batch) -> tuple[Any, Any]:
+    """A transform that hands on what it was given."""
+    return batch.inputs, batch.targets
+
+
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 quick = settings(max_examples=50, suppress_health_check=SLOW)
 quicker = settings(max_examples=25, suppress_health_check=SLOW)
@@ -228,6 +233,7 @@ def test_the_order_knows_nothing_of_memory_threads_prefetch_and_lane(drawn: Draw
         "prefetch": data.draw(st.none() | st.integers(1, 5), label="prefetch"),
         "io": data.draw(st.sampled_from(["auto", "mmap", "pread", "store"]), label="io"),
         "cache": data.draw(st.sampled_from(["auto", 0, 100, "1MiB"]), label="cache"),
+        "transform": data.draw(st.sampled_from([None, None, unchanged]), label="transform"),
     }
     little = data.draw(st.booleans(), label="little")
 
