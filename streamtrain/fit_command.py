@@ -58,6 +58,8 @@ def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, li
         begun = Begun(watch, config, log)
         job = assembly.build(config, said, callbacks=(begun, *_progress(config, quiet)))
         begun.trainer = job.trainer
+        if quiet:
+            job.trainer.callbacks[:] = [each for each in job.trainer.callbacks if not isinstance(each, progress_bar())]
         result = asyncio.run(_train(job, watch))
     return watch.exit_code(result.reason), report(result, config)
 
@@ -184,14 +186,19 @@ async def _closing(job: assembly.Job) -> AsyncIterator[list[ZarrStream]]:
             await stream.aclose()
 
 
+def progress_bar() -> type[Callback]:
+    """The class, whose import takes a moment."""
+    from streamtrain.callbacks.progress_bar import ProgressBar
+
+    return ProgressBar
+
+
 def _progress(config: Config, quiet: bool) -> Sequence[Callback]:
     """The progress bar, unless nobody wants it or the configuration has its own."""
     named = [assembly.plain(callback.name) for callback in config.callbacks or ()]
     if quiet or "progressbar" in named:
         return ()
-    from streamtrain.callbacks.progress_bar import ProgressBar
-
-    return (ProgressBar(),)
+    return (progress_bar()(),)
 
 
 def _model_line(trainer: Trainer) -> str:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -31,6 +32,7 @@ from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.event_log import EventLog
 from streamtrain.callbacks.json_logger import JSONLogger
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.callbacks.progress_bar import ProgressBar
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
 from streamtrain.data.iterable import IterableStream, from_iterable
@@ -185,6 +187,11 @@ class Trainer:
         """What `predict` gives for a batch; by default `model(batch.inputs)`."""
         return model(batch.inputs)
 
+    @property
+    def logger(self) -> JSONLogger | None:
+        """What writes `metrics.jsonl`; None without a run folder."""
+        return next((callback for callback in self.callbacks if isinstance(callback, JSONLogger)), None)
+
     # --- fit ---
 
     async def fit(
@@ -330,6 +337,11 @@ class Trainer:
                 if monitor.startswith("val_") and not streams:
                     name = type(callback).__name__
                     raise ConfigError(f"{name} monitors {monitor!r}, but fit has no validation stream")
+        if any(stream is train for stream in streams.values()):
+            raise ConfigError(
+                "the same stream can't be trained and validated on: it has one position",
+                hint="Make a second one of the same store.",
+            )
         if getattr(train, "one_epoch", False) and limits.max_epochs is not None and limits.max_epochs > 1:
             raise ConfigError(
                 f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
@@ -367,6 +379,7 @@ class Trainer:
             if folder is not None:
                 stack.push_async_callback(files, folder.release)
                 await files(folder.lock)
+                await files(lambda: (folder.path / "error.json").unlink(missing_ok=True))
             try:
                 return await self._turn(train, streams, limits, resume_from, files, folder)
             except Exception as error:
@@ -719,6 +732,8 @@ def _named_streams(streams: Streams) -> dict[str, Stream]:
 
 def _with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -> list[object]:
     """The callbacks, and the defaults of a run with a folder that nobody replaced."""
+    if sys.stderr.isatty() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(ProgressBar())
     if dev:
         return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
     if run_dir is not None:

@@ -737,3 +737,17 @@ def test_said_once_that_a_run_starts_fresh(tmp_path: Path, caplog: pytest.LogCap
     caplog.set_level(logging.INFO)
     trainer(run_dir=tmp_path).fit_sync(Samples(), resume="auto")
     assert "starting fresh" in caplog.text
+
+
+async def test_one_stream_is_not_trained_and_validated_on() -> None:
+    stream = Samples()
+    with pytest.raises(ConfigError, match="the same stream"):
+        await trainer().fit(stream, validation=stream)
+
+
+async def test_an_error_of_an_earlier_life_is_forgotten(tmp_path: Path) -> None:
+    await asyncio.to_thread((tmp_path / "error.json").write_text, "{}")
+    fitted = trainer(run_dir=tmp_path)
+    await fitted.fit(Samples())
+    assert not (tmp_path / "error.json").exists()
+    assert fitted.logger is not None
