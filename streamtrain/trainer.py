@@ -38,11 +38,13 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.iterable import IterableStream, from_iterable
 from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover, resolve_device
+from streamtrain.driving import Driver
 from streamtrain.errors import CheckpointError, ConfigError, DataError, StreamtrainError
 from streamtrain.evaluation import Evaluator, evaluating
 from streamtrain.file_thread import Files, file_thread
+from streamtrain.keeping import Keeper
 from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
-from streamtrain.loop import Plan, Wheel
+from streamtrain.loop import Wheel
 from streamtrain.losses import LOSSES, short_loss
 from streamtrain.metrics import Metric, as_metric
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
@@ -59,6 +61,7 @@ from streamtrain.options import (
     seconds,
     share_or_count,
 )
+from streamtrain.plan import Plan
 from streamtrain.progress import FitResult, Progress
 from streamtrain.resume import Resume
 from streamtrain.rng import Rng
@@ -68,6 +71,7 @@ from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
 from streamtrain.state import Snapshot
 from streamtrain.step import Compute, TrainStep, custom, custom_outputs, supervised
 from streamtrain.supply import supply
+from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread, train_thread
 
 __all__ = ["FitResult", "Trainer"]
@@ -428,25 +432,25 @@ class Trainer:
             plan = self._plan(limits, train, streams, folder, path)
             status = _Status(files, folder)
             stack.push_async_callback(status.written)
+            saver = None if checkpoints is None else self._saver(checkpoints, files)
+            teller = Teller(life, plan, bus, thread, status=status.write, said=self._take_logged)
             wheel = Wheel(
                 life,
                 plan,
                 validation=streams,
                 evaluator=self.evaluator,
-                bus=bus,
                 control=self.control,
                 thread=thread,
-                saver=None if checkpoints is None else self._saver(checkpoints, files),
-                status=status.write,
-                said=self._take_logged,
-                deterministic=options.deterministic,
+                driver=Driver(life, plan, thread, deterministic=options.deterministic),
+                teller=teller,
+                keeper=Keeper(life, saver, teller, bus, thread),
             )
             try:
                 reason, detail = await wheel.turn()
             finally:
-                if wheel.saver is not None:
-                    await wheel.saver.wait()
-                    self._checkpoint = wheel.saver.last or self._checkpoint
+                if saver is not None:
+                    await saver.wait()
+                    self._checkpoint = saver.last or self._checkpoint
                 self._position = (train, train.state_dict())
         state = self.state
         return FitResult(
@@ -572,6 +576,7 @@ class Trainer:
             max_epochs=limits.max_epochs,
             max_steps=limits.max_steps,
             max_time=limits.max_time,
+            validates=bool(streams),
             validate_every=options.validate_every,
             batches=batches,
             limit=limit,

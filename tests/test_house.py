@@ -21,9 +21,10 @@ losses schedulers optimizers metrics
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.transform data.opening data.survey
 options progress rng threads file_thread signals control tensors device tensor_file state checkpoint run_folder
 data.passes data.stream blame supply tally step callbacks.base callbacks.bus
-early_stopping evaluation life resume
+early_stopping evaluation life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint saving
+keeping driving
 loop
 trainer
 config assembly watch inspection bench fit_command demo

@@ -1,0 +1,142 @@
+"""Bursts driven over an epoch's batches; its law: whatever interrupts, a burst that began is waited for and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import torch
+
+from streamtrain.data.batch import Batch
+from streamtrain.evaluation import BURST
+from streamtrain.life import Life
+from streamtrain.plan import Plan
+from streamtrain.supply import Supply, supply
+from streamtrain.tally import Report
+from streamtrain.threads import TrainThread
+
+
+class Driver:
+    """Runs the train step of one fit on the train thread."""
+
+    def __init__(self, life: Life, plan: Plan, thread: TrainThread, *, deterministic: bool) -> None:
+        assert life.stream is not None
+        self._life, self._plan, self._thread, self._stream = life, plan, thread, life.stream
+        self._kernels = _deterministic if deterministic else contextlib.nullcontext
+        self._flying: asyncio.Future[Report] | None = None
+        self.waited = 0.0
+        """Seconds for which the steps waited for data since the last report."""
+
+    @asynccontextmanager
+    async def batches(self) -> AsyncIterator[Supply]:
+        """The epoch's batches, or the rest of them."""
+        life, progress, limit = self._life, self._life.progress, self._plan.limit
+        if self._stream.epoch != self._plan.stream_epoch(progress.epoch):
+            limit = 0  # a stream that counts the end of an epoch as the next one's beginning
+        elif limit is not None:
+            limit = max(0, limit - progress.batch)
+        source = supply(self._stream, limit=limit, runner=self._pull)
+        try:
+            if self._stream.pulls_inside:
+                if progress.batch and life.epoch_rng is not None:
+                    await self._replay(source, life.epoch_rng)
+                else:
+                    life.epoch_rng = life.rng.state
+            yield source
+        finally:
+            await self.landed()
+            await source.aclose()
+
+    async def _pull(self, fn: Callable[[], Batch | None]) -> Batch | None:
+        def job() -> Batch | None:
+            with self._life.rng.swapped_in():
+                return fn()
+
+        return await self._thread.run(job)
+
+    async def _replay(self, source: Supply, state: Any) -> None:
+        """Have a source produce again what was trained, with the random numbers that it had then."""
+        now, self._life.rng.state = self._life.rng.state, state
+        try:
+            await source.finished()
+        finally:
+            self._life.rng.state = now
+
+    async def burst(self, batches: Supply, updates: int | None) -> Report:
+        """One burst of `updates` updates at most. Raises the error that ended it, after counting what came before."""
+        step, rng, progress = self._life.step, self._life.rng, self._life.progress
+        if not step.seconds:
+            updates = 1  # nobody knows yet how long one takes
+        remaining, epoch, kernels = self._plan.remaining(progress, step.taken), progress.epoch, self._kernels
+
+        def job() -> Report:
+            with rng.swapped_in(), kernels():
+                return step.run(batches, updates=updates, seconds=BURST, epoch=epoch, remaining=remaining)
+
+        waited = batches.waited
+        self._flying = self._thread.submit(job)
+        batches.burst(self._batches_of(updates))
+        report = await asyncio.shield(self._flying)
+        batches.burst(None)
+        self.waited += batches.waited - waited
+        self._land(report)
+        if report.error is not None:
+            raise report.error
+        return report
+
+    def _batches_of(self, updates: int | None) -> int:
+        """About how many batches a burst takes."""
+        each = self._life.step.seconds
+        predicted = max(1, int(BURST / each)) if each else 1
+        return (predicted if updates is None else min(predicted, updates)) * self._life.step.accumulate
+
+    def _land(self, report: Report) -> None:
+        """Count what a burst has finished."""
+        self._flying = None
+        progress = self._life.progress
+        progress.step += report.updates
+        progress.samples += report.samples
+        progress.batch += report.batches
+        if report.updates:
+            progress.owes = ""
+        if report.cursor is not None:
+            self._stream.trained(report.cursor)
+
+    async def landed(self) -> None:
+        """Wait for a burst that nobody waits for any more, and count it."""
+        while self._flying is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([self._flying])
+                flying, self._flying = self._flying, None
+                self._land(flying.result())
+
+    async def leave_partial(self) -> None:
+        """Forget batches that are not part of a finished update: the next life takes them again."""
+        step, rng = self._life.step, self._life.rng
+        if not step.partial:
+            return
+
+        def job() -> None:
+            with rng.swapped_in():
+                step.undo()
+
+        await self._thread.run(job)
+
+    def take_waited(self) -> float:
+        """Seconds for which the steps waited for data since this was last asked."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have torch take deterministic kernels alone, and put back what was chosen before."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)

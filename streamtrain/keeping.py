@@ -1,0 +1,159 @@
+"""What is kept of a fit, and when: periodic saves, the best, what was asked for, the end.
+
+Its law: a checkpoint is taken between two updates, after all that its step brings with it, and never twice of the same
+state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from streamtrain import checkpoint
+from streamtrain import state as trees
+from streamtrain.callbacks.bus import Bus
+from streamtrain.checkpoint import Committed
+from streamtrain.control import Save
+from streamtrain.events import CheckpointCommitted, Verdict
+from streamtrain.life import Life, has_state
+from streamtrain.progress import Best
+from streamtrain.saving import Saver
+from streamtrain.telling import Teller
+from streamtrain.threads import TrainThread
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 0.5
+"""Seconds for which a save waits until callbacks with a state have taken in what was told."""
+
+
+class Keeper:
+    """Decides on the saves of one fit and takes its snapshots; without a `saver` only the best weights, in memory."""
+
+    def __init__(self, life: Life, saver: Saver | None, teller: Teller, bus: Bus, thread: TrainThread) -> None:
+        self._life, self.saver, self._teller, self._bus, self._thread = life, saver, teller, bus, thread
+        if saver is not None:
+            saver.pins = self._pins
+        self._when = time.monotonic()
+        self._saved = self._mark()
+        self._restore: str | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._coalesced = False
+
+    def _mark(self) -> tuple[int, int, str, bool]:
+        """What tells one state that is worth saving from another."""
+        progress = self._life.progress
+        return progress.step, progress.epoch, progress.owes, self._life.ended is not None
+
+    def _pins(self) -> set[str]:
+        bests = self._life.progress.bests.values()
+        return {best.checkpoint.name for best in bests if best.checkpoint is not None}
+
+    def next_step(self, step: int) -> int | None:
+        """The next step at which a save is due by its number."""
+        return None if self.saver is None else self.saver.rule.schedule.next_step(step)
+
+    def due(self, epoch: int, *, epoch_end: bool = False) -> bool:
+        """Whether a periodic save is due; `epoch_end`: the last update of `epoch` was just made."""
+        if self.saver is None or self._saved == self._mark():
+            return False
+        since = time.monotonic() - self._when
+        return self.saver.rule.schedule.due(self._life.progress.step, epoch, since, epoch_end=epoch_end)
+
+    async def save_if_due(self, epoch: int, *, epoch_end: bool = False) -> None:
+        """Begin a periodic save, unless the one before is still under way."""
+        if not self.due(epoch, epoch_end=epoch_end):
+            return
+        assert self.saver is not None
+        if not self.saver.busy:
+            await self.save("periodic")
+        elif not self._coalesced:
+            self._coalesced = True
+            message = "a save is due at step %d while the one before is under way: left out"
+            logger.warning(message, self._life.progress.step)
+
+    async def judge(self, verdicts: list[Verdict], epoch: int) -> None:
+        """Keep what the deciders want kept of this very step, of `epoch`."""
+        kind = ""
+        for verdict in verdicts:
+            if verdict.restore:
+                self._restore = verdict.monitor
+            if verdict.save and kind != "best":
+                kind = verdict.save
+            if verdict.save == "best" and verdict.value is not None:
+                await self._offer(verdict.monitor, verdict.value, epoch, in_memory=verdict.restore)
+        if kind:
+            await self.save(kind)
+
+    async def _offer(self, monitor: str, value: float, epoch: int, *, in_memory: bool) -> None:
+        progress, saver = self._life.progress, self.saver
+        path = None if saver is None else saver.path(progress.step)
+        best = Best(monitor, value, epoch, progress.step, path)
+        progress.offer(best, primary=monitor if saver is None else saver.rule.monitor)
+        if in_memory and saver is None:
+            self._weights = await self._thread.run(lambda: trees.clone(dict(self._life.model.state_dict())))
+
+    async def save(self, kind: str, request: Save | None = None) -> None:
+        """Take a snapshot and have it committed while training goes on."""
+        if self.saver is None:
+            return
+        await self.saver.wait()  # one at a time: there is memory for one copy
+        began = time.perf_counter()
+        await self._settled()
+        state = self._life.state()
+        snapshot = await self._thread.run(lambda: self._life.snapshot(state))
+        stall = time.perf_counter() - began
+        path = None if request is None else request.path
+        if path is None:
+            self._saved, self._when = self._mark(), time.monotonic()
+        fields = {**self._teller.standing(), "kind": kind, "seconds": stall}  # of this step, not of the later one
+
+        async def told(committed: Committed) -> None:
+            about = {**fields, "path": str(committed.path), "bytes": committed.bytes}
+            await self._teller.emit("on_checkpoint", CheckpointCommitted, **about)
+
+        done = None if request is None else request.done
+        self.saver.begin(snapshot, self._life.progress.step, kind=kind, told=told, path=path, done=done)
+
+    async def _settled(self) -> None:
+        """Let callbacks that have a state take in what was told; one that lags is not waited for long."""
+        drained = asyncio.create_task(self._bus.drain(has_state))
+        await asyncio.wait([drained], timeout=_PATIENCE)
+        drained.cancel()
+
+    def check(self) -> None:
+        """Raise the error of saves that failed too often."""
+        if self.saver is not None:
+            self.saver.check()
+
+    async def save_at_end(self) -> None:
+        """Save the last state, unless it is saved, and wait until it is."""
+        if self.saver is None:
+            return
+        await self.saver.wait()
+        if self._life.progress.step and (self._saved != self._mark() or self.saver.behind):
+            await self.save("end")
+        await self.saver.wait()
+
+    async def save_after_error(self) -> None:
+        """The same where saving itself may be what went wrong."""
+        if self.saver is not None and self.saver.failing:
+            await self.saver.wait()
+        elif not self._life.step.torn:
+            await self.save_at_end()
+
+    async def load_best(self) -> None:
+        """Put the weights of the best value into the model; the checkpoint of the end keeps the last ones."""
+        best = self._life.progress.bests.get(self._restore or "")
+        if best is None or best.step == self._life.progress.step:
+            return
+        weights = self._weights
+        if self.saver is not None and best.checkpoint is not None:
+            path: Path = best.checkpoint
+            weights = (await self.saver.files(lambda: checkpoint.read(path))).model
+        await self._thread.run(lambda: self._life.model.load_state_dict(weights))
+        logger.info("the model has the weights of step %d, the best %s (%g)", best.step, best.monitor, best.value)

@@ -1,0 +1,65 @@
+"""What a fit is to do, worked out; its law: when something is due is a pure function of the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamtrain.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Limits, intervals and lengths of one fit."""
+
+    max_epochs: int | None
+    max_steps: int | None
+    max_time: float | None
+    validates: bool = False
+    validate_every: tuple[int, str] = (1, "epoch")
+    """A number of epochs or steps."""
+    batches: int | None = None
+    """Of an epoch, as far as that is known; limits are counted in."""
+    limit: int | None = None
+    """Batches of an epoch, at most."""
+    overfit: bool = False
+    """Each epoch has the batches of the first one."""
+    validation_limits: Mapping[str, int | None] = field(default_factory=dict)
+    sanity: int = 0
+    """Batches of each validation stream to look at before training."""
+    announcement: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of TrainBegin."""
+
+    def reached(self, progress: Progress) -> tuple[str, str]:
+        """Reason and detail of the end if a limit is reached and nothing is owed; else both empty."""
+        if self.max_steps is not None and progress.step >= self.max_steps and not progress.owes:
+            return "completed", ""
+        if self.max_epochs is not None and progress.epoch >= self.max_epochs:
+            return "completed", ""
+        if self.max_time is not None and progress.time >= self.max_time:
+            return "max_time", f"{self.max_time:g} s"
+        return "", ""
+
+    def validation_due(self, progress: Progress, *, epoch_end: bool = False) -> bool:
+        """Whether to validate after the update that was just made."""
+        number, unit = self.validate_every
+        if not self.validates:
+            return False
+        if unit == "step":
+            return progress.step % number == 0
+        return epoch_end and (progress.epoch + 1) % number == 0
+
+    def next_step(self, step: int) -> int | None:
+        """The next step after `step` at which something is due by its number alone."""
+        number, unit = self.validate_every
+        validation = (step // number + 1) * number if self.validates and unit == "step" else None
+        return min((cut for cut in (self.max_steps, validation) if cut is not None), default=None)
+
+    def stream_epoch(self, epoch: int) -> int:
+        """The stream's epoch in an epoch of the fit."""
+        return 0 if self.overfit else epoch
+
+    def remaining(self, progress: Progress, taken: int) -> int | None:
+        """Batches that the epoch still has, `taken` more than finished updates account for; None if nobody knows."""
+        return None if self.batches is None else max(0, self.batches - progress.batch - taken)
