@@ -168,7 +168,8 @@ def _advice(name: str, array: OpenArray | DataError) -> Iterator[str]:
 def _lane(array: OpenArray) -> str:
     if array.fallback is not None:
         return f"zarr's own API, slower: {array.fallback}"
-    return {"mmap": "memory maps", "pread": "pread, decoded by numcodecs into buffers kept for it"}[array.reader.lane]
+    lane = {"mmap": "memory maps", "pread": "pread"}[array.reader.lane]
+    return lane if array.layout.raw else f"{lane}, decoded by numcodecs into buffers kept for it"
 
 
 def _codec(name: str, config: Mapping[str, Any]) -> str:

@@ -38,6 +38,8 @@ T = TypeVar("T")
 MADV_POPULATE_READ = 22
 """Linux 5.14: fault all pages in at once, with an error in place of a signal if the file is shorter."""
 INDEX_CACHE_BYTES = 16 << 20
+SMALL_CHUNK = 1 << 20
+"""Chunks up to this size are decoded right out of a map of their shard: to open it for each would cost more."""
 SPARE_DESCRIPTORS = 256
 ENCODED_SLACK = 1 << 16
 """Encoded chunks may be larger than decoded ones by 1/8 and this much; anything beyond is refused unread."""
@@ -262,7 +264,8 @@ class LocalReader:
     def __init__(self, layout: ArrayLayout, files: StoreFiles, *, mapped: bool) -> None:
         assert layout.slow is None
         self.layout, self._files, self._decoder = layout, files, Decoder(layout)
-        self._mapped = mapped and layout.raw
+        small = layout.shard_shape is not None and layout.chunk_bytes <= SMALL_CHUNK
+        self._mapped = mapped and (layout.raw or small)
         self.lane = "mmap" if self._mapped else "pread"
         self._indexes: OrderedDict[str, NDArray[np.uint64]] = OrderedDict()
         self._lock = threading.Lock()
