@@ -62,14 +62,14 @@ class Recipe:
 
 FULL = Recipe(
     every=1,
-    lines_together=128,
+    lines_together=256,
     validation=(0.9, 0.92),
     validate_on=64,
     batch_size=4096,
     features=128,
     hidden=256,
-    steps=1500,
-    validate_every=250,
+    steps=700,
+    validate_every=140,
 )
 QUICK = Recipe(
     every=10,
