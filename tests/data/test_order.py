@@ -32,23 +32,31 @@ from streamtrain.data.order import (
 )
 
 SPLITS: tuple[SplitBy, ...] = ("range", "chunk", "sample")
+GOLDEN_SMALL = [6, 3, 1, 5, 8, 4, 0, 2, 7]
+GOLDEN_LARGE = [907216558369, 303321951623, 532205829958, 656947107774]
+GOLDEN_ORDER = [0, 11, 10, 2, 7, 8, 5, 4, 3, 6]
 SHUFFLES: tuple[Shuffle, ...] = ("none", "block", "global")
 
 
 @st.composite
 def grids(draw: st.DrawFn) -> CellGrid:
-    """Small grids over 1 to 3 axes; cells may be larger than the axis, and edges cut."""
-    axes = draw(st.integers(1, 3))
+    """Small grids over 1 to 3 axes: half of them even; of the others cells may be larger than the axis, and cut."""
+    axes, even = draw(st.integers(1, 3)), draw(st.booleans())
     largest = (60, 12, 6)[axes - 1]
+    if even:
+        cell = tuple(draw(st.integers(1, largest // 3)) for _ in range(axes))
+        return CellGrid(tuple(size * draw(st.integers(1, 3)) for size in cell), cell)
     shape = tuple(draw(st.integers(1, largest)) for _ in range(axes))
     return CellGrid(shape, tuple(draw(st.integers(1, size + 2)) for size in shape))
 
 
 @st.composite
 def splits(draw: st.DrawFn, by: SplitBy | None = None) -> Split:
+    """Bounds anywhere, or where a band of cells begins or ends."""
     grid = draw(grids())
-    lower = draw(st.integers(0, grid.num_samples))
-    upper = draw(st.integers(lower, grid.num_samples))
+    band = grid.cell[0] * grid.num_samples // grid.shape[0]
+    bounds = st.integers(0, grid.num_samples) | st.integers(0, grid.num_samples // band).map(lambda k: k * band)
+    lower, upper = sorted([draw(bounds), draw(bounds)])
     kind = by if by is not None else draw(st.sampled_from(SPLITS))
     return Split(grid, lower, upper, kind, draw(st.integers(0, 9)), ascending=draw(st.booleans()))
 
@@ -137,6 +145,22 @@ def test_keys_and_places_decide_where_an_element_goes(n: int) -> None:
     assert len({tuple(row) for row in images.tolist()}) == 50
     chosen = np.bincount(images.ravel() * 10 // n, minlength=10)
     assert chi_square(chosen, images.size / 10) < 27.9  # 9 degrees of freedom, p = 0.001
+
+
+def test_neighbours_in_a_large_permutation_have_nothing_in_common() -> None:
+    """Too few rounds would leave what two elements share visible in their images."""
+    images = Permutation(1 << 20, derive_key("neighbours")).forward(np.arange(20_000))
+    apart = images[::2] ^ images[1::2]
+    for bits in (apart & 1023, apart >> 10):
+        assert chi_square(np.bincount(bits, minlength=1024), len(apart) / 1024) < 1168  # 1023 degrees, p = 0.001
+
+
+def test_orders_are_the_same_in_every_version() -> None:
+    """Checkpoints hold positions in them."""
+    assert Permutation(9, derive_key("golden")).forward(np.arange(9)).tolist() == GOLDEN_SMALL
+    assert Permutation(10**12, derive_key("golden")).forward(np.arange(4)).tolist() == GOLDEN_LARGE
+    order = EpochOrder(Split(CellGrid((12,), (3,)), 1, 11, "sample", 5), "block", 2, 3, 4)
+    assert sequence(order).tolist() == GOLDEN_ORDER
 
 
 def chi_square(observed: Any, expected: float) -> float:
@@ -386,6 +410,13 @@ def test_each_batch_of_a_block_draws_from_many_cells(cells: int) -> None:
     numbers = sequence(EpochOrder(split, "block", cells, 0, 0))
     for start in range(0, len(numbers), 64):
         assert len(np.unique(numbers[start : start + 64] // 128)) >= min(cells, 8)
+
+
+def test_blocks_of_one_size_are_permuted_differently() -> None:
+    order = EpochOrder(Split(CellGrid((800,), (10,)), 0, 800), "block", 8, 0, 0)
+    firsts = [(order.block_start(block), order.pieces(block)[0]) for block in range(10)]
+    places = [np.asarray(order.place(piece)[1]) - start for start, piece in firsts]
+    assert len({tuple(place.tolist()) for place in places}) == 10
 
 
 def test_blocks_hold_k_cells_or_a_few_more() -> None:

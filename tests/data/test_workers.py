@@ -95,14 +95,11 @@ def test_an_idle_worker_keeps_nothing_of_its_last_job_alive() -> None:
     class Thing:
         pass
 
-    workers, done = Workers(1, "streamtrain-test"), threading.Event()
-    thing = Thing()
-    gone = weakref.ref(thing)
+    workers, thing, gone = Workers(1, "streamtrain-test"), Thing(), threading.Event()
+    weakref.finalize(thing, gone.set)
     workers.submit(lambda scratch, thing=thing: None)  # type: ignore[misc]
     del thing
-    workers.submit(lambda scratch: done.set())
-    done.wait(30)
-    assert gone() is None
+    assert gone.wait(30)
     end(workers)
 
 
