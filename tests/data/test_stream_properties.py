@@ -14,6 +14,7 @@ from typing import Any
 
 import numcodecs
 import numpy as np
+import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from zarr.storage import MemoryStore
 
 from streamtrain.data.batch import Batch
 from streamtrain.data.stream import ZarrStream
+from streamtrain.errors import ConfigError
 
 DTYPES = ["int32", "float32", "float64", "uint8", "bool", "float16", "c8", "int64"]
 V3_CODECS: list[Any] = [
@@ -243,6 +245,8 @@ def test_the_order_knows_nothing_of_memory_threads_prefetch_and_lane(drawn: Draw
         if little:
             async with stream(store, drawn, **changes) as source:
                 changes["memory"] = source.plan().memory_least
+            with pytest.raises(ConfigError, match="the least that works"):
+                await stream(store, drawn, **{**changes, "memory": changes["memory"] - 1}).open()
         async with stream(store, drawn, **changes) as source:
             found = await collect(source)
             assert source.statistics().budget.peak <= source.budget.total
