@@ -91,8 +91,8 @@ class Pumped:
             batch = self._ready.popleft()
         except IndexError:
             return None
-        if self._full and len(self._ready) <= self._batches:
-            self._full = False
+        if self._full and len(self._ready) <= self._batches // 4:
+            self._full = False  # rarely: what was gathered lasts for two bursts, and each wakes the pump anyway
             self._loop.call_soon_threadsafe(self._room.set)
         return batch
 

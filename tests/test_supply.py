@@ -82,6 +82,11 @@ async def test_it_gathers_twice_what_a_burst_takes_and_no_more() -> None:
     assert len(batches._ready) == 20
     for _ in range(10):
         batches.take()
+    batches.burst(10)
+    await idle()
+    assert len(batches._ready) == 20
+    for _ in range(20):
+        batches.take()
     await idle()
     assert len(batches._ready) == 20
     await batches.aclose()
