@@ -1,4 +1,6 @@
-"""A training that may be killed at any moment and started again: `python -m tests.bench.life STORE RUN COLUMNS EPOCHS`.
+"""A training that may be killed at any moment and started again.
+
+`python -m tests.bench.life STORE FOLDER COLUMNS EPOCHS EVERY`, EVERY in updates between two checkpoints.
 
 Beside the run's folder it leaves `updates`, a line for each update as soon as it is made (the process that made it,
 which kill -9 takes nothing back from), and `saves`, how many updates were made while each checkpoint was committed.
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from streamtrain import Callback, ModelCheckpoint, Trainer, ZarrStream
 from streamtrain.events import CheckpointCommitted, TrainBegin
 
-EVERY, LOG_EVERY, ACCUMULATE, BATCH, SEED = 20, 3, 3, 33, 5
+LOG_EVERY, ACCUMULATE, BATCH, SEED = 3, 3, 33, 5
 
 
 def network(columns: int) -> nn.Module:
@@ -64,7 +66,7 @@ class Diary(Callback):
             file.write(f"{self.step - saved}\n")
 
 
-async def main(store: str, folder: Path, columns: int, epochs: int) -> None:
+async def main(store: str, folder: Path, columns: int, epochs: int, every: int) -> None:
     """Train to the end, from wherever the last life got to."""
     model, diary = network(columns), Diary(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -73,7 +75,7 @@ async def main(store: str, folder: Path, columns: int, epochs: int) -> None:
         model,
         nn.MSELoss(),
         optimizer=optimizer,
-        callbacks=[ModelCheckpoint(every=f"{EVERY}steps"), diary],
+        callbacks=[ModelCheckpoint(every=f"{every}steps"), diary],
         run_dir=folder / "run",
         accumulate_grad_batches=ACCUMULATE,
         seed=SEED,
@@ -89,4 +91,4 @@ async def main(store: str, folder: Path, columns: int, epochs: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])))

@@ -18,7 +18,7 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(tmp_path: Path, columns: 
     assert trial.lines == whole.lines
     if trial.kills:  # else it was over before
         assert (trial.late, trial.silent) == (1, 0)
-        assert trial.updates - setup.needed <= allowed(whole, trial)
+        assert trial.updates - setup.needed <= allowed(setup, whole, trial)
 
 
 def test_a_command_that_is_asked_to_end_saves_and_goes_on_later(tmp_path: Path) -> None:
