@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from streamtrain import checkpoint, resume, signals
+from streamtrain.callbacks.base import HOOKS, Callback, hooks_of
 from streamtrain.callbacks.bus import Bus
 from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.event_log import EventLog
@@ -159,6 +160,8 @@ class Trainer:
             raise ConfigError("precision '16' needs a CUDA device", hint="On the CPU use 'bf16' or '32'.")
         self._lr, self._optimizer_spec, self._scheduler_spec = check_lr(lr), optimizer, scheduler
         self._metrics: dict[str, Metric] = {name: as_metric(metric) for name, metric in (metrics or {}).items()}
+        if "loss" in self._metrics:
+            raise ConfigError("a metric can't be named 'loss': the loss itself is", hint="Name it otherwise.")
         self.run_dir = None if run_dir is None or self._options.dev else Path(os.path.abspath(run_dir))
         """The run's folder; None where nothing is written."""
         self.callbacks = _with_defaults(list(callbacks), self.run_dir, dev=bool(self._options.dev))
@@ -352,6 +355,34 @@ class Trainer:
                 hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
             )
 
+    def _check_lengths(self, train: Stream, streams: Mapping[str, Stream], limits: Limits) -> None:
+        """Refuse what can be refused once it is known how long the streams are."""
+        for stream in streams.values():
+            self._options.batches(_length(stream))
+        spec = self._scheduler_spec
+        if isinstance(spec, str | Mapping) and not callable(spec):
+            stand_in = torch.optim.SGD([torch.zeros(1)], lr=self._lr)
+            self._bind_schedule(stand_in, self._limited(limits, found=False), train)
+
+    def _limited(self, limits: Limits, *, found: bool) -> Limits:
+        """The limits, or their default: one epoch, or one more within this process."""
+        if limits.none or self._options.dev:
+            return Limits(max_epochs=1 if found else self.state.epoch + 1)
+        return limits
+
+    def _bind_schedule(self, optimizer: Optimizer, limits: Limits, train: Stream | None) -> LearningRate:
+        known = None if train is None else _length(train)
+        batches = _least(known, self._options.batches(known))
+        per_epoch = None if batches is None else -(-batches // self._options.accumulate)
+        total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
+        return build_scheduler(
+            optimizer,
+            self._scheduler_spec,
+            total_steps=_least(total, limits.max_steps),
+            total_epochs=limits.max_epochs,
+            steps_per_epoch=per_epoch,
+        )
+
     async def _saving_on_cancel(self, fit: Coroutine[Any, Any, T]) -> T:
         """Await a fit in a task of its own; if we are cancelled it gets `grace` seconds to save."""
         task = asyncio.create_task(fit, name="streamtrain-fit")
@@ -380,6 +411,7 @@ class Trainer:
                 await files(lambda: resume.refuse_unasked(folder.checkpoints))
             for stream in (train, *streams.values()):
                 await stream.open()
+            self._check_lengths(train, streams, limits)
             if folder is not None:
                 stack.push_async_callback(files, folder.release)
                 await files(folder.lock)
@@ -413,16 +445,16 @@ class Trainer:
             train.follow(True)
             stack.callback(train.follow, False)
             await self._prepare(train, thread)
-            if limits.none or options.dev:
-                limits = Limits(max_epochs=1 if found is not None else self.state.epoch + 1)
-            known = _length(train)
-            life = await thread.run(lambda: self._life(train, bus, limits, _least(known, options.batches(known))))
+            limits = self._limited(limits, found=found is not None)
+            life = await thread.run(lambda: self._life(train, bus, limits))
             if folder is not None:
                 life.check()
             if found is not None:
                 path, snapshot = found
                 await thread.run(lambda: life.restore(snapshot, path, checkpoints))
                 logger.info("going on from %s at step %d", path, self.state.step)
+                if life.ended is not None:
+                    logger.info("it had ended by early stopping (%s): a larger patience lets it go on", life.ended[1])
                 self._checkpoint = path
                 del found, snapshot
             else:
@@ -510,20 +542,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self._optimizer_spec, self._lr)
         self._settings = settings(self.model, self.optimizer)
 
-    def _life(self, train: Stream | None, bus: Bus, limits: Limits, batches: int | None) -> Life:
+    def _life(self, train: Stream | None, bus: Bus, limits: Limits) -> Life:
         """All live objects of a fit; on the train thread."""
         options, optimizer = self._options, self.optimizer
         assert optimizer is not None
         assert self._rng is not None
-        per_epoch = None if batches is None else -(-batches // options.accumulate)
-        total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
-        self.scheduler = build_scheduler(
-            optimizer,
-            self._scheduler_spec,
-            total_steps=_least(total, limits.max_steps),
-            total_epochs=limits.max_epochs,
-            steps_per_epoch=per_epoch,
-        )
+        self.scheduler = self._bind_schedule(optimizer, limits, train)
         if not self.model.training:
             self.model.train()
         step = TrainStep(
@@ -659,7 +683,7 @@ class Trainer:
             raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
         if self._rng is None:
             self._rng = first_rng(self._options.seed)
-        life = self._lasting or self._life(None, Bus(self.callbacks), Limits(max_steps=1), None)
+        life = self._lasting or self._life(None, Bus(self.callbacks), Limits(max_steps=1))
         async with file_thread() as files, train_thread() as thread:
             state = life.state()
             snapshot = await thread.run(lambda: life.snapshot(state))
@@ -737,6 +761,12 @@ def _named_streams(streams: Streams) -> dict[str, Stream]:
 
 def _with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -> list[object]:
     """The callbacks, and the defaults of a run with a folder that nobody replaced."""
+    for callback in callbacks:
+        if inspect.isclass(callback) or not (isinstance(callback, Callback) or hooks_of(callback)):
+            raise ConfigError(
+                f"{callback!r} is no callback",
+                hint=f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
+            )
     if sys.stderr.isatty() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(ProgressBar())
     if dev:

@@ -504,6 +504,9 @@ async def test_another_model_or_optimizer_is_refused_with_a_table(tmp_path: Path
         ({"strategy": "ddp"}, "later"),
         ({"optimizer": "adan"}, "optimizer"),
         ({"precision": "16"}, "CUDA"),
+        ({"metrics": {"loss": MeanAbsoluteError()}}, "named 'loss'"),
+        ({"callbacks": [EarlyStopping]}, "no callback"),
+        ({"callbacks": [print]}, "no callback"),
     ],
 )
 def test_values_that_cannot_work_are_refused_when_given(options: dict[str, Any], told: str) -> None:
@@ -532,6 +535,10 @@ async def test_more_is_refused_before_anything_is_written(tmp_path: Path, monkey
         await trainer(run_dir=run).fit(iter([samples(8)]), max_epochs=2)
     with pytest.raises(ConfigError, match="no validation stream"):
         await trainer(run_dir=run, callbacks=[EarlyStopping()]).fit(Samples())
+    with pytest.raises(ConfigError, match="how long the run is"):
+        await trainer(run_dir=run, scheduler="cosine").fit(Samples(known=False))
+    with pytest.raises(ConfigError, match="share of a stream"):
+        await trainer(run_dir=run, limit_batches=0.5).fit(Samples(), validation=Samples(known=False))
     with pytest.raises(ConfigError, match="there is no loss"):
         await Trainer(network(), run_dir=run).fit(Samples())
     with pytest.raises(ConfigError, match="ModelCheckpoint needs a run_dir"):
