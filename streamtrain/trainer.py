@@ -14,13 +14,12 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import anyio
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -43,6 +42,7 @@ from streamtrain.driving import Driver
 from streamtrain.errors import CheckpointError, ConfigError, DataError, StreamtrainError
 from streamtrain.evaluation import Evaluator, evaluating
 from streamtrain.file_thread import Files, file_thread
+from streamtrain.grace import saving_on_cancel
 from streamtrain.keeping import Keeper
 from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
 from streamtrain.loop import Wheel
@@ -70,6 +70,7 @@ from streamtrain.run_folder import RunFolder
 from streamtrain.saving import Saver, folder_name
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
 from streamtrain.state import Snapshot
+from streamtrain.status_file import StatusFile
 from streamtrain.step import Compute, TrainStep, custom, custom_outputs, supervised
 from streamtrain.supply import supply
 from streamtrain.telling import Teller
@@ -229,7 +230,9 @@ class Trainer:
         self._fitting = True
         try:
             self.control.bind()
-            return await self._saving_on_cancel(self._fit(train, streams, limits, resume))
+            fit = self._fit(train, streams, limits, resume)
+            stop = partial(self.control.stop, "cancelled", "the task was cancelled")
+            return await saving_on_cancel(fit, stop, self._options.grace)
         finally:
             self.control.unbind()
             self._fitting = False
@@ -383,25 +386,6 @@ class Trainer:
             steps_per_epoch=per_epoch,
         )
 
-    async def _saving_on_cancel(self, fit: Coroutine[Any, Any, T]) -> T:
-        """Await a fit in a task of its own; if we are cancelled it gets `grace` seconds to save."""
-        task = asyncio.create_task(fit, name="streamtrain-fit")
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.done():
-                raise
-            self.control.stop("cancelled", "the task was cancelled")
-            with anyio.CancelScope(shield=True):  # anyio cancels again and again; this holds it off
-                await _patiently(task, self._options.grace)
-                if not task.done():
-                    logger.error("not saved within %g s: the last checkpoint stands", self._options.grace)
-                    task.cancel()
-                    await _patiently(task, 5.0)
-            if task.done() and not task.cancelled() and task.exception() is not None:
-                logger.error("the cancelled fit failed", exc_info=task.exception())
-            raise
-
     async def _fit(self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume) -> FitResult:
         """Open, lock, restore, turn the wheel; closed again in the opposite order."""
         async with AsyncExitStack() as stack:
@@ -462,7 +446,7 @@ class Trainer:
                 self._go_on(train)
             self._lasting = life
             plan = self._plan(limits, train, streams, folder, path)
-            status = _Status(files, folder)
+            status = StatusFile(files, folder)
             stack.push_async_callback(status.written)
             saver = None if checkpoints is None else self._saver(checkpoints, files)
             teller = Teller(life, plan, bus, thread, status=status.write, said=self._take_logged)
@@ -711,38 +695,6 @@ class Trainer:
         self._lasting = None
 
 
-class _Status:
-    """Writes `status.json` now and then, one at a time, without anybody waiting for it."""
-
-    def __init__(self, files: Files, folder: RunFolder | None) -> None:
-        self._files, self._folder = files, folder
-        self._task: asyncio.Task[None] | None = None
-        self._last: dict[str, Any] | None = None
-
-    def write(self, status: dict[str, Any]) -> None:
-        """Have this written soon; what still waits then is left out."""
-        if self._folder is not None:
-            self._last = {"pid": os.getpid(), **status}
-            if self._task is None or self._task.done():
-                self._task = asyncio.create_task(self._write(), name="streamtrain-status")
-
-    async def _write(self) -> None:
-        folder = self._folder
-        assert folder is not None
-        while self._last is not None:
-            write = partial(folder.write_status, self._last)
-            self._last = None
-            try:
-                await self._files(write)
-            except StreamtrainError as error:
-                logger.warning("%s", error)
-
-    async def written(self) -> None:
-        """Wait for the last one."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
-
-
 def as_stream(source: Streams) -> Stream:
     """`source` itself if it is a stream, else what `from_iterable` makes of it."""
     if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
@@ -814,15 +766,6 @@ def _length(stream: Stream) -> int | None:
 
 def _least(*values: int | None) -> int | None:
     return min((value for value in values if value is not None), default=None)
-
-
-async def _patiently(task: asyncio.Task[Any], timeout: float) -> None:
-    """Wait for a task, however often we are cancelled."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    while not task.done() and loop.time() < deadline:
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([task], timeout=deadline - loop.time())
 
 
 _NOWHERE = Path(os.devnull, "checkpoints")
