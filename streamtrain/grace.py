@@ -20,15 +20,15 @@ _LAST = 5.0
 """Seconds to close files and threads after the grace was not enough."""
 
 
-async def saving_on_cancel(fit: Coroutine[Any, Any, T], stop: Callable[[], object], grace: float) -> T:
-    """Await `fit` in a task of its own; if we are cancelled, `stop()` it, wait for up to `grace` seconds, and raise."""
+async def saving_on_cancel(fit: Coroutine[Any, Any, T], stop: Callable[[asyncio.Task[T]], object], grace: float) -> T:
+    """Await `fit` in a task of its own; if we are cancelled, `stop` it, wait for up to `grace` seconds, and raise."""
     task = asyncio.create_task(fit, name="streamtrain-fit")
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         if task.done():
             raise
-        stop()
+        stop(task)
         with anyio.CancelScope(shield=True):
             await _patiently(task, grace)
             if not task.done():

@@ -16,7 +16,6 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,7 +171,7 @@ class Trainer:
         """Bound at the beginning of `fit`, which knows how long the run is."""
         self._settings: dict[str, Any] = {}
         self._logged: deque[tuple[str, float]] = deque()
-        self._fitting = False
+        self._fitting = self._turning = False
         self._rng: Rng | None = None
         self._lasting: Life | None = None
         self._checkpoint: Path | None = None
@@ -231,11 +230,10 @@ class Trainer:
         try:
             self.control.bind()
             fit = self._fit(train, streams, limits, resume)
-            stop = partial(self.control.stop, "cancelled", "the task was cancelled")
-            return await saving_on_cancel(fit, stop, self._options.grace)
+            return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
         finally:
             self.control.unbind()
-            self._fitting = False
+            self._fitting = self._turning = False
 
     train = fit
 
@@ -386,6 +384,12 @@ class Trainer:
             steps_per_epoch=per_epoch,
         )
 
+    def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
+        """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet."""
+        self.control.stop("cancelled", "the task was cancelled")
+        if not self._turning:
+            fit.cancel()
+
     async def _fit(self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume) -> FitResult:
         """Open, lock, restore, turn the wheel; closed again in the opposite order."""
         async with AsyncExitStack() as stack:
@@ -461,6 +465,7 @@ class Trainer:
                 teller=teller,
                 keeper=Keeper(life, saver, teller, bus, thread),
             )
+            self._turning = True
             try:
                 reason, detail = await wheel.turn()
             finally:

@@ -269,6 +269,21 @@ async def test_a_cancelled_fit_whose_data_hangs_saves_at_once(tmp_path: Path) ->
     assert same(again.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED, accumulate=2))
 
 
+async def test_a_fit_that_is_cancelled_while_it_opens_its_data_ends_at_once(tmp_path: Path) -> None:
+    class Hanging(Samples):
+        async def open(self) -> None:
+            opening.set()
+            await asyncio.Event().wait()
+
+    opening = asyncio.Event()
+    task = asyncio.create_task(trainer(run_dir=tmp_path / "run", grace=1000.0).fit(Hanging()))
+    await opening.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not (tmp_path / "run").exists()
+
+
 async def test_a_stop_from_another_thread_ends_after_the_update(tmp_path: Path) -> None:
     recorder = Recorder()
     fitted = trainer(run_dir=tmp_path, callbacks=[recorder])
