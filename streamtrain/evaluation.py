@@ -140,13 +140,12 @@ class Evaluator:
             while time.perf_counter() - began < BURST and (batch := batches.take()) is not None:
                 try:
                     batch = self._move(batch)
-                    with self._autocast():
-                        outcome = compute(batch)
-                    made.append(use(batch, outcome))
+                    if len(batch):  # a filter may drop every row
+                        with self._autocast():
+                            made.append(use(batch, compute(batch)))
                 except Exception as error:
                     problem = explained(error, batch, "in evaluation")
                     raise problem from problem.__cause__
-                del outcome
         return made, time.perf_counter() - began
 
 

@@ -220,13 +220,16 @@ class TrainStep:
                 short = remaining is not None and remaining < self.accumulate
                 self._divisor = max(remaining or 1, 1) if short else self.accumulate
         batch = self._batch = self._move(batch)
+        samples = len(batch)
+        if not samples:
+            return  # a filter dropped every row: its mean is no number
         if self._autocast is None:
             loss, _, _, logged = self._compute(batch)
         else:
             with self._autocast():
                 loss, _, _, logged = self._compute(batch)
         self._loss = loss
-        tally, samples = self.tally, len(batch)
+        tally = self.tally
         if self._divisor > 1 or self.scaler is not None:
             self._scaled(loss, samples).backward()
         else:

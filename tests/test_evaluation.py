@@ -30,6 +30,7 @@ def evaluator(model: nn.Module, compute: Compute | None = None, **metrics: Any) 
 
 async def run(judge: Evaluator, stream: Any, **options: Any) -> dict[str, float]:
     async with train_thread() as thread:
+        stream = from_iterable(stream) if isinstance(stream, list) else stream
         return await judge.run(stream, thread, first_rng(0), **options)
 
 
@@ -49,6 +50,14 @@ async def test_means_weigh_by_samples_however_the_batches_are() -> None:
 async def test_a_metric_starts_anew_for_each_evaluation() -> None:
     judge = evaluator(network(), mae=MeanAbsoluteError)
     assert await run(judge, Samples(30)) == await run(judge, Samples(30))
+
+
+async def test_a_batch_without_rows_counts_nothing() -> None:
+    inputs, targets = samples(16)
+    given = [(inputs[:8], targets[:8]), (inputs[:0], targets[:0]), (inputs[8:], targets[8:])]
+    model = network()
+    whole = await run(evaluator(model), [(inputs, targets)])
+    assert await run(evaluator(model), given) == {"loss": pytest.approx(whole["loss"])}
 
 
 async def test_a_limit_is_kept() -> None:

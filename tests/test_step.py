@@ -207,6 +207,17 @@ def _after_bare() -> Tensor:
     return torch.rand(1)
 
 
+def test_a_batch_without_rows_is_passed_over() -> None:
+    given = batches(4)
+    given.insert(2, Batch(given[0].inputs[:0], given[0].targets[:0]))
+    model = network()
+    step = made(model, accumulate=2)
+    torch.manual_seed(5)
+    report = burst(step, Hand(given))
+    assert (report.updates, report.batches, report.error) == (2, 4, None)
+    assert same(model, bare_loop(network(), [pairs(Samples(32), 1)[0]], seed=5, accumulate=2))
+
+
 def test_undo_forgets_the_batches_of_an_unfinished_update() -> None:
     model, given = network(), batches()
     step = made(model, accumulate=4)
