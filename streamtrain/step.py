@@ -108,7 +108,9 @@ class TrainStep:
         precision: str = "32",
         skip: bool = False,
         log_every: int = 50,
+        moves: bool = False,
     ) -> None:
+        """`moves`: `move` does something even to tensors on the CPU."""
         self.step = 0
         """Updates made over the run's life."""
         self.lr = lr
@@ -128,6 +130,7 @@ class TrainStep:
         self._odd = _has_odd_gradients(model)
         self._scheduled = not isinstance(lr, FixedLearningRate)
         self._move, self._door, self._device = move, door, device
+        self._moves = moves or device.type != "cpu"
         self._skip, self._log_every = skip, log_every
         self._clip_norm, self._clip_value = clip_norm, clip_value
         self._autocast = None if precision == "32" else autocast(precision, device)
@@ -219,8 +222,11 @@ class TrainStep:
                 self._generator = torch.default_generator.get_state()
                 short = remaining is not None and remaining < self.accumulate
                 self._divisor = max(remaining or 1, 1) if short else self.accumulate
-        batch = self._batch = self._move(batch)
-        samples = len(batch)
+        if self._moves or type(batch.inputs) is not Tensor or type(batch.targets) is not Tensor:
+            batch = self._batch = self._move(batch)
+            samples = len(batch)
+        else:  # nearly every batch on the CPU: nothing to move, and each call here is one of its microseconds
+            samples = len(batch.inputs)
         if not samples:
             return  # a filter dropped every row: its mean is no number
         if self._autocast is None:
@@ -240,8 +246,9 @@ class TrainStep:
         tally.counts.append(samples)
         self._group += 1
         index = batch.index
-        # A copy where it outlives its batch: a view would keep a whole block of the stream's memory.
-        self._indices.append(index.clone() if self.accumulate > 1 and isinstance(index, Tensor) else index)
+        if self.accumulate > 1 and isinstance(index, Tensor):
+            index = index.clone()  # it outlives its batch: a view would keep a whole block of the stream's memory
+        self._indices.append(index)
         self._cursor = batch.cursor
         self._loss = None
 

@@ -553,6 +553,7 @@ class Trainer:
             precision=options.precision,
             skip=options.skip,
             log_every=options.log_every,
+            moves=options.device_transform is not None,
         )
         step.step = self.state.step
         names = [box.name for box in bus.statistics().mailboxes]

@@ -293,3 +293,24 @@ def test_torch_schedulers_are_stepped_after_each_update() -> None:
     )
     report = burst(step, Hand(batches(3)))
     assert [row.values["lr"] for row in report.rows] == [1e-3, 5e-4, 2.5e-4]
+
+
+def test_what_comes_to_the_device_is_transformed_there() -> None:
+    def double(batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.inputs * 2, batch.targets
+
+    model, bare = network(), network()
+    built = build_optimizer(model)
+    step = TrainStep(
+        model,
+        built,
+        supervised(model, nn.MSELoss()),
+        build_scheduler(built, None),
+        move=mover(CPU, double),
+        door=Control(),
+        device=CPU,
+        moves=True,
+    )
+    torch.manual_seed(5)
+    burst(step, Hand(batches(3)))
+    assert same(model, bare_loop(bare, [[(x * 2, y) for x, y in pairs(Samples(24), 1)[0]]], seed=5))
