@@ -146,12 +146,15 @@ class ZarrPass:
         self._lock = threading.Lock()
         self._units: collections.deque[Unit] = collections.deque()
         self._spans = self._unit_spans()
-        self._next_span = next(self._spans, None)
+        self._next_span: tuple[int, int, list[int]] | None = None
+        self._unplanned: collections.deque[tuple[Unit, Sequence[int]]] = collections.deque()
+        self._planning = False
         self._blocks: collections.deque[tuple[int, Block]] = collections.deque()
         self._draining: collections.deque[int] = collections.deque()
         self._started = self._emitted = self._taken = 0
         self._filling = 0
-        self._raw: collections.deque[_Ready] = collections.deque()
+        self._raw: ReadyQueue[_Ready] = ReadyQueue(max_items=None, max_bytes=recipe.budget.total)
+        self._made_ready = 0
         self._groups: dict[int, list[_Made] | BaseException | None] = {}
         self._group_number = self._group_next = 0
         self._made_bytes = 0
@@ -215,6 +218,7 @@ class ZarrPass:
             self._drained()
         else:
             batch = item.batch
+            self._made_ready -= item.granted
             self._recipe.budget.release(item.granted)
             self._pump_transforms()
         if batch is not None:
@@ -235,7 +239,7 @@ class ZarrPass:
     @property
     def _busy(self) -> bool:
         """Whether something is ready or under way that gives a batch."""
-        return bool(self._filling or len(self._queue) or self._raw or self._groups)
+        return bool(self._filling or len(self._queue) or len(self._raw) or self._groups)
 
     def _check_progress(self) -> None:
         """Raise BudgetHeld where nothing is under way that could give the next batch."""
@@ -281,7 +285,24 @@ class ZarrPass:
             )
         self._scratch_granted = granted
         self._workers = Workers(threads, "streamtrain-data")
+        self._filling = 1
+        self._workers.submit(self._prepare)
+
+    def _prepare(self, scratch: Scratch) -> None:
+        """In a thread: work out where the epoch's blocks begin, which takes a while for uneven ones."""
+        try:
+            self._hop(self._prepared, next(self._spans, None), None)
+        except BaseException as error:
+            self._hop(self._prepared, None, error)
+
+    def _prepared(self, span: tuple[int, int, list[int]] | None, error: BaseException | None) -> None:
+        self._filling -= 1
+        self._next_span = span
+        if error is not None:
+            self._queue.fail(error)
         self._pump()
+        if not self._busy:
+            self._queue.wake()
 
     def _unit_spans(self) -> Iterator[tuple[int, int, list[int]]]:
         """Start, stop and blocks of the units that are still to come."""
@@ -336,17 +357,37 @@ class ZarrPass:
 
     def _start_unit(self, unit: Unit, blocks: Sequence[int]) -> None:
         assert self._workers is not None
-        order = self._order
-        if order.scattered:
-            pieces = order.run(unit.start, unit.stop)
-        else:
-            pieces = [piece for block in blocks for piece in order.pieces(block)]
-        jobs = self._jobs(pieces)
-        unit.left = len(jobs)
         self._units.append(unit)
         self._filling += 1
-        for job in jobs:
-            self._workers.submit(lambda scratch, job=job: self._run(unit, job, scratch))  # type: ignore[misc]
+        with self._lock:
+            self._unplanned.append((unit, blocks))
+            plan, self._planning = not self._planning, True
+        if plan:
+            self._workers.submit(self._plan)
+
+    def _plan(self, scratch: Scratch) -> None:
+        """In a thread: what the next unit is made of, as jobs behind those of the unit before."""
+        workers, order = self._workers, self._order
+        with self._lock:
+            unit, blocks = self._unplanned.popleft()
+        try:
+            if order.scattered:
+                pieces = order.run(unit.start, unit.stop)
+            else:
+                pieces = [piece for block in blocks for piece in order.pieces(block)]
+            jobs = self._jobs(pieces)
+        except BaseException as error:
+            unit.error, jobs = error, []
+        unit.left = len(jobs)
+        for job in jobs if workers is not None else ():
+            workers.submit(lambda scratch, job=job: self._run(unit, job, scratch))  # type: ignore[misc, union-attr]
+        if not jobs:
+            self._hop(self._unit_done, unit)
+        with self._lock:
+            self._planning = bool(self._unplanned)
+            more = self._planning
+        if more and workers is not None:
+            workers.submit(self._plan)
 
     def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
         """Pieces by the handful: at least JOB_BYTES, but enough jobs for all threads."""
@@ -380,29 +421,36 @@ class ZarrPass:
             self._queue.wake()
 
     def _emit(self, unit: Unit) -> None:
-        size, end = self._recipe.batch_size, self._order.num_samples
-        while self._emitted < self._batches:
-            position = self._origin + self._emitted * size
-            stop = min(position + size, end)
-            if stop > unit.stop:
-                break
+        """Hand on the batches whose last row lies in this unit, or before it."""
+        size, ready = self._recipe.batch_size, self._queue if self._recipe.transform is None else self._raw
+        end = min(self._origin + self._batches * size, self._order.num_samples)
+        complete = self._batches if unit.stop >= end else (unit.stop - self._origin) // size
+        while self._emitted < complete:
             first, block = self._blocks[0]
-            ready = _Ready(block, self._emitted - first, stop - position, Cursor(self._epoch, stop))
-            self._emitted += 1
-            if self._emitted == first + block.slots:  # what is taken must hold no buffer
+            stop = min(complete, first + block.slots)
+            ready.put_run(self._maker(block, first, self._emitted), stop - self._emitted, self._slot_bytes)
+            self._emitted = stop
+            if stop == first + block.slots:  # what is taken must hold no buffer
                 self._blocks.popleft()
-            if self._recipe.transform is None:
-                self._queue.put(ready, self._slot_bytes)
-            else:
-                self._raw.append(ready)
         if self._emitted == self._batches:
             self._blocks.clear()
         if self._recipe.transform is not None:
             self._pump_transforms()
 
+    def _maker(self, block: Block, first: int, start: int) -> Callable[[int], _Ready]:
+        """Makes the ready batches from number `start` on, which lie in this block, whose first is number `first`."""
+        size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self._epoch
+
+        def make(number: int) -> _Ready:
+            position = origin + (start + number) * size
+            stop = min(position + size, end)
+            return _Ready(block, start + number - first, stop - position, Cursor(epoch, stop))
+
+        return make
+
     def _end_if_over(self) -> None:
         """What follows the last batch that is ready: the end, or the failure that stopped the pass there."""
-        if self._raw or self._groups:
+        if len(self._raw) or self._groups:
             return
         if self._broken is not None:
             self._queue.fail(self._broken)
@@ -415,7 +463,7 @@ class ZarrPass:
         """Start groups of transforms while there is room for what they make."""
         assert self._workers is not None
         ahead = self._recipe.threads + 1
-        while self._raw and len(self._groups) < ahead and not self.closed:
+        while len(self._raw) and len(self._groups) < ahead and not self.closed:
             size = max(1, min(GROUP_BATCHES, GROUP_BYTES // max(1, self._slot_bytes, self._made_bytes), len(self._raw)))
             if self._recipe.prefetch is not None:
                 size = min(size, max(1, self._recipe.prefetch // ahead))
@@ -428,7 +476,7 @@ class ZarrPass:
                 if self._groups or len(self._queue):
                     return
                 size, granted = 1, 0  # the one batch that the consumer waits for
-            group = [self._raw.popleft() for _ in range(size)]
+            group = [ready for ready in (self._raw.get_nowait() for _ in range(size)) if ready is not None]
             number = self._group_number
             self._group_number += 1
             self._groups[number] = None
@@ -475,6 +523,7 @@ class ZarrPass:
                 return
             for made in ready:
                 self._queue.put(made, made.granted)
+                self._made_ready += made.granted
         if self.closed:
             self._release_made()
             return
@@ -548,9 +597,9 @@ class ZarrPass:
         self._queue.end()
 
     def _release_made(self) -> None:
-        for made in self._queue.clear():
-            if isinstance(made, _Made):
-                self._recipe.budget.release(made.granted)
+        self._queue.clear()
+        granted, self._made_ready = self._made_ready, 0
+        self._recipe.budget.release(granted)
 
     async def aclose(self) -> None:
         """End the pass: join its threads and give its memory back. A read that hangs is left behind, and said."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -31,33 +32,48 @@ class QueueStatistics:
     """How long the consumer waited in all."""
 
 
+class _Run(Generic[T]):
+    """Items in a row that are made when they are taken."""
+
+    __slots__ = ("at", "left", "make", "size")
+
+    def __init__(self, make: Callable[[int], T], count: int, size: int) -> None:
+        self.make, self.at, self.left, self.size = make, 0, count, size
+
+
 class ReadyQueue(Generic[T]):
     """Items with their sizes, first in first out; `has_room` is what producers ask before they put."""
 
     def __init__(self, *, max_items: int | None, max_bytes: int) -> None:
         self.max_items, self.max_bytes = max_items, max_bytes
-        self._items: collections.deque[tuple[T, int]] = collections.deque()
-        self._bytes = self._put = self._empty_waits = 0
+        self._runs: collections.deque[_Run[T]] = collections.deque()
+        self._count = self._bytes = self._put = self._empty_waits = 0
         self._wait_seconds = 0.0
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._failure: BaseException | None = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return self._count
 
     def has_room(self, items: int = 1, size: int = 0) -> bool:
         """Whether so much more may enter; an empty queue takes anything."""
-        if not self._items and not items > (self.max_items or items):
+        if not self._count and not items > (self.max_items or items):
             return True
-        fits = self.max_items is None or len(self._items) + items <= self.max_items
+        fits = self.max_items is None or self._count + items <= self.max_items
         return fits and self._bytes + size <= self.max_bytes
 
     def put(self, item: T, size: int) -> None:
         """Append an item of `size` bytes and wake the consumer."""
-        self._items.append((item, size))
-        self._bytes += size
-        self._put += 1
+        self.put_run(lambda _: item, 1, size)
+
+    def put_run(self, make: Callable[[int], T], count: int, size: int) -> None:
+        """Append `count` items of `size` bytes each; `make(0)`, `make(1)`, ... gives them when they are taken."""
+        if count:
+            self._runs.append(_Run(make, count, size))
+        self._count += count
+        self._bytes += count * size
+        self._put += count
         self.wake()
 
     def end(self) -> None:
@@ -76,12 +92,10 @@ class ReadyQueue(Generic[T]):
         """Whether nothing follows what is ready."""
         return self._ended or self._failure is not None
 
-    def clear(self) -> list[T]:
-        """Take out all that is ready."""
-        items = [item for item, _ in self._items]
-        self._items.clear()
-        self._bytes = 0
-        return items
+    def clear(self) -> None:
+        """Forget all that is ready."""
+        self._runs.clear()
+        self._count = self._bytes = 0
 
     def wake(self) -> None:
         """Let a waiting consumer look again."""
@@ -90,15 +104,22 @@ class ReadyQueue(Generic[T]):
 
     def get_nowait(self) -> T | None:
         """The next item, or None if there is none yet. Raises StopAsyncIteration at the end, or the failure."""
-        if self._items:
-            item, size = self._items.popleft()
-            self._bytes -= size
-            return item
+        if self._count:
+            return self._first()
         if self._failure is not None:
             raise self._failure
         if self._ended:
             raise StopAsyncIteration
         return None
+
+    def _first(self) -> T:
+        run = self._runs[0]
+        at, run.at, run.left = run.at, run.at + 1, run.left - 1
+        if not run.left:
+            self._runs.popleft()
+        self._count -= 1
+        self._bytes -= run.size
+        return run.make(at)
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until something changed; False if nothing did within `timeout` seconds."""
@@ -117,7 +138,7 @@ class ReadyQueue(Generic[T]):
     def statistics(self) -> QueueStatistics:
         """How the queue stands now."""
         return QueueStatistics(
-            len(self._items),
+            self._count,
             self._bytes,
             self.max_items,
             self.max_bytes,
