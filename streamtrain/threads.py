@@ -18,6 +18,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from streamtrain.openmp import give_up_pool
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class TrainThread:
 
     def submit(self, fn: Callable[[], T]) -> asyncio.Future[T]:
         """Queue `fn`; the future, of the running loop, gets its result or error."""
+        give_up_pool()  # the caller's, which would slow down ours
         job = _Job(fn)
         self._jobs.put(job)
         return job.future

@@ -19,8 +19,8 @@ errors events spelling flags toml_text log_file
 data.batch data.source data.order data.options data.budget data.layout data.iterable
 losses schedulers optimizers metrics
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.transform data.opening data.survey
-options progress rng threads file_thread grace signals control tensors device tensor_file state checkpoint run_folder
-status_file
+options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
+run_folder status_file
 data.passes data.stream blame supply tally step callbacks.base callbacks.bus
 early_stopping evaluation life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar

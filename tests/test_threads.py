@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from streamtrain.openmp import give_up_pool
 from streamtrain.threads import TrainThread, train_thread
 
 
@@ -201,3 +203,20 @@ async def test_an_idle_thread_keeps_nothing_alive() -> None:
         async with asyncio.timeout(10):
             while gone() is not None:  # noqa: ASYNC110 (the thread forgets its job right after it told the result)
                 await asyncio.sleep(0)
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="with one thread there are no pools")
+async def test_who_hands_work_over_keeps_no_pool_of_openmp_threads() -> None:
+    """Two pools on as many cores as one has threads make each small operator wait for sleepers."""
+    big = torch.ones(1 << 20)
+    give_up_pool()
+    before = native_threads()
+    big.sum()
+    assert native_threads() > before
+    async with train_thread() as thread:
+        await thread.run(lambda: None)
+        assert native_threads() == before + 1  # the train thread itself, which ran nothing parallel
+
+
+def native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
