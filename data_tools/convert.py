@@ -20,7 +20,7 @@ from typing import IO, Any, Literal, get_args
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from streamtrain.data.layout import TRAINABLE, trainable
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -44,7 +44,8 @@ class Layout:
     shards: tuple[int, ...] | None = None
     """Several chunks in one file; a multiple of `chunks` along each axis. None: a file for each chunk."""
     codec: Codec = "zstd"
-    """`zstd` at level 1, `blosc` (lz4, bitshuffle), or `raw` bytes, which can be mapped into memory."""
+    """`zstd` at level 1 or `blosc` (lz4, bitshuffle), both with a checksum, so that a flipped bit is noticed; or `raw`
+    bytes, which can be mapped into memory and have none."""
 
     def resolve(self, shape: Sequence[int], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         """Chunks and shards for an array of this shape; raises ConfigError where they do not fit it."""
@@ -118,8 +119,11 @@ def create_array(
         raise ConfigError(f"codec={codec!r} is unknown", hint=f"one of {', '.join(get_args(Codec))}")
     compressors: Any = {
         "raw": None,
-        "zstd": ZstdCodec(level=1),
-        "blosc": BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
+        "zstd": ZstdCodec(level=1, checksum=True),
+        "blosc": (
+            BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=dtype.itemsize),
+            Crc32cCodec(),
+        ),
     }[codec]
     layout: dict[str, Any] = {"shape": shape, "dtype": dtype, "chunks": chunks, "shards": shards}
     layout |= {"compressors": compressors, "config": {"write_empty_chunks": True}, "attributes": COMPLETE}

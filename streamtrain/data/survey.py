@@ -163,6 +163,12 @@ def take_survey(
     sites = [Site(field.layout, tuple(sample_axes), grid.cell) for field in fields]
     k = shuffle_blocks or default_cells_per_block(sum(site.row_bytes for site in sites) * grid.full, grid.full)
     columns = [Column(f.name, site.row_shape, f.dtype, batch_size) for f, site in zip(fields, sites, strict=True)]
+    for field in fields:
+        if field.layout.dtype.kind == "c" and field.dtype.kind != "c":
+            raise ConfigError(
+                f"array {field.name!r} is {field.layout.native}: a cast to {field.dtype} would drop its imaginary part",
+                hint="leave dtype= out, or take the part that you want in a transform",
+            )
     for column in columns:
         if column.row_bytes == 0:
             raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")

@@ -17,6 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
+from data_tools.synth import synth
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import Budget, BudgetHeld
 from streamtrain.data.stream import POISON, ZarrStream
@@ -439,6 +440,25 @@ async def test_damage_is_named_and_what_came_before_is_served(damaged: Path) -> 
         await _keep(source.__aiter__(), kept)
     assert len(kept) <= 5
     assert ours() == []
+
+
+@pytest.mark.parametrize("codec", ["zstd", "blosc"])
+async def test_a_flipped_bit_in_what_our_writers_wrote_is_noticed(tmp_path: Path, codec: Any) -> None:
+    path = synth(tmp_path / "made.zarr", rows=512, columns=4, chunk_rows=64, codec=codec)
+    chunk = path / "x" / "c" / "3" / "0"
+    data = bytearray(chunk.read_bytes())
+    for at in range(0, len(data), max(1, len(data) // 40)):
+        data[at] ^= 4
+        chunk.write_bytes(data)
+        with pytest.raises(DataError, match=r"array 'x': chunk 3\.0"):
+            await indices(stream(path))
+        data[at] ^= 4
+
+
+async def test_a_cast_that_drops_a_part_of_the_numbers_is_refused(tmp_path: Path) -> None:
+    zarr.create_group(tmp_path / "c.zarr").create_array("x", data=np.ones((8, 2), dtype=np.complex64))
+    with pytest.raises(ConfigError, match="would drop its imaginary part"):
+        await stream(tmp_path / "c.zarr", targets=None, dtype="float32").open()
 
 
 class Stuck(MemoryStore):
