@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from streamtrain.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from streamtrain.callbacks.progress_bar import ProgressBar as ProgressBar
     from streamtrain.data.batch import Batch as Batch
+    from streamtrain.data.budget import Budget as Budget
     from streamtrain.data.iterable import from_iterable as from_iterable
     from streamtrain.data.stream import ZarrStream as ZarrStream
     from streamtrain.early_stopping import EarlyStopping as EarlyStopping
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "data.batch",
     "Best": "progress",
+    "Budget": "data.budget",
     "CSVLogger": "callbacks.csv_logger",
     "Callback": "callbacks.base",
     "CheckpointError": "errors",

@@ -41,7 +41,7 @@ DATA_NEEDS = {"numpy", "zarr", "numcodecs", "anyio", "aiofiles", "psutil", "goog
 """What the data room and the tools may import; google_crc32c comes with zarr."""
 FORBIDDEN = re.compile(r"(util|utils|helper|helpers|common|core|manager|managers|misc)$")
 PUBLIC = """
-__version__ Batch Best CSVLogger Callback CheckpointError ConfigError DataError EarlyStopping EnvironmentProblem
+__version__ Batch Best Budget CSVLogger Callback CheckpointError ConfigError DataError EarlyStopping EnvironmentProblem
 FitResult JSONLogger ModelCheckpoint NonFiniteError ProgressBar StreamtrainError Trainer UserCodeError Verdict
 ZarrStream build_optimizer build_scheduler from_iterable
 """
