@@ -463,7 +463,7 @@ class ZarrPass:
         """Start groups of transforms while there is room for what they make."""
         assert self._workers is not None
         ahead = self._recipe.threads + 1
-        while len(self._raw) and len(self._groups) < ahead and not self.closed:
+        while len(self._raw) and len(self._groups) < ahead and not (self.closed or self._queue.closed):
             size = max(1, min(GROUP_BATCHES, GROUP_BYTES // max(1, self._slot_bytes, self._made_bytes), len(self._raw)))
             if self._recipe.prefetch is not None:
                 size = min(size, max(1, self._recipe.prefetch // ahead))
@@ -515,12 +515,12 @@ class ZarrPass:
         else:
             kept = [batch if len(batch) else None for batch in batches]
             self._groups[number] = [_Made(batch, size) for batch, size in zip(kept, sizes, strict=True)]
-        while (ready := self._groups.get(self._group_next)) is not None:
+        while not self._queue.closed and (ready := self._groups.get(self._group_next)) is not None:
             del self._groups[self._group_next]
             self._group_next += 1
             if isinstance(ready, BaseException):
                 self._queue.fail(ready)
-                return
+                break
             for made in ready:
                 self._queue.put(made, made.granted)
                 self._made_ready += made.granted

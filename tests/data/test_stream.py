@@ -381,6 +381,29 @@ async def test_a_transform_that_fails_is_named_with_its_rows(store: Path, transf
         await indices(stream(store, shuffle=False, transform=transform))
 
 
+async def test_nothing_follows_a_batch_whose_transform_failed(store: Path) -> None:
+    later = threading.Event()
+
+    def fails(batch: Batch) -> Batch:
+        if batch.cursor.position == 99:
+            later.wait(5)
+            raise ValueError("no")
+        if batch.cursor.position > 99:
+            later.set()
+        return batch
+
+    positions: list[int] = []
+
+    async def slowly() -> None:
+        async for batch in stream(store, shuffle=False, threads=2, prefetch=3, transform=fails):
+            positions.append(batch.cursor.position)
+            await asyncio.sleep(0.05 if len(positions) == 2 else 0)  # what was made meanwhile has arrived by then
+
+    with pytest.raises(UserCodeError):
+        await slowly()
+    assert positions == [33, 66]
+
+
 # ---- errors
 
 
