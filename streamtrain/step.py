@@ -190,6 +190,9 @@ class TrainStep:
         except Exception as error:
             report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
             self.undo()
+        except BaseException as error:  # a user's sys.exit(): the updates before it are counted all the same
+            report.error = error
+            self.undo()
         self._batch = self._loss = None
         report.seconds = time.perf_counter() - report.began
         report.lr = get_lr(self._optimizer)
@@ -218,8 +221,8 @@ class TrainStep:
         if not self._group:
             if self._buffers:
                 torch._foreach_copy_(self._kept, self._buffers)
+            self._generator = torch.default_generator.get_state()
             if self.accumulate > 1:
-                self._generator = torch.default_generator.get_state()
                 short = remaining is not None and remaining < self.accumulate
                 self._divisor = max(remaining or 1, 1) if short else self.accumulate
         if self._moves or type(batch.inputs) is not Tensor or type(batch.targets) is not Tensor:

@@ -80,7 +80,8 @@ class Tally:
         """More numbers of the batch that is added next."""
         place = len(self.losses)
         for name, value in logged.items():
-            self._logged.append((place, name, value.detach().double().mean() if isinstance(value, Tensor) else value))
+            number = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
+            self._logged.append((place, name, number))
 
     def mark(self, step: int, rate: float) -> None:
         """A line of the log ends with the last batch."""

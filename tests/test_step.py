@@ -207,6 +207,34 @@ def _after_bare() -> Tensor:
     return torch.rand(1)
 
 
+@pytest.mark.parametrize("what", ["exit", "logged"])
+def test_whatever_ends_a_burst_the_updates_before_it_are_counted(what: str) -> None:
+    model, calls = network(dropout=0.0), 0
+
+    def compute(batch: Batch) -> Outcome:
+        nonlocal calls
+        calls += 1
+        if calls == 4 and what == "exit":
+            raise SystemExit(3)
+        return Outcome(model(batch.inputs).square().mean(), logged={"note": 1.0 if calls < 4 else None})
+
+    report = burst(step := made(model, compute), Hand(batches()))
+    assert isinstance(report.error, SystemExit if what == "exit" else UserCodeError)
+    assert (report.updates, report.batches, step.step) == (3, 3, 3)
+
+
+def test_an_error_takes_back_the_random_numbers_of_its_batch() -> None:
+    model = network()
+
+    def compute(batch: Batch) -> Outcome:
+        model(batch.inputs)  # dropout draws
+        raise ValueError("no")
+
+    before = torch.get_rng_state()
+    assert burst(made(model, compute), Hand(batches())).error is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_batch_without_rows_is_passed_over() -> None:
     given = batches(4)
     given.insert(2, Batch(given[0].inputs[:0], given[0].targets[:0]))
