@@ -260,6 +260,8 @@ def read(path: str) -> Said:
         raise ConfigError(f"{path}:{line}:{column}: not UTF-8 (byte 0x{byte:02x})", hint="Save it as UTF-8.") from None
     try:
         return Said(tomllib.loads(text), text, path)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep to be read", hint=hint) from None
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, text, str(error)) from None
 

@@ -81,6 +81,7 @@ class Pumped:
         self._running = False
         self._full = self._closing = False
         self._failure: BaseException | None = None
+        """What ended the pass early; `ended` stays False then: a group cut short by it is no last group."""
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -98,10 +99,10 @@ class Pumped:
 
     @property
     def ready(self) -> bool:
-        return bool(self._ready) or self.ended
+        return bool(self._ready) or self.ended or self._failure is not None
 
     async def wait(self) -> bool:
-        while not self._ready and not self.ended:
+        while not self.ready:
             self._changed.clear()
             await self._changed.wait()
         if self._ready:
@@ -114,7 +115,7 @@ class Pumped:
         return not await self.wait()
 
     def finished_nowait(self) -> bool:
-        return self.ended and not self._ready and self._failure is None
+        return self.ended and not self._ready
 
     def burst(self, batches: int | None) -> None:
         self._running = batches is not None
@@ -149,7 +150,7 @@ class Pumped:
         except BaseException as error:
             self._failure = error
         finally:
-            self.ended = True
+            self.ended = self._failure is None
             self._changed.set()
 
     async def _next(self) -> Batch:

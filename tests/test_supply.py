@@ -139,6 +139,22 @@ class _Held(Batch):
     """One that can be watched."""
 
 
+async def test_a_pass_that_failed_has_not_ended() -> None:
+    """Else what was taken of a group would make an update of its own, which the next life would not make."""
+    stream = Samples(40)
+    stream.failures[16] = DataError("no")
+    batches = supply(stream, limit=None, runner=here)
+    await batches.wait()
+    await idle()
+    assert all(batches.take() is not None for _ in range(2))
+    await idle()
+    assert batches.take() is None
+    assert (batches.ready, batches.ended) == (True, False)
+    with pytest.raises(DataError):
+        await batches.wait()
+    await batches.aclose()
+
+
 async def test_memory_that_its_own_batches_hold_is_waited_for() -> None:
     source = Tight(room=2)
     batches = Pumped(source, None)

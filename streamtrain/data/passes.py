@@ -35,7 +35,7 @@ from streamtrain.data.readers import Scratch
 from streamtrain.data.survey import Sizes
 from streamtrain.data.transform import Transform, apply, batch_bytes
 from streamtrain.data.workers import Workers
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import EnvironmentProblem, UserCodeError
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,10 @@ class ZarrPass:
         return self
 
     async def __anext__(self) -> Batch:
+        if self._queue.awaited:
+            raise UserCodeError(
+                "two consumers ask one pass for its next batch", hint="give each a stream of its own, or take turns"
+            )
         while True:
             try:
                 batch = self.next_nowait()

@@ -88,6 +88,11 @@ class ReadyQueue(Generic[T]):
         self.wake()
 
     @property
+    def awaited(self) -> bool:
+        """Whether somebody waits already."""
+        return self._waiter is not None
+
+    @property
     def closed(self) -> bool:
         """Whether nothing follows what is ready."""
         return self._ended or self._failure is not None

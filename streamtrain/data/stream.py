@@ -248,6 +248,8 @@ class ZarrStream:
             if array.fallback is not None:
                 logger.info("array %s is read by zarr's own API, which is slower: %s", name, array.fallback)
         fields = self._fields(arrays)
+        if isinstance(self._dtypes, dict) and (unknown := sorted(self._dtypes.keys() - set(fields))):
+            raise ConfigError(f"dtype= names {', '.join(unknown)}; the stream has {', '.join(fields)}")
         survey = take_survey(
             [
                 Field(name, arrays[name].layout, self._cast(name, arrays[name].layout, i))
@@ -315,6 +317,11 @@ class ZarrStream:
         """The same for a stream that is open."""
         opened = self._known()
         if self._pass is not None:
+            if self._driven and not self._pass.closed:
+                raise ConfigError(
+                    "a fit is reading this stream: another pass would end its epoch",
+                    hint="give the other reader a stream of its own",
+                )
             self._pass.stop()
         self._grant_cache(opened.cache)
         if self._pool is None:
@@ -438,7 +445,12 @@ class ZarrStream:
             self._cursor = Cursor(epoch, 0)
 
     def follow(self, driven: bool) -> None:
-        """While `driven`, the position that `state_dict` tells is moved by `trained` alone."""
+        """While `driven`, the position that `state_dict` tells is moved by `trained` alone.
+
+        Raises ConfigError where another fit drives it already.
+        """
+        if driven and self._driven:
+            raise ConfigError("another fit is reading this stream", hint="give each fit a stream of its own")
         self._driven = driven
 
     def trained(self, cursor: Cursor) -> None:
@@ -456,7 +468,9 @@ class ZarrStream:
         threads and prefetch may differ.
         """
         try:
-            cursor = Cursor(int(state["epoch"]), int(state["position"]))
+            cursor = Cursor(state["epoch"], state["position"])
+            if not all(type(number) is int for number in cursor):
+                raise TypeError("epoch and position are whole numbers")
             theirs = dict(state["of"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no position of a ZarrStream: {state!r:.80}") from error

@@ -44,15 +44,22 @@ def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
         made = transform(given)
     except StreamtrainError:
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: it must not end the host's loop
         raise UserCodeError(
             f"transform raised {type(error).__name__}: {error} ({_where(error)}) on {_rows(batch)}",
             hint="the traceback (--debug) shows the line in the transform",
         ) from error
-    result = _as_batch(made, given, batch)
-    if len(result) > rows:
+    try:
+        result = _as_batch(made, given, batch)
+        count = len(result)
+    except (TypeError, IndexError, StopIteration) as error:
         raise UserCodeError(
-            f"transform made {len(result)} rows out of {rows}, on {_rows(batch)}", hint="it may drop rows, not add them"
+            f"transform returned what is no batch of arrays ({error}), on {_rows(batch)}",
+            hint="return arrays of numbers with a first axis, or dicts, lists and tuples of them",
+        ) from error
+    if count > rows:
+        raise UserCodeError(
+            f"transform made {count} rows out of {rows}, on {_rows(batch)}", hint="it may drop rows, not add them"
         )
     return result
 
@@ -88,6 +95,8 @@ def _where(error: BaseException) -> str:
 def _aligned(tree: Any) -> Any:
     """Arrays that begin at a multiple of 64 bytes, copied where they do not."""
     if isinstance(tree, np.ndarray):
+        if tree.dtype.kind not in "biufc":
+            raise TypeError(f"an array of dtype {tree.dtype}")
         return tree if tree.ctypes.data % ALIGN == 0 or not tree.size else _aligned_copy(tree)
     if isinstance(tree, dict):
         return {key: _aligned(value) for key, value in tree.items()}

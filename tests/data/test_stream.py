@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,35 @@ async def test_a_new_pass_ends_the_old_one(store: Path) -> None:
         with pytest.raises(StopAsyncIteration):
             await anext(old)
         await anext(new)
+
+
+async def test_a_pass_serves_one_consumer_at_a_time(store: Path) -> None:
+    async with stream(store) as source:
+        passing = source.__aiter__()
+        first = asyncio.ensure_future(anext(passing))
+        await asyncio.sleep(0)
+        with pytest.raises(UserCodeError, match="two consumers"):
+            await anext(passing)
+        await first
+
+
+async def test_nobody_ends_the_pass_of_a_fit(store: Path) -> None:
+    async with stream(store) as source:
+        source.follow(True)
+        passing = source.__aiter__()
+        await anext(passing)
+        with pytest.raises(ConfigError, match="a fit is reading this stream"):
+            source.__aiter__()
+        with pytest.raises(ConfigError, match="another fit"):
+            source.follow(True)
+        await anext(passing)
+
+
+@pytest.mark.parametrize("state", [{"epoch": 0, "position": 1.5}, {"epoch": True, "position": 0}], ids=str)
+async def test_a_position_is_whole_numbers(store: Path, state: dict[str, Any]) -> None:
+    async with stream(store) as source:
+        with pytest.raises(DataError, match="no position"):
+            source.load_state_dict({**source.state_dict(), **state})
 
 
 async def test_a_loaded_position_is_continued_once_and_then_epochs_start_over(store: Path) -> None:
@@ -372,7 +402,10 @@ async def test_batches_without_rows_are_passed_over(store: Path) -> None:
     ("transform", "message"),
     [
         (lambda batch: 1 / 0, "transform raised ZeroDivisionError.*samples 0...32"),
+        (lambda batch: sys.exit(3), "transform raised SystemExit: 3"),
         (lambda batch: batch.inputs, "transform returned ndarray"),
+        (lambda batch: ([1, 2], [3, 4]), "no batch of arrays"),
+        (lambda batch: (batch.inputs.astype(object), None), "an array of dtype object"),
         (lambda batch: (np.concatenate([batch.inputs] * 2), None), "made 66 rows out of 33"),
     ],
 )
