@@ -16,7 +16,7 @@ from streamtrain.data.budget import format_bytes
 from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, StreamtrainError, UserCodeError
 
 
-def explained(error: Exception, batch: Batch | None, where: str) -> StreamtrainError:
+def explained(error: BaseException, batch: Batch | None, where: str) -> StreamtrainError:
     """`error`, raised while `batch` was computed, as one of ours; the original is its cause."""
     if isinstance(error, StreamtrainError):
         return error
@@ -25,7 +25,7 @@ def explained(error: Exception, batch: Batch | None, where: str) -> StreamtrainE
     return made
 
 
-def _made(error: Exception, batch: Batch | None, where: str) -> StreamtrainError:
+def _made(error: BaseException, batch: Batch | None, where: str) -> StreamtrainError:
     text = str(error).partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         size = "" if batch is None else f" with a batch of {format_bytes(_bytes(batch))}"

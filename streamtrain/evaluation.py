@@ -143,7 +143,7 @@ class Evaluator:
                     if len(batch):  # a filter may drop every row
                         with self._autocast():
                             made.append(use(batch, compute(batch)))
-                except Exception as error:
+                except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
                     problem = explained(error, batch, "in evaluation")
                     raise problem from problem.__cause__
         return made, time.perf_counter() - began

@@ -187,11 +187,8 @@ class TrainStep:
                     break
                 if time.perf_counter() - report.began + before > seconds:
                     break
-        except Exception as error:
+        except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
             report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
-            self.undo()
-        except BaseException as error:  # a user's sys.exit(): the updates before it are counted all the same
-            report.error = error
             self.undo()
         self._batch = self._loss = None
         report.seconds = time.perf_counter() - report.began
@@ -379,7 +376,7 @@ def autocast(precision: str, device: torch.device) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype)
 
 
-def _no_loss(error: Exception, loss: Any) -> ConfigError | None:
+def _no_loss(error: BaseException, loss: Any) -> ConfigError | None:
     """The error for what is no loss, found when it was asked for its gradient; None if that is not what went wrong."""
     if loss is None or isinstance(error, StreamtrainError):
         return None
