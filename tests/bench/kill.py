@@ -205,8 +205,9 @@ def lived(setup: Setup, folder: Path, kills: list[Kill]) -> Trial:
         if kill is not None:
             _end(process, run / "checkpoints", kill, signal.SIGTERM if setup.command else signal.SIGKILL)
         code = process.wait()
-        # Before anything is there to be saved, and after all is, nobody minds a signal: what a shell reads is the same.
-        nothing_to_lose = not run.exists() or _complete(setup, run / "checkpoints")
+        # Before this life trains, and after the run is complete, nobody minds a signal: what a shell reads is the same.
+        began = b"step" in (folder / "err").read_bytes()
+        nothing_to_lose = not began or _complete(setup, run / "checkpoints")
         trial.codes.append(128 - code if code == -signal.SIGTERM and nothing_to_lose else code)
         if code == 0:
             said = GOES_ON.search((folder / "err").read_text())
