@@ -129,8 +129,16 @@ class ZarrPass:
     """The batches of one epoch from `start` on; an async iterator, used on one event loop."""
 
     def __init__(
-        self, recipe: Recipe, order: EpochOrder, start: Cursor, returned: Callable[[Cursor, bool], None]
+        self,
+        recipe: Recipe,
+        order: EpochOrder,
+        start: Cursor,
+        returned: Callable[[Cursor, bool], None],
+        *,
+        before: ZarrPass | None = None,
     ) -> None:
+        """`before`: a pass that was stopped; its threads are joined first, since this one needs its memory."""
+        self._before = before
         self._recipe, self._order = recipe, order
         # Weak, so that letting go of a stream ends its pass at once, without a garbage collection.
         self._returned = weakref.WeakMethod(returned)
@@ -145,7 +153,7 @@ class ZarrPass:
         self._slot_bytes = block_bytes(recipe.columns, 1)
         self._lock = threading.Lock()
         self._units: collections.deque[Unit] = collections.deque()
-        self._spans = self._unit_spans()
+        self._spans = _unit_spans(order, recipe.sizes, self._origin, self._origin + self._batches * size)
         self._next_span: tuple[int, int, list[int]] | None = None
         self._unplanned: collections.deque[tuple[Unit, Sequence[int]]] = collections.deque()
         self._planning = False
@@ -154,7 +162,8 @@ class ZarrPass:
         self._started = self._emitted = self._taken = 0
         self._filling = 0
         self._raw: ReadyQueue[_Ready] = ReadyQueue(max_items=None, max_bytes=recipe.budget.total)
-        self._made_ready = 0
+        self._made_granted = 0
+        """For transforms under way and what they made."""
         self._groups: dict[int, list[_Made] | BaseException | None] = {}
         self._group_number = self._group_next = 0
         self._made_bytes = 0
@@ -179,6 +188,7 @@ class ZarrPass:
             )
         while True:
             try:
+                await self._after()
                 batch = self.next_nowait()
                 if batch is None:
                     self._check_progress()
@@ -199,6 +209,8 @@ class ZarrPass:
         """The next batch, or None if it is not ready; StopAsyncIteration at the end, or what failed."""
         if self.closed:
             raise StopAsyncIteration
+        if self._before is not None:
+            return None
         if self._loop is None:
             self._start()
         while True:
@@ -214,6 +226,13 @@ class ZarrPass:
             if batch is not None:
                 return batch
 
+    async def _after(self) -> None:
+        """Wait for the end of the pass before."""
+        before = self._before
+        if before is not None:
+            await before.aclose()
+            self._before = None
+
     def _take(self, item: _Ready | _Made) -> Batch | None:
         if isinstance(item, _Ready):
             batch: Batch | None = self._recipe.assemble(list(item.block.batch(item.slot, item.rows)))
@@ -222,7 +241,7 @@ class ZarrPass:
             self._drained()
         else:
             batch = item.batch
-            self._made_ready -= item.granted
+            self._made_granted -= item.granted
             self._recipe.budget.release(item.granted)
             self._pump_transforms()
         if batch is not None:
@@ -270,8 +289,8 @@ class ZarrPass:
     # ---- the producers' side, on the loop
 
     def _start(self) -> None:
-        self._loop = asyncio.get_running_loop()
         if self._batches == 0:
+            self._loop = asyncio.get_running_loop()
             return
         sizes, budget = self._recipe.sizes, self._recipe.budget
         threads = self._recipe.threads
@@ -288,6 +307,7 @@ class ZarrPass:
                 hint="let go of batches of earlier passes, or raise memory",
             )
         self._scratch_granted = granted
+        self._loop = asyncio.get_running_loop()  # now it has started: before, it may be tried again
         self._workers = Workers(threads, "streamtrain-data")
         self._filling = 1
         self._workers.submit(self._prepare)
@@ -308,26 +328,9 @@ class ZarrPass:
         if not self._busy:
             self._queue.wake()
 
-    def _unit_spans(self) -> Iterator[tuple[int, int, list[int]]]:
-        """Start, stop and blocks of the units that are still to come."""
-        order, sizes = self._order, self._recipe.sizes
-        end = self._origin + self._batches * self._recipe.batch_size
-        end = min(end, order.num_samples)
-        if self._origin >= end:
-            return
-        if order.scattered:
-            for start in range(self._origin, end, sizes.unit_rows):
-                yield start, min(start + sizes.unit_rows, order.num_samples), []
-            return
-        block = order.block_of(self._origin)
-        while block < order.num_blocks and (start := order.block_start(block)) < end:
-            following = min(block + sizes.unit_blocks, order.num_blocks)
-            yield start, order.block_start(following), list(range(block, following))
-            block = following
-
     def _pump(self) -> None:
         """Start units while there is room for them."""
-        while self._next_span is not None and self._workers is not None and not self.paused:
+        while self._next_span is not None and self._workers is not None and not (self.paused or self.closed):
             start, stop, blocks = self._next_span
             size = self._recipe.batch_size
             first = max(0, -(-(start - self._origin) // size))
@@ -373,6 +376,8 @@ class ZarrPass:
         """In a thread: what the next unit is made of, as jobs behind those of the unit before."""
         workers, order = self._workers, self._order
         with self._lock:
+            if not self._unplanned:
+                return  # stopped meanwhile
             unit, blocks = self._unplanned.popleft()
         try:
             if order.scattered:
@@ -484,6 +489,7 @@ class ZarrPass:
             number = self._group_number
             self._group_number += 1
             self._groups[number] = None
+            self._made_granted += granted
             self._workers.submit(
                 lambda scratch, group=group, number=number, granted=granted: self._transform(  # type: ignore[misc]
                     number, group, granted, scratch
@@ -513,6 +519,8 @@ class ZarrPass:
         self._hop(self._transformed, number, result, [batch_bytes(batch) for batch in made], granted)
 
     def _transformed(self, number: int, batches: list[Batch] | BaseException, sizes: list[int], granted: int) -> None:
+        if self.closed:
+            return  # what was granted came back with the pass's end
         sizes = self._settled(sizes, granted)
         if isinstance(batches, BaseException):
             self._groups[number] = batches
@@ -527,10 +535,6 @@ class ZarrPass:
                 break
             for made in ready:
                 self._queue.put(made, made.granted)
-                self._made_ready += made.granted
-        if self.closed:
-            self._release_made()
-            return
         self._pump_transforms()
         self._end_if_over()
 
@@ -542,6 +546,7 @@ class ZarrPass:
             sizes = [granted // len(sizes)] * len(sizes)
             need = sum(sizes)
         budget.release(max(0, granted - need))
+        self._made_granted += need - granted
         return sizes
 
     # ---- in the threads
@@ -594,20 +599,21 @@ class ZarrPass:
         self.closed = True
         if self._workers is not None:
             self._workers.stop()
+        with self._lock:
+            self._unplanned.clear()
         self._units.clear()
         self._blocks.clear()
         self._raw.clear()
-        self._release_made()
-        self._queue.end()
-
-    def _release_made(self) -> None:
+        self._groups.clear()
         self._queue.clear()
-        granted, self._made_ready = self._made_ready, 0
+        granted, self._made_granted = self._made_granted, 0
         self._recipe.budget.release(granted)
+        self._queue.end()
 
     async def aclose(self) -> None:
         """End the pass: join its threads and give its memory back. A read that hangs is left behind, and said."""
         self.stop()
+        await self._after()
         workers, self._workers = self._workers, None
         if workers is None:
             return
@@ -618,11 +624,13 @@ class ZarrPass:
         self._scratch_granted = 0
 
     def __del__(self) -> None:
-        if not getattr(self, "closed", True):
-            self.closed = True
-            if self._workers is not None:
-                self._workers.stop()
-                self._recipe.budget.release_from_finalizer(self._scratch_granted)
+        self.closed = True
+        if getattr(self, "_workers", None) is not None:
+            self._workers.stop()  # type: ignore[union-attr]
+        # What `aclose` and `stop` have not given back, each byte once.
+        granted = getattr(self, "_scratch_granted", 0) + getattr(self, "_made_granted", 0)
+        if granted:
+            self._recipe.budget.release_from_finalizer(granted)
 
     # ---- how it does
 
@@ -645,6 +653,22 @@ class ZarrPass:
         """After `paused` was cleared."""
         if self._loop is not None and not self.closed:
             self._pump()
+
+
+def _unit_spans(order: EpochOrder, sizes: Sizes, origin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Start, stop and blocks of the units that are still to come. No method: a generator would keep its pass alive."""
+    end = min(end, order.num_samples)
+    if origin >= end:
+        return
+    if order.scattered:
+        for start in range(origin, end, sizes.unit_rows):
+            yield start, min(start + sizes.unit_rows, order.num_samples), []
+        return
+    block = order.block_of(origin)
+    while block < order.num_blocks and (start := order.block_start(block)) < end:
+        following = min(block + sizes.unit_blocks, order.num_blocks)
+        yield start, order.block_start(following), list(range(block, following))
+        block = following
 
 
 def _count(piece: Piece) -> int:

@@ -330,7 +330,7 @@ class ZarrStream:
         if not self._driven:
             self._cursor = start
         order = EpochOrder(opened.survey.split, self._shuffle, opened.survey.cells_per_block, self._seed, self._epoch)
-        self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned)
+        self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned, before=self._pass)
         return self._pass
 
     def _grant_cache(self, cache: ChunkCache | None) -> None:

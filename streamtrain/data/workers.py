@@ -40,6 +40,8 @@ class Workers:
 
     def submit(self, job: Job, *, front: bool = False) -> None:
         """Queue a job; jobs that wait when the workers are stopped never run."""
+        if self._stopped:
+            return  # kept here, it would keep its buffers
         if front:
             self._jobs.appendleft(job)
         else:

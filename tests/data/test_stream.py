@@ -298,6 +298,47 @@ async def test_all_memory_is_given_back(store: Path) -> None:
     assert budget.statistics().used == 0
 
 
+async def test_passes_that_are_left_cost_no_memory(store: Path) -> None:
+    source = stream(store)
+    for _ in range(10):
+        async for batch in source:
+            del batch
+            break
+    await source.aclose()
+    assert source.budget.statistics().used == 0
+
+
+async def test_a_pass_closed_in_the_middle_of_transforms_gives_their_memory_back(store: Path) -> None:
+    going = threading.Event()
+
+    def waits(batch: Batch) -> tuple[Any, Any]:
+        if batch.cursor.position > 99:
+            going.wait(5)
+        return batch.inputs + 1, batch.targets + 1
+
+    source = stream(store, threads=2, transform=waits)
+    async for batch in source:
+        if batch.cursor.position == 99:
+            break
+    del batch
+    asyncio.get_running_loop().call_later(0.1, going.set)
+    await source.aclose()
+    assert source.budget.statistics().used == 0
+
+
+async def test_a_pass_that_had_no_room_to_start_starts_once_there_is(store: Path) -> None:
+    budget = Budget("8MiB")
+    source = stream(store, memory=budget)
+    await source.open()
+    passing = source.__aiter__()
+    others = budget.free
+    assert budget.try_acquire(others)
+    with pytest.raises(BudgetHeld):
+        await anext(passing)
+    budget.release(others)
+    assert len([batch async for batch in passing]) == 31
+
+
 async def test_a_shared_budget_serves_two_streams(store: Path) -> None:
     budget = Budget("1MiB")
     one, other = stream(store, memory=budget), stream(store, memory=budget, seed=1)
