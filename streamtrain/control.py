@@ -29,7 +29,7 @@ class Save:
 
     path: Path | None = None
     done: Callable[[Path | None, BaseException | None], None] | None = None
-    """Called on the loop with the committed path, or with the error."""
+    """Called on the loop with the committed path, or with the error; with neither if the fit ended before."""
 
 
 @dataclass(slots=True)
@@ -70,8 +70,16 @@ class Control:
         self.pending = bool(self._queue)
 
     def unbind(self) -> None:
-        """The wheel stands still."""
+        """The wheel stands still; who waits for a save that was not begun is told."""
         self._loop = self._knocked = None
+        kept: deque[Stop | Save | float | Callable[[], Any]] = deque()
+        while self._queue:
+            item = self._queue.popleft()
+            if isinstance(item, Save) and item.done is not None:
+                item.done(None, None)
+            else:
+                kept.append(item)
+        self._queue = kept
 
     def stop(self, reason: str = "stopped", detail: str = "") -> None:
         """End after the current update, save, and give `reason` as the result's."""

@@ -18,6 +18,7 @@ from streamtrain import state as trees
 from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Save
+from streamtrain.errors import ConfigError
 from streamtrain.events import CheckpointCommitted, Verdict
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
@@ -100,6 +101,8 @@ class Keeper:
     async def save(self, kind: str, request: Save | None = None) -> None:
         """Take a snapshot and have it committed while training goes on."""
         if self.saver is None:
+            if request is not None and request.done is not None:
+                request.done(None, ConfigError("a fit without a run_dir saves nothing", hint="Save once it has ended."))
             return
         await self.saver.wait()  # one at a time: there is memory for one copy
         began = time.perf_counter()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import (
@@ -327,6 +328,21 @@ async def test_a_requested_checkpoint_is_made_between_two_updates(tmp_path: Path
     await loaded.load_checkpoint(path)
     assert loaded.state.step >= 3
     assert same(loaded.model, bare_loop(network(), cut(loaded.state.step), seed=SEED))
+
+
+async def test_a_checkpoint_that_is_not_made_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    fitted = trainer()
+    task = await begun(fitted, 3)
+    with pytest.raises(ConfigError, match="without a run_dir"):
+        await asyncio.wait_for(fitted.save_checkpoint(tmp_path / "kept"), 5)
+    fitted.stop()
+    await task
+    told: list[object] = []
+    control = Control()
+    control.bind()
+    control.save(Save(None, lambda path, error: told.append((path, error))))
+    control.unbind()
+    assert told == [(None, None)]
 
 
 async def test_set_lr_keeps_the_groups_proportions() -> None:
