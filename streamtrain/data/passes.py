@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class Recipe:
     """Columns of one batch to a Batch, epoch and cursor left out."""
     finish: Callable[[Batch], Batch]
     """A transformed batch as it is handed over."""
+    at_end: Callable[[], Awaitable[None]]
+    """Ends what the readers have started: zarr's private loop and its threads."""
     pool: Pool
     """Kept between passes, so that its pages are touched but once."""
 
@@ -622,6 +624,7 @@ class ZarrPass:
         self.retired = workers.scratches
         self._recipe.budget.release(self._scratch_granted)
         self._scratch_granted = 0
+        await self._recipe.at_end()
 
     def __del__(self) -> None:
         self.closed = True

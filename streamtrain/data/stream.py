@@ -373,6 +373,7 @@ class ZarrStream:
             transform=self._transform,
             assemble=assemble,
             finish=opened.finish,
+            at_end=self._zarr_loop.aclose,
             pool=pool,
         )
 
@@ -441,6 +442,7 @@ class ZarrStream:
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of this epoch; does nothing within it. Raises ConfigError for a negative one."""
         if at_least(epoch, 0, "epoch") != self._epoch:
+            self._leave_pass()
             self._epoch, self._skip = epoch, 0
             self._cursor = Cursor(epoch, 0)
 
@@ -484,7 +486,13 @@ class ZarrStream:
             )
         if not (cursor.epoch >= 0 and 0 <= cursor.position <= self.num_samples):
             raise DataError(f"the saved position {tuple(cursor)} is beyond the {self.num_samples} samples")
+        self._leave_pass()
         self._epoch, self._skip, self._cursor = cursor.epoch, cursor.position, cursor
+
+    def _leave_pass(self) -> None:
+        """The position moves: a pass that still lives would move it back."""
+        if self._pass is not None:
+            self._pass.stop()
 
     def _fingerprint(self) -> dict[str, Any]:
         opened = self._known()

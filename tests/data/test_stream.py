@@ -104,6 +104,23 @@ async def test_a_new_pass_ends_the_old_one(store: Path) -> None:
         await anext(new)
 
 
+async def test_going_elsewhere_ends_the_live_pass(store: Path) -> None:
+    whole = flat(await indices(stream(store)))
+    async with stream(store) as source:
+        passing = source.__aiter__()
+        for _ in range(3):
+            await anext(passing)
+        source.load_state_dict({**source.state_dict(), "position": 660})
+        assert [batch async for batch in passing] == []
+        assert flat(await indices(source)) == whole[660:]
+
+
+async def test_zarrs_lane_leaves_no_thread_behind_its_pass(store: Path) -> None:
+    source = stream(store, io="store")
+    await indices(source)
+    assert ours() == []
+
+
 async def test_a_pass_serves_one_consumer_at_a_time(store: Path) -> None:
     async with stream(store) as source:
         passing = source.__aiter__()
