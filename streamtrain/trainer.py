@@ -447,7 +447,7 @@ class Trainer:
                 del found, snapshot
             else:
                 path = None
-                self._go_on(train)
+                self._go_on(train, life)
             self._lasting = life
             plan = self._plan(limits, train, streams, folder, path)
             status = StatusFile(files, folder)
@@ -478,11 +478,15 @@ class Trainer:
             reason, detail, state.epoch, state.step, state.samples, dict(life.metrics), state.best, self._checkpoint
         )
 
-    def _go_on(self, train: Stream) -> None:
+    def _go_on(self, train: Stream, life: Life) -> None:
         """Where the last fit of this process ended in the middle of an epoch: continue there."""
         last, state = self._position or (None, {})
-        if last is train and self.state.batch:
+        if last is not None and _behind(last) is _behind(train) and self.state.batch:
             train.load_state_dict(state)
+            if self._lasting is not None:  # the order that a synchronous source drew, and the epoch's sums
+                life.epoch_rng = self._lasting.epoch_rng
+                life.step.tally.epoch = self._lasting.step.tally.epoch
+                life.metrics = self._lasting.metrics
         elif self.state.batch:
             logger.info("another stream: epoch %d begins anew", self.state.epoch)
             self.state.batch = 0
@@ -699,6 +703,11 @@ class Trainer:
         self.state.load_state_dict(snapshot.state["progress"], path.parent)
         self._rng = Rng(snapshot.state["rng"])
         self._lasting = None
+
+
+def _behind(stream: Stream) -> object:
+    """What a stream was made of; itself where it was given as one."""
+    return stream.source if isinstance(stream, IterableStream) else stream
 
 
 def as_stream(source: Streams) -> Stream:

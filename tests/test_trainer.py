@@ -139,6 +139,16 @@ async def test_a_shuffling_dataloader_is_resumed_in_its_own_order(tmp_path: Path
     assert same(again.model, whole.model)
 
 
+async def test_a_second_fit_goes_on_in_the_order_that_a_shuffling_dataloader_drew() -> None:
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8, shuffle=True)
+    whole, parts = trainer(), trainer()
+    once = await whole.fit(loader, max_epochs=2)
+    await parts.fit(loader, max_steps=18)
+    twice = await parts.fit(loader, max_epochs=2)
+    assert same(parts.model, whole.model)
+    assert twice.metrics == once.metrics
+
+
 async def test_a_second_fit_goes_on_in_the_middle_of_the_epoch() -> None:
     stream = Samples()
     fitted = trainer()
