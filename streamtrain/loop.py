@@ -298,10 +298,12 @@ class Wheel:
         await self._obey_requests()
         if not self._progress.owes and reason == "early_stopping":
             self._life.ended = (reason, detail)
+        over = reason in ("completed", "early_stopping", "max_time")
+        if over:
+            await self._teller.last_line()  # before the save, which keeps what a kill would take from the file
         await self._keeper.save_at_end()
         self._keeper.check()
-        if reason in ("completed", "early_stopping", "max_time"):
-            await self._teller.last_line()
+        if over:
             await self._keeper.load_best()
         self._teller.status(reason)
         metrics = dict(self._life.metrics)

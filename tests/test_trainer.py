@@ -139,6 +139,21 @@ async def test_a_shuffling_dataloader_is_resumed_in_its_own_order(tmp_path: Path
     assert same(again.model, whole.model)
 
 
+async def test_the_last_line_of_the_log_is_kept_by_the_last_checkpoint(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    await trainer(run_dir=tmp_path, log_every=1000).fit(Samples(), max_steps=5)
+    whole = replaced(log, b"")  # as if a kill had come right after the commit
+    await trainer(run_dir=tmp_path, log_every=1000).fit(Samples(), max_steps=5, resume="auto")
+    assert replaced(log, whole) == whole != b""
+
+
+def replaced(path: Path, content: bytes) -> bytes:
+    """What the file held before it was given this content."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    return before
+
+
 async def test_a_second_fit_goes_on_in_the_order_that_a_shuffling_dataloader_drew() -> None:
     loader = DataLoader(TensorDataset(*samples()), batch_size=8, shuffle=True)
     whole, parts = trainer(), trainer()
