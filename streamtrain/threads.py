@@ -51,26 +51,28 @@ class _Job:
                 outcome = (self._context.run(self._fn), None)
         except BaseException as error:
             outcome = (None, error)
-        _tell(self.loop, self.future, *outcome)
+        tell(self.loop, self.future, *outcome)
 
 
-def _tell(
+def tell(
     loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any, error: BaseException | None
 ) -> None:
+    """Settle a future of that loop from another thread; nothing happens where nobody waits any more."""
+
     def settle() -> None:
         if future.done():
             return
         if error is None:
             future.set_result(result)
         elif isinstance(error, StopIteration):  # a future refuses it
-            future.set_exception(RuntimeError("StopIteration was raised on the train thread"))
+            future.set_exception(RuntimeError("a job raised StopIteration"))
         else:
             future.set_exception(error)
 
     try:
         loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop was closed under us; nobody waits any more
-        logger.debug("a job of the train thread ended after its event loop")
+        logger.debug("a job of a thread of ours ended after its event loop")
 
 
 class TrainThread:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, cast
 from streamtrain.callbacks.base import NEWS, hooks_of
 from streamtrain.errors import StreamtrainError, UserCodeError
 from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
+from streamtrain.threads import tell
 
 logger = logging.getLogger(__name__)
 
@@ -114,27 +115,11 @@ class _Thread:
         while (job := self._jobs.get()) is not None:
             fn, done = job
             try:
-                self._tell(done, self._context.run(fn), None)
+                tell(self._loop, done, self._context.run(fn), None)
             except BaseException as error:  # SystemExit too: it is the hook's failure, not this thread's end
-                self._tell(done, None, error)
+                tell(self._loop, done, None, error)
             del job, fn, done  # an idle thread keeps no event alive
-        self._tell(self._ended, None, None)
-
-    def _tell(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-        def settle() -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)
-            elif isinstance(error, StopIteration):  # a future refuses it
-                future.set_exception(RuntimeError("the hook raised StopIteration"))
-            else:
-                future.set_exception(error)
-
-        try:
-            self._loop.call_soon_threadsafe(settle)
-        except RuntimeError:  # the loop was closed under us; nobody waits any more
-            logger.debug("a callback ended after its event loop")
+        tell(self._loop, self._ended, None, None)
 
 
 class _Mailbox:
