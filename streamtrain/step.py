@@ -126,7 +126,8 @@ class TrainStep:
         """About how long an update takes; 0 before the first."""
         self._compute = compute
         self._optimizer = optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = _parameters(optimizer)
+        self._plain_zero = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         self._odd = _has_odd_gradients(model)
         self._scheduled = not isinstance(lr, FixedLearningRate)
         self._move, self._door, self._device = move, door, device
@@ -168,6 +169,7 @@ class TrainStep:
         """
         report = Report(self.step + 1, began=time.perf_counter())
         before = self.seconds
+        self._parameters = _parameters(self._optimizer)  # a callback may have added a group between bursts
         try:
             while True:
                 ended = source.ended  # asked first: only then can nothing come after an empty hand
@@ -204,7 +206,7 @@ class TrainStep:
         """Forget the batches of a group that was not updated: gradients, running statistics, random numbers."""
         if not self._group and self._batch is None:
             return
-        self._optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
         if self._generator is not None:
@@ -264,7 +266,7 @@ class TrainStep:
     def _update(self, report: Report, epoch: int) -> None:
         """One update from the gradients of the group."""
         optimizer = self._optimizer
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
         if self._group != self.accumulate or self._divisor != self.accumulate:
             self._weigh(gradients)
         if self._finite(gradients):
@@ -284,7 +286,7 @@ class TrainStep:
             if (self.step + 1) % self._log_every == 0:
                 self.tally.mark(self.step + 1, get_lr(optimizer))
             del gradients
-            optimizer.zero_grad(set_to_none=True)
+            self._zero_grad()
             if self._scheduled:
                 self.lr.after_update()
         else:
@@ -293,6 +295,14 @@ class TrainStep:
         report.updates += 1
         report.cursor = self._cursor
         self._begin_group()
+
+    def _zero_grad(self) -> None:
+        """Drop the gradients. torch's own method does the same, and records each call: 9 us a step."""
+        if self._plain_zero:
+            for parameter in self._parameters:
+                parameter.grad = None
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _begin_group(self) -> None:
         self._group = 0
@@ -314,8 +324,8 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
             return True
-        values = [_dense(gradient) for gradient in gradients] if self._odd else gradients
-        values = values + self.tally.losses[-self._group :]
+        values = [_dense(gradient) for gradient in gradients] if self._odd else gradients.copy()
+        values += self.tally.losses[-self._group :]
         found = self._found
         if self._kernel_skips:
             if self._skip:
@@ -338,7 +348,7 @@ class TrainStep:
         if not self._skip:
             raise problem
         logger.warning("%s; the update is skipped", problem)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
         self.tally.leave_out(self._group)
@@ -365,6 +375,11 @@ class TrainStep:
         self.step = report.first_step + bad[0] - 1
         self.tally.drop(len(self.tally.losses) - flags[bad[0]][1])
         return len(self.tally.losses)
+
+
+def _parameters(optimizer: Optimizer) -> list[Any]:
+    """All that it updates, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -342,3 +342,31 @@ def test_what_comes_to_the_device_is_transformed_there() -> None:
     torch.manual_seed(5)
     burst(step, Hand(batches(3)))
     assert same(model, bare_loop(bare, [[(x * 2, y) for x, y in pairs(Samples(24), 1)[0]]], seed=5))
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps count of how often its own `zero_grad` was asked for."""
+
+    cleared = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.cleared += 1
+        super().zero_grad(set_to_none)
+
+
+def test_an_optimizer_with_a_zero_grad_of_its_own_has_it_called() -> None:
+    model = network()
+    optimizer = Remembering(model.parameters(), lr=1e-3)
+    burst(made(model, optimizer=optimizer), Hand(batches(4)))
+    assert optimizer.cleared == 4
+
+
+def test_parameters_of_a_group_added_between_bursts_lose_their_gradients_too() -> None:
+    model = network()
+    first, *rest = model.parameters()
+    optimizer = torch.optim.SGD([first], lr=1e-3)
+    step = made(model, optimizer=optimizer)
+    burst(step, Hand(batches(2)))
+    optimizer.add_param_group({"params": rest})
+    burst(step, Hand(batches(2)))
+    assert all(parameter.grad is None for parameter in model.parameters())
