@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.budget import Budget
+from streamtrain.data.budget import Share
 from streamtrain.data.order import Ints
 from streamtrain.data.readers import anonymous
 
@@ -141,63 +141,80 @@ def _slots(part: Bytes, column: Column, slots: int) -> NDArray[Any]:
 
 
 class _Lease(weakref.ref[Bytes]):
-    """Tells the pool that the root array of a buffer has died."""
+    """Tells the account of its pool that the root array of a buffer has died."""
 
     __slots__ = ("memory",)
     memory: Bytes
 
 
+class _Account:
+    """What a pool's leases refer to: not the pool itself, so that letting go of a pool ends it at once."""
+
+    def __init__(self, size: int, share: Share) -> None:
+        self.size, self.share = size, share
+        self.returned: deque[Bytes] = deque()
+        self.out: dict[int, _Lease] = {}
+        self.closed = False
+
+    def back(self, lease: weakref.ref[Bytes]) -> None:
+        """A finalizer: it may run at any moment and in any thread, so that it takes no lock."""
+        assert isinstance(lease, _Lease)
+        del self.out[id(lease)]
+        if self.closed:
+            self.share.release_from_finalizer(self.size)
+        else:
+            self.returned.append(lease.memory)
+
+
 class Pool:
-    """Buffers of one size, granted by a budget; each comes back when the last view of its root array has died.
+    """Buffers of one size, granted by a budget; each comes back when the last view of its root array has died."""
 
-    The finalizer only appends to a deque, since it may run at any moment and in any thread.
-    """
-
-    def __init__(self, size: int, budget: Budget, *, poison: bool = False) -> None:
+    def __init__(self, size: int, share: Share, *, poison: bool = False) -> None:
         self.size = size
-        self._budget = budget
+        self._share = share
         self._poison = poison
-        self._free: list[Bytes] = []
-        self._returned: deque[Bytes] = deque()
-        self._out: dict[int, _Lease] = {}
-        self._closed = False
+        self._account = _Account(size, share)
+        idle = self._account.returned
+        share.lend = lambda: _give_back(idle, size, share.release)
 
     @property
     def out(self) -> int:
         """Buffers that somebody still looks at."""
-        return len(self._out)
+        return len(self._account.out)
 
     def take(self, *, keep_free: int = 0) -> Bytes | None:
         """The root array of a buffer, its content undefined; None if the budget, less `keep_free`, grants no more."""
-        while self._returned:
-            self._free.append(self._returned.popleft())
-        if self._free:
-            memory = self._free.pop()
+        try:
+            memory = self._account.returned.pop()  # the last one is warm; another stream may take it first
             if self._poison:
                 memory[:] = POISON
-        elif (not keep_free or self._budget.free >= self.size + keep_free) and self._budget.try_acquire(self.size):
+        except IndexError:
+            if keep_free and self._share.free < self.size + keep_free:
+                return None
+            if not self._share.try_acquire(self.size):
+                return None
             memory = anonymous(self.size)
-        else:
-            return None
         root: Bytes = np.frombuffer(memory.data, dtype=np.uint8)
-        lease = _Lease(root, self._back)
+        lease = _Lease(root, self._account.back)
         lease.memory = memory
-        self._out[id(lease)] = lease
+        self._account.out[id(lease)] = lease
         return root
-
-    def _back(self, lease: weakref.ref[Bytes]) -> None:
-        assert isinstance(lease, _Lease)
-        del self._out[id(lease)]
-        if self._closed:
-            self._budget.release_from_finalizer(self.size)
-        else:
-            self._returned.append(lease.memory)
 
     def close(self) -> None:
         """Give back what is free now, and the rest when its last views die."""
-        self._closed = True
-        while self._returned:
-            self._free.append(self._returned.popleft())
-        for _ in self._free:
-            self._budget.release(self.size)
-        self._free.clear()
+        self._account.closed = True
+        _give_back(self._account.returned, self.size, self._share.release)
+
+    def __del__(self) -> None:
+        account = self._account
+        account.closed = True
+        _give_back(account.returned, account.size, account.share.release_from_finalizer)
+
+
+def _give_back(idle: deque[Bytes], size: int, release: Callable[[int], None]) -> None:
+    while idle:
+        try:
+            idle.pop()
+        except IndexError:  # another thread was faster
+            return
+        release(size)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -83,6 +85,19 @@ class Budget:
         self._lock = threading.Lock()
         self._used = self._peak = 0
         self._returned: deque[int] = deque()
+        self._shares: weakref.WeakSet[Share] = weakref.WeakSet()
+
+    def join(self) -> Share:
+        """An account of one stream's bytes; the budget is divided by their number."""
+        share = Share(self)
+        with self._lock:
+            self._shares.add(share)
+        return share
+
+    def shares(self) -> list[Share]:
+        """The accounts of all streams that live."""
+        with self._lock:
+            return list(self._shares)
 
     def try_acquire(self, size: int) -> bool:
         """Grant `size` bytes, or say no and change nothing."""
@@ -120,3 +135,64 @@ class Budget:
         with self._lock:
             self._collect()
             return BudgetStatistics(self.total, self._used, self._peak)
+
+
+class Share:
+    """One stream's account in a budget: grants as the budget does, after asking the others for what lies idle there."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.lend: Callable[[], None] | None = None
+        """Gives idle bytes back, from any thread; asked where another stream needs them."""
+        self.active = True
+        """Whether its stream counts among those that divide the budget: it is not closed."""
+        self._lock = threading.Lock()
+        self._used = 0
+        self._returned: deque[int] = deque()
+
+    @property
+    def total(self) -> int:
+        """Bytes to plan with: an equal part for each stream that is not closed."""
+        return self.budget.total // (1 + sum(share.active for share in self.budget.shares() if share is not self))
+
+    @property
+    def free(self) -> int:
+        """Bytes that the budget could grant now."""
+        return self.budget.free
+
+    @property
+    def used(self) -> int:
+        """Bytes granted to this stream."""
+        with self._lock:
+            while self._returned:
+                self._used -= self._returned.popleft()
+            return self._used
+
+    @property
+    def others_hold(self) -> bool:
+        """Whether another stream has bytes that may come back."""
+        return any(share.used for share in self.budget.shares() if share is not self)
+
+    def try_acquire(self, size: int) -> bool:
+        """Grant `size` bytes, or say no and change nothing."""
+        granted = self.budget.try_acquire(size)
+        if not granted and size <= self.budget.total:
+            for share in self.budget.shares():
+                if share is not self and share.lend is not None:
+                    share.lend()
+            granted = self.budget.try_acquire(size)
+        if granted:
+            with self._lock:
+                self._used += size
+        return granted
+
+    def release(self, size: int) -> None:
+        """Give `size` granted bytes back."""
+        with self._lock:
+            self._used -= size
+        self.budget.release(size)
+
+    def release_from_finalizer(self, size: int) -> None:
+        """The same without a lock."""
+        self._returned.append(size)
+        self.budget.release_from_finalizer(size)

@@ -1,4 +1,4 @@
-"""Decoded chunks that several cells share: an LRU in bytes, single-flight. What does not fit is not kept.
+"""Decoded chunks that several cells share: an LRU in bytes, single-flight. What is not granted is not kept.
 
 Used where an array's compressed chunks reach over more than one cell, so that each is decoded once per residence.
 """
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from streamtrain.data.budget import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,10 @@ class CacheStatistics:
 class ChunkCache:
     """`get(key, load)`: the kept array, or what `load()` gives; concurrent callers of one key load it once."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, share: Share) -> None:
+        """At most `capacity` bytes are kept, each granted by the share before."""
         self.capacity = capacity
+        self._share = share
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
         self._loading: dict[Hashable, threading.Event] = {}
@@ -55,7 +59,7 @@ class ChunkCache:
         try:
             loaded = load()
             if loaded is not None and loaded.nbytes <= self.capacity:
-                self._keep(key, np.array(loaded))
+                self._keep(key, loaded)
             return loaded
         finally:
             with self._lock:
@@ -63,19 +67,32 @@ class ChunkCache:
             mine.set()
 
     def _keep(self, key: Hashable, array: NDArray[Any]) -> None:
+        """Keep a copy, in place of what was used least recently."""
         with self._lock:
-            while self._bytes + array.nbytes > self.capacity:
-                _, evicted = self._kept.popitem(last=False)
-                self._bytes -= evicted.nbytes
-                self._evictions += 1
-            self._kept[key] = array
+            while self._kept and self._bytes + array.nbytes > self.capacity:
+                self._evict()
+            while not self._share.try_acquire(array.nbytes):
+                if not self._kept:
+                    return
+                self._evict()
+            self._kept[key] = np.array(array)
             self._bytes += array.nbytes
+
+    def _evict(self) -> None:
+        _, evicted = self._kept.popitem(last=False)
+        self._bytes -= evicted.nbytes
+        self._share.release(evicted.nbytes)
+        self._evictions += 1
 
     def clear(self) -> None:
         """Forget all that is kept."""
         with self._lock:
             self._kept.clear()
+            self._share.release(self._bytes)
             self._bytes = 0
+
+    def __del__(self) -> None:
+        self._share.release_from_finalizer(self._bytes)
 
     def statistics(self) -> CacheStatistics:
         """How the cache does now."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
-from streamtrain.data.budget import Budget, BudgetHeld, format_bytes
+from streamtrain.data.budget import BudgetHeld, Share, format_bytes
 from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.order import EpochOrder, Ints, Piece
 from streamtrain.data.queue import ReadyQueue
@@ -43,6 +43,8 @@ JOB_BYTES = 1 << 20
 """Small pieces are filled by one job until they have so many bytes."""
 BLOCKS_AHEAD = 3
 """Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled."""
+POLL = 0.02
+"""Seconds between two looks at a budget that other streams hold."""
 GROUP_BYTES = 1 << 20
 GROUP_BATCHES = 16
 """Batches are transformed in groups up to so much, for one hop a group."""
@@ -56,7 +58,7 @@ class Recipe:
     columns: Sequence[Column]
     """One for each feed, then the sample numbers'."""
     sizes: Sizes
-    budget: Budget
+    share: Share
     batch_size: int
     drop_last: bool
     seed: int
@@ -151,7 +153,7 @@ class ZarrPass:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._workers: Workers | None = None
         self._pool = recipe.pool
-        self._queue: ReadyQueue[_Ready | _Made] = ReadyQueue(max_items=None, max_bytes=recipe.budget.total)
+        self._queue: ReadyQueue[_Ready | _Made] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
         self._slot_bytes = block_bytes(recipe.columns, 1)
         self._lock = threading.Lock()
         self._units: collections.deque[Unit] = collections.deque()
@@ -163,7 +165,7 @@ class ZarrPass:
         self._draining: collections.deque[int] = collections.deque()
         self._started = self._emitted = self._taken = 0
         self._filling = 0
-        self._raw: ReadyQueue[_Ready] = ReadyQueue(max_items=None, max_bytes=recipe.budget.total)
+        self._raw: ReadyQueue[_Ready] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
         self._made_granted = 0
         """For transforms under way and what they made."""
         self._groups: dict[int, list[_Made] | BaseException | None] = {}
@@ -193,9 +195,7 @@ class ZarrPass:
                 await self._after()
                 batch = self.next_nowait()
                 if batch is None:
-                    self._check_progress()
-                    if not await self._queue.wait(self._recipe.read_timeout):
-                        self._check_reads()
+                    await self._wait()
             except StopAsyncIteration:
                 await self.aclose()
                 raise
@@ -213,8 +213,8 @@ class ZarrPass:
             raise StopAsyncIteration
         if self._before is not None:
             return None
-        if self._loop is None:
-            self._start()
+        if self._loop is None and not self._start():
+            return None
         while True:
             try:
                 item = self._queue.get_nowait()
@@ -244,7 +244,7 @@ class ZarrPass:
         else:
             batch = item.batch
             self._made_granted -= item.granted
-            self._recipe.budget.release(item.granted)
+            self._recipe.share.release(item.granted)
             self._pump_transforms()
         if batch is not None:
             self._tell(batch.cursor, False)
@@ -266,14 +266,35 @@ class ZarrPass:
         """Whether something is ready or under way that gives a batch."""
         return bool(self._filling or len(self._queue) or len(self._raw) or self._groups)
 
-    def _check_progress(self) -> None:
-        """Raise BudgetHeld where nothing is under way that could give the next batch."""
-        if self._busy or self._queue.closed or self.paused:
-            return
-        held = self._pool.out
-        raise BudgetHeld(
-            f"you hold batches in {held} buffers of {format_bytes(self._pool.size)}, and memory="
-            f"{format_bytes(self._recipe.budget.total)} has no room for the next",
+    async def _wait(self) -> None:
+        """Wait for something to change. Raises BudgetHeld where nothing is under way that could give the next batch."""
+        timeout = self._recipe.read_timeout
+        deadline = time.monotonic() + timeout
+        while not (self._busy or self._queue.closed or self.paused):
+            if not self._recipe.share.others_hold or time.monotonic() > deadline:
+                raise self._held()
+            # What other streams have may come back; nobody tells when.
+            if await self._queue.wait(min(POLL, timeout)):
+                return
+            if self._loop is None:
+                self._start()
+            else:
+                self._pump()
+        if not await self._queue.wait(timeout):
+            self._check_reads()
+
+    def _held(self) -> BudgetHeld:
+        """Why the next batch can't be granted."""
+        share, held = self._recipe.share, self._pool.out
+        least = self._recipe.sizes.scratch_bytes if self._loop is None else self._pool.size
+        room = f"memory={format_bytes(share.budget.total)} has no {format_bytes(least)} free for the next"
+        if share.others_hold:
+            return BudgetHeld(
+                f"other streams keep what this one needs: {room} after {self._recipe.read_timeout:g} s",
+                hint="close streams that are not read (aclose), let go of their batches, or raise memory",
+            )
+        return BudgetHeld(
+            f"you hold batches in {held} buffers of {format_bytes(self._pool.size)}, and {room}",
             hint="let go of batches, keep clones of them (x.clone()), or raise memory",
         )
 
@@ -290,29 +311,28 @@ class ZarrPass:
 
     # ---- the producers' side, on the loop
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Begin, if the bytes for that are free."""
         if self._batches == 0:
             self._loop = asyncio.get_running_loop()
-            return
-        sizes, budget = self._recipe.sizes, self._recipe.budget
-        threads = self._recipe.threads
+            return True
+        sizes, share = self._recipe.sizes, self._recipe.share
+        total, threads = share.total, self._recipe.threads
         cached = max((feed.cache.capacity for feed in self._recipe.feeds if feed.cache is not None), default=0)
         least = sizes.least - sizes.scratch_bytes + cached
-        while threads > 1 and least + threads * sizes.scratch_bytes > budget.total:
+        while threads > 1 and least + threads * sizes.scratch_bytes > total:
             threads -= 1
         if threads < self._recipe.threads:
-            logger.info("memory=%s: %d of %d threads", format_bytes(budget.total), threads, self._recipe.threads)
+            logger.info("memory=%s: %d of %d threads", format_bytes(total), threads, self._recipe.threads)
         granted = threads * sizes.scratch_bytes
-        if not budget.try_acquire(granted):
-            raise BudgetHeld(
-                f"memory={format_bytes(budget.total)}: {format_bytes(granted)} for decoding are not free",
-                hint="let go of batches of earlier passes, or raise memory",
-            )
+        if not share.try_acquire(granted):
+            return False
         self._scratch_granted = granted
         self._loop = asyncio.get_running_loop()  # now it has started: before, it may be tried again
         self._workers = Workers(threads, "streamtrain-data")
         self._filling = 1
         self._workers.submit(self._prepare)
+        return True
 
     def _prepare(self, scratch: Scratch) -> None:
         """In a thread: work out where the epoch's blocks begin, which takes a while for uneven ones."""
@@ -483,7 +503,7 @@ class ZarrPass:
             if len(self._queue) >= ahead * size:
                 return
             granted = size * (self._made_bytes or self._slot_bytes)
-            if not self._recipe.budget.try_acquire(granted):
+            if not self._recipe.share.try_acquire(granted):
                 if self._groups or len(self._queue):
                     return
                 size, granted = 1, 0  # the one batch that the consumer waits for
@@ -513,12 +533,15 @@ class ZarrPass:
                 del ready
                 made.append(apply(recipe.transform, batch, recipe.seed))
                 del batch
-            result = [recipe.finish(batch) for batch in made]
+            for place, batch in enumerate(made):
+                made[place] = recipe.finish(batch)
+                del batch
         except BaseException as error:
             self._hop(self._transformed, number, error, [], granted)
             return
         scratch.seconds["transform"] += time.perf_counter() - began
-        self._hop(self._transformed, number, result, [batch_bytes(batch) for batch in made], granted)
+        # The loop empties this list: nothing here may keep a batch's buffer from coming back.
+        self._hop(self._transformed, number, made, [batch_bytes(batch) for batch in made], granted)
 
     def _transformed(self, number: int, batches: list[Batch] | BaseException, sizes: list[int], granted: int) -> None:
         if self.closed:
@@ -529,6 +552,8 @@ class ZarrPass:
         else:
             kept = [batch if len(batch) else None for batch in batches]
             self._groups[number] = [_Made(batch, size) for batch, size in zip(kept, sizes, strict=True)]
+            batches.clear()
+            del kept
         while not self._queue.closed and (ready := self._groups.get(self._group_next)) is not None:
             del self._groups[self._group_next]
             self._group_next += 1
@@ -542,7 +567,7 @@ class ZarrPass:
 
     def _settled(self, sizes: list[int], granted: int) -> list[int]:
         """Grant what a group really made, in place of the guess; the bytes granted for each of its batches."""
-        budget, need = self._recipe.budget, sum(sizes)
+        budget, need = self._recipe.share, sum(sizes)
         self._made_bytes = max(self._made_bytes, *sizes, 0)
         if need > granted and not budget.try_acquire(need - granted):
             sizes = [granted // len(sizes)] * len(sizes)
@@ -609,7 +634,7 @@ class ZarrPass:
         self._groups.clear()
         self._queue.clear()
         granted, self._made_granted = self._made_granted, 0
-        self._recipe.budget.release(granted)
+        self._recipe.share.release(granted)
         self._queue.end()
 
     async def aclose(self) -> None:
@@ -622,7 +647,7 @@ class ZarrPass:
         if not await workers.joined(timeout=5.0):
             logger.error("a read has not returned within 5 s; its thread is left behind")
         self.retired = workers.scratches
-        self._recipe.budget.release(self._scratch_granted)
+        self._recipe.share.release(self._scratch_granted)
         self._scratch_granted = 0
         await self._recipe.at_end()
 
@@ -633,7 +658,7 @@ class ZarrPass:
         # What `aclose` and `stop` have not given back, each byte once.
         granted = getattr(self, "_scratch_granted", 0) + getattr(self, "_made_granted", 0)
         if granted:
-            self._recipe.budget.release_from_finalizer(granted)
+            self._recipe.share.release_from_finalizer(granted)
 
     # ---- how it does
 

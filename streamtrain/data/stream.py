@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.block import Column, Pool
-from streamtrain.data.budget import Budget, BudgetHeld, BudgetStatistics, available_memory, format_bytes, parse_bytes
+from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.feed import Feed
 from streamtrain.data.layout import ArrayLayout
@@ -172,6 +172,7 @@ class ZarrStream:
         self._transform = transform
         self._shared = isinstance(memory, Budget)
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
+        self._share = self.budget.join()
         self._cache_bytes = None if cache == "auto" else parse_bytes(cache, "cache")
         self._io: IO = choice(io, ("auto", "mmap", "pread", "store"), "io")
         self._threads = default_threads() if threads is None else at_least(threads, 1, "threads")
@@ -187,7 +188,6 @@ class ZarrStream:
         self._skip = 0
         self._cursor = START
         self._driven = False
-        self._cache_granted = 0
 
     # ---- what it holds
 
@@ -263,7 +263,7 @@ class ZarrStream:
             split=self._split_given,
             split_by=self._split_by,
             split_seed=self._split_seed,
-            memory=self.budget.total,
+            memory=self._share.total,
             cache=self._cache_bytes,
             prefetch=self._prefetch,
             store=self._where.name,
@@ -274,7 +274,7 @@ class ZarrStream:
                 format_bytes(self.budget.total),
                 format_bytes(available_memory()),
             )
-        cache = ChunkCache(survey.cache_bytes) if survey.cache_bytes else None
+        cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
         feeds = [
             Feed(site, arrays[name].reader, cache if decoded_whole(site.layout) else None)
             for name, site in zip(fields, survey.sites, strict=True)
@@ -323,25 +323,15 @@ class ZarrStream:
                     hint="give the other reader a stream of its own",
                 )
             self._pass.stop()
-        self._grant_cache(opened.cache)
+        self._share.active = True
         if self._pool is None:
-            self._pool = Pool(opened.survey.sizes.buffer_bytes, self.budget, poison=bool(os.environ.get(POISON)))
+            self._pool = Pool(opened.survey.sizes.buffer_bytes, self._share, poison=bool(os.environ.get(POISON)))
         start, self._skip = Cursor(self._epoch, self._skip), 0
         if not self._driven:
             self._cursor = start
         order = EpochOrder(opened.survey.split, self._shuffle, opened.survey.cells_per_block, self._seed, self._epoch)
         self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned, before=self._pass)
         return self._pass
-
-    def _grant_cache(self, cache: ChunkCache | None) -> None:
-        if cache is None or self._cache_granted:
-            return
-        if not self.budget.try_acquire(cache.capacity):
-            raise BudgetHeld(
-                f"memory={format_bytes(self.budget.total)}: {format_bytes(cache.capacity)} to keep chunks are taken",
-                hint="let go of batches of earlier passes, or raise memory",
-            )
-        self._cache_granted = cache.capacity
 
     def _recipe(self, opened: _Opened, pool: Pool) -> Recipe:
         names = self._fields(opened.arrays)
@@ -363,7 +353,7 @@ class ZarrStream:
             feeds=opened.feeds,
             columns=opened.survey.columns,
             sizes=opened.survey.sizes,
-            budget=self.budget,
+            share=self._share,
             batch_size=self._batch_size,
             drop_last=self._drop_last,
             seed=self._seed,
@@ -400,10 +390,9 @@ class ZarrStream:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-        if self._opened is not None and self._opened.cache is not None and self._cache_granted:
+        if self._opened is not None and self._opened.cache is not None:
             self._opened.cache.clear()
-            self.budget.release(self._cache_granted)
-            self._cache_granted = 0
+        self._share.active = False
         await self._zarr_loop.aclose()
 
     async def pause(self) -> None:

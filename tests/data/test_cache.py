@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamtrain.data.budget import Budget
 from streamtrain.data.cache import ChunkCache
 
 Chunk = NDArray[np.uint8]
@@ -31,6 +32,10 @@ class Loads:
         return load
 
 
+def cache_of(capacity: int, budget: Budget | None = None) -> ChunkCache:
+    return ChunkCache(capacity, (budget or Budget("1GiB")).join())
+
+
 def value(chunk: Chunk | None) -> int:
     assert chunk is not None
     assert len({*chunk.tolist()}) == 1
@@ -39,7 +44,7 @@ def value(chunk: Chunk | None) -> int:
 
 @given(st.lists(st.integers(0, 6), max_size=60), st.integers(0, 75))
 def test_it_holds_what_fits_least_recently_used_out_first(keys: list[int], capacity: int) -> None:
-    cache, loads, model, expected = ChunkCache(capacity), Loads(), list[int](), list[int]()
+    cache, loads, model, expected = cache_of(capacity), Loads(), list[int](), list[int]()
     for key in keys:
         assert value(cache.get(key, loads(key))) == key
         if key in model:
@@ -56,26 +61,26 @@ def test_it_holds_what_fits_least_recently_used_out_first(keys: list[int], capac
 
 
 def test_what_is_larger_than_the_cache_is_handed_over_and_not_kept() -> None:
-    cache, large = ChunkCache(5), np.zeros(6, dtype=np.uint8)
+    cache, large = cache_of(5), np.zeros(6, dtype=np.uint8)
     assert cache.get("k", lambda: large) is large
     assert cache.statistics().bytes == 0
 
 
 def test_an_absent_chunk_is_not_kept() -> None:
-    cache, loads = ChunkCache(100), Loads()
+    cache, loads = cache_of(100), Loads()
     assert cache.get(1, lambda: None) is None
     assert value(cache.get(1, loads(1))) == 1
 
 
 def test_the_kept_chunk_is_no_view_of_the_loaders_buffer() -> None:
-    cache, scratch = ChunkCache(100), np.full(10, 7, dtype=np.uint8)
+    cache, scratch = cache_of(100), np.full(10, 7, dtype=np.uint8)
     cache.get(1, lambda: scratch)
     scratch[:] = 9
     assert value(cache.get(1, Loads()(1))) == 7
 
 
 def test_threads_that_want_one_chunk_load_it_once() -> None:
-    cache, loads, gate = ChunkCache(100), Loads(), threading.Event()
+    cache, loads, gate = cache_of(100), Loads(), threading.Event()
 
     def slow() -> Chunk:
         gate.wait(30)
@@ -90,7 +95,7 @@ def test_threads_that_want_one_chunk_load_it_once() -> None:
 
 
 def test_different_chunks_load_side_by_side() -> None:
-    cache, together = ChunkCache(100), threading.Barrier(4)
+    cache, together = cache_of(100), threading.Barrier(4)
 
     def load() -> Chunk:
         together.wait(30)  # breaks unless all four are in `load` at once
@@ -102,7 +107,7 @@ def test_different_chunks_load_side_by_side() -> None:
 
 
 def test_when_a_load_fails_the_next_caller_tries_itself() -> None:
-    cache, loads, entered, gate = ChunkCache(100), Loads(), threading.Event(), threading.Event()
+    cache, loads, entered, gate = cache_of(100), Loads(), threading.Event(), threading.Event()
 
     def fail() -> Chunk:
         entered.set()
@@ -121,7 +126,7 @@ def test_when_a_load_fails_the_next_caller_tries_itself() -> None:
 
 
 def test_many_threads_and_evictions_give_the_right_chunks() -> None:
-    cache, loads = ChunkCache(35), Loads()
+    cache, loads = cache_of(35), Loads()
 
     def work(seed: int) -> None:
         for key in np.random.default_rng(seed).integers(0, 8, 300).tolist():
@@ -134,3 +139,14 @@ def test_many_threads_and_evictions_give_the_right_chunks() -> None:
     now = cache.statistics()
     assert now.hits + now.misses == 2400
     assert now.misses == len(loads.made) == now.evictions + len(cache._kept)
+
+
+def test_each_byte_kept_is_granted_before_and_given_back_with_the_cache() -> None:
+    budget = Budget(25)
+    cache, loads = cache_of(100, budget), Loads()
+    for key in range(5):
+        cache.get(key, loads(key))
+    assert list(cache._kept) == [3, 4]
+    assert budget.statistics().used == 20
+    del cache
+    assert budget.statistics().used == 0

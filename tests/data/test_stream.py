@@ -20,6 +20,7 @@ from zarr.storage import MemoryStore
 
 from data_tools.synth import synth
 from streamtrain.data.batch import Batch, Cursor
+from streamtrain.data.block import Pool
 from streamtrain.data.budget import Budget, BudgetHeld
 from streamtrain.data.stream import POISON, ZarrStream
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem, UserCodeError
@@ -363,6 +364,49 @@ async def test_a_shared_budget_serves_two_streams(store: Path) -> None:
         assert sorted(flat(await indices(one))) == sorted(flat(await indices(other)))
     assert budget.statistics().used == 0
     assert budget.statistics().peak <= budget.total
+
+
+async def test_a_stream_that_was_dropped_without_aclose_gives_its_share_back(store: Path) -> None:
+    budget = Budget("8MiB")
+    source = stream(store, memory=budget, shuffle="global", cache="1MiB")
+    passing = aiter(source)
+    await anext(passing)
+    assert budget.statistics().used
+    del source, passing
+    assert budget.statistics().used == 0
+
+
+def test_what_lies_idle_in_one_pool_is_lent_to_another() -> None:
+    budget = Budget(2 << 12)
+    one, other = Pool(1 << 12, budget.join()), Pool(1 << 12, budget.join())
+    kept, left = one.take(), one.take()
+    assert left is not None
+    assert other.take() is None
+    del left
+    got = other.take()
+    assert got is not None
+    assert one.take() is None
+    del kept, got
+    assert one.take() is not None
+
+
+async def test_a_stream_waits_for_what_another_one_holds(store: Path) -> None:
+    budget = Budget("1MiB")
+    source, other = stream(store, memory=budget), budget.join()
+    assert other.try_acquire(budget.total)
+    waiting = asyncio.ensure_future(indices(source))
+    done, _ = await asyncio.wait([waiting], timeout=0.1)
+    assert not done
+    other.release(budget.total)
+    assert len(flat(await waiting)) == ROWS
+
+
+async def test_a_stream_that_waited_in_vain_says_that_others_hold_its_memory(store: Path) -> None:
+    budget = Budget("1MiB")
+    source, other = stream(store, memory=budget, read_timeout=0.5), budget.join()
+    assert other.try_acquire(budget.total)
+    with pytest.raises(BudgetHeld, match="other streams keep what this one needs"):
+        await indices(source)
 
 
 # ---- threads
