@@ -16,7 +16,8 @@ import streamtrain
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
 errors events spelling flags toml_text log_file
-data.batch data.source data.order data.options data.budget data.layout data.iterable
+data.batch data.source data.permutation data.cells data.splits data.order data.options data.budget data.layout
+data.iterable
 losses schedulers optimizers metrics
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.transform data.opening data.survey
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint

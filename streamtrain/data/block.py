@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import Share
-from streamtrain.data.order import Ints
+from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import anonymous
 
 ALIGN = 64

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
+from streamtrain.data.cells import CellGrid
 from streamtrain.data.layout import ArrayLayout
-from streamtrain.data.order import CellGrid, Ints
+from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import ChunkReader, Scratch
 
 Rows = slice | Ints

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from streamtrain.data.order import split_bounds
+from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
 
 

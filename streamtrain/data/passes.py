@@ -29,7 +29,8 @@ from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
 from streamtrain.data.budget import BudgetHeld, Share, format_bytes
 from streamtrain.data.feed import Box, Feed, Part, Rows
-from streamtrain.data.order import EpochOrder, Ints, Piece
+from streamtrain.data.order import EpochOrder, Piece
+from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
 from streamtrain.data.survey import Sizes

@@ -34,11 +34,13 @@ from streamtrain.data.options import (
     shuffle_mode,
     split_pair,
 )
-from streamtrain.data.order import EpochOrder, Shuffle, SplitBy, derive_key
+from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.passes import Recipe, ZarrPass
+from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.source import Pass
+from streamtrain.data.splits import SplitBy
 from streamtrain.data.survey import Field, Plan, Survey, decoded_whole, take_survey
 from streamtrain.data.transform import Transform, check_transform
 from streamtrain.data.workers import default_threads

@@ -11,18 +11,11 @@ import numpy as np
 
 from streamtrain.data.block import Column, block_bytes
 from streamtrain.data.budget import format_bytes
+from streamtrain.data.cells import CellGrid
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout
-from streamtrain.data.order import (
-    BLOCK_BYTES,
-    CellGrid,
-    EpochOrder,
-    Shuffle,
-    Split,
-    SplitBy,
-    default_cells_per_block,
-    split_bounds,
-)
+from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
+from streamtrain.data.splits import Split, SplitBy, split_bounds
 from streamtrain.errors import ConfigError, DataError
 
 LARGE_CHUNK = 64 << 20

@@ -14,22 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamtrain.data.cells import CellGrid
 from streamtrain.data.order import (
     BLOCK_BYTES,
     LARGE_BLOCK_BYTES,
     MIN_CELLS,
-    TABLE_LIMIT,
-    CellGrid,
     EpochOrder,
-    Ints,
-    Permutation,
     Shuffle,
-    Split,
-    SplitBy,
     default_cells_per_block,
-    derive_key,
-    split_bounds,
 )
+from streamtrain.data.permutation import TABLE_LIMIT, Ints, Permutation, derive_key
+from streamtrain.data.splits import Split, SplitBy, split_bounds
 
 SPLITS: tuple[SplitBy, ...] = ("range", "chunk", "sample")
 GOLDEN_SMALL = [6, 3, 1, 5, 8, 4, 0, 2, 7]
