@@ -94,12 +94,12 @@ class Block:
     def put(self, number: int, at: Places, values: NDArray[Any]) -> None:
         """Copy rows of column `number` to these positions of the epoch, cast to the column's dtype."""
         column, rows = self.columns[number], self._rows[number]
-        plain = values.dtype == column.dtype and values.flags.c_contiguous and values.size
+        plain = values.dtype == column.dtype and values.size and values[0].flags.c_contiguous
         if rows is None:
             slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
             self._slots[number][slot, inside] = values
         elif plain:
-            rows[self._flat(column, at)] = values.reshape(len(values), -1).view(column.mover).reshape(len(values))
+            rows[self._flat(column, at)] = _as_items(values, column.mover)
         else:
             self._typed(number)[self._flat(column, at)] = values
 
@@ -124,6 +124,14 @@ class Block:
             return slice(at.start - self.first, at.stop - self.first) if isinstance(at, slice) else at - self.first
         slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
         return slot * column.pitch + inside
+
+
+def _as_items(values: NDArray[Any], mover: np.dtype[Any]) -> NDArray[Any]:
+    """Rows as items of one dtype: no copy, also where rows overlap or lie apart."""
+    if values.flags.c_contiguous:
+        return values.reshape(len(values), -1).view(mover).reshape(len(values))
+    first = values[0].reshape(-1).view(mover)
+    return np.lib.stride_tricks.as_strided(first, shape=(len(values),), strides=values.strides[:1], writeable=False)
 
 
 def _array(at: Places) -> Ints:

@@ -79,6 +79,18 @@ class Site:
         )
 
     @cached_property
+    def region_bytes(self) -> int:
+        """Bytes of the region that a cell's samples are put together in; 0 where they are not."""
+        return 0
+
+    @cached_property
+    def chunks_per_cell(self) -> int:
+        """Chunks that a whole cell touches."""
+        chunks = self.layout.chunk_shape
+        sampled = (max(1, -(-c // chunks[a])) for a, c in zip(self.sample_axes, self.cell, strict=True))
+        return math.prod(sampled) * math.prod(self.chunks_per_row)
+
+    @cached_property
     def one_chunk(self) -> bool:
         """Whether a cell is exactly one chunk, the usual case."""
         chunks, shape = self.layout.chunk_shape, self.layout.shape
@@ -143,7 +155,8 @@ class Feed:
         self, chunk: tuple[int, ...], extent: Sequence[int], reach: tuple[int, int], scratch: Scratch, *, few: bool
     ) -> NDArray[Any]:
         """The samples of a chunk in C order, (n, *part of the row shape); outside of `reach` they may be undefined."""
-        data = self._read(chunk, reach, scratch, few)
+        every = (0, self.layout.chunk_shape[0]) if self.layout.ndim else (0, 1)
+        data = self.chunk(chunk, reach if self._order[:1] == (0,) else every, scratch, few=few)
         shape = tuple(
             min(size, end - start) for size, (start, end) in zip(extent, self._sample_box(chunk), strict=True)
         )
@@ -161,8 +174,10 @@ class Feed:
         box = self.layout.box(chunk)
         return [box[a] for a in self.site.row_axes]
 
-    def _read(self, chunk: tuple[int, ...], reach: tuple[int, int], scratch: Scratch, few: bool) -> NDArray[Any] | None:
-        rows = reach if self._order[:1] == (0,) else (0, self.layout.chunk_shape[0]) if self.layout.ndim else (0, 1)
+    def chunk(
+        self, chunk: tuple[int, ...], rows: tuple[int, int], scratch: Scratch, *, few: bool
+    ) -> NDArray[Any] | None:
+        """A decoded chunk, from the cache if there is one; None if absent. Of its first axis `rows` will be used."""
         scratch.reading = (f"array {self.layout.name or '/'!r}: chunk {'.'.join(map(str, chunk))}", time.monotonic())
         scratch.chunks += 1
         try:

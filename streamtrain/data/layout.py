@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,8 @@ class ArrayLayout:
     index_at_start: bool = False
     slow: str | None = None
     """Why the fast lanes can't read it; None if they can."""
+    dims: tuple[str | None, ...] = ()
+    """Names of the axes; empty where nobody named them."""
     complete: bool = False
     """Whether its writer vouches that no chunk is left out: then an absent chunk is damage, not fill."""
 
@@ -117,6 +119,11 @@ class ArrayLayout:
         return tuple((c * size, min((c + 1) * size, length)) for c, size, length in pairs)
 
 
+def decoded_whole(layout: ArrayLayout) -> bool:
+    """Whether its chunks can only be had whole."""
+    return layout.slow is not None or not layout.raw
+
+
 def trainable(dtype: np.dtype[Any]) -> bool:
     """Whether it is one of the dtypes that tensors have (of either byte order)."""
     return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
@@ -133,7 +140,7 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
     if fill_value is None:  # Zarr 2 leaves it open; zarr reads zero
         fill_value = dtype.type(0)
     parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3
-    layout = parse(name, shape, metadata, dtype, fill_value)
+    layout = replace(parse(name, shape, metadata, dtype, fill_value), dims=_dims(metadata, len(shape)))
     if any(s < 0 for s in shape) or math.prod(shape) > MAX_SAMPLES:
         raise DataError(f"array {name!r} claims the shape {shape}: no length is negative, and 2^48 elements are most")
     if any(c <= 0 for c in layout.chunk_shape + layout.file_shape):
@@ -142,6 +149,17 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
         size = format_bytes(min(layout.chunk_bytes, 1 << 100))
         raise DataError(f"array {name!r} claims chunks of {size}; at most {format_bytes(MAX_CHUNK_BYTES)} is read")
     return layout
+
+
+def _dims(metadata: Mapping[str, Any], ndim: int) -> tuple[str | None, ...]:
+    """The axes' names: Zarr 3's own, or those that xarray writes into the attributes of Zarr 2."""
+    attributes = metadata.get("attributes")
+    names = metadata.get("dimension_names")
+    if names is None and isinstance(attributes, Mapping):
+        names = attributes.get("_ARRAY_DIMENSIONS")
+    if not isinstance(names, list | tuple) or len(names) != ndim:
+        return ()
+    return tuple(name if isinstance(name, str) else None for name in names)
 
 
 def _complete(metadata: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from streamtrain.data.framing import Framing
 from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
 
@@ -72,6 +73,46 @@ def axis_numbers(axes: object) -> tuple[int, ...]:
     if not isinstance(given, list | tuple) or not given or len(set(given)) < len(given):
         raise ConfigError(f"sample_axes must be different axis numbers such as (0,), not {axes!r}")
     return tuple(at_least(axis, 0, "sample_axes") for axis in given)
+
+
+def framing_of(
+    sample_axes: object, window: object, stride: object, horizon: int | None, target_window: int | None
+) -> Framing:
+    """What a sample is, as far as that is known without the arrays."""
+    axes = axis_numbers(sample_axes)
+    if window is None:
+        for name, value in (("stride", stride), ("horizon", horizon), ("target_window", target_window)):
+            if value is not None:
+                raise ConfigError(f"{name}= without window=", hint="for example window={'time': 24}")
+        return Framing(axes)
+    if target_window is not None and horizon is None:
+        raise ConfigError("target_window= without horizon=", hint="horizon=1 is the place right after the window")
+    lengths = _by_axis(window, "window", axes[0])
+    steps = (
+        None
+        if stride is None
+        else at_least(stride, 1, "stride")
+        if isinstance(stride, int)
+        else _by_axis(stride, "stride", axes[0])
+    )
+    return Framing(
+        axes,
+        lengths,
+        steps,
+        None if horizon is None else at_least(horizon, 0, "horizon"),
+        None if target_window is None else at_least(target_window, 1, "target_window"),
+    )
+
+
+def _by_axis(given: object, name: str, first: int) -> dict[int | str, int]:
+    if not isinstance(given, Mapping):
+        return {first: at_least(given, 1, name)}
+    if not given:
+        raise ConfigError(f"{name}= is empty", hint=f"{name}={{'time': 24}}")
+    for axis in given:
+        if not isinstance(axis, str):
+            at_least(axis, 0, f"an axis of {name}")
+    return {axis: at_least(length, 1, f"{name}[{axis!r}]") for axis, length in given.items()}
 
 
 def cast_dtypes(dtype: Any) -> np.dtype[Any] | dict[str, np.dtype[Any]] | None:

@@ -22,14 +22,15 @@ from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.feed import Feed
-from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.framing import Axis, Field
+from streamtrain.data.layout import ArrayLayout, decoded_whole
 from streamtrain.data.opening import IO, OpenArray, StoreLike, locate, open_arrays
 from streamtrain.data.options import (
     array_names,
     at_least,
-    axis_numbers,
     cast_dtypes,
     choice,
+    framing_of,
     seconds_above_zero,
     shuffle_mode,
     split_pair,
@@ -41,15 +42,16 @@ from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import SplitBy
-from streamtrain.data.survey import Field, Plan, Survey, decoded_whole, take_survey
+from streamtrain.data.survey import Plan, Survey, take_survey
 from streamtrain.data.transform import Transform, check_transform
+from streamtrain.data.windows import feed_of
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
 LATER = frozenset(
-    {"indices", "select", "weights", "balance", "window", "stride", "horizon", "target_window", "decode_cf"}
+    {"indices", "select", "weights", "balance", "decode_cf"}
     | {"normalize", "disk_cache", "on_bad_chunk", "retries", "transform_workers", "cache_transform"}
     | {"lanes", "rank", "world_size"}
 )
@@ -112,6 +114,12 @@ class ZarrStream:
     samples in a row (`split_by="range"`), of the cells ("chunk") or of the samples ("sample") in an order keyed by
     `split_seed`.
     `sample_axes`: axes that number the samples; (0, 1) makes each element of the first two axes a sample.
+    `window`: places that a sample covers along some axes, `{axis name or number: length}` (a length alone is along the
+    first sample axis); over several axes these are patches. `stride`: places from one sample to the next, 1 unless
+    told otherwise, for patches the patch itself. `horizon`: places from a window's last one to the first of its
+    target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover the window
+    itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has those that
+    lie in it whole. An array without such an axis (by its dimensions' names) is the same for all samples.
     `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
     name.
     `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays, in our threads.
@@ -140,6 +148,10 @@ class ZarrStream:
         split_by: SplitBy = "range",
         split_seed: int = 0,
         sample_axes: int | Sequence[int] = (0,),
+        window: int | Mapping[Axis, int] | None = None,
+        stride: int | Mapping[Axis, int] | None = None,
+        horizon: int | None = None,
+        target_window: int | None = None,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         transform: Transform | None = None,
         memory: str | int | Budget = "1GiB",
@@ -166,7 +178,7 @@ class ZarrStream:
         self._split_given = split_pair(split)
         self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
         self._split_seed = at_least(split_seed, 0, "split_seed")
-        self._sample_axes = axis_numbers(sample_axes)
+        self._framing = framing_of(sample_axes, window, stride, horizon, target_window)
         self._dtypes = cast_dtypes(dtype)
         if self._targets is not None and self._inputs is None:
             raise ConfigError("targets= without inputs=", hint="name the inputs too")
@@ -254,10 +266,15 @@ class ZarrStream:
             raise ConfigError(f"dtype= names {', '.join(unknown)}; the stream has {', '.join(fields)}")
         survey = take_survey(
             [
-                Field(name, arrays[name].layout, self._cast(name, arrays[name].layout, i))
+                Field(
+                    name,
+                    arrays[name].layout,
+                    self._cast(name, arrays[name].layout, i),
+                    target=i >= len(fields) - self._num_targets,
+                )
                 for i, name in enumerate(fields)
             ],
-            sample_axes=self._sample_axes,
+            framing=self._framing,
             batch_size=self._batch_size,
             drop_last=self._drop_last,
             shuffle=self._shuffle,
@@ -278,7 +295,7 @@ class ZarrStream:
             )
         cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
         feeds = [
-            Feed(site, arrays[name].reader, cache if decoded_whole(site.layout) else None)
+            feed_of(site, arrays[name].reader, cache if decoded_whole(site.layout) else None)
             for name, site in zip(fields, survey.sites, strict=True)
         ]
         return _Opened(arrays, survey, feeds, cache, self._finisher(survey.columns))
@@ -496,7 +513,7 @@ class ZarrStream:
         keyed = self._shuffle != "none"
         return {
             "arrays": arrays,
-            "sample_axes": list(self._sample_axes),
+            **self._framing.fingerprint(),
             "cells": list(opened.survey.grid.cell),
             "shuffle": self._shuffle,
             "seed": self._seed if keyed else None,

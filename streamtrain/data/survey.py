@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,25 +12,14 @@ from streamtrain.data.block import Column, block_bytes
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.feed import Site
-from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.framing import Field, Frame, Framing, take_frame
+from streamtrain.data.layout import decoded_whole
 from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
 from streamtrain.data.splits import Split, SplitBy, split_bounds
 from streamtrain.errors import ConfigError, DataError
 
-LARGE_CHUNK = 64 << 20
-RAW_CELL = 16 << 20
-"""Uncompressed chunks above LARGE_CHUNK are shuffled in cells of this size."""
 UNIT_BYTES = 16 << 20
 """Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One part of a batch: an array and the dtype that it is cast to."""
-
-    name: str
-    layout: ArrayLayout
-    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ class Survey:
 def take_survey(
     fields: Sequence[Field],
     *,
-    sample_axes: Sequence[int],
+    framing: Framing,
     batch_size: int,
     drop_last: bool,
     shuffle: Shuffle,
@@ -144,16 +132,16 @@ def take_survey(
 
     Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
     """
-    layouts = {field.name: field.layout for field in fields}
-    grid = CellGrid(sample_shape(layouts, sample_axes), cell_shape(fields[0].layout, sample_axes))
-    part = cut_split(grid, split, split_by, split_seed, store, ascending=shuffle == "none")
+    frame = take_frame(fields, framing)
+    sites = frame.sites
+    grid = CellGrid(frame.sample_shape, frame.cell)
+    part = cut_split(grid, frame, split, split_by, split_seed, store, ascending=shuffle == "none")
     count = part.num_samples
     if drop_last and count < batch_size:
         raise DataError(
             f"{store}: {count} samples are fewer than a batch of {batch_size}, and drop_last drops them all",
             hint="lower batch_size, or leave drop_last out",
         )
-    sites = [Site(field.layout, tuple(sample_axes), grid.cell) for field in fields]
     k = shuffle_blocks or default_cells_per_block(sum(site.row_bytes for site in sites) * grid.full, grid.full)
     columns = [Column(f.name, site.row_shape, f.dtype, batch_size) for f, site in zip(fields, sites, strict=True)]
     for field in fields:
@@ -166,7 +154,7 @@ def take_survey(
         if column.row_bytes == 0:
             raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")
     columns.append(Column("index", (), np.dtype(np.int64), batch_size))
-    scattered = shuffle == "global" or (shuffle == "none" and len(sample_axes) > 1)
+    scattered = shuffle == "global" or (shuffle == "none" and len(frame.cell) > 1)
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
     wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
@@ -185,11 +173,23 @@ def take_survey(
 
 
 def cut_split(
-    grid: CellGrid, split: Sequence[float] | None, by: SplitBy, seed: int, store: str, *, ascending: bool
+    grid: CellGrid, frame: Frame, split: Sequence[float] | None, by: SplitBy, seed: int, store: str, *, ascending: bool
 ) -> Split:
-    """The part of the samples that `split` names; DataError where it holds none."""
+    """The part of the samples that `split` names; DataError where it holds none.
+
+    Where samples share places, it divides the places along the first sample axis, and holds those that lie in it whole.
+    """
+    overlaps = frame.overlaps and split is not None
+    if overlaps and by != "range":
+        raise ConfigError(
+            f"split_by={by!r} of windows that overlap would put the same places into both parts",
+            hint="split_by='range', or a stride of at least what a sample covers",
+        )
     try:
-        lower, upper = split_bounds(split, grid.num_samples)
+        if overlaps:
+            lower, upper = frame.whole(*split_bounds(split, frame.places[0]))
+        else:
+            lower, upper = split_bounds(split, grid.num_samples)
     except ValueError as error:
         raise DataError(f"{store}: {error}", hint="split=(0.0, 0.9), or two sample numbers") from error
     if lower == upper:
@@ -232,52 +232,19 @@ def _sizes(order: EpochOrder, columns: Sequence[Column], sites: Sequence[Site], 
     )
 
 
-def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tuple[int, ...]:
-    """The lengths of the sample axes, which all arrays must share."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layout in layouts.items():
-        if max(axes) >= layout.ndim:
-            raise DataError(
-                f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={tuple(axes)}",
-                hint="choose axes that all arrays have",
-            )
-        shapes[name] = tuple(layout.shape[a] for a in axes)
-    first = next(iter(shapes.values()))
-    if any(shape != first for shape in shapes.values()):
-        table = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
-        raise DataError(f"arrays differ in their numbers of samples: {table}", hint="all need the same")
-    if 0 in first:
-        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
-    return first
-
-
-def cell_shape(layout: ArrayLayout, axes: Sequence[int]) -> tuple[int, ...]:
-    """Samples of a cell along each sample axis: those of a chunk; fewer of very large uncompressed ones."""
-    cell = [min(layout.chunk_shape[a], layout.shape[a]) for a in axes]
-    if layout.chunk_bytes > LARGE_CHUNK and not decoded_whole(layout) and layout.slow is None:
-        cell[0] = max(1, cell[0] // -(-layout.chunk_bytes // RAW_CELL))
-    return tuple(cell)
-
-
-def decoded_whole(layout: ArrayLayout) -> bool:
-    """Whether its chunks can only be had whole."""
-    return layout.slow is not None or not layout.raw
-
-
 def scratch_bytes(site: Site, column: Column, grid: CellGrid) -> int:
     """Bytes that one thread takes for reading a cell of this array."""
     layout = site.layout
     cell = grid.full * column.row_bytes
     copies = cell if column.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
     if not decoded_whole(layout):
-        return min(layout.chunk_bytes, 2 * cell) + copies
-    return 2 * layout.chunk_bytes + copies
+        return min(layout.chunk_bytes, 2 * cell) + copies + site.region_bytes
+    return 2 * layout.chunk_bytes + copies + site.region_bytes
 
 
 def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes) -> int:
     """About how many chunks of an array a pass reads."""
     layout, grid, axes = site.layout, split.grid, site.sample_axes
-    per_cell = math.prod(max(1, -(-c // layout.chunk_shape[a])) for a, c in zip(axes, grid.cell, strict=True))
     per_row = math.prod(site.chunks_per_row)
     if shuffle == "global":
         rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
@@ -285,7 +252,7 @@ def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes) -> int
         units = max(1, -(-split.num_samples // sizes.unit_rows))
         touched = chunks * (1 - (1 - 1 / chunks) ** min(sizes.unit_rows, split.num_samples)) if chunks > 1 else 1
         return round(units * touched) * per_row
-    return split.num_cells * per_cell * per_row
+    return split.num_cells * site.chunks_per_cell
 
 
 def shuffle_quality(shuffle: Shuffle, split: Split, k: int, batch: int) -> float:

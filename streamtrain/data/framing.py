@@ -1,0 +1,260 @@
+"""What a sample is: along which axes samples are numbered, and which places of each array one of them covers. Pure.
+
+Its law: a sample belongs to a split only whole, whatever it looks ahead to included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streamtrain.data.feed import Site
+from streamtrain.data.layout import ArrayLayout, decoded_whole
+from streamtrain.data.windows import Reach, WindowSite
+from streamtrain.errors import ConfigError, DataError
+
+LARGE_CHUNK = 64 << 20
+RAW_CELL = 16 << 20
+"""Uncompressed chunks above LARGE_CHUNK are shuffled in cells of this size, and windows in cells of at most this."""
+SPANS = 4
+"""A cell of windows covers at least so many spans of one, so that at most a quarter of what is read is read twice."""
+
+Axis = int | str
+
+
+@dataclass(frozen=True)
+class Field:
+    """One part of a batch: an array and the dtype that it is cast to."""
+
+    name: str
+    layout: ArrayLayout
+    dtype: np.dtype[Any]
+    target: bool = False
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What the user says of samples."""
+
+    sample_axes: tuple[int, ...] = (0,)
+    window: Mapping[Axis, int] = field(default_factory=dict)
+    """Places that a sample covers along these axes, by number or name."""
+    stride: int | Mapping[Axis, int] | None = None
+    """Places from one sample to the next; None is 1 for windows over one axis, the window itself for patches."""
+    horizon: int | None = None
+    """Places from the window's last one to the target's first; None: targets cover the window itself."""
+    target_window: int | None = None
+    """Places of a target behind a horizon; None is one, whose axis is gone."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of it is part of the order, JSON-able."""
+        if self.plain:
+            return {"sample_axes": list(self.sample_axes)}
+        steps = self.stride if self.stride is None or isinstance(self.stride, int) else {**self.stride}
+        return {
+            "sample_axes": list(self.sample_axes),
+            "window": {str(axis): length for axis, length in self.window.items()},
+            "stride": {str(axis): step for axis, step in steps.items()} if isinstance(steps, dict) else steps,
+            "horizon": self.horizon,
+            "target_window": self.target_window,
+        }
+
+    @property
+    def plain(self) -> bool:
+        """Whether each sample is one place along each sample axis."""
+        return not self.window
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How samples are numbered and lie in the arrays."""
+
+    sample_shape: tuple[int, ...]
+    """Samples along each sample axis."""
+    cell: tuple[int, ...]
+    """Samples of a cell along each."""
+    sites: list[Site]
+    """One for each field."""
+    strides: tuple[int, ...]
+    spans: tuple[int, ...]
+    """Places that one sample covers along each sample axis, targets included."""
+    places: tuple[int, ...]
+    """The arrays' lengths along the sample axes."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether samples share places, so that a split must not cut between just any two."""
+        return any(span > stride for span, stride in zip(self.spans, self.strides, strict=True))
+
+    def whole(self, start: int, stop: int) -> tuple[int, int]:
+        """Numbers of the samples that lie whole between these places along the first sample axis."""
+        step, span, each = self.strides[0], self.spans[0], math.prod(self.sample_shape[1:])
+        first = min(-(-start // step), self.sample_shape[0])
+        last = (stop - span) // step + 1 if stop >= span else 0
+        return first * each, max(first, last) * each
+
+
+def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
+    """Raises DataError or ConfigError where arrays and arguments do not fit together."""
+    if framing.plain:
+        return _plain(fields, framing.sample_axes)
+    axes, window = _axes(fields[0].layout, fields[0].name, framing)
+    stride = _stride(fields[0], axes, window, framing.stride)
+    own = [_own_axes(each, fields[0].layout, axes) for each in fields]
+    places = _places(fields, own, axes)
+    reaches = [
+        tuple(_reach(each.target, ax, window.get(k), stride[k], framing) for ax, k in zip(mine, axes, strict=True))
+        for each, mine in zip(fields, own, strict=True)
+    ]
+    spans = tuple(max(r[k].span for r in reaches) for k in range(len(axes)))
+    steps = tuple(stride[axis] for axis in axes)
+    shape = tuple((n - span) // step + 1 for n, span, step in zip(places, spans, steps, strict=True))
+    if min(shape) < 1:
+        short = next(k for k, count in enumerate(shape) if count < 1)
+        raise DataError(
+            f"a sample covers {spans[short]} places of axis {axes[short]}, and there are {places[short]}",
+            hint="take a shorter window or horizon",
+        )
+    known = [tuple(r.axis for r in reach if r.axis is not None) for reach in reaches]
+
+    def sites(cell: tuple[int, ...]) -> list[Site]:
+        return [
+            WindowSite(each.layout, mine, cell, reaches=reach)
+            for each, mine, reach in zip(fields, known, reaches, strict=True)
+        ]
+
+    cell = _window_cell(fields[0].layout, axes, shape, steps, spans, sites)
+    return Frame(shape, cell, sites(cell), steps, spans, places)
+
+
+def _plain(fields: Sequence[Field], axes: tuple[int, ...]) -> Frame:
+    shape = sample_shape({each.name: each.layout for each in fields}, axes)
+    cell = cell_shape(fields[0].layout, axes)
+    ones = (1,) * len(axes)
+    return Frame(shape, cell, [Site(each.layout, axes, cell) for each in fields], ones, ones, shape)
+
+
+def _axes(layout: ArrayLayout, name: str, framing: Framing) -> tuple[tuple[int, ...], dict[int, int]]:
+    """The sample axes of the first array, and the window's length along some of them."""
+    window = {_axis(axis, layout, name, "window"): length for axis, length in framing.window.items()}
+    axes = tuple(sorted({*framing.sample_axes, *window}))
+    if axes[-1] >= layout.ndim:
+        raise DataError(
+            f"array {name!r} has shape {layout.shape}: no axis {axes[-1]} for sample_axes={framing.sample_axes}",
+            hint="choose axes that all arrays have",
+        )
+    if framing.horizon is not None and len(window) != 1:
+        raise ConfigError("horizon= needs a window over one axis", hint="for example window={'time': 24}, horizon=1")
+    return axes, window
+
+
+def _axis(axis: Axis, layout: ArrayLayout, name: str, what: str) -> int:
+    """The number of an axis that was given by number or name."""
+    if isinstance(axis, str):
+        if axis in layout.dims:
+            return layout.dims.index(axis)
+        there = ", ".join(repr(dim) for dim in layout.dims if dim) or "none: its axes have no names"
+        raise DataError(f"{what}= names the axis {axis!r}; array {name!r} has {there}", hint="give the axis' number")
+    if not 0 <= axis < layout.ndim:
+        raise DataError(f"{what}= names axis {axis}; array {name!r} has shape {layout.shape}")
+    return axis
+
+
+def _stride(
+    first: Field, axes: tuple[int, ...], window: dict[int, int], given: int | Mapping[Axis, int] | None
+) -> dict[int, int]:
+    if given is None:
+        given = {} if len(window) == 1 else dict[Axis, int](window.items())
+    if isinstance(given, int):
+        return {axis: given if axis in window else 1 for axis in axes}
+    steps = {_axis(axis, first.layout, first.name, "stride"): step for axis, step in (given or {}).items()}
+    if unknown := sorted(steps.keys() - set(axes)):
+        raise ConfigError(f"stride= names axis {unknown[0]}, along which samples are not numbered")
+    return {axis: steps.get(axis, 1) for axis in axes}
+
+
+def _own_axes(each: Field, first: ArrayLayout, axes: tuple[int, ...]) -> list[int | None]:
+    """This array's own numbers of the first one's axes: by name where both name them, None where it has no such."""
+    layout = each.layout
+    names = [first.dims[axis] if first.dims else None for axis in axes]
+    if all(names) and layout.dims and all(layout.dims):
+        return [layout.dims.index(name) if name in layout.dims else None for name in names]
+    if axes[-1] >= layout.ndim:
+        raise DataError(
+            f"array {each.name!r} has shape {layout.shape}: no axis {axes[-1]}",
+            hint="name the arrays' dimensions, so that one that has no such axis can stand beside the others",
+        )
+    return list(axes)
+
+
+def _places(fields: Sequence[Field], own: Sequence[Sequence[int | None]], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The lengths along the sample axes, in which all arrays that have them agree."""
+    lengths: list[int] = []
+    for k, axis in enumerate(axes):
+        table = {f.name: f.layout.shape[a] for f, mine in zip(fields, own, strict=True) if (a := mine[k]) is not None}
+        if len(set(table.values())) > 1:
+            text = ", ".join(f"{name}: {length}" for name, length in table.items())
+            raise DataError(f"arrays differ in their lengths along axis {axis}: {text}", hint="all need the same")
+        lengths.append(next(iter(table.values())))
+    return tuple(lengths)
+
+
+def _reach(target: bool, axis: int | None, length: int | None, stride: int, framing: Framing) -> Reach:
+    if length is None or not target or framing.horizon is None:
+        return Reach(axis, stride, 0, length)
+    return Reach(axis, stride, length - 1 + framing.horizon, framing.target_window)
+
+
+def _window_cell(
+    layout: ArrayLayout,
+    axes: tuple[int, ...],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    spans: tuple[int, ...],
+    sites: Callable[[tuple[int, ...]], list[Site]],
+) -> tuple[int, ...]:
+    """Samples of a cell: whole chunks that make up several spans, but no more than RAW_CELL bytes of samples."""
+    cell: list[int] = []
+    for axis, count, stride, span in zip(axes, shape, strides, spans, strict=True):
+        chunk = min(layout.chunk_shape[axis], layout.shape[axis])
+        wanted = chunk if span <= stride else -(-max(chunk, SPANS * span) // chunk) * chunk
+        cell.append(max(1, min(count, wanted // stride)))
+
+    def size() -> int:
+        return math.prod(cell) * sum(site.row_bytes for site in sites(tuple(cell)))
+
+    while size() > RAW_CELL and max(cell) > 1:
+        longest = cell.index(max(cell))
+        cell[longest] = -(-cell[longest] // 2)
+    return tuple(cell)
+
+
+def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of the sample axes, which all arrays must share."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layout in layouts.items():
+        if max(axes) >= layout.ndim:
+            raise DataError(
+                f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={tuple(axes)}",
+                hint="choose axes that all arrays have",
+            )
+        shapes[name] = tuple(layout.shape[a] for a in axes)
+    first = next(iter(shapes.values()))
+    if any(shape != first for shape in shapes.values()):
+        table = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        raise DataError(f"arrays differ in their numbers of samples: {table}", hint="all need the same")
+    if 0 in first:
+        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
+    return first
+
+
+def cell_shape(layout: ArrayLayout, axes: Sequence[int]) -> tuple[int, ...]:
+    """Samples of a cell along each sample axis: those of a chunk; fewer of very large uncompressed ones."""
+    cell = [min(layout.chunk_shape[a], layout.shape[a]) for a in axes]
+    if layout.chunk_bytes > LARGE_CHUNK and not decoded_whole(layout) and layout.slow is None:
+        cell[0] = max(1, cell[0] // -(-layout.chunk_bytes // RAW_CELL))
+    return tuple(cell)

@@ -1,0 +1,176 @@
+"""Windows and patches: which places of an array one sample covers, and how overlapping samples come out of chunks.
+
+Its law: a region is put together once for all the samples of a cell that lie in it, and a sample is a view of it; where
+a region lies in one chunk, it is a view of the chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from streamtrain.data.cache import ChunkCache
+from streamtrain.data.feed import Box, Feed, Put, Rows, Site
+from streamtrain.data.readers import ChunkReader, Scratch
+
+PIECE_BYTES = 4 << 20
+"""Scattered samples of a cell are copied so much at a time."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What sample number s covers along one sample axis: places from `s * stride + offset` on."""
+
+    axis: int | None
+    """Of this array; None where it has no such axis: all samples see the same."""
+    stride: int = 1
+    offset: int = 0
+    length: int | None = None
+    """Places in a row; None is a single one, whose axis is gone from the sample."""
+
+    @property
+    def span(self) -> int:
+        """Places from the sample's own on."""
+        return self.offset + (self.length or 1)
+
+    def bounds(self, first: int, count: int) -> tuple[int, int]:
+        """The places that `count` samples from number `first` on cover."""
+        start = first * self.stride + self.offset
+        return start, start + (count - 1) * self.stride + (self.length or 1)
+
+
+@dataclass(frozen=True)
+class WindowSite(Site):
+    """How an array lies under cells of windows."""
+
+    reaches: tuple[Reach, ...] = ()
+    """One for each sample axis."""
+
+    @cached_property
+    def row_axes(self) -> tuple[int, ...]:
+        """The axes of one sample: those that do not number samples, and those that windows keep."""
+        gone = {reach.axis for reach in self.reaches if reach.length is None}
+        return tuple(axis for axis in range(self.layout.ndim) if axis not in gone)
+
+    @cached_property
+    def row_shape(self) -> tuple[int, ...]:
+        lengths = {reach.axis: reach.length for reach in self.reaches}
+        return tuple(lengths.get(axis) or self.layout.shape[axis] for axis in self.row_axes)
+
+    @cached_property
+    def cell_holds_chunks(self) -> bool:
+        """Never: neighbouring cells overlap, or chunks reach over them."""
+        return False
+
+    @cached_property
+    def one_chunk(self) -> bool:
+        return False
+
+    @cached_property
+    def region_bytes(self) -> int:
+        """Bytes of what a whole cell covers."""
+        bounds = self.bounds(Box((0,) * len(self.cell), self.cell))
+        return math.prod(stop - start for start, stop in bounds) * self.layout.dtype.itemsize
+
+    @cached_property
+    def chunks_per_cell(self) -> int:
+        """Chunks that a whole cell touches."""
+        bounds = self.bounds(Box((0,) * len(self.cell), self.cell))
+        return math.prod(
+            -(-(stop - start) // c) for (start, stop), c in zip(bounds, self.layout.chunk_shape, strict=True)
+        )
+
+    def bounds(self, box: Box) -> list[tuple[int, int]]:
+        """The region of the array that the samples of a box cover, along each of its axes."""
+        result = [(0, length) for length in self.layout.shape]
+        for reach, first, count in zip(self.reaches, box.origin, box.extent, strict=True):
+            if reach.axis is not None:
+                result[reach.axis] = reach.bounds(first, count)
+        return result
+
+    def view(self, region: NDArray[Any], extent: Sequence[int]) -> NDArray[Any]:
+        """A region as its samples: shape (*extent, *row_shape); no copy."""
+        steps = [0 if r.axis is None else region.strides[r.axis] * r.stride for r in self.reaches]
+        inner = [region.strides[axis] for axis in self.row_axes]
+        return as_strided(region, shape=(*extent, *self.row_shape), strides=(*steps, *inner), writeable=False)
+
+
+class WindowFeed(Feed):
+    """One array's windows, cell by cell."""
+
+    site: WindowSite
+
+    def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
+        """Hand over these samples of a cell. Raises DataError for chunks that can't be used."""
+        box, rows = _narrowed(box, rows)
+        samples = self.site.view(self._region(self.site.bounds(box), scratch), box.extent)
+        for wanted, values in _samples(samples, box.extent, rows, self.site.row_bytes):
+            self._put(put, wanted, values, None, scratch)
+
+    def _region(self, bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any]:
+        """The part of the array within these bounds, in the order of its axes."""
+        chunks = self.layout.chunk_shape
+        spans = [range(start // c, -(-stop // c)) for (start, stop), c in zip(bounds, chunks, strict=True)]
+        shape = tuple(stop - start for start, stop in bounds)
+        if all(len(span) == 1 for span in spans):
+            return self._part(tuple(span[0] for span in spans), bounds, scratch)
+        size = math.prod(shape) * self.layout.dtype.itemsize
+        region = scratch.take("region", size).view(self.layout.native).reshape(shape)
+        for chunk in itertools.product(*spans):
+            inside = [
+                (max(start, n * c), min(stop, (n + 1) * c))
+                for n, c, (start, stop) in zip(chunk, chunks, bounds, strict=True)
+            ]
+            place = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inside, bounds, strict=True))
+            region[place] = self._part(chunk, inside, scratch)
+        return region
+
+    def _part(self, chunk: tuple[int, ...], bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any]:
+        """A part of one chunk; the bounds are the array's."""
+        first = [n * c for n, c in zip(chunk, self.layout.chunk_shape, strict=True)]
+        rows = (bounds[0][0] - first[0], bounds[0][1] - first[0]) if first else (0, 1)
+        data = self.chunk(chunk, rows, scratch, few=False)
+        if data is None:
+            shape = tuple(stop - start for start, stop in bounds)
+            return np.broadcast_to(np.asarray(self.layout.fill_value, self.layout.native), shape)
+        return data[tuple(slice(a - f, b - f) for (a, b), f in zip(bounds, first, strict=True))]
+
+
+def _narrowed(box: Box, rows: Rows) -> tuple[Box, Rows]:
+    """The least box that holds these samples, where that is plain to see, and their numbers in it."""
+    if len(box.extent) > 1:
+        return box, rows
+    if isinstance(rows, slice):
+        start, stop, _ = rows.indices(box.extent[0])
+        return Box((box.origin[0] + start,), (stop - start,)), slice(None)
+    start, stop = int(rows.min()), int(rows.max()) + 1
+    return Box((box.origin[0] + start,), (stop - start,)), rows - start
+
+
+def _samples(
+    samples: NDArray[Any], extent: tuple[int, ...], rows: Rows, row_bytes: int
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Samples by the handful: which of the wanted ones they are, and their values."""
+    last = extent[-1]
+    if isinstance(rows, slice) and rows == slice(None):
+        for number, place in enumerate(np.ndindex(*extent[:-1])):
+            yield slice(number * last, (number + 1) * last), samples[place]
+        return
+    numbers = np.arange(*rows.indices(math.prod(extent))) if isinstance(rows, slice) else rows
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    for start in range(0, len(numbers), step):
+        where = np.unravel_index(numbers[start : start + step], extent)
+        yield slice(start, start + len(where[0])), samples[where]
+
+
+def feed_of(site: Site, reader: ChunkReader, cache: ChunkCache | None) -> Feed:
+    """What reads an array that lies so."""
+    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache)
