@@ -130,7 +130,7 @@ def _as_items(values: NDArray[Any], mover: np.dtype[Any]) -> NDArray[Any]:
     """Rows as items of one dtype: no copy, also where rows overlap or lie apart."""
     if values.flags.c_contiguous:
         return values.reshape(len(values), -1).view(mover).reshape(len(values))
-    first = values[0].reshape(-1).view(mover)
+    first = values[:1].reshape(-1).view(mover)  # a view, since a row lies together
     return np.lib.stride_tricks.as_strided(first, shape=(len(values),), strides=values.strides[:1], writeable=False)
 
 

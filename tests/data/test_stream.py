@@ -373,6 +373,9 @@ async def test_a_stream_that_was_dropped_without_aclose_gives_its_share_back(sto
     await anext(passing)
     assert budget.statistics().used
     del source, passing
+    for thread in threading.enumerate():
+        if thread.name in ours():  # each ends with the job it has in hand
+            await asyncio.to_thread(thread.join)
     assert budget.statistics().used == 0
 
 
