@@ -104,7 +104,7 @@ def stream(table: DataTable, said: Said, name: str, *, output: Literal["torch", 
         keywords["split"] = tuple(table.split)
     if table.transform is not None:
         keywords["transform"] = _function(table.transform, said, (name, "transform"))
-    return ZarrStream(table.store, output=output, **keywords)  # type: ignore[arg-type]  # it refuses lists itself
+    return ZarrStream(table.store, output=output, **keywords)
 
 
 def model(config: Config, said: Said) -> nn.Module:

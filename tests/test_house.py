@@ -20,7 +20,7 @@ data.batch data.source data.permutation data.cells data.splits data.order data.b
 data.iterable
 losses schedulers optimizers metrics
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
-data.options data.transform data.opening data.survey
+data.options data.transform data.opening data.stores data.survey
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
 data.passes data.stream blame supply tally step callbacks.base callbacks.bus

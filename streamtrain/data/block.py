@@ -103,7 +103,7 @@ class Block:
         else:
             self._typed(number)[self._flat(column, at)] = values
 
-    def put_part(self, number: int, at: Places, values: NDArray[Any], part: tuple[slice, ...]) -> None:
+    def put_part(self, number: int, at: Places, values: NDArray[Any], part: tuple[slice | int, ...]) -> None:
         """The same for a part of each row."""
         slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
         where: tuple[Any, ...] = (slot, inside, *part)

@@ -1,17 +1,67 @@
 """How samples lie in cells, and how both are numbered. Pure.
 
-Samples are numbered in C order over the sample axes. A *cell* is what one chunk holds.
+Samples are numbered in C order over the sample axes. A *cell* is what one chunk holds. Several stores are one row of
+cells, those of the first store first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from streamtrain.data.permutation import Ints
+
+
+class Cells(Protocol):
+    """What an order needs to know of how samples lie in cells."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_cells(self) -> int: ...
+
+    @property
+    def full(self) -> int:
+        """Samples in a cell that no edge cuts; in the largest where stores differ."""
+
+    @property
+    def even(self) -> bool:
+        """Whether all cells have the same size."""
+
+    @property
+    def line(self) -> bool:
+        """Whether samples are numbered cell by cell, and only the last cell may be short."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether a run of sample numbers goes back and forth between cells."""
+
+    def sizes(self, ids: Ints) -> Ints:
+        """Samples in each of these cells."""
+
+    def below(self, ids: Ints, bound: int) -> Ints:
+        """How many samples of each cell have a number less than `bound`."""
+
+    def band(self, lower: int, upper: int) -> tuple[int, int]:
+        """The first of the cells that hold the samples lower..upper-1, and how many there are from there on."""
+
+    def whole_bands(self, lower: int, upper: int) -> bool:
+        """Whether all of these cells but the first and the last have all their samples within these bounds."""
+
+    def locate(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """Cell, and row within it, of these samples."""
+
+    def part(self, cell: int) -> tuple[int, int, CellGrid]:
+        """Which store a cell belongs to, its number there, and that store's cells."""
+
+    def numbers(self, cell: int, local: Ints) -> Ints:
+        """Sample numbers of the rows `local` (C order within the cell) of one cell."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +92,26 @@ class CellGrid:
     def even(self) -> bool:
         """Whether all cells have the same size."""
         return all(s % min(c, s) == 0 for c, s in zip(self.cell, self.shape, strict=True))
+
+    @property
+    def line(self) -> bool:
+        return len(self.shape) == 1
+
+    @property
+    def scattered(self) -> bool:
+        return len(self.shape) > 1
+
+    def part(self, cell: int) -> tuple[int, int, CellGrid]:
+        return 0, cell, self
+
+    def band(self, lower: int, upper: int) -> tuple[int, int]:
+        band, cells = math.prod(self.shape[1:]), math.prod(self.grid[1:])
+        first, last = lower // band // self.cell[0], (upper - 1) // band // self.cell[0]
+        return first * cells, (last + 1 - first) * cells
+
+    def whole_bands(self, lower: int, upper: int) -> bool:
+        band = math.prod(self.shape[1:]) * self.cell[0]
+        return self.line or (self.even and not lower % band and not upper % band)
 
     def boxes(self, ids: Ints) -> tuple[list[Ints], list[Ints]]:
         """Origin and extent of these cells along each sample axis."""
@@ -99,3 +169,82 @@ class CellGrid:
             origin = position // cell * cell
             local = local * (np.minimum(origin + cell, size) - origin) + (position - origin)
         return ids, local
+
+
+def joined(parts: Sequence[CellGrid]) -> Cells:
+    """The cells of these stores."""
+    return parts[0] if len(parts) == 1 else JoinedCells(parts)
+
+
+class JoinedCells:
+    """The cells of several stores in a row."""
+
+    def __init__(self, parts: Sequence[CellGrid]) -> None:
+        self.parts = parts
+        self._cells = _starts([part.num_cells for part in parts])
+        self._samples = _starts([part.num_samples for part in parts])
+        self.num_cells, self.num_samples = int(self._cells[-1]), int(self._samples[-1])
+        self.full = max(part.full for part in parts)
+        self.even = all(part.even and part.full == self.full for part in parts)
+        self.line = False
+        self.scattered = any(part.scattered for part in parts)
+
+    def part(self, cell: int) -> tuple[int, int, CellGrid]:
+        """Which store a cell belongs to, its number there, and that store's cells."""
+        number = int(np.searchsorted(self._cells, cell, side="right")) - 1
+        return number, cell - int(self._cells[number]), self.parts[number]
+
+    def _by_part(self, ids: Ints) -> Iterator[tuple[int, Ints, Ints]]:
+        """Store by store: its number, where in `ids` its cells stand, and their numbers there."""
+        owners = np.searchsorted(self._cells, ids, side="right") - 1
+        for number in np.unique(owners).tolist():
+            mine = np.flatnonzero(owners == number)
+            yield number, mine, ids[mine] - self._cells[number]
+
+    def sizes(self, ids: Ints) -> Ints:
+        """Samples in each of these cells."""
+        result = np.empty(len(ids), dtype=np.int64)
+        for number, mine, local in self._by_part(ids):
+            result[mine] = self.parts[number].sizes(local)
+        return result
+
+    def below(self, ids: Ints, bound: int) -> Ints:
+        """How many samples of each cell have a number less than `bound`."""
+        result = np.empty(len(ids), dtype=np.int64)
+        for number, mine, local in self._by_part(ids):
+            part, rest = self.parts[number], bound - int(self._samples[number])
+            result[mine] = part.below(local, rest) if rest > 0 else 0
+        return result
+
+    def band(self, lower: int, upper: int) -> tuple[int, int]:
+        """The first of the cells that hold the samples lower..upper-1, and how many there are from there on."""
+        first, last = (int(np.searchsorted(self._samples, n, side="right")) - 1 for n in (lower, upper - 1))
+        begin, end = int(self._samples[first]), int(self._samples[last])
+        start = self.parts[first].band(lower - begin, min(upper - begin, self.parts[first].num_samples))[0]
+        low, count = self.parts[last].band(max(lower - end, 0), upper - end)
+        start += int(self._cells[first])
+        return start, int(self._cells[last]) + low + count - start
+
+    def whole_bands(self, lower: int, upper: int) -> bool:
+        """Only where nothing is cut: else a table tells."""
+        return self.even and lower == 0 and upper == self.num_samples
+
+    def locate(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """Cell, and row within it, of these samples."""
+        owners = np.searchsorted(self._samples, numbers, side="right") - 1
+        cells, rows = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers), dtype=np.int64)
+        for number in np.unique(owners).tolist():
+            mine = owners == number
+            ids, rows[mine] = self.parts[number].locate(numbers[mine] - self._samples[number])
+            cells[mine] = ids + self._cells[number]
+        return cells, rows
+
+    def numbers(self, cell: int, local: Ints) -> Ints:
+        """Sample numbers of the rows `local` (C order within the cell) of one cell."""
+        number, inner, part = self.part(cell)
+        return part.numbers(inner, local) + int(self._samples[number])
+
+
+def _starts(counts: Sequence[int]) -> Ints:
+    starts: Ints = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.array(counts, dtype=np.int64))])
+    return starts

@@ -24,7 +24,7 @@ from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import ChunkReader, Scratch
 
 Rows = slice | Ints
-Part = tuple[slice, ...]
+Part = tuple[slice | int, ...]
 Put = Callable[[Rows, NDArray[Any], Part | None], None]
 """Called with which of the wanted rows these are, their values (n, *row_shape or a part of it), and that part."""
 
@@ -50,6 +50,8 @@ class Site:
     layout: ArrayLayout
     sample_axes: tuple[int, ...]
     cell: tuple[int, ...]
+    dtype: np.dtype[Any]
+    """What its values are cast to."""
 
     @cached_property
     def row_axes(self) -> tuple[int, ...]:
@@ -101,7 +103,9 @@ class Site:
 class Feed:
     """One array's rows, cell by cell. Thread-safe: what it keeps between calls is the cache, which is."""
 
-    def __init__(self, site: Site, reader: ChunkReader, cache: ChunkCache | None) -> None:
+    def __init__(self, site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int) -> None:
+        """`store`: its number; together with array and chunk it names what is kept in the cache."""
+        self._store = store
         self.site, self.layout, self.reader, self.cache = site, site.layout, reader, cache
         self._order = site.sample_axes + site.row_axes
 
@@ -184,7 +188,9 @@ class Feed:
             if self.cache is None:
                 return self.reader.read(chunk, rows, scratch, few=few)
             everything = (0, self.layout.chunk_shape[0])
-            return self.cache.get((self.layout.name, chunk), lambda: self.reader.read(chunk, everything, scratch))
+            return self.cache.get(
+                (self._store, self.layout.name, chunk), lambda: self.reader.read(chunk, everything, scratch)
+            )
         finally:
             scratch.reading = None
 

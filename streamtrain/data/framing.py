@@ -98,6 +98,34 @@ class Frame:
         return first * each, max(first, last) * each
 
 
+def take_frames(stores: Sequence[Sequence[Field]], framing: Framing) -> list[Frame]:
+    """One for each store; all must have samples of one kind. Raises DataError or ConfigError."""
+    frames = [take_frame(fields, framing) for fields in stores]
+    for number, (fields, frame) in enumerate(zip(stores, frames, strict=True)):
+        for each, site, mine in zip(fields, frame.sites, frames[0].sites, strict=True):
+            if site.row_shape != mine.row_shape or site.dtype != mine.dtype:
+                raise DataError(
+                    f"array {each.name!r} has samples of {mine.dtype}{list(mine.row_shape)} in the first store, of "
+                    f"{site.dtype}{list(site.row_shape)} in store number {number + 1}",
+                    hint="all stores of a dataset need the same; dtype= casts",
+                )
+    return frames
+
+
+def whole(frames: Sequence[Frame], start: int, stop: int) -> tuple[int, int]:
+    """Numbers of the samples that lie whole between these places of all stores in a row, along the first axis."""
+    places = samples = 0
+    first = last = -1
+    for frame in frames:
+        length = frame.places[0]
+        lower, upper = frame.whole(max(start - places, 0), max(0, min(stop - places, length)))
+        if lower < upper:
+            first, last = samples + lower if first < 0 else first, samples + upper
+        places += length
+        samples += math.prod(frame.sample_shape)
+    return max(first, 0), max(last, 0)
+
+
 def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
     """Raises DataError or ConfigError where arrays and arguments do not fit together."""
     if framing.plain:
@@ -123,7 +151,7 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
 
     def sites(cell: tuple[int, ...]) -> list[Site]:
         return [
-            WindowSite(each.layout, mine, cell, reaches=reach)
+            WindowSite(each.layout, mine, cell, each.dtype, reach)
             for each, mine, reach in zip(fields, known, reaches, strict=True)
         ]
 
@@ -135,7 +163,7 @@ def _plain(fields: Sequence[Field], axes: tuple[int, ...]) -> Frame:
     shape = sample_shape({each.name: each.layout for each in fields}, axes)
     cell = cell_shape(fields[0].layout, axes)
     ones = (1,) * len(axes)
-    return Frame(shape, cell, [Site(each.layout, axes, cell) for each in fields], ones, ones, shape)
+    return Frame(shape, cell, [Site(each.layout, axes, cell, each.dtype) for each in fields], ones, ones, shape)
 
 
 def _axes(layout: ArrayLayout, name: str, framing: Framing) -> tuple[tuple[int, ...], dict[int, int]]:

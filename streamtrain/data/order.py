@@ -67,7 +67,7 @@ class EpochOrder:
     def scattered(self) -> bool:
         """Whether positions know no blocks of cells: any run of positions can be taken."""
         return self.shuffle == "global" or (
-            self.shuffle == "none" and self.split.contiguous and len(self.split.grid.shape) > 1
+            self.shuffle == "none" and self.split.contiguous and self.split.grid.scattered
         )
 
     def _sequence(self, i: Ints) -> Ints:

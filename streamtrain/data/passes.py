@@ -33,7 +33,7 @@ from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
-from streamtrain.data.survey import Sizes
+from streamtrain.data.survey import Place, Sizes
 from streamtrain.data.transform import Transform, apply, batch_bytes
 from streamtrain.data.workers import Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
@@ -55,9 +55,12 @@ GROUP_BATCHES = 16
 class Recipe:
     """All that a pass needs to know of its stream."""
 
-    feeds: Sequence[Feed]
+    feeds: Sequence[Sequence[Feed]]
+    """One for each array, store by store."""
     columns: Sequence[Column]
-    """One for each feed, then the sample numbers'."""
+    places: Sequence[Place]
+    """Where each array's rows go, and then the sample numbers."""
+    cache_bytes: int
     sizes: Sizes
     share: Share
     batch_size: int
@@ -319,8 +322,7 @@ class ZarrPass:
             return True
         sizes, share = self._recipe.sizes, self._recipe.share
         total, threads = share.total, self._recipe.threads
-        cached = max((feed.cache.capacity for feed in self._recipe.feeds if feed.cache is not None), default=0)
-        least = sizes.least - sizes.scratch_bytes + cached
+        least = sizes.least - sizes.scratch_bytes + self._recipe.cache_bytes
         while threads > 1 and least + threads * sizes.scratch_bytes > total:
             threads -= 1
         if threads < self._recipe.threads:
@@ -596,16 +598,19 @@ class ZarrPass:
 
     def _fill(self, unit: Unit, piece: Piece, scratch: Scratch) -> None:
         rows, at = self._order.place(piece)
-        grid = self._order.split.grid
-        box = Box.of(grid, piece.cell)
-        for number, feed in enumerate(self._recipe.feeds):
+        grid, places = self._order.split.grid, self._recipe.places
+        store, cell, part_of = grid.part(piece.cell)
+        box = Box.of(part_of, cell)
+        for place, feed in zip(places, self._recipe.feeds[store], strict=False):
 
-            def put(wanted: Rows, values: NDArray[Any], part: Part | None, number: int = number) -> None:
-                unit.put(number, _subset(at, wanted), values, part)
+            def put(wanted: Rows, values: NDArray[Any], part: Part | None, place: Place = place) -> None:
+                if place.part:  # a channel of a stack
+                    part = (*place.part, *(part or ()))
+                unit.put(place.column, _subset(at, wanted), values, part)
 
             feed.fill(box, rows, put, scratch)
         local: Ints = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
-        unit.put(len(self._recipe.feeds), at, grid.numbers(piece.cell, local), None)
+        unit.put(places[-1].column, at, grid.numbers(piece.cell, local), None)
 
     def _hop(self, call: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from streamtrain.data.cells import CellGrid
+from streamtrain.data.cells import Cells
 from streamtrain.data.permutation import Ints, Permutation, derive_key
 
 SplitBy = Literal["range", "chunk", "sample"]
@@ -23,7 +23,7 @@ class Split:
     """
 
     def __init__(
-        self, grid: CellGrid, lower: int, upper: int, by: SplitBy = "range", seed: int = 0, *, ascending: bool = False
+        self, grid: Cells, lower: int, upper: int, by: SplitBy = "range", seed: int = 0, *, ascending: bool = False
     ) -> None:
         assert 0 <= lower <= upper <= grid.num_samples
         self.grid, self.lower, self.upper, self.by, self.seed = grid, lower, upper, by, seed
@@ -53,16 +53,12 @@ class Split:
         if self.by == "chunk":
             first, last = self._chunk_at(self.lower), self._chunk_at(self.upper - 1)
             return first, last + 1 - first
-        band = math.prod(grid.shape[1:])
-        cells = math.prod(grid.grid[1:])
-        first = self.lower // band // grid.cell[0]
-        last = (self.upper - 1) // band // grid.cell[0]
-        return first * cells, (last + 1 - first) * cells
+        return grid.band(self.lower, self.upper)
 
     @cached_property
     def _chunk_starts(self) -> Ints | None:
         """Samples before each cell in the keyed order of cells; None where arithmetic gives it."""
-        if self.grid.even or len(self.grid.shape) == 1:
+        if self.grid.even or self.grid.line:
             return None
         sizes = self.grid.sizes(self._cells.forward(np.arange(self.grid.num_cells)))
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
@@ -91,7 +87,7 @@ class Split:
     @cached_property
     def _cell_starts(self) -> Ints | None:
         """Samples before each cell, cells in their own order; None where arithmetic gives it."""
-        if self.grid.even or len(self.grid.shape) == 1:
+        if self.grid.even or self.grid.line:
             return None
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.grid.sizes(np.arange(self.grid.num_cells)))])
 
@@ -144,10 +140,8 @@ class Split:
             return {}
         if self.by == "sample":
             return None
-        if self.by == "range" and len(self.grid.shape) > 1:
-            band = math.prod(self.grid.shape[1:]) * self.grid.cell[0]
-            if not self.grid.even or self.lower % band or self.upper % band:
-                return None
+        if self.by == "range" and not self.grid.whole_bands(self.lower, self.upper):
+            return None
         if self.by == "chunk" and self._chunk_starts is not None:
             return None
         ends = {0, self.num_cells - 1}

@@ -24,7 +24,7 @@ from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.feed import Feed
 from streamtrain.data.framing import Axis, Field
 from streamtrain.data.layout import ArrayLayout, decoded_whole
-from streamtrain.data.opening import IO, OpenArray, StoreLike, locate, open_arrays
+from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
 from streamtrain.data.options import (
     array_names,
     at_least,
@@ -42,6 +42,7 @@ from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import SplitBy
+from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
 from streamtrain.data.survey import Plan, Survey, take_survey
 from streamtrain.data.transform import Transform, check_transform
 from streamtrain.data.windows import feed_of
@@ -50,6 +51,8 @@ from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
+OPEN_TOGETHER = 16
+"""Stores whose metadata are read at the same time."""
 LATER = frozenset(
     {"indices", "select", "weights", "balance", "decode_cf"}
     | {"normalize", "disk_cache", "on_bad_chunk", "retries", "transform_workers", "cache_transform"}
@@ -93,9 +96,9 @@ class StreamStatistics:
 class _Opened:
     """A stream whose metadata is known."""
 
-    arrays: dict[str, OpenArray]
+    stores: Sequence[dict[str, OpenArray]]
     survey: Survey
-    feeds: list[Feed]
+    feeds: list[list[Feed]]
     cache: ChunkCache | None
     finish: Callable[[Batch], Batch]
     """A transformed batch as it is handed over."""
@@ -104,7 +107,8 @@ class _Opened:
 class ZarrStream:
     """A stream of batches from one Zarr store; `async for batch in stream` is one epoch.
 
-    `store`: a path, a `zarr.Group`, `zarr.Array` or `zarr.abc.store.Store`.
+    `store`: a path, a `zarr.Group`, `zarr.Array` or `zarr.abc.store.Store`; or a list or glob of them: one dataset, its
+    samples numbered store by store and shuffled across all.
     `inputs`, `targets`: an array's name, or a list of names (then batches hold dicts by name, even of one). `inputs`
     is left out where the store is one array.
     `batch_size`: samples of a batch.
@@ -120,6 +124,7 @@ class ZarrStream:
     target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover the window
     itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has those that
     lie in it whole. An array without such an axis (by its dimensions' names) is the same for all samples.
+    `stack`: the inputs become one array, with them as its channels: (B, len(inputs), ...), put together in one gather.
     `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
     name.
     `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays, in our threads.
@@ -135,7 +140,7 @@ class ZarrStream:
 
     def __init__(
         self,
-        store: StoreLike,
+        store: Stores,
         *,
         inputs: str | Sequence[str] | None = None,
         targets: str | Sequence[str] | None = None,
@@ -152,6 +157,7 @@ class ZarrStream:
         stride: int | Mapping[Axis, int] | None = None,
         horizon: int | None = None,
         target_window: int | None = None,
+        stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         transform: Transform | None = None,
         memory: str | int | Budget = "1GiB",
@@ -168,7 +174,8 @@ class ZarrStream:
                 raise ConfigError(f"{key}= is not supported yet", hint="leave it out")
             near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
             raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
-        self._where = locate(store)
+        self._named = name_stores(store)
+        self._name = name_of(self._named)
         self._inputs, self._targets = array_names(inputs, "inputs"), array_names(targets, "targets")
         self._batch_size = at_least(batch_size, 1, "batch_size")
         self._shuffle: Shuffle = choice(shuffle_mode(shuffle), ("none", "block", "global"), "shuffle")
@@ -179,6 +186,7 @@ class ZarrStream:
         self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
         self._split_seed = at_least(split_seed, 0, "split_seed")
         self._framing = framing_of(sample_axes, window, stride, horizon, target_window)
+        self._stack = stack
         self._dtypes = cast_dtypes(dtype)
         if self._targets is not None and self._inputs is None:
             raise ConfigError("targets= without inputs=", hint="name the inputs too")
@@ -238,8 +246,13 @@ class ZarrStream:
     async def _read_metadata(self) -> _Opened:
         """All that is known before data is read; runs on a private loop, where it may block."""
         names = None if self._inputs is None else list(dict.fromkeys(self._fields(())))
-        arrays = await open_arrays(self._where, names, io=self._io, loop=self._zarr_loop, timeout=self._read_timeout)
-        return self._settle(arrays)
+        many = asyncio.Semaphore(OPEN_TOGETHER)
+
+        async def one(where: Located) -> dict[str, OpenArray]:
+            async with many:
+                return await open_arrays(where, names, io=self._io, loop=self._zarr_loop, timeout=self._read_timeout)
+
+        return self._settle(await asyncio.gather(*map(one, find_stores(self._named))))
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
@@ -248,7 +261,7 @@ class ZarrStream:
 
     def _hung(self) -> EnvironmentProblem:
         return EnvironmentProblem(
-            f"the metadata of {self._where.name} were not read within {self._read_timeout:g} s",
+            f"the metadata of {self._name} were not read within {self._read_timeout:g} s",
             hint="check the storage, or raise read_timeout",
         )
 
@@ -256,25 +269,17 @@ class ZarrStream:
     def _num_targets(self) -> int:
         return len(self._targets[0]) if self._targets is not None else 0
 
-    def _settle(self, arrays: dict[str, OpenArray]) -> _Opened:
+    def _settle(self, stores: Sequence[dict[str, OpenArray]]) -> _Opened:
         """Everything that follows from metadata and arguments."""
-        for name, array in arrays.items():
-            if array.fallback is not None:
-                logger.info("array %s is read by zarr's own API, which is slower: %s", name, array.fallback)
-        fields = self._fields(arrays)
+        for name, why in {(name, a.fallback) for arrays in stores for name, a in arrays.items() if a.fallback}:
+            logger.info("array %s is read by zarr's own API, which is slower: %s", name, why)
+        fields = self._fields(stores[0])
         if isinstance(self._dtypes, dict) and (unknown := sorted(self._dtypes.keys() - set(fields))):
             raise ConfigError(f"dtype= names {', '.join(unknown)}; the stream has {', '.join(fields)}")
         survey = take_survey(
-            [
-                Field(
-                    name,
-                    arrays[name].layout,
-                    self._cast(name, arrays[name].layout, i),
-                    target=i >= len(fields) - self._num_targets,
-                )
-                for i, name in enumerate(fields)
-            ],
+            [self._parts(fields, arrays) for arrays in stores],
             framing=self._framing,
+            stack=self._stack,
             batch_size=self._batch_size,
             drop_last=self._drop_last,
             shuffle=self._shuffle,
@@ -285,7 +290,7 @@ class ZarrStream:
             memory=self._share.total,
             cache=self._cache_bytes,
             prefetch=self._prefetch,
-            store=self._where.name,
+            store=self._name,
         )
         if self.budget.total > available_memory():
             logger.warning(
@@ -295,10 +300,22 @@ class ZarrStream:
             )
         cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
         feeds = [
-            feed_of(site, arrays[name].reader, cache if decoded_whole(site.layout) else None)
-            for name, site in zip(fields, survey.sites, strict=True)
+            [
+                feed_of(site, arrays[name].reader, cache if decoded_whole(site.layout) else None, number)
+                for name, site in zip(self._fields(arrays), frame.sites, strict=True)
+            ]
+            for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
-        return _Opened(arrays, survey, feeds, cache, self._finisher(survey.columns))
+        return _Opened(stores, survey, feeds, cache, self._finisher(survey.columns))
+
+    def _parts(self, fields: Sequence[str], arrays: Mapping[str, OpenArray]) -> list[Field]:
+        """The parts of a batch as they lie in one store."""
+        names = self._fields(arrays)
+        targets = len(fields) - self._num_targets
+        return [
+            Field(name, arrays[name].layout, self._cast(name, arrays[name].layout, i), target=i >= targets)
+            for i, name in enumerate(names)
+        ]
 
     def _cast(self, name: str, layout: ArrayLayout, number: int) -> np.dtype[Any]:
         """The dtype that this part of a batch gets."""
@@ -353,9 +370,13 @@ class ZarrStream:
         return self._pass
 
     def _recipe(self, opened: _Opened, pool: Pool) -> Recipe:
-        names = self._fields(opened.arrays)
+        names = self._fields(opened.stores[0])
         count = len(names) - self._num_targets
-        several = self._inputs is not None and self._inputs[1], self._targets is not None and self._targets[1]
+        several = (
+            self._inputs is not None and self._inputs[1] and not self._stack,
+            self._targets is not None and self._targets[1],
+        )
+        first = 1 if self._stack else count  # of the targets' columns
         wrap: Any = _same_array
         if self._output == "torch" and self._transform is None:
             from streamtrain.tensors import to_tensor as wrap
@@ -363,14 +384,16 @@ class ZarrStream:
         def assemble(arrays: Sequence[NDArray[Any]]) -> Batch:
             wrapped = [wrap(array) for array in arrays]
             inputs: Any = dict(zip(names[:count], wrapped, strict=False)) if several[0] else wrapped[0]
-            targets: Any = dict(zip(names[count:], wrapped[count:-1], strict=True)) if several[1] else None
+            targets: Any = dict(zip(names[count:], wrapped[first:-1], strict=True)) if several[1] else None
             if not several[1] and count < len(names):
-                targets = wrapped[count]
+                targets = wrapped[first]
             return Batch(inputs, targets, wrapped[-1])
 
         return Recipe(
             feeds=opened.feeds,
             columns=opened.survey.columns,
+            places=opened.survey.places,
+            cache_bytes=opened.survey.cache_bytes,
             sizes=opened.survey.sizes,
             share=self._share,
             batch_size=self._batch_size,
@@ -505,16 +528,23 @@ class ZarrStream:
     def _fingerprint(self) -> dict[str, Any]:
         opened = self._known()
         split = opened.survey.split
-        arrays: Any = {
-            name: f"{'x'.join(map(str, a.layout.shape))} {a.layout.native}" for name, a in opened.arrays.items()
-        }
-        if len(str(arrays)) > 500:
-            arrays = f"{len(arrays)} arrays, digest {derive_key(str(arrays)):016x}"
+        arrays: Any = [
+            {name: f"{'x'.join(map(str, a.layout.shape))} {a.layout.native}" for name, a in arrays.items()}
+            for arrays in opened.stores
+        ]
+        cells = [list(frame.cell) for frame in opened.survey.frames]
+        count = len(arrays)
+        if count == 1:
+            arrays, cells = arrays[0], cells[0]  # type: ignore[assignment]
+        if len(str(arrays)) + len(str(cells)) > 500:
+            digest = derive_key(str(arrays), str(cells))
+            arrays = f"{count} stores of {len(opened.stores[0])} arrays, digest {digest:016x}"
+            cells = cells if count == 1 else []
         keyed = self._shuffle != "none"
         return {
             "arrays": arrays,
             **self._framing.fingerprint(),
-            "cells": list(opened.survey.grid.cell),
+            "cells": cells,
             "shuffle": self._shuffle,
             "seed": self._seed if keyed else None,
             "shuffle_blocks": opened.survey.cells_per_block if self._shuffle == "block" else None,
@@ -534,7 +564,7 @@ class ZarrStream:
     def statistics(self) -> StreamStatistics:
         """How the live pass does, or how the last one did."""
         opened = self._opened
-        arrays = opened.arrays if opened is not None else {}
+        stores = opened.stores if opened is not None else ()
         scratches = self._pass.scratches if self._pass is not None else []
 
         def seconds(what: str) -> float:
@@ -542,8 +572,8 @@ class ZarrStream:
 
         return StreamStatistics(
             lanes={
-                name: a.reader.lane + (f" ({a.fallback})" if a.fallback is not None else "")
-                for name, a in arrays.items()
+                name: ", ".join(sorted({_lane(arrays[name]) for arrays in stores if name in arrays}))
+                for name in (stores[0] if stores else ())
             },
             chunks=sum(scratch.chunks for scratch in scratches),
             bytes_read=sum(scratch.bytes_read for scratch in scratches),
@@ -600,6 +630,10 @@ class _FirstPass:
         self.stop()
         if self._pass is not None:
             await self._pass.aclose()
+
+
+def _lane(array: OpenArray) -> str:
+    return array.reader.lane + (f" ({array.fallback})" if array.fallback is not None else "")
 
 
 def _same_array(array: NDArray[Any]) -> NDArray[Any]:

@@ -10,9 +10,9 @@ import numpy as np
 
 from streamtrain.data.block import Column, block_bytes
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.cells import CellGrid
+from streamtrain.data.cells import CellGrid, Cells, joined
 from streamtrain.data.feed import Site
-from streamtrain.data.framing import Field, Frame, Framing, take_frame
+from streamtrain.data.framing import Field, Frame, Framing, take_frames, whole
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
 from streamtrain.data.splits import Split, SplitBy, split_bounds
@@ -20,6 +20,15 @@ from streamtrain.errors import ConfigError, DataError
 
 UNIT_BYTES = 16 << 20
 """Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of an array go."""
+
+    column: int
+    part: tuple[int, ...]
+    """The channel of a stack; empty for a column of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +81,15 @@ class Plan:
 class Survey:
     """What metadata and arguments come to."""
 
-    grid: CellGrid
+    frames: list[Frame]
+    """One for each store."""
     split: Split
     shuffle: Shuffle
     cells_per_block: int
-    sites: list[Site]
     columns: list[Column]
     """One for each part of a batch, then the sample numbers'."""
+    places: list[Place]
+    """Where each array's rows go, and the sample numbers."""
     sizes: Sizes
     memory_least: int
     """The least `memory` that works, with units cut for it and nothing kept."""
@@ -90,9 +101,10 @@ class Survey:
     def plan(self) -> Plan:
         """What a pass costs."""
         used = read = chunks = 0
-        for site in self.sites:
-            touched = chunks_read(site, self.split, self.shuffle, self.sizes)
-            rows = self.split.num_samples * site.row_bytes
+        total = self.split.grid.num_samples
+        for share, site in ((math.prod(f.sample_shape) / total, site) for f in self.frames for site in f.sites):
+            touched = round(chunks_read(site, self.split, self.shuffle, self.sizes, share))
+            rows = round(self.split.num_samples * site.row_bytes * share)
             used += rows
             chunks += touched
             read += max(rows, touched * site.layout.chunk_bytes if decoded_whole(site.layout) else 0)
@@ -113,9 +125,10 @@ class Survey:
 
 
 def take_survey(
-    fields: Sequence[Field],
+    stores: Sequence[Sequence[Field]],
     *,
     framing: Framing,
+    stack: bool,
     batch_size: int,
     drop_last: bool,
     shuffle: Shuffle,
@@ -132,19 +145,21 @@ def take_survey(
 
     Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
     """
-    frame = take_frame(fields, framing)
-    sites = frame.sites
-    grid = CellGrid(frame.sample_shape, frame.cell)
-    part = cut_split(grid, frame, split, split_by, split_seed, store, ascending=shuffle == "none")
+    frames = take_frames(stores, framing)
+    fields, sites = stores[0], [site for frame in frames for site in frame.sites]
+    grid = joined([CellGrid(frame.sample_shape, frame.cell) for frame in frames])
+    part = cut_split(grid, frames, split, split_by, split_seed, store, ascending=shuffle == "none")
     count = part.num_samples
     if drop_last and count < batch_size:
         raise DataError(
             f"{store}: {count} samples are fewer than a batch of {batch_size}, and drop_last drops them all",
             hint="lower batch_size, or leave drop_last out",
         )
-    k = shuffle_blocks or default_cells_per_block(sum(site.row_bytes for site in sites) * grid.full, grid.full)
-    columns = [Column(f.name, site.row_shape, f.dtype, batch_size) for f, site in zip(fields, sites, strict=True)]
-    for field in fields:
+    k = shuffle_blocks or default_cells_per_block(
+        sum(site.row_bytes for site in frames[0].sites) * grid.full, grid.full
+    )
+    columns, places = columns_of(fields, frames[0], batch_size, stack=stack)
+    for field in (each for each_store in stores for each in each_store):
         if field.layout.dtype.kind == "c" and field.dtype.kind != "c":
             raise ConfigError(
                 f"array {field.name!r} is {field.layout.native}: a cast to {field.dtype} would drop its imaginary part",
@@ -154,11 +169,12 @@ def take_survey(
         if column.row_bytes == 0:
             raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")
     columns.append(Column("index", (), np.dtype(np.int64), batch_size))
-    scattered = shuffle == "global" or (shuffle == "none" and len(frame.cell) > 1)
+    places.append(Place(len(columns) - 1, ()))
+    scattered = shuffle == "global" or (shuffle == "none" and grid.scattered)
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
     wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
-    ways = [_sizes(order, columns, sites, most) for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)]
+    ways = [_sizes(order, columns, frames, most) for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)]
     least = min(way.least for way in ways)
     sizes = next((way for way in ways if way.least <= memory), ways[-1])
     if least > memory:
@@ -169,17 +185,45 @@ def take_survey(
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.least)
-    return Survey(grid, part, shuffle, k, sites, columns, sizes, least, cache_bytes, batches, memory)
+    return Survey(frames, part, shuffle, k, columns, places, sizes, least, cache_bytes, batches, memory)
+
+
+def columns_of(
+    fields: Sequence[Field], frame: Frame, batch_size: int, *, stack: bool
+) -> tuple[list[Column], list[Place]]:
+    """The columns of a batch, and where each array goes; with `stack` all inputs make one, as its channels."""
+    columns = [Column(f.name, site.row_shape, f.dtype, batch_size) for f, site in zip(fields, frame.sites, strict=True)]
+    inputs = sum(not field.target for field in fields)
+    if not stack or inputs == len(columns) == 0:
+        return columns, [Place(number, ()) for number in range(len(columns))]
+    first = columns[0]
+    for other in columns[1:inputs]:
+        if (other.row_shape, other.dtype) != (first.row_shape, first.dtype):
+            raise DataError(
+                f"stack=True: samples of {first.name!r} are {first.dtype}{list(first.row_shape)}, of {other.name!r} "
+                f"{other.dtype}{list(other.row_shape)}",
+                hint="stack arrays of one shape and dtype (dtype='float32' casts them)",
+            )
+    stacked = Column("+".join(c.name for c in columns[:inputs]), (inputs, *first.row_shape), first.dtype, batch_size)
+    places = [Place(0, (channel,)) for channel in range(inputs)]
+    return [stacked, *columns[inputs:]], places + [Place(1 + n, ()) for n in range(len(columns) - inputs)]
 
 
 def cut_split(
-    grid: CellGrid, frame: Frame, split: Sequence[float] | None, by: SplitBy, seed: int, store: str, *, ascending: bool
+    grid: Cells,
+    frames: Sequence[Frame],
+    split: Sequence[float] | None,
+    by: SplitBy,
+    seed: int,
+    store: str,
+    *,
+    ascending: bool,
 ) -> Split:
     """The part of the samples that `split` names; DataError where it holds none.
 
     Where samples share places, it divides the places along the first sample axis, and holds those that lie in it whole.
     """
-    overlaps = frame.overlaps and split is not None
+    overlaps = frames[0].overlaps and split is not None
     if overlaps and by != "range":
         raise ConfigError(
             f"split_by={by!r} of windows that overlap would put the same places into both parts",
@@ -187,7 +231,7 @@ def cut_split(
         )
     try:
         if overlaps:
-            lower, upper = frame.whole(*split_bounds(split, frame.places[0]))
+            lower, upper = whole(frames, *split_bounds(split, sum(frame.places[0] for frame in frames)))
         else:
             lower, upper = split_bounds(split, grid.num_samples)
     except ValueError as error:
@@ -210,7 +254,7 @@ def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int
     return min(whole * 2, memory // (4 if scattered else 8))
 
 
-def _sizes(order: EpochOrder, columns: Sequence[Column], sites: Sequence[Site], most: int) -> Sizes:
+def _sizes(order: EpochOrder, columns: Sequence[Column], frames: Sequence[Frame], most: int) -> Sizes:
     """`most`: bytes up to which small blocks may be filled together."""
     split, size = order.split, columns[0].batch_size
     row = max(1, block_bytes(columns, 1) // size)
@@ -228,31 +272,32 @@ def _sizes(order: EpochOrder, columns: Sequence[Column], sites: Sequence[Site], 
         unit_rows=rows,
         buffer_bytes=block_bytes(columns, -(-rows // size)),
         units=units,
-        scratch_bytes=max(scratch_bytes(s, c, split.grid) for s, c in zip(sites, columns, strict=False)),
+        scratch_bytes=max(scratch_bytes(site, frame.cell) for frame in frames for site in frame.sites),
     )
 
 
-def scratch_bytes(site: Site, column: Column, grid: CellGrid) -> int:
+def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
     """Bytes that one thread takes for reading a cell of this array."""
     layout = site.layout
-    cell = grid.full * column.row_bytes
-    copies = cell if column.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
+    cell = math.prod(cell_shape) * math.prod(site.row_shape) * max(site.dtype.itemsize, layout.dtype.itemsize)
+    copies = cell if site.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
     if not decoded_whole(layout):
         return min(layout.chunk_bytes, 2 * cell) + copies + site.region_bytes
     return 2 * layout.chunk_bytes + copies + site.region_bytes
 
 
-def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes) -> int:
-    """About how many chunks of an array a pass reads."""
+def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes, share: float) -> float:
+    """About how many chunks of an array a pass reads that has this share of the samples."""
     layout, grid, axes = site.layout, split.grid, site.sample_axes
     per_row = math.prod(site.chunks_per_row)
     if shuffle == "global":
         rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
-        chunks = max(1, grid.num_samples // rows_each)
+        chunks = max(1, round(share * grid.num_samples) // rows_each)
         units = max(1, -(-split.num_samples // sizes.unit_rows))
-        touched = chunks * (1 - (1 - 1 / chunks) ** min(sizes.unit_rows, split.num_samples)) if chunks > 1 else 1
-        return round(units * touched) * per_row
-    return split.num_cells * site.chunks_per_cell
+        most = max(1, round(share * min(sizes.unit_rows, split.num_samples)))
+        touched = chunks * (1 - (1 - 1 / chunks) ** most) if chunks > 1 else 1
+        return units * touched * per_row
+    return split.num_cells * share * site.chunks_per_cell
 
 
 def shuffle_quality(shuffle: Shuffle, split: Split, k: int, batch: int) -> float:

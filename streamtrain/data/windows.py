@@ -171,6 +171,6 @@ def _samples(
         yield slice(start, start + len(where[0])), samples[where]
 
 
-def feed_of(site: Site, reader: ChunkReader, cache: ChunkCache | None) -> Feed:
-    """What reads an array that lies so."""
-    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache)
+def feed_of(site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int) -> Feed:
+    """What reads an array that lies so in the store of this number."""
+    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache, store)
