@@ -16,11 +16,12 @@ import streamtrain
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
 errors events spelling flags toml_text log_file
-data.batch data.source data.permutation data.cells data.splits data.order data.budget data.layout
+data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.budget data.layout
 data.iterable
 losses schedulers optimizers metrics
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
-data.options data.transform data.opening data.stores data.survey
+data.opening data.stores data.choosing
+data.options data.transform data.survey
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
 data.passes data.stream blame supply tally step callbacks.base callbacks.bus

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from streamtrain.data.choosing import Choice
 from streamtrain.data.framing import Framing
 from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
@@ -73,6 +74,25 @@ def axis_numbers(axes: object) -> tuple[int, ...]:
     if not isinstance(given, list | tuple) or not given or len(set(given)) < len(given):
         raise ConfigError(f"sample_axes must be different axis numbers such as (0,), not {axes!r}")
     return tuple(at_least(axis, 0, "sample_axes") for axis in given)
+
+
+def choice_of(indices: Any, groups: str | None, weights: Any, balance: str | None) -> Choice:
+    """Which samples, and how often."""
+    if weights is not None and balance is not None:
+        raise ConfigError("weights= and balance= are two ways to weight", hint="give one of them")
+    if indices is not None and not isinstance(indices, str):
+        indices = np.asarray(indices)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu":
+            raise ConfigError("indices= must be sample numbers, or the name of a boolean array")
+        indices = indices.astype(np.int64)
+    if weights is not None and not isinstance(weights, str):
+        weights = np.asarray(weights)
+        if weights.ndim != 1 or weights.dtype.kind not in "biuf":
+            raise ConfigError("weights= must be one number for each sample, or the name of an array")
+    for name, value in (("groups", groups), ("balance", balance)):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{name}= must be the name of an array, not {value!r}")
+    return Choice(indices, groups, weights, balance)
 
 
 def framing_of(

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from streamtrain.data.chosen import Chosen
 from streamtrain.data.permutation import Ints, Permutation, derive_key
 from streamtrain.data.splits import Split
 
@@ -50,7 +51,7 @@ class Piece(NamedTuple):
 class EpochOrder:
     """The order of one epoch: positions 0..num_samples-1, in blocks that must be resident whole."""
 
-    def __init__(self, split: Split, shuffle: Shuffle, cells_per_block: int, seed: int, epoch: int) -> None:
+    def __init__(self, split: Split | Chosen, shuffle: Shuffle, cells_per_block: int, seed: int, epoch: int) -> None:
         assert cells_per_block >= 1
         self.split, self.shuffle, self.seed, self.epoch = split, shuffle, seed, epoch
         m = split.num_cells
@@ -144,7 +145,7 @@ class EpochOrder:
             j = np.searchsorted(self.split.starts, ranks, side="right") - 1
             ids, lower, upper = self.split.cells(j)
             local = lower + (ranks - self.split.starts[j])
-            if self.split.by == "sample":
+            if self.split.scattered_rows:
                 for cell in np.unique(ids):
                     mine = np.flatnonzero(ids == cell)
                     a, b = int(lower[mine[0]]), int(upper[mine[0]])

@@ -39,6 +39,15 @@ class Split:
     def num_samples(self) -> int:
         return self.upper - self.lower
 
+    def most(self, cells: int) -> int:
+        """Most samples that so many cells contribute."""
+        return min(self.num_samples, cells * self.grid.full)
+
+    @property
+    def scattered_rows(self) -> bool:
+        """Whether the rows of a cell are not simply a range."""
+        return self.by == "sample"
+
     @property
     def contiguous(self) -> bool:
         """Whether rank r of this split is simply sample lower + r."""

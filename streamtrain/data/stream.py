@@ -21,6 +21,7 @@ from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
+from streamtrain.data.choosing import read_values
 from streamtrain.data.feed import Feed
 from streamtrain.data.framing import Axis, Field
 from streamtrain.data.layout import ArrayLayout, decoded_whole
@@ -30,6 +31,7 @@ from streamtrain.data.options import (
     at_least,
     cast_dtypes,
     choice,
+    choice_of,
     framing_of,
     seconds_above_zero,
     shuffle_mode,
@@ -41,7 +43,7 @@ from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.source import Pass
-from streamtrain.data.splits import SplitBy
+from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
 from streamtrain.data.survey import Plan, Survey, take_survey
 from streamtrain.data.transform import Transform, check_transform
@@ -54,7 +56,7 @@ logger = logging.getLogger(__name__)
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
 LATER = frozenset(
-    {"indices", "select", "weights", "balance", "decode_cf"}
+    {"select", "decode_cf"}
     | {"normalize", "disk_cache", "on_bad_chunk", "retries", "transform_workers", "cache_transform"}
     | {"lanes", "rank", "world_size"}
 )
@@ -117,6 +119,9 @@ class ZarrStream:
     `split`: two floats are fractions of the samples (bound = floor(f * n)), two ints are sample numbers; taken of the
     samples in a row (`split_by="range"`), of the cells ("chunk") or of the samples ("sample") in an order keyed by
     `split_seed`.
+    `groups`: an array's name; a split takes samples with the same value there together. `indices`: sample numbers, or
+    the name of a boolean array; a split is of those. `weights`: a number for each sample, or an array's name: samples
+    come in proportion, as many in an epoch as there are; `balance`: an array of labels that come equally often.
     `sample_axes`: axes that number the samples; (0, 1) makes each element of the first two axes a sample.
     `window`: places that a sample covers along some axes, `{axis name or number: length}` (a length alone is along the
     first sample axis); over several axes these are patches. `stride`: places from one sample to the next, 1 unless
@@ -152,6 +157,10 @@ class ZarrStream:
         split: tuple[float, float] | tuple[int, int] | Sequence[float] | None = None,
         split_by: SplitBy = "range",
         split_seed: int = 0,
+        groups: str | None = None,
+        indices: str | Sequence[int] | NDArray[Any] | None = None,
+        weights: str | Sequence[float] | NDArray[Any] | None = None,
+        balance: str | None = None,
         sample_axes: int | Sequence[int] = (0,),
         window: int | Mapping[Axis, int] | None = None,
         stride: int | Mapping[Axis, int] | None = None,
@@ -185,6 +194,7 @@ class ZarrStream:
         self._split_given = split_pair(split)
         self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
         self._split_seed = at_least(split_seed, 0, "split_seed")
+        self._choice = choice_of(indices, groups, weights, balance)
         self._framing = framing_of(sample_axes, window, stride, horizon, target_window)
         self._stack = stack
         self._dtypes = cast_dtypes(dtype)
@@ -245,7 +255,11 @@ class ZarrStream:
 
     async def _read_metadata(self) -> _Opened:
         """All that is known before data is read; runs on a private loop, where it may block."""
-        names = None if self._inputs is None else list(dict.fromkeys(self._fields(())))
+        names = None if self._inputs is None else list(dict.fromkeys([*self._fields(()), *self._choice.names]))
+        if names is None and self._choice.names:
+            raise ConfigError(
+                f"the array {self._choice.names[0]!r} beside inputs that have no name", hint="name them: inputs='...'"
+            )
         many = asyncio.Semaphore(OPEN_TOGETHER)
 
         async def one(where: Located) -> dict[str, OpenArray]:
@@ -280,6 +294,10 @@ class ZarrStream:
             [self._parts(fields, arrays) for arrays in stores],
             framing=self._framing,
             stack=self._stack,
+            choice=self._choice,
+            values=lambda frames: {
+                name: read_values([arrays[name] for arrays in stores], frames, name) for name in self._choice.names
+            },
             batch_size=self._batch_size,
             drop_last=self._drop_last,
             shuffle=self._shuffle,
@@ -365,7 +383,13 @@ class ZarrStream:
         start, self._skip = Cursor(self._epoch, self._skip), 0
         if not self._driven:
             self._cursor = start
-        order = EpochOrder(opened.survey.split, self._shuffle, opened.survey.cells_per_block, self._seed, self._epoch)
+        order = EpochOrder(
+            opened.survey.epoch(self._seed, self._epoch),
+            self._shuffle,
+            opened.survey.cells_per_block,
+            self._seed,
+            self._epoch,
+        )
         self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned, before=self._pass)
         return self._pass
 
@@ -548,7 +572,8 @@ class ZarrStream:
             "shuffle": self._shuffle,
             "seed": self._seed if keyed else None,
             "shuffle_blocks": opened.survey.cells_per_block if self._shuffle == "block" else None,
-            "split": [split.lower, split.upper],
+            "split": [split.lower, split.upper] if isinstance(split, Split) else self._split_given,
+            "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,
             "split_seed": self._split_seed if split.by != "range" else None,
         }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamtrain.data.block import Column, block_bytes
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cells import CellGrid, Cells, joined
+from streamtrain.data.choosing import Choice, Draw, draw
+from streamtrain.data.chosen import Chosen
 from streamtrain.data.feed import Site
 from streamtrain.data.framing import Field, Frame, Framing, take_frames, whole
 from streamtrain.data.layout import decoded_whole
@@ -83,7 +87,10 @@ class Survey:
 
     frames: list[Frame]
     """One for each store."""
-    split: Split
+    split: Split | Chosen
+    """The samples of an epoch; which of them come how often is the epoch's where there are weights."""
+    drawn: Draw | None
+    """Set where samples are chosen or weighted."""
     shuffle: Shuffle
     cells_per_block: int
     columns: list[Column]
@@ -97,6 +104,10 @@ class Survey:
     """For decoded chunks that several cells share; 0 where none do."""
     batches: int
     memory: int
+
+    def epoch(self, seed: int, epoch: int) -> Split | Chosen:
+        """What this epoch goes through."""
+        return self.split if self.drawn is None else self.drawn.split(seed, epoch)
 
     def plan(self) -> Plan:
         """What a pass costs."""
@@ -129,6 +140,8 @@ def take_survey(
     *,
     framing: Framing,
     stack: bool,
+    choice: Choice,
+    values: Callable[[list[Frame]], Mapping[str, NDArray[Any]]],
     batch_size: int,
     drop_last: bool,
     shuffle: Shuffle,
@@ -143,12 +156,19 @@ def take_survey(
 ) -> Survey:
     """Work out all that can be known before any data is read.
 
+    `values` gives what the choice's arrays say of each sample.
     Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
     """
     frames = take_frames(stores, framing)
     fields, sites = stores[0], [site for frame in frames for site in frame.sites]
     grid = joined([CellGrid(frame.sample_shape, frame.cell) for frame in frames])
-    part = cut_split(grid, frames, split, split_by, split_seed, store, ascending=shuffle == "none")
+    drawn: Draw | None = None
+    part: Split | Chosen
+    if choice.all:
+        part = cut_split(grid, frames, split, split_by, split_seed, store, ascending=shuffle == "none")
+    else:
+        drawn = draw(choice, values(frames), grid, frames, split, split_by, split_seed)
+        part = drawn.chosen
     count = part.num_samples
     if drop_last and count < batch_size:
         raise DataError(
@@ -174,7 +194,10 @@ def take_survey(
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
     wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
-    ways = [_sizes(order, columns, frames, most) for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)]
+    ways = [
+        _sizes(order, columns, frames, most, (part if drawn is None else drawn).most)
+        for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)
+    ]
     least = min(way.least for way in ways)
     sizes = next((way for way in ways if way.least <= memory), ways[-1])
     if least > memory:
@@ -185,7 +208,7 @@ def take_survey(
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.least)
-    return Survey(frames, part, shuffle, k, columns, places, sizes, least, cache_bytes, batches, memory)
+    return Survey(frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, memory)
 
 
 def columns_of(
@@ -254,8 +277,10 @@ def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int
     return min(whole * 2, memory // (4 if scattered else 8))
 
 
-def _sizes(order: EpochOrder, columns: Sequence[Column], frames: Sequence[Frame], most: int) -> Sizes:
-    """`most`: bytes up to which small blocks may be filled together."""
+def _sizes(
+    order: EpochOrder, columns: Sequence[Column], frames: Sequence[Frame], most: int, rows_of: Callable[[int], int]
+) -> Sizes:
+    """`rows_of` so many cells at most; `most`: bytes up to which small blocks may be filled together."""
     split, size = order.split, columns[0].batch_size
     row = max(1, block_bytes(columns, 1) // size)
     if order.scattered:
@@ -263,7 +288,7 @@ def _sizes(order: EpochOrder, columns: Sequence[Column], frames: Sequence[Frame]
         rows = min(split.num_samples, max(1, wanted // row // size) * size)
         units = -(-split.num_samples // rows)
     else:
-        full = min(split.num_samples, -(-split.num_cells // order.num_blocks) * split.grid.full)
+        full = max(1, min(split.num_samples, rows_of(-(-split.num_cells // order.num_blocks))))
         blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, most) // (full * row)))
         rows = min(split.num_samples, blocks * full)
         units = -(-order.num_blocks // blocks)
@@ -286,7 +311,7 @@ def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
     return 2 * layout.chunk_bytes + copies + site.region_bytes
 
 
-def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes, share: float) -> float:
+def chunks_read(site: Site, split: Split | Chosen, shuffle: Shuffle, sizes: Sizes, share: float) -> float:
     """About how many chunks of an array a pass reads that has this share of the samples."""
     layout, grid, axes = site.layout, split.grid, site.sample_axes
     per_row = math.prod(site.chunks_per_row)
@@ -300,7 +325,7 @@ def chunks_read(site: Site, split: Split, shuffle: Shuffle, sizes: Sizes, share:
     return split.num_cells * share * site.chunks_per_cell
 
 
-def shuffle_quality(shuffle: Shuffle, split: Split, k: int, batch: int) -> float:
+def shuffle_quality(shuffle: Shuffle, split: Split | Chosen, k: int, batch: int) -> float:
     """Entropy of the cells that a batch draws from, over that of a full shuffle."""
     if shuffle == "global" or split.num_cells == 1:
         return 0.0 if shuffle == "none" else 1.0

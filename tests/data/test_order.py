@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamtrain.data.cells import CellGrid
+from streamtrain.data.chosen import Chosen
 from streamtrain.data.order import (
     BLOCK_BYTES,
     LARGE_BLOCK_BYTES,
@@ -62,7 +63,7 @@ def orders(draw: st.DrawFn, shuffle: Shuffle | None = None) -> EpochOrder:
     return EpochOrder(draw(splits()), kind, draw(st.integers(1, 9)), draw(st.integers(0, 9)), draw(st.integers(0, 9)))
 
 
-def numbers_of(split: Split) -> list[Ints]:
+def numbers_of(split: Split | Chosen) -> list[Ints]:
     """The sample numbers that each of the split's cells contributes."""
     ids, lower, upper = split.cells(np.arange(split.num_cells))
     result = []
@@ -72,7 +73,7 @@ def numbers_of(split: Split) -> list[Ints]:
     return result
 
 
-def whole(split: Split) -> Ints:
+def whole(split: Split | Chosen) -> Ints:
     return np.concatenate([np.empty(0, dtype=np.int64), *numbers_of(split)])
 
 
