@@ -52,6 +52,17 @@ class Site:
     cell: tuple[int, ...]
     dtype: np.dtype[Any]
     """What its values are cast to."""
+    selection: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of some axes of a sample: the places that are taken, in this order."""
+
+    @cached_property
+    def taken(self) -> dict[int, Ints]:
+        """The selection by axis."""
+        return {axis: np.array(places, dtype=np.int64) for axis, places in self.selection}
+
+    def length(self, axis: int) -> int:
+        """Places of a sample along one of its axes."""
+        return len(self.taken[axis]) if axis in self.taken else self.layout.shape[axis]
 
     @cached_property
     def row_axes(self) -> tuple[int, ...]:
@@ -60,7 +71,7 @@ class Site:
 
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
-        return tuple(self.layout.shape[a] for a in self.row_axes)
+        return tuple(self.length(a) for a in self.row_axes)
 
     @cached_property
     def row_bytes(self) -> int:
@@ -114,10 +125,12 @@ class Feed:
         if self.site.one_chunk:
             where = self._chunk_of(box.origin, (0,) * len(self.site.row_axes))
             values = self._values(where, box.extent, self._reach(rows, box), scratch, few=_few(rows, box.extent))
+            for axis, places in self.site.taken.items():
+                values = values.take(places, axis=1 + self.site.row_axes.index(axis))
             self._put(put, slice(None), values if _whole(rows, len(values)) else values[rows], None, scratch)
             return
         for first, inside, wanted in self._parts(box, rows):
-            for part in itertools.product(*map(range, self.site.chunks_per_row)):
+            for part in itertools.product(*self._row_chunks):
                 self._fill_part(first, inside, wanted, part, put, scratch)
 
     def _fill_part(
@@ -128,12 +141,40 @@ class Feed:
         extent = tuple(min(chunks[a], lengths[a] - f) for a, f in zip(self.site.sample_axes, first, strict=True))
         reach = (inside.start, inside.stop) if isinstance(inside, slice) and len(first) == 1 else (0, extent[0])
         values = self._values(self._chunk_of(first, part), extent, reach, scratch, few=_few(inside, extent))
+        values = values[inside]
+        if self.site.taken:
+            runs = [list(self._runs(a, p)) for p, a in zip(part, self.site.row_axes, strict=True)]
+            for each in itertools.product(*runs):
+                cut = tuple(source for source, _ in each)
+                self._put(put, wanted, values[(slice(None), *cut)], tuple(place for _, place in each), scratch)
+            return
         columns = tuple(
             slice(p * chunks[a], min((p + 1) * chunks[a], lengths[a]))
             for p, a in zip(part, self.site.row_axes, strict=True)
         )
         whole = all(count == 1 for count in self.site.chunks_per_row)
-        self._put(put, wanted, values[inside], None if whole else columns, scratch)
+        self._put(put, wanted, values, None if whole else columns, scratch)
+
+    @cached_property
+    def _row_chunks(self) -> list[Sequence[int]]:
+        """The chunks along each axis of a sample from which something is taken."""
+        chunks, taken = self.layout.chunk_shape, self.site.taken
+        return [
+            np.unique(taken[axis] // chunks[axis]).tolist() if axis in taken else range(count)
+            for axis, count in zip(self.site.row_axes, self.site.chunks_per_row, strict=True)
+        ]
+
+    def _runs(self, axis: int, number: int) -> Iterator[tuple[slice | int, slice | int]]:
+        """Which places of a chunk along this axis go to which of the sample, in runs."""
+        size = self.layout.chunk_shape[axis]
+        first, last = number * size, min((number + 1) * size, self.layout.shape[axis])
+        if axis not in self.site.taken:
+            yield slice(0, last - first), slice(first, last)
+            return
+        places = self.site.taken[axis]
+        for place in np.flatnonzero((places >= first) & (places < last)).tolist():
+            source = int(places[place]) - first
+            yield slice(source, source + 1), slice(place, place + 1)
 
     @staticmethod
     def _put(put: Put, wanted: Rows, values: NDArray[Any], part: Part | None, scratch: Scratch) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout, decoded_whole
+from streamtrain.data.permutation import derive_key
 from streamtrain.data.windows import Reach, WindowSite
 from streamtrain.errors import ConfigError, DataError
 
@@ -49,11 +50,17 @@ class Framing:
     """Places from the window's last one to the target's first; None: targets cover the window itself."""
     target_window: int | None = None
     """Places of a target behind a horizon; None is one, whose axis is gone."""
+    select: Mapping[Axis, tuple[int, ...]] = field(default_factory=dict)
+    """Places that are taken of some axes of a sample, in this order; negative ones count from the end."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What of it is part of the order, JSON-able."""
+        select = {str(axis): list(places) for axis, places in self.select.items()}
+        if len(str(select)) > 100:
+            select = {"digest": [derive_key(str(select))]}
+        said: dict[str, Any] = {"select": select} if select else {}
         if self.plain:
-            return {"sample_axes": list(self.sample_axes)}
+            return {"sample_axes": list(self.sample_axes), **said}
         steps = self.stride if self.stride is None or isinstance(self.stride, int) else {**self.stride}
         return {
             "sample_axes": list(self.sample_axes),
@@ -61,6 +68,7 @@ class Framing:
             "stride": {str(axis): step for axis, step in steps.items()} if isinstance(steps, dict) else steps,
             "horizon": self.horizon,
             "target_window": self.target_window,
+            **said,
         }
 
     @property
@@ -129,7 +137,7 @@ def whole(frames: Sequence[Frame], start: int, stop: int) -> tuple[int, int]:
 def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
     """Raises DataError or ConfigError where arrays and arguments do not fit together."""
     if framing.plain:
-        return _plain(fields, framing.sample_axes)
+        return _plain(fields, framing)
     axes, window = _axes(fields[0].layout, fields[0].name, framing)
     stride = _stride(fields[0], axes, window, framing.stride)
     own = [_own_axes(each, fields[0].layout, axes) for each in fields]
@@ -151,19 +159,61 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
 
     def sites(cell: tuple[int, ...]) -> list[Site]:
         return [
-            WindowSite(each.layout, mine, cell, each.dtype, reach)
+            WindowSite(each.layout, mine, cell, each.dtype, _selection(each, axes, framing.select), reach)
             for each, mine, reach in zip(fields, known, reaches, strict=True)
         ]
+
+    _check_selected(fields, axes, framing.select)
 
     cell = _window_cell(fields[0].layout, axes, shape, steps, spans, sites)
     return Frame(shape, cell, sites(cell), steps, spans, places)
 
 
-def _plain(fields: Sequence[Field], axes: tuple[int, ...]) -> Frame:
+def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
+    axes = framing.sample_axes
     shape = sample_shape({each.name: each.layout for each in fields}, axes)
     cell = cell_shape(fields[0].layout, axes)
     ones = (1,) * len(axes)
-    return Frame(shape, cell, [Site(each.layout, axes, cell, each.dtype) for each in fields], ones, ones, shape)
+    _check_selected(fields, axes, framing.select)
+    sites = [Site(each.layout, axes, cell, each.dtype, _selection(each, axes, framing.select)) for each in fields]
+    return Frame(shape, cell, sites, ones, ones, shape)
+
+
+def _selection(
+    each: Field, sample_axes: tuple[int, ...], select: Mapping[Axis, tuple[int, ...]]
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What is taken of this array's own axes."""
+    layout, found = each.layout, []
+    for axis, places in select.items():
+        if isinstance(axis, str) and axis not in layout.dims:
+            continue
+        number = layout.dims.index(axis) if isinstance(axis, str) else axis
+        if number >= layout.ndim:
+            continue
+        length = layout.shape[number]
+        if not all(-length <= place < length for place in places):
+            raise DataError(f"select= takes {list(places)} of axis {axis!r}; array {each.name!r} has {length} there")
+        found.append((number, tuple(place % length for place in places)))
+    return tuple(found)
+
+
+def _check_selected(
+    fields: Sequence[Field], sample_axes: tuple[int, ...], select: Mapping[Axis, tuple[int, ...]]
+) -> None:
+    """Each axis is one of a sample, of at least one array."""
+    for axis in select:
+        having = [
+            f.layout for f in fields if (axis in f.layout.dims if isinstance(axis, str) else axis < f.layout.ndim)
+        ]
+        if not having:
+            there = ", ".join(repr(dim) for f in fields for dim in f.layout.dims if dim) or "no names"
+            raise DataError(f"select= names the axis {axis!r}; the arrays' axes have {there}")
+        number = having[0].dims.index(axis) if isinstance(axis, str) else axis
+        if number in sample_axes:
+            raise ConfigError(
+                f"select= takes places of axis {axis!r}, along which samples are numbered",
+                hint="indices= chooses samples",
+            )
 
 
 def _axes(layout: ArrayLayout, name: str, framing: Framing) -> tuple[tuple[int, ...], dict[int, int]]:

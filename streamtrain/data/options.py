@@ -96,15 +96,15 @@ def choice_of(indices: Any, groups: str | None, weights: Any, balance: str | Non
 
 
 def framing_of(
-    sample_axes: object, window: object, stride: object, horizon: int | None, target_window: int | None
+    sample_axes: object, window: object, stride: object, horizon: int | None, target_window: int | None, select: object
 ) -> Framing:
     """What a sample is, as far as that is known without the arrays."""
-    axes = axis_numbers(sample_axes)
+    axes, taken = axis_numbers(sample_axes), _selected(select)
     if window is None:
         for name, value in (("stride", stride), ("horizon", horizon), ("target_window", target_window)):
             if value is not None:
                 raise ConfigError(f"{name}= without window=", hint="for example window={'time': 24}")
-        return Framing(axes)
+        return Framing(axes, select=taken)
     if target_window is not None and horizon is None:
         raise ConfigError("target_window= without horizon=", hint="horizon=1 is the place right after the window")
     lengths = _by_axis(window, "window", axes[0])
@@ -121,7 +121,24 @@ def framing_of(
         steps,
         None if horizon is None else at_least(horizon, 0, "horizon"),
         None if target_window is None else at_least(target_window, 1, "target_window"),
+        taken,
     )
+
+
+def _selected(select: object) -> dict[int | str, tuple[int, ...]]:
+    if select is None:
+        return {}
+    if not isinstance(select, Mapping):
+        raise ConfigError(f"select must be a dict by axis, not {select!r}", hint="select={'level': [0, 3]}")
+    taken: dict[int | str, tuple[int, ...]] = {}
+    for axis, places in select.items():
+        given = [places] if isinstance(places, int) else places
+        if not isinstance(given, list | tuple | range | np.ndarray) or not len(given):
+            raise ConfigError(f"select[{axis!r}] must be places such as [0, 3], not {places!r}")
+        if not all(isinstance(place, int | np.integer) and not isinstance(place, bool) for place in given):
+            raise ConfigError(f"select[{axis!r}] must be whole numbers, the places along the axis, not {places!r}")
+        taken[axis if isinstance(axis, str) else at_least(axis, 0, "an axis of select")] = tuple(map(int, given))
+    return taken
 
 
 def _by_axis(given: object, name: str, first: int) -> dict[int | str, int]:

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
 LATER = frozenset(
-    {"select", "decode_cf"}
+    {"decode_cf"}
     | {"normalize", "disk_cache", "on_bad_chunk", "retries", "transform_workers", "cache_transform"}
     | {"lanes", "rank", "world_size"}
 )
@@ -129,6 +129,7 @@ class ZarrStream:
     target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover the window
     itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has those that
     lie in it whole. An array without such an axis (by its dimensions' names) is the same for all samples.
+    `select`: places that are taken of some axes of a sample, by the axis' number or name: `{"level": [0, 3]}`.
     `stack`: the inputs become one array, with them as its channels: (B, len(inputs), ...), put together in one gather.
     `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
     name.
@@ -166,6 +167,7 @@ class ZarrStream:
         stride: int | Mapping[Axis, int] | None = None,
         horizon: int | None = None,
         target_window: int | None = None,
+        select: Mapping[Axis, Sequence[int]] | None = None,
         stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         transform: Transform | None = None,
@@ -195,7 +197,7 @@ class ZarrStream:
         self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
         self._split_seed = at_least(split_seed, 0, "split_seed")
         self._choice = choice_of(indices, groups, weights, balance)
-        self._framing = framing_of(sample_axes, window, stride, horizon, target_window)
+        self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select)
         self._stack = stack
         self._dtypes = cast_dtypes(dtype)
         if self._targets is not None and self._inputs is None:

@@ -305,7 +305,7 @@ def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
     """Bytes that one thread takes for reading a cell of this array."""
     layout = site.layout
     cell = math.prod(cell_shape) * math.prod(site.row_shape) * max(site.dtype.itemsize, layout.dtype.itemsize)
-    copies = cell if site.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
+    copies = cell if site.selection or site.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
     if not decoded_whole(layout):
         return min(layout.chunk_bytes, 2 * cell) + copies + site.region_bytes
     return 2 * layout.chunk_bytes + copies + site.region_bytes

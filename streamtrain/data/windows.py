@@ -63,7 +63,7 @@ class WindowSite(Site):
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
         lengths = {reach.axis: reach.length for reach in self.reaches}
-        return tuple(lengths.get(axis) or self.layout.shape[axis] for axis in self.row_axes)
+        return tuple(lengths.get(axis) or self.length(axis) for axis in self.row_axes)
 
     @cached_property
     def cell_holds_chunks(self) -> bool:
@@ -91,6 +91,8 @@ class WindowSite(Site):
     def bounds(self, box: Box) -> list[tuple[int, int]]:
         """The region of the array that the samples of a box cover, along each of its axes."""
         result = [(0, length) for length in self.layout.shape]
+        for axis, places in self.taken.items():
+            result[axis] = int(places.min()), int(places.max()) + 1
         for reach, first, count in zip(self.reaches, box.origin, box.extent, strict=True):
             if reach.axis is not None:
                 result[reach.axis] = reach.bounds(first, count)
@@ -111,7 +113,11 @@ class WindowFeed(Feed):
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
         """Hand over these samples of a cell. Raises DataError for chunks that can't be used."""
         box, rows = _narrowed(box, rows)
-        samples = self.site.view(self._region(self.site.bounds(box), scratch), box.extent)
+        bounds = self.site.bounds(box)
+        region = self._region(bounds, scratch)
+        for axis, places in self.site.taken.items():
+            region = region.take(places - bounds[axis][0], axis=axis)
+        samples = self.site.view(region, box.extent)
         for wanted, values in _samples(samples, box.extent, rows, self.site.row_bytes):
             self._put(put, wanted, values, None, scratch)
 

@@ -554,7 +554,7 @@ async def test_nothing_follows_a_batch_whose_transform_failed(store: Path) -> No
         ({"split_by": "row"}, "split_by"),
         ({"memory": "much"}, "memory"),
         ({"targets": "y", "inputs": None}, "targets= without inputs="),
-        ({"weights": [1]}, "weights= is not supported yet"),
+        ({"disk_cache": "1GiB"}, "disk_cache= is not supported yet"),
         ({"suffle": True}, "takes no suffle="),
         ({"transform": 3}, "transform must be a function"),
         ({"dtype": "string"}, "dtype"),
