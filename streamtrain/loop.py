@@ -128,21 +128,22 @@ class Wheel:
 
     async def _end_epoch(self) -> None:
         """Metrics, validation, callbacks, learning rate, early stopping: in this order."""
-        progress, verdicts = self._progress, []
+        progress = self._progress
         if not progress.batch:
             raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
         if progress.owes != "epoch":
             means = self._step.tally.epoch.compute()
             self._life.metrics.update(means)
-            verdicts += await self._teller.ask("on_epoch_end", EpochEnd, metrics=means)
+            progress.verdicts = await self._teller.ask("on_epoch_end", EpochEnd, metrics=means)
             progress.owes = "epoch"
+        verdicts = progress.verdicts
         if self._plan.validation_due(progress, epoch_end=True):
             try:
-                verdicts += await self._validate()
+                verdicts = verdicts + await self._validate()
             except Stopped:
                 return
         self._life.lr.after_epoch(self._life.metrics)
-        ended, progress.owes = progress.epoch, ""
+        ended, progress.owes, progress.verdicts = progress.epoch, "", []
         progress.epoch, progress.batch = ended + 1, 0
         self._step.tally.epoch.reset()
         self._stream.set_epoch(self._plan.stream_epoch(progress.epoch))

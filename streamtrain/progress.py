@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from streamtrain.events import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Progress:
     """Seconds of training."""
     owes: str = ""
     """What was cut short after the last update: `validation`, `epoch` (its end, but for the news), or nothing."""
+    verdicts: list[Verdict] = field(default_factory=list)
+    """What the deciders said of an epoch whose end is still owed: obeyed once its validation is made."""
     best: Best | None = None
     bests: dict[str, Best] = field(default_factory=dict)
     """The best by monitor, where several are watched."""
@@ -74,13 +78,15 @@ class Progress:
             for b in self.bests.values()
         ]
         counts = {name: getattr(self, name) for name in ("epoch", "step", "samples", "batch", "time")}
-        return {**counts, "owes": self.owes, "bests": bests, "best": None if self.best is None else self.best.monitor}
+        owed = {"owes": self.owes, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
+        return {**counts, **owed, "bests": bests, "best": None if self.best is None else self.best.monitor}
 
     def load_state_dict(self, state: Mapping[str, Any], checkpoints: Path | None) -> None:
         """Take back what `state_dict` gave; names of checkpoints are looked for in `checkpoints`."""
         for name in ("epoch", "step", "samples", "batch"):
             setattr(self, name, int(state[name]))
         self.time, self.owes = float(state["time"]), str(state["owes"])
+        self.verdicts = [Verdict(**verdict) for verdict in state.get("verdicts", ())]
         self.bests = {}
         for monitor, value, epoch, step, name in state["bests"]:
             path = None if name is None or checkpoints is None else checkpoints / Path(name).name

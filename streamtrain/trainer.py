@@ -489,7 +489,7 @@ class Trainer:
                 life.metrics = self._lasting.metrics
         elif self.state.batch:
             logger.info("another stream: epoch %d begins anew", self.state.epoch)
-            self.state.batch = 0
+            self.state.batch, self.state.owes, self.state.verdicts = 0, "", []
 
     def _saver(self, checkpoints: Path, files: Files) -> Saver:
         rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,56 @@ async def test_a_validation_cut_short_by_a_stop_is_made_by_the_next_life(tmp_pat
     await again.fit(Samples(), validation=Samples(40), max_epochs=2, resume="auto")
     assert same(again.model, whole.model)
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "in-process"])
+async def test_what_was_decided_at_an_epochs_end_outlives_a_validation_cut_short(tmp_path: Path, resumed: bool) -> None:
+    class Decides(Callback):
+        decides = True
+        asked = 0
+
+        async def on_epoch_end(self, event: EpochEnd) -> Verdict:
+            self.asked += 1
+            return Verdict(stop=True, detail="enough", lr_factor=0.5, save="best", monitor="loss", value=math.nan)
+
+        async def on_validation_begin(self, event: Any) -> None:
+            if self.asked == 1:
+                fitted.stop()
+                stream.gates[16].set()
+
+    train, stream, decides = Samples(), Samples(40), Decides()
+    stream.gates[16] = asyncio.Event()
+    fitted = trainer(run_dir=tmp_path, sanity_batches=0, callbacks=[decides])
+    cut = await fitted.fit(train, validation=stream, max_epochs=9)
+    assert (cut.reason, cut.epoch, decides.asked) == ("stopped", 0, 1)
+    decides.asked = 2
+    again = trainer(run_dir=tmp_path, callbacks=[decides]) if resumed else fitted
+    resume = "auto" if resumed else None
+    result = await again.fit(train, validation=Samples(40), max_epochs=9, resume=resume)
+    assert (result.reason, result.detail, result.step, decides.asked) == ("early_stopping", "enough", 13, 2)
+    best = again.state.bests["loss"]
+    assert (best.epoch, best.step) == (0, 13)
+    assert again.optimizer is not None
+    assert again.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert again.state.verdicts == []
+
+
+async def test_an_epoch_that_begins_anew_on_another_stream_owes_nothing() -> None:
+    stream = Samples(40)
+    stream.gates[16] = asyncio.Event()
+    fitted = trainer(sanity_batches=0)
+
+    class Stops(Callback):
+        async def on_validation_begin(self, event: Any) -> None:
+            fitted.stop()
+            stream.gates[16].set()
+
+    fitted.callbacks.append(Stops())
+    await fitted.fit(Samples(), validation=stream)
+    assert fitted.state.owes == "epoch"
+    fitted.callbacks.clear()
+    result = await fitted.fit(Samples(), validation=Samples(40))
+    assert (result.epoch, result.step) == (1, 26)
 
 
 # --- deciders and callbacks ---
