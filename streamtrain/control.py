@@ -44,35 +44,43 @@ class Requests:
 
 
 class Control:
-    """Requests to the wheel; the first stop wins, the last learning rate wins."""
+    """Requests to the wheel; the first stop wins, the last learning rate wins.
+
+    A stop or a pause is meant for the fit that runs or was called for, or else for the first one. One that comes when a
+    fit has ended, and no other was called for, has come too late for it, and is not the next one's.
+    """
 
     def __init__(self) -> None:
         self.pending = False
         """Something waits to be taken: the current burst ends after its update."""
         self.paused = False
-        self._queue: deque[Stop | Save | float | Callable[[], Any]] = deque()
+        self._queue: deque[Save | float | Callable[[], Any]] = deque()
         self._stop: Stop | None = None
+        self._late = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._knocked: asyncio.Event | None = None
 
     @property
     def stopping(self) -> Stop | None:
-        """The first stop that was asked for since the wheel was bound."""
+        """The first stop that was asked for."""
         return self._stop
 
+    def expect(self) -> None:
+        """A fit was called for: what is asked for from now on is meant for it, even if its task has not begun."""
+        self._late = False
+
     def bind(self) -> None:
-        """Serve the running loop from now on; requests from before stay, stops do not."""
+        """Serve the running loop from now on, beginning with what was asked for before."""
         self._loop = asyncio.get_running_loop()
         self._knocked = asyncio.Event()
-        self._stop = None
-        self.paused = False
-        self._queue = deque(item for item in self._queue if not isinstance(item, Stop))
-        self.pending = bool(self._queue)
+        self._late = False
+        self.pending = bool(self._queue) or self.paused or self._stop is not None
 
     def unbind(self) -> None:
         """The wheel stands still; who waits for a save that was not begun is told."""
-        self._loop = self._knocked = None
-        kept: deque[Stop | Save | float | Callable[[], Any]] = deque()
+        self._loop = self._knocked = self._stop = None
+        self.paused, self._late = False, True
+        kept: deque[Save | float | Callable[[], Any]] = deque()
         while self._queue:
             item = self._queue.popleft()
             if isinstance(item, Save) and item.done is not None:
@@ -83,14 +91,15 @@ class Control:
 
     def stop(self, reason: str = "stopped", detail: str = "") -> None:
         """End after the current update, save, and give `reason` as the result's."""
-        if self._stop is None:
+        if self._stop is None and not self._late:
             self._stop = Stop(reason, detail)
-            self._put(self._stop)
+            self._knock()
 
     def pause(self) -> None:
         """Wait after the current update until `resume` or `stop`."""
-        self.paused = True
-        self._knock()
+        if not self._late:
+            self.paused = True
+            self._knock()
 
     def resume(self) -> None:
         """Go on."""
@@ -109,7 +118,7 @@ class Control:
         """Have `fn` run on the train thread after the current update."""
         self._put(fn)
 
-    def _put(self, item: Stop | Save | float | Callable[[], Any]) -> None:
+    def _put(self, item: Save | float | Callable[[], Any]) -> None:
         self._queue.append(item)
         self._knock()
 

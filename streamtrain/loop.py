@@ -1,6 +1,7 @@
 """The wheel: one coroutine that turns batches into a trained model.
 
     tell all that training begins; look at some validation batches, so that what is broken there breaks now
+    do what was asked for already
     until a limit is reached or a stop was asked for:
         go to the epoch's order; tell that it begins
         while the epoch has batches:
@@ -79,6 +80,7 @@ class Wheel:
         """Train to the end; reason and detail of the end. Raises what went wrong, after having saved."""
         try:
             await self._begin()
+            await self._obey_requests()
             while not self._over():
                 await self._epoch()
             reason, detail = self._ending()

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,7 +201,7 @@ class Trainer:
 
     # --- fit ---
 
-    async def fit(
+    def fit(
         self,
         stream: Streams,
         validation: Streams = None,
@@ -210,24 +210,34 @@ class Trainer:
         max_steps: int | None = None,
         max_time: float | str | None = None,
         resume: Resume = None,
-    ) -> FitResult:
+    ) -> Coroutine[Any, Any, FitResult]:
         """Train until a limit; limits are totals over the run's life, and none means one epoch.
 
         `validation`: a stream, or a dict of named ones. `resume`: "auto" (the newest valid checkpoint, else fresh),
         "best", or a path. If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError
-        raised again.
+        raised again. `stop` and `pause` are obeyed from this call on, even before the coroutine has begun to run.
 
         Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem.
         """
-        limits = Limits(
-            None if max_epochs is None else count(max_epochs, "max_epochs"),
-            None if max_steps is None else count(max_steps, "max_steps"),
-            None if max_time is None else duration(max_time, "max_time"),
-        )
-        train, streams = as_stream(stream), _named_streams(validation)
-        self._check(train, streams, resume, limits)
+        self.control.expect()
+        limits = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
+        return self._begin_fit(stream, validation, limits, resume)
+
+    async def _begin_fit(
+        self, stream: Streams, validation: Streams, given: Mapping[str, Any], resume: Resume
+    ) -> FitResult:
+        if self._fitting:
+            raise ConfigError("fit is running already", hint="One fit at a time for each trainer.")
         self._fitting = True
         try:
+            epochs, steps, time = given["max_epochs"], given["max_steps"], given["max_time"]
+            limits = Limits(
+                None if epochs is None else count(epochs, "max_epochs"),
+                None if steps is None else count(steps, "max_steps"),
+                None if time is None else duration(time, "max_time"),
+            )
+            train, streams = as_stream(stream), _named_streams(validation)
+            self._check(train, streams, resume, limits)
             self.control.bind()
             fit = self._fit(train, streams, limits, resume)
             return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
@@ -240,10 +250,11 @@ class Trainer:
     def fit_sync(self, *args: Any, **kwargs: Any) -> FitResult:
         """`fit` for scripts and notebooks without a running loop; the first SIGINT or SIGTERM finishes the step and
         saves, if this is the main thread and nobody else handles them."""
+        fit = self.fit(*args, **kwargs)  # first: a signal from now on is meant for it
         if not signals.untouched():
-            return asyncio.run(self.fit(*args, **kwargs))
+            return asyncio.run(fit)
         with signals.capture(lambda number: self.control.stop("signal", signal.Signals(number).name)):
-            return asyncio.run(self.fit(*args, **kwargs))
+            return asyncio.run(fit)
 
     async def train_epoch(self, stream: Streams) -> dict[str, float]:
         """Train one more epoch and return its means."""
@@ -307,11 +318,16 @@ class Trainer:
         self._logged.extend((str(name), float(value)) for name, value in values.items())
 
     def stop(self, detail: str = "") -> None:
-        """End the fit after the current update, and save."""
+        """End the fit after the current update, and save.
+
+        It is meant for the fit that runs, or was called for, or (before there was any) for the first: one whose task
+        has not begun yet ends before its first update. Once a fit has ended it does nothing, so that a late stop does
+        not end the next one.
+        """
         self.control.stop("stopped", detail)
 
     def pause(self) -> None:
-        """Stand still after the current update."""
+        """Stand still after the current update; for the same fit as a `stop` would be."""
         self.control.pause()
 
     def resume(self) -> None:
@@ -330,8 +346,6 @@ class Trainer:
 
     def _check(self, train: Stream, streams: Mapping[str, Stream], resume_from: Resume, limits: Limits) -> None:
         """Refuse what can be refused without looking at a disk."""
-        if self._fitting:
-            raise ConfigError("fit is running already", hint="One fit at a time for each trainer.")
         refuse_world_size()
         if self.run_dir is None and not self._options.dev:
             if resume_from is not None:

@@ -35,22 +35,34 @@ async def test_the_first_stop_wins_and_stays() -> None:
     assert control.take().stop == control.take().stop == control.stopping == Stop("signal", "SIGTERM")
 
 
-async def test_requests_from_before_stay_but_stops_do_not() -> None:
+async def test_requests_from_before_the_first_fit_are_its_own() -> None:
     control = Control()
     control.stop()
     control.save()
     control.pause()
     control.bind()
     assert control.pending
-    assert not control.paused
+    assert control.paused
     taken = control.take()
-    assert taken.stop is control.stopping is None
+    assert taken.stop == control.stopping == Stop("stopped")
     assert taken.saves == [Save()]
-    control.stop("stopped", "later")
-    control.unbind()
+
+
+async def test_a_stop_between_two_fits_is_the_next_ones_once_that_is_called_for() -> None:
+    control = Control()
     control.bind()
-    assert not control.pending
+    control.stop("stopped", "in time")
+    control.unbind()
+    control.stop("stopped", "too late")
+    control.pause()
+    control.bind()
+    assert (control.pending, control.paused) == (False, False)
     assert control.take().stop is None
+    control.unbind()
+    control.expect()
+    control.stop("stopped", "early")
+    control.bind()
+    assert control.take().stop == Stop("stopped", "early")
 
 
 async def test_pausing_and_resuming_are_seen_at_once() -> None:

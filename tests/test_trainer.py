@@ -29,7 +29,7 @@ from streamtrain.errors import (
     NonFiniteError,
     UserCodeError,
 )
-from streamtrain.events import BatchEnd, TrainEnd, ValidationEnd
+from streamtrain.events import BatchEnd, Event, TrainEnd, ValidationEnd
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.trainer import Trainer
@@ -319,6 +319,51 @@ async def test_a_stop_from_another_thread_ends_after_the_update(tmp_path: Path) 
     assert (result.reason, result.detail) == ("stopped", "enough")
     assert steps(tmp_path)[-1] == result.step
     assert [event.detail for event in recorder.events("on_interrupt")] == ["enough"]
+
+
+async def test_a_stop_before_the_fits_task_has_begun_ends_it_and_no_other(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    for number in range(2):
+        task = asyncio.create_task(fitted.fit(Samples(), max_epochs=10**6))
+        fitted.stop(f"number {number}")
+        result = await task
+        assert (result.reason, result.detail, result.step) == ("stopped", f"number {number}", 0)
+        fitted.stop("too late")
+    assert (await fitted.fit(Samples())).reason == "completed"
+
+
+async def test_a_stop_before_any_fit_was_called_for_is_the_first_ones() -> None:
+    fitted = trainer()
+    fitted.stop()
+    assert (await fitted.fit(Samples(), validation=Samples(20))).reason == "stopped"
+    assert (await fitted.fit(Samples())).step == 13
+
+
+async def test_a_stop_goes_with_the_fit_that_was_refused() -> None:
+    fitted = trainer()
+    fitted.stop()
+    with pytest.raises(ConfigError):
+        await fitted.fit(Samples(), max_epochs=0)
+    assert (await fitted.fit(Samples())).reason == "completed"
+
+
+async def test_a_fit_paused_before_it_began_makes_no_update_until_it_is_resumed(tmp_path: Path) -> None:
+    class Begins(Callback):
+        async def on_train_begin(self, event: Event) -> None:
+            began.set()
+
+    began = asyncio.Event()
+    fitted = trainer(run_dir=tmp_path / "run", callbacks=[Begins()])
+    task = asyncio.create_task(fitted.fit(Samples()))
+    fitted.pause()
+    fitted.set_lr(0.5)
+    await began.wait()
+    await fitted.save_checkpoint(tmp_path / "paused")
+    assert fitted.state.step == 0
+    assert fitted.optimizer is not None
+    assert fitted.optimizer.param_groups[0]["lr"] == 0.5
+    fitted.resume()
+    assert (await task).step == 13
 
 
 async def test_max_time_ends_a_fit_even_while_data_hangs() -> None:
