@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import logging
 import math
 import mmap
 import os
@@ -34,6 +35,7 @@ from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.errors import DataError, EnvironmentProblem
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 MADV_POPULATE_READ = 22
 """Linux 5.14: fault all pages in at once, with an error in place of a signal if the file is shorter."""
@@ -45,6 +47,8 @@ ENCODED_SLACK = 1 << 16
 """Encoded chunks may be larger than decoded ones by 1/8 and this much; anything beyond is refused unread."""
 LEAVE_SECONDS = 2.0
 """How long `ZarrLoop.close` waits for reads that are under way."""
+CLOSE_SECONDS = 5.0
+"""How long it waits for all that it does."""
 _REMOTE_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs"})
 
 Signature = tuple[int, int, int]
@@ -437,6 +441,8 @@ class ZarrLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        """Settled by the thread as the last thing it does."""
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
         """Run a coroutine there and wait for its result, from any other thread.
@@ -457,14 +463,15 @@ class ZarrLoop:
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._serve, args=(self._loop,), name="streamtrain-zarr")
-                self._thread.daemon = True
+                self._loop, self._ended = asyncio.new_event_loop(), concurrent.futures.Future()
+                self._ended.set_running_or_notify_cancel()  # nobody who waits for it can cancel it from now on
+                serve = (self._loop, self._ended)
+                self._thread = threading.Thread(target=self._serve, args=serve, name="streamtrain-zarr", daemon=True)
                 self._thread.start()
             return self._loop
 
     @staticmethod
-    def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(loop: asyncio.AbstractEventLoop, ended: concurrent.futures.Future[None]) -> None:
         asyncio.set_event_loop(loop)
         executor = _DaemonExecutor(4, "streamtrain-zarr-io")
         loop.set_default_executor(executor)
@@ -479,18 +486,23 @@ class ZarrLoop:
             loop.run_until_complete(loop.shutdown_asyncgens())
             executor.shutdown(wait=True)
             loop.close()
+            ended.set_result(None)
 
     async def aclose(self) -> None:
-        """The same from another loop, which is not blocked meanwhile."""
-        loop, thread = self._loop, self._thread
-        if loop is None or thread is None:
-            return
-        with contextlib.suppress(RuntimeError):
-            executor_done = asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop)
-            )
-            await asyncio.wait([executor_done], timeout=5.0)
-        self.close()
+        """The same from another loop, which is not blocked meanwhile; a cancellation is raised at the end."""
+        thread, ended = self._stop()
+        cancelled: asyncio.CancelledError | None = None
+        if thread is not None:
+            here = asyncio.get_running_loop()
+            over, deadline = asyncio.wrap_future(ended), here.time() + CLOSE_SECONDS
+            while not over.done() and here.time() < deadline:
+                try:
+                    await asyncio.wait([over], timeout=deadline - here.time())
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            self._join(thread, 0.0 if not over.done() else CLOSE_SECONDS)
+        if cancelled is not None:
+            raise cancelled
 
     def __del__(self) -> None:
         if self._loop is not None:
@@ -499,11 +511,23 @@ class ZarrLoop:
 
     def close(self) -> None:
         """End the thread and its executor, and wait for both (but not for a read that hangs)."""
+        thread, _ = self._stop()
+        if thread is not None:
+            self._join(thread, CLOSE_SECONDS)
+
+    def _stop(self) -> tuple[threading.Thread | None, concurrent.futures.Future[None]]:
+        """Have the thread end; it, if there was one, and what tells that it has."""
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is not None and thread is not None:
+        if loop is not None:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+        return thread, self._ended
+
+    @staticmethod
+    def _join(thread: threading.Thread, timeout: float) -> None:
+        thread.join(timeout)
+        if thread.is_alive():
+            logger.error("storage has not answered within %g s; the thread that waits is left behind", CLOSE_SECONDS)
 
 
 class ZarrReader:

@@ -670,6 +670,27 @@ def test_closing_the_loop_ends_what_waits_there() -> None:
             waiting.result(30)
 
 
+async def test_closing_from_a_task_that_is_cancelled_ends_the_thread_all_the_same() -> None:
+    private, inside, gate = ZarrLoop(), threading.Event(), threading.Event()
+
+    def read() -> None:
+        inside.set()
+        gate.wait()
+
+    reading = private.submit(asyncio.to_thread(read))
+    await asyncio.to_thread(inside.wait, 30)
+    closing = asyncio.create_task(private.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.sleep(0)
+    closing.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert ours() == set()
+    assert reading.done()
+
+
 class Hanging:
     """An array whose reads never end."""
 
