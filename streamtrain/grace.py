@@ -32,7 +32,7 @@ async def saving_on_cancel(fit: Coroutine[Any, Any, T], stop: Callable[[asyncio.
         with anyio.CancelScope(shield=True):
             await _patiently(task, grace)
             if not task.done():
-                logger.error("not saved within %g s: the last checkpoint stands", grace)
+                logger.error("the cancelled fit has not ended within %g s: the last committed checkpoint stands", grace)
                 task.cancel()
                 await _patiently(task, _LAST)
         if task.done() and not task.cancelled() and task.exception() is not None:

@@ -171,7 +171,9 @@ class Trainer:
         """Bound at the beginning of `fit`, which knows how long the run is."""
         self._settings: dict[str, Any] = {}
         self._logged: deque[tuple[str, float]] = deque()
-        self._fitting = self._turning = False
+        self._fitting = False
+        self._bus: Bus | None = None
+        """While the wheel turns."""
         self._rng: Rng | None = None
         self._lasting: Life | None = None
         self._checkpoint: Path | None = None
@@ -215,7 +217,8 @@ class Trainer:
 
         `validation`: a stream, or a dict of named ones. `resume`: "auto" (the newest valid checkpoint, else fresh),
         "best", or a path. If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError
-        raised again. `stop` and `pause` are obeyed from this call on, even before the coroutine has begun to run.
+        raised again; a callback that hangs is left behind after half of them. `stop` and `pause` are obeyed from this
+        call on, even before the coroutine has begun to run.
 
         Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem.
         """
@@ -243,7 +246,7 @@ class Trainer:
             return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
         finally:
             self.control.unbind()
-            self._fitting = self._turning = False
+            self._fitting, self._bus = False, None
 
     train = fit
 
@@ -399,10 +402,15 @@ class Trainer:
         )
 
     def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
-        """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet."""
+        """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet.
+
+        Callbacks have half of the time: the other half is for a save that had to wait for them.
+        """
         self.control.stop("cancelled", "the task was cancelled")
-        if not self._turning:
+        if self._bus is None:
             fit.cancel()
+        else:
+            self._bus.hurry(self._options.grace / 2)
 
     async def _fit(self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume) -> FitResult:
         """Open, lock, restore, turn the wheel; closed again in the opposite order."""
@@ -479,7 +487,7 @@ class Trainer:
                 teller=teller,
                 keeper=Keeper(life, saver, teller, bus, thread),
             )
-            self._turning = True
+            self._bus = bus
             try:
                 reason, detail = await wheel.turn()
             finally:

@@ -296,6 +296,46 @@ async def test_a_cancelled_fit_whose_data_hangs_saves_at_once(tmp_path: Path) ->
     assert same(again.model, bare_loop(network(), pairs(Samples(), 1), seed=SEED, accumulate=2))
 
 
+class Hangs(Callback):
+    """Does not return from one of its hooks; from none of its own thread before the gate opens."""
+
+    decides = True
+
+    def __init__(self, hook: str, *, blocking: bool) -> None:
+        self.entered, self.gate = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def blocks(event: Event) -> None:
+            loop.call_soon_threadsafe(self.entered.set)
+            self.gate.wait()
+
+        async def waits(event: Event) -> None:
+            self.entered.set()
+            await asyncio.Event().wait()
+
+        setattr(self, hook, blocks if blocking else waits)
+
+
+@pytest.mark.parametrize(("hook", "blocking"), [("on_batch_end", True), ("on_epoch_end", False)])
+async def test_a_cancelled_fit_whose_callback_hangs_is_saved_within_the_grace(
+    tmp_path: Path, hook: str, blocking: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    hangs, loop = Hangs(hook, blocking=blocking), asyncio.get_running_loop()
+    fitted = trainer(run_dir=tmp_path, callbacks=[hangs], grace=3)
+    task = asyncio.create_task(fitted.fit(Samples(), max_epochs=10**6))
+    await hangs.entered.wait()
+    began = loop.time()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert loop.time() - began < 5  # twice the grace it was
+    assert steps(tmp_path)[-1] == fitted.state.step > 0
+    assert f"callback Hangs has not returned from {hook}" in caplog.text
+    assert "has not ended" not in caplog.text
+    assert {task for task in asyncio.all_tasks() if task.get_name().startswith("streamtrain")} == set()
+    hangs.gate.set()
+
+
 async def test_a_fit_that_is_cancelled_while_it_opens_its_data_ends_at_once(tmp_path: Path) -> None:
     class Hanging(Samples):
         async def open(self) -> None:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 AFTER_FAILURE = frozenset({"on_exception", "on_train_end"})
 """The hooks that a callback is still given after one of its hooks raised."""
+_LAST_WORDS = 1.0
+"""Seconds that hooks have at the end, however late it is."""
 
 
 def coalesce(earlier: Event, later: Event) -> Event:
@@ -142,6 +144,11 @@ class _Mailbox:
         self._busy = self._waited = 0.0
         self._said: set[str] = set()
         self._ended = False
+
+    @property
+    def busy(self) -> str:
+        """The hook that runs now, or nothing."""
+        return self._current or ""
 
     def wants(self, hook: str) -> bool:
         return hook in self.hooks and not self._ended and (self.failure is None or hook in AFTER_FAILURE)
@@ -312,17 +319,20 @@ class Bus:
             _Mailbox(callback, name, mailbox) for callback, name in zip(callbacks, _names(callbacks), strict=True)
         )
         self._grace = grace
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[_Mailbox, asyncio.Task[None]] = {}
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._given_up = False
         self.wants: frozenset[str] = frozenset().union(*(box.hooks for box in self._boxes))
         """The hooks that somebody defines; events for others need not be made."""
         self._by_hook = {hook: tuple(box for box in self._boxes if hook in box.hooks) for hook in self.wants}
 
     async def __aenter__(self) -> Bus:
-        self._tasks = [
-            asyncio.create_task(box.deliver(), name=f"streamtrain-callback-{box.name}")
+        self._tasks = {
+            box: asyncio.create_task(box.deliver(), name=f"streamtrain-callback-{box.name}")
             for box in self._boxes
             if box.hooks
-        ]
+        }
         return self
 
     async def __aexit__(
@@ -388,6 +398,19 @@ class Bus:
             if only(box.callback):
                 await box.idle()
 
+    def hurry(self, seconds: float) -> None:
+        """Hooks have so many seconds from now on: a callback that is in one then is left behind, and that is said."""
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + seconds
+        self._timer = loop.call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        for box, task in self._tasks.items():
+            if box.busy and not task.done():
+                logger.error("callback %s has not returned from %s: it is left behind", box.name, box.busy)
+                self._given_up = True
+                task.cancel()
+
     def check(self) -> None:
         """Raise the error of the first callback, in their order, that failed; costs nothing if none did.
 
@@ -402,12 +425,18 @@ class Bus:
         return BusStatistics(tuple(box.statistics() for box in self._boxes))
 
     async def _close(self) -> None:
+        patience, hurried = self._grace, self._deadline is not None
+        if self._deadline is not None:
+            patience = max(_LAST_WORDS, self._deadline - asyncio.get_running_loop().time())
         waiting = [asyncio.ensure_future(box.idle()) for box in self._boxes]
-        late = (await asyncio.wait(waiting, timeout=self._grace))[1] if waiting else set()
-        for task in [*late, *self._tasks]:
+        late = (await asyncio.wait(waiting, timeout=patience))[1] if waiting else set()
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in [*late, *self._tasks.values()]:
             task.cancel()
-        await asyncio.gather(*late, *self._tasks, return_exceptions=True)
-        await asyncio.gather(*(box.join(1.0 if late else None) for box in self._boxes))
+        await asyncio.gather(*late, *self._tasks.values(), return_exceptions=True)
+        hanging = late or self._given_up
+        await asyncio.gather(*(box.join((0.1 if hurried else 1.0) if hanging else None) for box in self._boxes))
 
 
 def _names(callbacks: Sequence[object]) -> list[str]:
