@@ -54,7 +54,8 @@ class Control:
         self.pending = False
         """Something waits to be taken: the current burst ends after its update."""
         self.paused = False
-        self._queue: deque[Save | float | Callable[[], Any]] = deque()
+        self._queue: deque[float | Callable[[], Any]] = deque()
+        self._saves: deque[Save] = deque()
         self._stop: Stop | None = None
         self._late = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -74,20 +75,15 @@ class Control:
         self._loop = asyncio.get_running_loop()
         self._knocked = asyncio.Event()
         self._late = False
-        self.pending = bool(self._queue) or self.paused or self._stop is not None
+        self.pending = bool(self._queue or self._saves) or self.paused or self._stop is not None
 
     def unbind(self) -> None:
-        """The wheel stands still; who waits for a save that was not begun is told."""
+        """The wheel stands still; who waits for a save that was not begun is told, and who asks for one from now on."""
         self._loop = self._knocked = self._stop = None
         self.paused, self._late = False, True
-        kept: deque[Save | float | Callable[[], Any]] = deque()
-        while self._queue:
-            item = self._queue.popleft()
-            if isinstance(item, Save) and item.done is not None:
-                item.done(None, None)
-            else:
-                kept.append(item)
-        self._queue = kept
+        saves, self._saves = self._saves, deque()
+        for save in saves:
+            self.save(save)
 
     def stop(self, reason: str = "stopped", detail: str = "") -> None:
         """End after the current update, save, and give `reason` as the result's."""
@@ -107,8 +103,13 @@ class Control:
         self._knock()
 
     def save(self, save: Save | None = None) -> None:
-        """Save after the current update."""
-        self._put(save or Save())
+        """Save after the current update, or now if the wheel waits for callbacks."""
+        save = save or Save()
+        if self._late and save.done is not None:
+            save.done(None, None)
+        else:
+            self._saves.append(save)
+            self._knock()
 
     def set_lr(self, lr: float) -> None:
         """Bring the first group's learning rate to `lr`, the others in proportion."""
@@ -118,7 +119,7 @@ class Control:
         """Have `fn` run on the train thread after the current update."""
         self._put(fn)
 
-    def _put(self, item: Save | float | Callable[[], Any]) -> None:
+    def _put(self, item: float | Callable[[], Any]) -> None:
         self._queue.append(item)
         self._knock()
 
@@ -134,16 +135,21 @@ class Control:
     def take(self) -> Requests:
         """All that was asked for since the last time."""
         self.pending = False  # first: what comes in meanwhile sets it again
-        taken = Requests(stop=self._stop)
+        taken = Requests(stop=self._stop, saves=self.take_saves())
         while self._queue:
             item = self._queue.popleft()
-            if isinstance(item, Save):
-                taken.saves.append(item)
-            elif isinstance(item, float):
+            if isinstance(item, float):
                 taken.lr = item
-            elif callable(item):
+            else:
                 taken.calls.append(item)
         return taken
+
+    def take_saves(self) -> list[Save]:
+        """The saves that were asked for; all else waits for its turn."""
+        saves = []
+        while self._saves:
+            saves.append(self._saves.popleft())
+        return saves
 
     async def knocked(self) -> None:
         """Wait for the next request."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,15 +19,18 @@ from streamtrain import checkpoint
 from streamtrain import state as trees
 from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
-from streamtrain.control import Save
+from streamtrain.control import Control, Save
 from streamtrain.errors import ConfigError
-from streamtrain.events import CheckpointCommitted, Verdict
+from streamtrain.events import CheckpointCommitted, Event, Verdict
+from streamtrain.file_thread import Files
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
+from streamtrain.state import Snapshot
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 0.5
@@ -35,8 +40,19 @@ _PATIENCE = 0.5
 class Keeper:
     """Decides on the saves of one fit and takes its snapshots; without a `saver` only the best weights, in memory."""
 
-    def __init__(self, life: Life, saver: Saver | None, teller: Teller, bus: Bus, thread: TrainThread) -> None:
-        self._life, self.saver, self._teller, self._bus, self._thread = life, saver, teller, bus, thread
+    def __init__(
+        self,
+        life: Life,
+        saver: Saver | None,
+        *,
+        teller: Teller,
+        bus: Bus,
+        thread: TrainThread,
+        control: Control,
+        files: Files,
+    ) -> None:
+        self._life, self.saver, self._teller, self._bus = life, saver, teller, bus
+        self._thread, self._control, self._files = thread, control, files
         if saver is not None:
             saver.pins = self._pins
         self._when = time.monotonic()
@@ -101,14 +117,12 @@ class Keeper:
     async def save(self, kind: str, request: Save | None = None) -> None:
         """Take a snapshot and have it committed while training goes on."""
         if self.saver is None:
-            if request is not None and request.done is not None:
-                request.done(None, ConfigError("a fit without a run_dir saves nothing", hint="Save once it has ended."))
+            if request is not None:
+                await self._save_elsewhere(request)
             return
         await self.saver.wait()  # one at a time: there is memory for one copy
         began = time.perf_counter()
-        await self._settled()
-        state = self._life.state()
-        snapshot = await self._thread.run(lambda: self._life.snapshot(state))
+        snapshot = await self._snapshot()
         stall = time.perf_counter() - began
         path = None if request is None else request.path
         if path is None:
@@ -121,6 +135,48 @@ class Keeper:
 
         done = None if request is None else request.done
         self.saver.begin(snapshot, self._life.progress.step, kind=kind, told=told, path=path, done=done)
+
+    async def _save_elsewhere(self, request: Save) -> None:
+        """A save that was asked for in a fit without a folder: training waits for it."""
+        path, done = request.path, request.done or (lambda path, error: None)
+        if path is None:
+            logger.warning("a checkpoint was asked for without a path, in a fit without a run_dir: none is made")
+            return done(None, ConfigError("a fit without a run_dir saves only to a path", hint="Give one."))
+        try:
+            snapshot = await self._snapshot()
+            committed = await self._files(lambda: checkpoint.commit(path, snapshot))
+        except Exception as error:
+            return done(None, error)
+        return done(committed.path, None)
+
+    async def _snapshot(self) -> Snapshot:
+        """What the last finished update left, copied."""
+        await self._settled()
+        state = self._life.state()
+        return await self._thread.run(lambda: self._life.snapshot(state))
+
+    async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
+        """What the deciders answer; a checkpoint made meanwhile is of before, and the life that loads it asks again."""
+        self._life.asked = {} if self.saver is None else self._life.deciders()
+        try:
+            return await self.attend(self._teller.ask(hook, kind, **fields))
+        finally:
+            self._life.asked = {}
+
+    async def attend(self, telling: Coroutine[Any, Any, T]) -> T:
+        """Wait for callbacks; a save for which one of their hooks waits is made meanwhile, else both wait for ever."""
+        told = asyncio.create_task(telling)
+        try:
+            while not told.done():
+                for save in () if self._life.step.partial else self._control.take_saves():
+                    await self.save("request", save)
+                knocked = asyncio.create_task(self._control.knocked())
+                await asyncio.wait({told, knocked}, return_when=asyncio.FIRST_COMPLETED)
+                knocked.cancel()
+        finally:
+            told.cancel()
+            await asyncio.wait([told])
+        return told.result()
 
     async def _settled(self) -> None:
         """Let callbacks that have a state take in what was told; one that lags is not waited for long."""

@@ -60,6 +60,8 @@ class Life:
     """Of a source whose order may depend on torch's generator: how that stood when the epoch began."""
     ended: tuple[str, str] | None = None
     """Reason and detail of an end that more epochs don't undo."""
+    asked: dict[str, Tree] = field(default_factory=dict)
+    """While deciders are asked: their states of before, for the next life asks them again."""
 
     def state(self) -> Tree:
         """All but the weights and the optimizer, as of the last finished update."""
@@ -72,7 +74,7 @@ class Life:
             "epoch_rng": self.epoch_rng,
             "scheduler": self.lr.state_dict(),
             "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
-            "callbacks": {name: _state_of(callback) for name, callback in self.callbacks.items()},
+            "callbacks": {name: _state_of(callback) for name, callback in self.callbacks.items()} | self.asked,
             "metrics": dict(self.metrics),
             "window": self.step.tally.window.state_dict(),
             "means": self.step.tally.epoch.state_dict(),
@@ -81,6 +83,11 @@ class Life:
             "ended": self.ended,
             "config": dict(self.config),
         }
+
+    def deciders(self) -> dict[str, Tree]:
+        """Copies of the deciders' states."""
+        deciders = {name: callback for name, callback in self.callbacks.items() if getattr(callback, "decides", False)}
+        return {name: trees.clone(_state_of(callback)) for name, callback in deciders.items()}
 
     def check(self) -> None:
         """Raise CheckpointError if anything here can't be kept in a checkpoint."""

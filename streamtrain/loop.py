@@ -22,6 +22,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from streamtrain.control import Control
 from streamtrain.data.source import Stream
@@ -31,6 +32,7 @@ from streamtrain.evaluation import Evaluator, Stopped
 from streamtrain.events import (
     EpochBegin,
     EpochEnd,
+    Event,
     ExceptionRaised,
     Interrupt,
     Log,
@@ -88,11 +90,12 @@ class Wheel:
         except BaseException as error:
             await self._fail(error)
             raise
+        self._control.unbind()
         return reason, detail
 
     async def _begin(self) -> None:
-        await self._teller.emit("on_train_begin", TrainBegin, **self._plan.announcement)
-        await self._teller.heard()
+        await self._emit("on_train_begin", TrainBegin, **self._plan.announcement)
+        await self._keeper.attend(self._teller.heard())
         if self._plan.sanity and self._validation:
             with contextlib.suppress(Stopped):
                 await self._validate(sanity=True)
@@ -101,7 +104,7 @@ class Wheel:
         """One epoch, or the rest of it."""
         progress, driver = self._progress, self._driver
         self._stream.set_epoch(self._plan.stream_epoch(progress.epoch))
-        await self._teller.emit("on_epoch_begin", EpochBegin)
+        await self._emit("on_epoch_begin", EpochBegin)
         if progress.owes == "epoch":
             return await self._end_epoch()
         if progress.owes == "validation":
@@ -109,7 +112,8 @@ class Wheel:
         async with driver.batches() as batches:
             while await self._ready(batches):
                 report = await driver.burst(batches, self._most_updates())
-                await self._teller.burst(report, driver.take_waited())
+                telling = self._teller.burst(report, driver.take_waited())
+                await (self._keeper.attend(telling) if report.rows else telling)
                 self._keeper.check()
                 if report.updates and not self._step.partial:
                     if self._due() and not await self._finished(batches):
@@ -136,7 +140,7 @@ class Wheel:
         if progress.owes != "epoch":
             means = self._step.tally.epoch.compute()
             self._life.metrics.update(means)
-            progress.verdicts = await self._teller.ask("on_epoch_end", EpochEnd, metrics=means)
+            progress.verdicts = await self._keeper.ask("on_epoch_end", EpochEnd, metrics=means)
             progress.owes = "epoch"
         verdicts = progress.verdicts
         if self._plan.validation_due(progress, epoch_end=True):
@@ -152,6 +156,10 @@ class Wheel:
         await self._obey(verdicts, ended)
         await self._keeper.save_if_due(ended, epoch_end=True)
         await self._obey_requests()
+
+    async def _emit(self, hook: str, kind: type[Event], /, **fields: Any) -> None:
+        if self._teller.wanted(hook):
+            await self._keeper.attend(self._teller.emit(hook, kind, **fields))
 
     # --- when ---
 
@@ -205,6 +213,8 @@ class Wheel:
         """Wait until a burst has something to do, doing meanwhile what is asked for; False if there is nothing more."""
         began = time.perf_counter()
         waiting: asyncio.Task[bool] | None = None
+        if not (batches.ready or self._step.partial):
+            await self._obey_requests()
         try:
             while not batches.ready and not give_up():
                 waiting = waiting or asyncio.create_task(batches.wait())
@@ -230,7 +240,7 @@ class Wheel:
         if not sanity:
             with contextlib.suppress(TypeError):
                 batches = sum(len(stream) for stream in self._validation.values())
-        await self._teller.emit("on_validation_begin", ValidationBegin, batches=batches)
+        await self._emit("on_validation_begin", ValidationBegin, batches=batches)
         values: dict[str, float] = {}
         for name, stream in self._validation.items():
             if sanity and getattr(stream, "one_epoch", False):
@@ -243,9 +253,9 @@ class Wheel:
             values |= {prefix + metric: value for metric, value in means.items()}
         if not sanity:
             self._life.metrics.update(values)
-            await self._teller.emit("on_log", Log, split="val", values=values)
+            await self._emit("on_log", Log, split="val", values=values)
         metrics = {**self._step.tally.epoch.compute(), **values}
-        return await self._teller.ask("on_validation_end", ValidationEnd, metrics=metrics, sanity=sanity)
+        return await self._keeper.ask("on_validation_end", ValidationEnd, metrics=metrics, sanity=sanity)
 
     async def _validate_now(self) -> None:
         """A validation within an epoch, and what follows from it."""
@@ -281,7 +291,7 @@ class Wheel:
                 if not self._interrupted:
                     self._interrupted = True
                     stop = requests.stop
-                    await self._teller.emit("on_interrupt", Interrupt, reason=stop.reason, detail=stop.detail)
+                    await self._emit("on_interrupt", Interrupt, reason=stop.reason, detail=stop.detail)
                 return
             if control.paused and not control.pending:
                 self._teller.status("paused")
@@ -303,15 +313,17 @@ class Wheel:
             self._life.ended = (reason, detail)
         over = reason in ("completed", "early_stopping", "max_time")
         if over:
-            await self._teller.last_line()  # before the save, which keeps what a kill would take from the file
+            await self._keeper.attend(
+                self._teller.last_line()
+            )  # before the save, which keeps what a kill would take from the file
         await self._keeper.save_at_end()
         self._keeper.check()
         if over:
             await self._keeper.load_best()
         self._teller.status(reason)
         metrics = dict(self._life.metrics)
-        await self._teller.emit("on_train_end", TrainEnd, reason=reason, detail=detail, metrics=metrics)
-        await self._teller.heard()
+        await self._emit("on_train_end", TrainEnd, reason=reason, detail=detail, metrics=metrics)
+        await self._keeper.attend(self._teller.heard())
 
     async def _fail(self, error: BaseException) -> None:
         """Save what is finished, and tell; whatever goes wrong here is logged, since `error` is what the user gets."""
@@ -320,6 +332,7 @@ class Wheel:
             if not self._step.torn:
                 await self._driver.leave_partial()
             await self._keeper.save_after_error()
+        self._control.unbind()  # who waits for a save is told first, and can then be told of the error
         with _logged("telling the callbacks of the error"):
             self._teller.status("failed")
             await self._teller.emit("on_exception", ExceptionRaised, error=error)

@@ -50,6 +50,10 @@ class Teller:
     async def _on_train_thread(self, fn: Callable[[Any, Any], T]) -> T:
         return await self._thread.run(lambda: fn(self._life.model, self._life.optimizer))
 
+    def wanted(self, hook: str) -> bool:
+        """Whether anybody wants such an event."""
+        return hook in self._bus.wants
+
     async def emit(self, hook: str, kind: type[Event], /, **fields: Any) -> None:
         """Tell an event, if anybody wants it."""
         if hook in self._bus.wants:

@@ -285,7 +285,11 @@ class Trainer:
     # --- checkpoints ---
 
     async def save_checkpoint(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Save now (during `fit`: after the current update) and return where, once it is durable."""
+        """Save now (during `fit`: after the current update) and return where, once it is durable.
+
+        It may be awaited in an `async def` hook. One that is asked for while deciders are asked has their states of
+        before, so that the life that goes on from it asks them again.
+        """
         target = None if path is None else Path.cwd() / path
         if target is None and self.run_dir is None:
             raise ConfigError("save_checkpoint() needs a run_dir or a path")
@@ -485,7 +489,7 @@ class Trainer:
                 thread=thread,
                 driver=Driver(life, plan, thread, deterministic=options.deterministic),
                 teller=teller,
-                keeper=Keeper(life, saver, teller, bus, thread),
+                keeper=Keeper(life, saver, teller=teller, bus=bus, thread=thread, control=self.control, files=files),
             )
             self._bus = bus
             try:

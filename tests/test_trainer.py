@@ -29,7 +29,7 @@ from streamtrain.errors import (
     NonFiniteError,
     UserCodeError,
 )
-from streamtrain.events import BatchEnd, Event, TrainEnd, ValidationEnd
+from streamtrain.events import BatchEnd, Event, TrainEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.trainer import Trainer
@@ -440,19 +440,98 @@ async def test_a_requested_checkpoint_is_made_between_two_updates(tmp_path: Path
     assert same(loaded.model, bare_loop(network(), cut(loaded.state.step), seed=SEED))
 
 
-async def test_a_checkpoint_that_is_not_made_is_an_error_and_no_hang(tmp_path: Path) -> None:
+async def test_a_fit_without_a_folder_saves_to_a_path(tmp_path: Path) -> None:
     fitted = trainer()
     task = await begun(fitted, 3)
-    with pytest.raises(ConfigError, match="without a run_dir"):
-        await asyncio.wait_for(fitted.save_checkpoint(tmp_path / "kept"), 5)
+    path = await fitted.save_checkpoint(tmp_path / "kept")
+    with pytest.raises(CheckpointError, match="exists already"):
+        await fitted.save_checkpoint(path)
+    with pytest.raises(ConfigError, match="needs a run_dir or a path"):
+        await fitted.save_checkpoint()
     fitted.stop()
     await task
+    loaded = trainer()
+    await loaded.load_checkpoint(path)
+    assert same(loaded.model, bare_loop(network(), cut(loaded.state.step), seed=SEED))
+
+
+class SavesIn(EarlyStopping):
+    """Saves in each call of one hook, before it does what it does there."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__(patience=2)
+        self.trainer: Trainer | None = None
+        self.paths: list[Path] = []
+        own = getattr(self, hook, None)
+
+        async def saves(event: Event) -> Verdict | None:
+            assert self.trainer is not None
+            self.paths.append(await self.trainer.save_checkpoint())
+            return None if own is None else await own(event)
+
+        setattr(self, hook, saves)
+
+
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_validation_end", "on_epoch_end", "on_log", "on_train_end"])
+async def test_a_hook_may_await_a_checkpoint(tmp_path: Path, hook: str) -> None:
+    saves, keeps = SavesIn(hook), ModelCheckpoint(keep_last=-1)
+    fitted = saves.trainer = trainer(lr=0.3, run_dir=tmp_path, callbacks=[EarlyStopping(patience=9), saves, keeps])
+    whole = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=4)
+    assert saves.paths
+    assert {path.name for path in saves.paths} <= {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert whole.reason in ("completed", "early_stopping")
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_epoch_end"])
+async def test_a_life_that_goes_on_from_a_checkpoint_of_a_hook_decides_the_same(tmp_path: Path, hook: str) -> None:
+    class Saves(Callback):
+        decides = True
+
+        async def saves(self, event: Event) -> None:
+            if event.step == 26:
+                self.path = await whole.save_checkpoint(tmp_path / "kept")
+
+    def early() -> EarlyStopping:
+        return EarlyStopping("val_loss" if hook == "on_validation_end" else "loss", patience=3, restore_best=False)
+
+    saves = Saves()
+    setattr(saves, hook, saves.saves)
+    whole = trainer(lr=0.3, run_dir=tmp_path / "whole", callbacks=[early(), saves])
+    result = await whole.fit(Samples(), validation=Samples(30, seed=3), max_epochs=20)
+    again = trainer(lr=0.3, run_dir=tmp_path / "again", callbacks=[early()])
+    resumed = await again.fit(Samples(), validation=Samples(30, seed=3), max_epochs=20, resume=saves.path)
+    assert (resumed.reason, resumed.detail, resumed.step) == (result.reason, result.detail, result.step)
+    assert same(again.model, whole.model)
+
+
+async def test_a_hook_that_waits_for_a_checkpoint_of_a_fit_that_failed_is_told(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    class Saves(Callback):
+        async def on_exception(self, event: Event) -> None:
+            try:
+                await fitted.save_checkpoint()
+            except CheckpointError as error:
+                errors.append(error)
+
+    fitted = trainer(run_dir=tmp_path, callbacks=[Faulty(), Saves()])
+    with pytest.raises(UserCodeError):
+        await fitted.fit(Samples(), max_epochs=10**6)
+    assert [str(error) for error in errors] == ["the fit ended before it was saved"]
+
+
+def test_who_waits_for_a_checkpoint_that_no_fit_makes_is_told() -> None:
     told: list[object] = []
-    control = Control()
-    control.bind()
-    control.save(Save(None, lambda path, error: told.append((path, error))))
-    control.unbind()
-    assert told == [(None, None)]
+
+    async def ask() -> None:
+        control = Control()
+        control.bind()
+        control.save(Save(None, lambda path, error: told.append((path, error))))
+        control.unbind()
+        control.save(Save(None, lambda path, error: told.append("late")))
+
+    asyncio.run(ask())
+    assert told == [(None, None), "late"]
 
 
 async def test_set_lr_keeps_the_groups_proportions() -> None:
