@@ -78,6 +78,16 @@ def count(value: object, name: str, *, least: int = 1) -> int:
     return value
 
 
+def number(value: Any, name: str) -> float:
+    """`value`, or the one that a tensor or an array holds, as a float."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises RuntimeError for several values
+        pass
+    raise ConfigError(f"{name} must be one number, not {value!r:.80}", hint="Log texts with logging, means of tensors.")
+
+
 def positive(value: object, name: str) -> float | None:
     """`value` as a finite number above 0, or None."""
     if value is None:

@@ -54,6 +54,7 @@ from streamtrain.options import (
     count,
     duration,
     every,
+    number,
     one_of,
     positive,
     refuse_later,
@@ -321,8 +322,8 @@ class Trainer:
     # --- plain, from any thread ---
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
-        """Add numbers to the next line of the log."""
-        self._logged.extend((str(name), float(value)) for name, value in values.items())
+        """Add numbers to the next line of the log. Raises ConfigError, and adds nothing, if one is no number."""
+        self._logged.extend([(str(name), number(value, f"log_metrics: {name}")) for name, value in values.items()])
 
     def stop(self, detail: str = "") -> None:
         """End the fit after the current update, and save.

@@ -566,6 +566,19 @@ async def test_user_metrics_join_the_next_line(tmp_path: Path) -> None:
     assert [row["teacher"] for row in lines(tmp_path) if "teacher" in row] == [0.5]
 
 
+@pytest.mark.parametrize("value", ["b", "1.5", None, [1.0], torch.zeros(2), 1j])
+async def test_a_logged_value_that_is_no_number_is_named_and_nothing_is_logged(tmp_path: Path, value: Any) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"log_metrics: teacher must be one number, not ") as caught:
+        fitted.log_metrics({"pupil": 1.0, "teacher": value})
+    assert repr(value)[:60] in str(caught.value)
+    numbers: dict[str, Any] = {"tensor": torch.ones(1), "numpy": np.float32(0.5)}
+    fitted.log_metrics(numbers)
+    await fitted.fit(Samples())
+    first = lines(tmp_path)[0]
+    assert (first["tensor"], first["numpy"], "pupil" in first) == (1.0, 0.5, False)
+
+
 async def test_a_step_function_logs_what_it_returns(tmp_path: Path) -> None:
     def step(model: nn.Module, batch: Batch) -> dict[str, Any]:
         outputs = model(batch.inputs)
