@@ -58,7 +58,10 @@ class TrainBegin(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainEnd(Event):
-    """`on_train_end`: the last event of a fit, sent also after an error or cancellation."""
+    """`on_train_end`: the last event of a fit, sent once, also after an error or cancellation.
+
+    Only the error of a hook that was given it is told after it, to `on_exception`.
+    """
 
     reason: str = "completed"
     detail: str = ""

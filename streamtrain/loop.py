@@ -76,7 +76,7 @@ class Wheel:
         self._driver, self._teller, self._keeper = driver, teller, keeper
         self._progress, self._step, self._stream = life.progress, life.step, life.stream
         self._stop: tuple[str, str] | None = None
-        self._interrupted = False
+        self._interrupted = self._told_end = False
 
     async def turn(self) -> tuple[str, str]:
         """Train to the end; reason and detail of the end. Raises what went wrong, after having saved."""
@@ -322,6 +322,7 @@ class Wheel:
             await self._keeper.load_best()
         self._teller.status(reason)
         metrics = dict(self._life.metrics)
+        self._told_end = True
         await self._emit("on_train_end", TrainEnd, reason=reason, detail=detail, metrics=metrics)
         await self._keeper.attend(self._teller.heard())
 
@@ -336,7 +337,8 @@ class Wheel:
         with _logged("telling the callbacks of the error"):
             self._teller.status("failed")
             await self._teller.emit("on_exception", ExceptionRaised, error=error)
-            await self._teller.emit("on_train_end", TrainEnd, reason="failed", detail=str(error))
+            if not self._told_end:
+                await self._teller.emit("on_train_end", TrainEnd, reason="failed", detail=str(error))
 
 
 @contextlib.contextmanager

@@ -823,6 +823,21 @@ async def test_a_callback_that_raises_ends_the_fit_saved_and_the_others_properly
     assert "callback Faulty" in (tmp_path / "error.json").read_text()
 
 
+async def test_the_end_is_told_once_even_if_a_hook_raises_there(tmp_path: Path) -> None:
+    class Ends(Callback):
+        ends = 0
+
+        async def on_train_end(self, event: TrainEnd) -> None:
+            self.ends += 1
+            raise ValueError("no")
+
+    ends, recorder = Ends(), Recorder()
+    fitted = trainer(run_dir=tmp_path, callbacks=[ends, recorder])
+    with pytest.raises(UserCodeError, match="callback Ends: on_train_end raised ValueError: no"):
+        await fitted.fit(Samples())
+    assert (ends.ends, len(recorder.events("on_train_end")), len(recorder.events("on_exception"))) == (1, 1, 1)
+
+
 async def test_a_model_that_raises_is_named_and_what_was_finished_is_saved(tmp_path: Path) -> None:
     class Fragile(nn.Module):
         def __init__(self) -> None:
