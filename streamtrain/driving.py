@@ -47,8 +47,10 @@ class Driver:
                     life.epoch_rng = life.rng.state
             yield source
         finally:
-            await self.landed()
-            await source.aclose()
+            try:
+                await self.landed()
+            finally:
+                await source.aclose()
 
     async def _pull(self, fn: Callable[[], Batch | None]) -> Batch | None:
         def job() -> Batch | None:

@@ -857,6 +857,17 @@ async def test_a_model_that_raises_is_named_and_what_was_finished_is_saved(tmp_p
     assert steps(tmp_path) == [7]
 
 
+async def test_a_burst_that_breaks_down_ends_the_pass_all_the_same() -> None:
+    class Breaks(Callback):
+        async def on_train_begin(self, event: Event) -> None:
+            await event.on_train_thread(lambda model, optimizer: optimizer.param_groups[0].pop("lr"))
+
+    fitted = trainer(callbacks=[Breaks()])
+    with pytest.raises(KeyError, match="lr"):
+        await fitted.fit(Samples())
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_data_that_fails_is_raised_after_what_came_before_is_trained(tmp_path: Path) -> None:
     stream = Samples()
     stream.failures[40] = DataError("chunk 5 is damaged")
