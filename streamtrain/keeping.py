@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +59,8 @@ class Keeper:
         self._saved = self._mark()
         self._restore: str | None = None
         self._weights: dict[str, Tensor] = {}
+        self._coming: list[Best] = []
+        """The best of the last judged step, by monitor, which are named once they are saved."""
         self._coalesced = False
 
     def _mark(self) -> tuple[int, int, str, bool]:
@@ -107,11 +109,14 @@ class Keeper:
             await self.save(kind)
 
     async def _offer(self, monitor: str, value: float, epoch: int, *, in_memory: bool) -> None:
+        """A new best; where there is a folder it is named once its save is committed: until then the old one stands."""
         progress, saver = self._life.progress, self.saver
-        path = None if saver is None else saver.path(progress.step)
-        best = Best(monitor, value, epoch, progress.step, path)
-        progress.offer(best, primary=monitor if saver is None else saver.rule.monitor)
-        if in_memory and saver is None:
+        if saver is not None:
+            best = Best(monitor, value, epoch, progress.step, saver.path(progress.step))
+            self._coming = [*(other for other in self._coming if other.monitor != monitor), best]
+            return
+        progress.offer(Best(monitor, value, epoch, progress.step), primary=monitor)
+        if in_memory:
             self._weights = await self._thread.run(lambda: trees.clone(dict(self._life.model.state_dict())))
 
     async def save(self, kind: str, request: Save | None = None) -> None:
@@ -122,19 +127,23 @@ class Keeper:
             return
         await self.saver.wait()  # one at a time: there is memory for one copy
         began = time.perf_counter()
-        snapshot = await self._snapshot()
-        stall = time.perf_counter() - began
         path = None if request is None else request.path
+        step, rule = self._life.progress.step, self.saver.rule
+        coming = [best for best in self._coming if best.step == step and path is None]
+        snapshot = await self._snapshot(coming, primary=rule.monitor)
+        stall = time.perf_counter() - began
         if path is None:
             self._saved, self._when = self._mark(), time.monotonic()
         fields = {**self._teller.standing(), "kind": kind, "seconds": stall}  # of this step, not of the later one
 
         async def told(committed: Committed) -> None:
+            for best in coming:
+                self._life.progress.offer(best, primary=rule.monitor)
             about = {**fields, "path": str(committed.path), "bytes": committed.bytes}
             await self._teller.emit("on_checkpoint", CheckpointCommitted, **about)
 
         done = None if request is None else request.done
-        self.saver.begin(snapshot, self._life.progress.step, kind=kind, told=told, path=path, done=done)
+        self.saver.begin(snapshot, step, kind=kind, told=told, path=path, done=done)
 
     async def _save_elsewhere(self, request: Save) -> None:
         """A save that was asked for in a fit without a folder: training waits for it."""
@@ -149,10 +158,11 @@ class Keeper:
             return done(None, error)
         return done(committed.path, None)
 
-    async def _snapshot(self) -> Snapshot:
-        """What the last finished update left, copied."""
+    async def _snapshot(self, coming: Sequence[Best] = (), *, primary: str = "") -> Snapshot:
+        """What the last finished update left, copied; it names the best that it is itself."""
         await self._settled()
-        state = self._life.state()
+        with self._life.progress.offered(coming, primary=primary):
+            state = self._life.state()
         return await self._thread.run(lambda: self._life.snapshot(state))
 
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:

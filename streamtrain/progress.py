@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ class Progress:
         """Take in a new best; `best` is the one of the monitor `primary`, or of the only one."""
         self.bests[best.monitor] = best
         self.best = self.bests.get(primary) or next(iter(self.bests.values()))
+
+    @contextmanager
+    def offered(self, coming: Sequence[Best], *, primary: str) -> Iterator[None]:
+        """As it will be once these are kept; afterwards it is what it was."""
+        before = dict(self.bests), self.best
+        for best in coming:
+            self.offer(best, primary=primary)
+        try:
+            yield
+        finally:
+            self.bests, self.best = before
 
     def state_dict(self) -> dict[str, Any]:
         """All of it; checkpoints by name, since run folders move."""

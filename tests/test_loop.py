@@ -18,6 +18,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
+from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.saving import Saver
@@ -96,6 +97,30 @@ async def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert set(steps(tmp_path)) == {result.best.step, result.step}
     assert result.best.checkpoint is not None
     assert (await asyncio.to_thread(checkpoint.read, result.best.checkpoint)).state["step"] == result.best.step
+
+
+async def test_a_best_whose_save_fails_does_not_take_the_place_of_the_one_that_is_kept(tmp_path: Path) -> None:
+    class Breaks(Callback):
+        """Puts a file in the place of the folder of checkpoints, before the second epoch's validation."""
+
+        decides = True
+
+        def on_epoch_end(self, event: EpochEnd) -> None:
+            if event.epoch == 1:
+                (tmp_path / "checkpoints").rename(tmp_path / "aside")
+                (tmp_path / "checkpoints").write_text("in the way")
+
+    fitted = trainer(run_dir=tmp_path, callbacks=[Breaks(), ModelCheckpoint(every="1h", keep_last=1)])
+    with pytest.raises(EnvironmentProblem, match="checkpoint"):
+        await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=2)
+    values = {row["step"]: row["val_loss"] for row in lines(tmp_path) if row["split"] == "val"}
+    assert values[26] < values[13]
+    best = fitted.state.best
+    assert best is not None
+    assert (best.step, best.value) == (13, values[13])
+    assert best.checkpoint is not None
+    saved = (await asyncio.to_thread(checkpoint.read, tmp_path / "aside" / best.checkpoint.name)).state["progress"]
+    assert saved["bests"] == [["val_loss", values[13], 0, 13, best.checkpoint.name]]
 
 
 def names(folder: Path) -> list[str]:
