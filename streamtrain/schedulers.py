@@ -194,7 +194,8 @@ class TorchLearningRate:
     def __init__(self, optimizer: Optimizer, scheduler: LRScheduler, *, interval: str, monitor: str | None) -> None:
         self.by_epoch = interval == "epoch"
         self.scheduler = scheduler
-        self._monitor = monitor
+        self.monitor = (monitor or "val_loss") if isinstance(scheduler, ReduceLROnPlateau) else None
+        """What must be logged; None where nothing need be."""
         self._optimizer = optimizer
 
     def before_update(self, step: int, epoch: int) -> None:
@@ -210,11 +211,11 @@ class TorchLearningRate:
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
             return
-        monitor = self._monitor or "val_loss"
-        if monitor not in metrics:
+        assert self.monitor is not None
+        if self.monitor not in metrics:
             logged = ", ".join(sorted(metrics)) or "nothing"
-            raise ConfigError(f"the scheduler monitors {monitor!r}, which nothing logs", hint=f"logged: {logged}")
-        self.scheduler.step(metrics[monitor])
+            raise ConfigError(f"the scheduler monitors {self.monitor!r}, which nothing logs", hint=f"logged: {logged}")
+        self.scheduler.step(metrics[self.monitor])
 
     def scale(self, factor: float) -> None:
         for group in self._optimizer.param_groups:

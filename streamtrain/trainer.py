@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ from streamtrain.life import Life, check_model, check_settings, first_rng, habit
 from streamtrain.loop import Wheel
 from streamtrain.losses import LOSSES, short_loss
 from streamtrain.metrics import Metric, as_metric
+from streamtrain.monitors import check_monitors, validation_names
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import (
     Limits,
@@ -363,10 +364,12 @@ class Trainer:
         if self.loss is None and self._options.step is None and not self._overrides("training_step"):
             raise ConfigError("there is no loss", hint="Give loss=, step=, or override training_step.")
         for callback in self.callbacks:
-            for monitor in getattr(callback, "monitors", ()):
+            own = callback.required if isinstance(callback, ModelCheckpoint) else getattr(callback, "monitors", ())
+            name = type(callback).__name__
+            for monitor in own:
                 if monitor.startswith("val_") and not streams:
-                    name = type(callback).__name__
                     raise ConfigError(f"{name} monitors {monitor!r}, but fit has no validation stream")
+            self._check_monitors(name, own, streams)
         if any(stream is train for stream in streams.values()):
             raise ConfigError(
                 "the same stream can't be trained and validated on: it has one position",
@@ -378,6 +381,19 @@ class Trainer:
                 hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
             )
 
+    def _check_monitors(self, who: str, monitors: Iterable[str], streams: Iterable[str], *, said: bool = False) -> None:
+        """Refuse monitors that nothing will log; `said`: whether `log_metrics` may bring names of training as well."""
+        own = self._options.step is not None or self._overrides("training_step")
+        names = validation_names(streams, self._metrics)
+        any_name = names and (own or self._overrides("validation_step"))
+        check_monitors(
+            who, monitors, training=None if own or said else ["loss"], validation=None if any_name else names
+        )
+
+    def _check_scheduler(self, scheduler: LearningRate, streams: Iterable[str]) -> None:
+        if (monitor := getattr(scheduler, "monitor", None)) is not None:
+            self._check_monitors("the scheduler", [monitor], streams, said=True)
+
     def _check_lengths(self, train: Stream, streams: Mapping[str, Stream], limits: Limits) -> None:
         """Refuse what can be refused once it is known how long the streams are."""
         for stream in streams.values():
@@ -385,7 +401,8 @@ class Trainer:
         spec = self._scheduler_spec
         if isinstance(spec, str | Mapping) and not callable(spec):
             stand_in = torch.optim.SGD([torch.zeros(1)], lr=self._lr)
-            self._bind_schedule(stand_in, self._limited(limits, found=False), train)
+            scheduler = self._bind_schedule(stand_in, self._limited(limits, found=False), train)
+            self._check_scheduler(scheduler, streams)
 
     def _limited(self, limits: Limits, *, found: bool) -> Limits:
         """The limits, or their default: one epoch, or one more within this process."""
@@ -462,6 +479,7 @@ class Trainer:
             await self._prepare(train, thread)
             limits = self._limited(limits, found=found is not None)
             life = await thread.run(lambda: self._life(train, bus, limits))
+            self._check_scheduler(life.lr, streams)
             if folder is not None:
                 life.check()
             if found is not None:

@@ -18,7 +18,7 @@ FLOORS = """
 errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.budget data.layout
 data.iterable
-losses schedulers optimizers metrics
+losses schedulers optimizers metrics monitors
 data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
 data.opening data.stores data.choosing
 data.options data.transform data.survey

@@ -783,6 +783,51 @@ async def test_more_is_refused_before_anything_is_written(tmp_path: Path, monkey
     assert not run.exists()
 
 
+PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"callbacks": [EarlyStopping("val_mea")]}, "EarlyStopping: nothing logs 'val_mea'; logged: loss, val_loss, v"),
+        ({"callbacks": [EarlyStopping("mae")]}, "EarlyStopping: nothing logs 'mae'"),
+        ({"callbacks": [ModelCheckpoint(monitor="val_mea")]}, "ModelCheckpoint: nothing logs 'val_mea'"),
+        ({"scheduler": {"name": PLATEAU, "monitor": "val_mea"}}, "the scheduler: nothing logs 'val_mea'"),
+    ],
+)
+async def test_a_monitor_that_nothing_will_log_is_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    fitted = trainer(run_dir=tmp_path / "run", metrics={"mae": MeanAbsoluteError()}, **options)
+    with pytest.raises(ConfigError, match=told) as caught:
+        await fitted.fit(Samples(), validation=Samples(20))
+    assert "val_mae" in str(caught.value) + caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+async def test_a_monitor_that_no_validation_will_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ModelCheckpoint monitors 'val_loss', but fit has no validation stream"):
+        await trainer(run_dir=tmp_path / "run", callbacks=[ModelCheckpoint(monitor="val_loss")]).fit(Samples())
+    with pytest.raises(ConfigError, match="the scheduler: nothing logs 'val_loss'; logged: nothing"):
+        await trainer(run_dir=tmp_path / "run", scheduler={"name": PLATEAU}).fit(Samples())
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="nothing logs 'val_loss'; logged: val_a_loss, val_b_loss"):
+        await trainer(scheduler=PLATEAU).fit(Samples(), validation={"a": Samples(20), "b": Samples(20)})
+
+
+async def test_a_monitor_that_may_be_logged_by_the_users_own_functions_is_not_refused() -> None:
+    def step(model: nn.Module, batch: Batch) -> dict[str, Any]:
+        loss = nn.functional.mse_loss(model(batch.inputs), batch.targets)
+        return {"loss": loss, "double": 2 * loss}
+
+    for monitor in ("double", "val_double"):
+        fitted = Trainer(network(), step=step, device="cpu", callbacks=[EarlyStopping(monitor)])
+        assert (await fitted.fit(Samples(), validation=Samples(20))).step == 13
+    fitted = trainer(scheduler={"name": PLATEAU, "monitor": "teacher"})
+    fitted.log_metrics({"teacher": 0.5})
+    assert (await fitted.fit(Samples())).step == 13
+
+
 async def test_fit_while_fit_runs_is_refused() -> None:
     fitted = trainer()
     task = await begun(fitted, 1)

@@ -158,7 +158,8 @@ class ModelCheckpoint(Callback):
         self.monitor = monitor or "val_loss"
         self.mode = direction(self.monitor, mode)
         self.keep_last = keep_last
-        self._required = monitor is not None
+        self.required = () if monitor is None else (monitor,)
+        """The names that must be logged."""
         self._best = TopK(save_top_k, self.mode)
 
     async def on_validation_end(self, event: ValidationEnd) -> Verdict | None:
@@ -178,7 +179,7 @@ class ModelCheckpoint(Callback):
     def _judge(self, step: int, metrics: Mapping[str, float]) -> Verdict | None:
         value = metrics.get(self.monitor)
         if value is None:
-            if self._required:
+            if self.required:
                 raise no_such_monitor("ModelCheckpoint", self.monitor, metrics)
             return None
         rank = self._best.offer(step, value)
