@@ -30,6 +30,7 @@ from streamtrain.callbacks.bus import Bus
 from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.event_log import EventLog
 from streamtrain.callbacks.json_logger import JSONLogger
+from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.progress_bar import ProgressBar
 from streamtrain.control import Control, Save
@@ -38,8 +39,9 @@ from streamtrain.data.iterable import IterableStream, from_iterable
 from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover, resolve_device
 from streamtrain.driving import Driver
-from streamtrain.errors import CheckpointError, ConfigError, DataError, StreamtrainError
+from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, StreamtrainError
 from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.events import Log
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.grace import saving_on_cancel
 from streamtrain.keeping import Keeper
@@ -273,8 +275,14 @@ class Trainer:
         return await self._evaluate(stream, "val_")
 
     async def evaluate(self, stream: Streams) -> dict[str, float]:
-        """The means over a stream, or a dict of named ones, as `test_<metric>`."""
-        return await self._evaluate(stream, "test_")
+        """The means over a stream, or a dict of named ones, as `test_<metric>`.
+
+        With a `run_dir`, and outside of `fit`, its log gets a line of them (split "test").
+        """
+        values = await self._evaluate(stream, "test_")
+        if self.run_dir is not None and not self._fitting:
+            await self._log_outside(RunFolder(self.run_dir), values)
+        return values
 
     def predict(self, stream: Streams, out: str | os.PathLike[str] | None = None) -> AsyncGenerator[Any, None]:
         """`async for outputs in trainer.predict(stream)`: what the model makes of each batch, in order."""
@@ -706,6 +714,23 @@ class Trainer:
                 before = f"{prefix}{name}_" if name else prefix
                 values |= {before + metric: value for metric, value in means.items()}
         return values
+
+    async def _log_outside(self, folder: RunFolder, values: dict[str, float]) -> None:
+        """A line of the log of a run that nobody trains just now; where it can't be written, that is said."""
+        state = self.state
+        epoch = state.epoch if state.batch or not state.epoch else state.epoch - 1
+        place: dict[str, Any] = {"epoch": epoch, "step": state.step, "samples": state.samples, "time": state.time}
+        line = Log(split="test", values=values, **place)
+        async with file_thread() as files:
+            try:
+                await files(folder.lock)
+                for callback in self.callbacks:
+                    if isinstance(callback, MetricsLog):
+                        await callback.append(folder.path, line)
+            except EnvironmentProblem as error:
+                logger.warning("the evaluation is not in the log: %s", error)
+            finally:
+                await files(folder.release)
 
     async def _predict(self, stream: Stream) -> AsyncGenerator[Any, None]:
         compute = custom_outputs(_called(self.predict_step, self.model))

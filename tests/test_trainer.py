@@ -1010,6 +1010,39 @@ async def test_evaluation_leaves_modes_and_random_numbers_alone() -> None:
     assert all(parameter.grad is None for parameter in fitted.model.parameters())
 
 
+async def test_an_evaluation_is_a_line_of_the_log_and_takes_none_away(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    await fitted.fit(Samples(), validation=Samples(20))
+    before = lines(tmp_path)
+    means = await fitted.evaluate(Samples(30))
+    test = {"step": 13, "epoch": 0, "samples": 100, "split": "test", **means}
+    assert lines(tmp_path) == [*before, test]
+    fresh = trainer(run_dir=tmp_path)  # stands at step 0, where a fit would begin the log anew
+    other = await fresh.evaluate({"a": Samples(30)})
+    assert set(other) == {"test_a_loss"}
+    assert lines(tmp_path) == [*before, test, {"step": 0, "epoch": 0, "samples": 0, "split": "test", **other}]
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert header.endswith(",test_loss,test_a_loss")
+    assert [row.split(",")[4] for row in rows] == [*(row["split"] for row in before), "test", "test"]
+    await trainer(run_dir=tmp_path).fit(Samples(), validation=Samples(20), max_epochs=2, resume="auto")
+    assert lines(tmp_path)[: len(before) + 1] == [*before, test]
+
+
+async def test_an_evaluation_beside_a_fit_in_the_same_folder_is_only_returned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted, reached = trainer(run_dir=tmp_path), asyncio.Event()
+    fitted.callbacks.append(AtStep(3, reached.set))
+    task = asyncio.create_task(fitted.fit(Samples(), max_epochs=10**6))
+    await reached.wait()
+    assert set(await trainer(run_dir=tmp_path).evaluate(Samples(30))) == {"test_loss"}
+    assert "the evaluation is not in the log" in caplog.text
+    assert set(await fitted.evaluate(Samples(30))) == {"test_loss"}
+    fitted.stop()
+    await task
+    assert not [row for row in lines(tmp_path) if row["split"] == "test"]
+
+
 async def test_predictions_come_in_order_and_may_be_left_early() -> None:
     fitted = trainer()
     inputs, _ = samples(40)

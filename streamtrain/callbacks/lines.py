@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -234,6 +235,21 @@ class MetricsLog(LineLog):
         """Open the file."""
         self._start, self._there = event.step, set()
         await super().on_train_begin(event)
+
+    async def append(self, run_dir: Path, event: Log) -> None:
+        """One more line outside of a fit; all that the file has stays, but for a torn line. Raises EnvironmentProblem.
+
+        Of the line's step nothing is known here: it may be one that the file is beyond.
+        """
+        await self.on_train_begin(TrainBegin(run_dir=str(run_dir), step=sys.maxsize))
+        try:
+            await self.on_log(event)
+        finally:
+            await self.on_train_end(TrainEnd())
+
+    async def on_log(self, event: Log) -> None:
+        """Write one line."""
+        raise NotImplementedError
 
     def again(self, event: Log, values: Iterable[str]) -> bool:
         """Whether the file has this line from an earlier life."""
