@@ -19,7 +19,7 @@ errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.budget data.layout
 data.iterable
 losses schedulers optimizers metrics monitors
-data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
+data.seen data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
 data.opening data.stores data.choosing
 data.options data.transform data.survey
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from streamtrain.data.budget import available_memory
 from streamtrain.data.decode import Bytes, Decoder
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
+from streamtrain.data.seen import Seen, Signature, changed
 from streamtrain.errors import DataError, EnvironmentProblem
 
 T = TypeVar("T")
@@ -50,8 +51,6 @@ LEAVE_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 """How long it waits for all that it does."""
 _REMOTE_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs"})
-
-Signature = tuple[int, int, int]
 
 
 class Scratch:
@@ -137,7 +136,7 @@ class StoreFiles:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_maps = max(8, limit - SPARE_DESCRIPTORS) // 2 if maps is None else maps
         self.opened_at = time.time_ns()
-        self._seen: dict[str, Signature] = {}
+        self._seen = Seen(root)
 
     def open(self, key: str) -> tuple[int, os.stat_result]:
         """A descriptor of a regular file inside the store and its status. Raises OSError or ValueError."""
@@ -155,11 +154,9 @@ class StoreFiles:
     def check_unchanged(self, key: str, status: os.stat_result) -> None:
         """Raise ValueError with sizes and times if the file is not what it was when first read."""
         signature = (status.st_size, status.st_mtime_ns, status.st_ino)
-        known = self._seen.setdefault(key, signature)
-        if len(self._seen) > 1 << 16:
-            self._seen.clear()
+        known = self._seen.first(key, signature)
         if known != signature:
-            raise ValueError(_changed(known, signature))
+            raise ValueError(changed(known, signature))
 
     def check_absent(self, key: str) -> None:
         """Raise ValueError if what can't be found was there before, or if a link to nothing stands in its place."""
@@ -183,7 +180,7 @@ class StoreFiles:
             now = os.stat(path)
             signature = (now.st_size, now.st_mtime_ns, now.st_ino)
             if signature != kept.signature:
-                raise ValueError(_changed(kept.signature, signature))
+                raise ValueError(changed(kept.signature, signature))
             return kept
         fd, status = self.open(key)
         try:
@@ -242,13 +239,6 @@ def populate(memory: mmap.mmap, start: int, size: int) -> None:
     except OSError as error:
         if error.errno == errno.EFAULT:
             raise ValueError("it was cut short while it was mapped") from error
-
-
-def _changed(old: Signature, new: Signature) -> str:
-    def when(ns: int) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9)) + f".{ns % 10**9 // 10**6:03d}"
-
-    return f"it changed during the run: {old[0]} bytes of {when(old[1])} before, {new[0]} bytes of {when(new[1])} now"
 
 
 def read_into(fd: int, out: Bytes, offset: int) -> int:
