@@ -38,6 +38,8 @@ from streamtrain.errors import DataError, EnvironmentProblem
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
 MADV_POPULATE_READ = 22
 """Linux 5.14: fault all pages in at once, with an error in place of a signal if the file is shorter."""
 INDEX_CACHE_BYTES = 16 << 20
@@ -85,8 +87,9 @@ def anonymous(size: int) -> Bytes:
 class ChunkReader(Protocol):
     """Reads one array's chunks."""
 
-    lane: str
-    """`mmap`, `pread` or `zarr`."""
+    @property
+    def lane(self) -> str:
+        """`mmap`, `pread` or `zarr`; for `mmap` with the reads that fell back to `pread`, and why."""
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
@@ -137,6 +140,8 @@ class StoreFiles:
         self.max_maps = max(8, limit - SPARE_DESCRIPTORS) // 2 if maps is None else maps
         self.opened_at = time.time_ns()
         self._seen = Seen(root)
+        self.refused: dict[str, int] = {}
+        """Why the machine refused a memory map, and how often: each time `pread` took its place."""
 
     def open(self, key: str) -> tuple[int, os.stat_result]:
         """A descriptor of a regular file inside the store and its status. Raises OSError or ValueError."""
@@ -182,25 +187,43 @@ class StoreFiles:
             if signature != kept.signature:
                 raise ValueError(changed(kept.signature, signature))
             return kept
-        fd, status = self.open(key)
         try:
-            if not self.settled(status) or status.st_size == 0:
-                return None
-            self.check_unchanged(key, status)
-            memory = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            fd, status = self.open(key)
+            try:
+                if not self.settled(status) or status.st_size == 0:
+                    return None
+                self.check_unchanged(key, status)
+                memory = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            finally:
+                os.close(fd)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise
-            self.close()  # others took the descriptors: make room, and read this one by pread
+            self._make_room(key, error.strerror or str(error))
             return None
-        finally:
-            os.close(fd)
         made = Map(memory, (status.st_size, status.st_mtime_ns, status.st_ino))
         with self._lock:
             self._maps[key] = made
             while len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
         return made
+
+    def _make_room(self, key: str, reason: str) -> None:
+        """Others took the descriptors or the address space: forget all maps, and have this file read by pread."""
+        with self._lock:
+            kept = len(self._maps)
+            self._maps.clear()
+            first = reason not in self.refused
+            self.refused[reason] = self.refused.get(reason, 0) + 1
+        if first:
+            logger.warning(
+                "%s: no memory map of %s beside %d others (%s): they are let go, and files are read by pread where a "
+                "map is refused, which is slower. `ulimit -n`, or larger chunks, mend that; io='pread' asks for no map",
+                self.root,
+                key,
+                kept,
+                reason,
+            )
 
     def close(self) -> None:
         """Forget all maps; each is unmapped when nobody reads it any more."""
@@ -260,13 +283,19 @@ class LocalReader:
         self.layout, self._files, self._decoder = layout, files, Decoder(layout)
         small = layout.shard_shape is not None and layout.chunk_bytes <= SMALL_CHUNK
         self._mapped = mapped and (layout.raw or small)
-        self.lane = "mmap" if self._mapped else "pread"
         self._indexes: OrderedDict[str, NDArray[np.uint64]] = OrderedDict()
         self._lock = threading.Lock()
         self._checked = len(layout.codecs) > 0
         large = math.prod(layout.shape) * layout.dtype.itemsize > available_memory() // 2
         self._touch: Literal["once", "always"] = "always" if large else "once"
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if layout.ndim and layout.axes[0] == 0 else 0
+
+    @property
+    def lane(self) -> str:
+        if not self._mapped:
+            return "pread"
+        refused = ", ".join(f"{count} by pread: {reason}" for reason, count in self._files.refused.copy().items())
+        return f"mmap ({refused})" if refused else "mmap"
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False

@@ -70,7 +70,8 @@ class StreamStatistics:
     """How a stream does; sums are of the live pass, or else of the last one."""
 
     lanes: Mapping[str, str]
-    """Which lane reads each array: `mmap`, `pread`, or `zarr` with the reason why no fast lane can."""
+    """Which lane reads each array: `mmap`, `pread`, or `zarr` with the reason why no fast lane can. Where the machine
+    refused maps of the store's files, `mmap` has with it how many were read by `pread` instead, and why."""
     chunks: int
     """Chunks that were asked for. Many more than the dataset has: see `plan().read_amplification`."""
     bytes_read: int

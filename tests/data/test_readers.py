@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import mmap
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -494,18 +496,43 @@ def test_the_limit_of_maps_is_below_that_of_descriptors(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_without_descriptors_maps_give_way_to_pread(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def descriptors(free: int) -> Iterator[None]:
+    """So many can be opened meanwhile, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    taken = [os.open("/dev/null", os.O_RDONLY)]
+    while taken[-1] < highest:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 1 + free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+def test_without_descriptors_maps_give_way_to_pread_and_it_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Others may take the descriptors that the limit of maps counted on."""
     data = raw(tmp_path, shape=(200, 3))
     lane = reader(tmp_path, "mmap", StoreFiles(tmp_path, maps=1000))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, hard))
-    try:
+    with descriptors(20):
         for chunk in range(100):
             assert np.array_equal(read(lane, (chunk, 0)), data[2 * chunk : 2 * chunk + 2])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "(Too many open files): they are let go, and files are read by pread" in said
+    assert re.fullmatch(r"mmap \(\d+ by pread: Too many open files\)", lane.lane)
+
+
+def test_without_descriptors_for_opening_either_maps_make_room(tmp_path: Path) -> None:
+    data = raw(tmp_path, shape=(20, 3))
+    lane = reader(tmp_path, "mmap")
+    read(lane, (0, 0))
+    with descriptors(0):
+        assert np.array_equal(read(lane, (1, 0)), data[2:4])
 
 
 def test_a_map_lives_as_long_as_somebody_reads_it(tmp_path: Path) -> None:
