@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import aiofiles
 
 from streamtrain.callbacks.base import Callback
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import EnvironmentProblem, StreamtrainError
 from streamtrain.events import Log, TrainBegin, TrainEnd
 
 logger = logging.getLogger(__name__)
@@ -49,19 +49,22 @@ class LineFile:
         self._taken: list[str | Change] = []
         self._hurry = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
-        self._failure: EnvironmentProblem | None = None
+        self._failure: StreamtrainError | None = None
 
     async def open(self, prepare: Change) -> None:
-        """Have `prepare(path)` run in the thread, then open the file. Raises EnvironmentProblem."""
+        """Have `prepare(path)` run in the thread, then open the file. Raises EnvironmentProblem where the disk refuses.
+
+        Whatever else goes wrong, here or later, is a StreamtrainError with the reason.
+        """
         try:
             await self._run(prepare)
             await self._reopen()
-        except OSError as error:
+        except Exception as error:
             self._executor.shutdown(wait=False)
             raise self._problem(error) from error
 
     def put(self, line: str) -> None:
-        """Write this line, newline included, soon. Raises EnvironmentProblem if an earlier one could not be written."""
+        """Write this line, newline included, soon. Raises if an earlier one could not be written, and says why."""
         self._put(line)
 
     def change(self, change: Change) -> None:
@@ -81,7 +84,7 @@ class LineFile:
         return list(dict.fromkeys(item for item in [*self._taken, *waiting] if isinstance(item, str)))
 
     async def close(self) -> None:
-        """Write what waits, close the file and end the thread. Raises EnvironmentProblem if a line is missing."""
+        """Write what waits, close the file and end the thread. Raises if a line is missing and nobody was told."""
         self._hurry.set()
         told, idle = self._failure is not None, False
         try:
@@ -90,7 +93,7 @@ class LineFile:
             if self._raw is not None:
                 await self._raw.close()
             idle = True
-        except OSError as error:
+        except Exception as error:
             self._failure, idle = self._problem(error), True
         finally:
             # If we are cancelled the thread may be in the middle of something: then it ends by itself.
@@ -108,7 +111,7 @@ class LineFile:
                 self._waiting = []
                 await self._write(self._taken)
                 self._taken = []
-        except OSError as error:
+        except Exception as error:  # a line that is lost in silence would be missed by nobody
             self._failure = self._problem(error)
 
     async def _write(self, items: Iterable[str | Change]) -> None:
@@ -137,11 +140,17 @@ class LineFile:
     async def _run(self, change: Change) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, change, self.path)
 
-    def _problem(self, error: OSError) -> EnvironmentProblem:
-        return EnvironmentProblem(
-            f"{self.path} can't be written: {error.strerror or error}",
-            hint="make room on the disk, or mend the permissions; checkpoints are untouched",
-        )
+    def _problem(self, error: Exception) -> StreamtrainError:
+        hint = "make room on the disk, or mend the permissions; checkpoints are untouched"
+        if isinstance(error, OSError):
+            problem: StreamtrainError = EnvironmentProblem(
+                f"{self.path} can't be written: {error.strerror or error}", hint=hint
+            )
+        else:
+            hint = "what it was given does not fit this log; --debug shows where. Checkpoints are untouched"
+            problem = StreamtrainError(f"{self.path} can't be written: {type(error).__name__}: {error}", hint=hint)
+        problem.__cause__ = error
+        return problem
 
 
 def rewrite(path: Path, edit: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtrain.callbacks.lines import LineFile, cut, rewrite
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import EnvironmentProblem, StreamtrainError
 
 
 def nothing(path: Path) -> None:
@@ -78,6 +78,38 @@ async def test_after_a_failure_each_line_says_so_until_the_end(tmp_path: Path) -
     with pytest.raises(EnvironmentProblem):
         file.put("a\n")
     assert threads() == []
+
+
+async def test_any_other_failure_ends_the_log_and_is_told_too(tmp_path: Path) -> None:
+    file = await opened(tmp_path / "x")
+    file.put("a\n")
+    file.put("\ud800\n")  # half a character: no encoding has it
+    assert file._writer is not None
+    await asyncio.wait([file._writer])
+    with pytest.raises(StreamtrainError, match="/x can't be written: UnicodeEncodeError: ") as caught:
+        file.put("b\n")
+    assert isinstance(caught.value.__cause__, UnicodeEncodeError)
+    await file.close()
+    assert threads() == []
+
+
+async def test_an_end_tells_of_a_failure_that_nobody_heard_of(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise ValueError("no such column")
+
+    file = await opened(tmp_path / "x")
+    file.change(fail)
+    with pytest.raises(StreamtrainError, match="/x can't be written: ValueError: no such column"):
+        await file.close()
+    assert threads() == []
+
+
+async def test_a_beginning_that_fails_leaves_no_thread(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise ValueError("no step in line 3")
+
+    with pytest.raises(StreamtrainError, match="/x can't be written: ValueError: no step in line 3"):
+        await LineFile(tmp_path / "x").open(fail)
 
 
 async def test_an_end_that_is_cancelled_leaves_no_thread(tmp_path: Path) -> None:
