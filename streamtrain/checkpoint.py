@@ -541,4 +541,6 @@ def _read_json(files: dict[str, int]) -> dict[str, Json]:
         raise _Damaged(STATE, f"it can't be read: {error!s:.120}") from error
     if not isinstance(document, dict) or not {"model", "optimizer", "state"} <= document.keys():
         raise _Damaged(STATE, "it does not hold model, optimizer and state")
+    if unknown := document.keys() - {"format", "model", "optimizer", "state"}:
+        raise _Damaged(STATE, f"nobody knows its {', '.join(sorted(unknown))}")
     return document

@@ -33,6 +33,11 @@ from streamtrain.step import TrainStep
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+KEYS = frozenset(
+    {"version", "step", "progress", "stream", "rng", "epoch_rng", "scheduler", "scaler", "callbacks", "metrics"}
+    | {"window", "means", "settings", "habits", "ended", "config"}
+)
+"""What the state of this version holds."""
 
 
 @dataclass(kw_only=True)
@@ -95,6 +100,20 @@ class Life:
         trees.check(self.optimizer.state_dict(), "optimizer")
         trees.check(dict(self.model.state_dict()), "model")
 
+    def _check_keys(self, state: Mapping[str, Any], path: Path) -> None:
+        """Refuse a state with a key too few or too many: what is left out would be lost in silence."""
+        for name, saved, known in (
+            ("state", state, KEYS),
+            ("state.progress", state.get("progress", {}), self.progress.state_dict().keys()),
+        ):
+            wrong = [f"{key!r} is unknown" for key in sorted(saved.keys() - known, key=str)]
+            wrong += [f"{key!r} is missing" for key in sorted(known - saved.keys())]
+            if wrong:
+                raise CheckpointError(
+                    f"checkpoint {path}: its {name} is not one of this streamtrain: {', '.join(wrong)}",
+                    hint="Was it edited, or written by another version? That version, or another checkpoint, goes on.",
+                )
+
     def snapshot(self, state: Tree) -> Snapshot:
         """A copy of everything, in memory of its own; on the train thread, between two updates."""
         model = trees.clone(dict(self.model.state_dict()))
@@ -106,6 +125,7 @@ class Life:
         state = snapshot.state
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
+        self._check_keys(state, path)
         told = [*_model_differences(snapshot.model, self.model), *_differences(state["settings"], self.settings)]
         _refuse(told, path)
         if self.stream is not None and state["stream"] is not None:

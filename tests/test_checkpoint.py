@@ -269,6 +269,15 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None
     assert str(problems(tmp_path)[path.name]).startswith("manifest.json, it")
 
 
+def test_a_state_with_more_than_it_should_hold_is_refused(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, 1)
+    contents = {name: (path / name).read_bytes() for name in FILES}
+    contents[STATE] = json.dumps({**json.loads(contents[STATE]), "hook": 1}).encode()
+    forge(tmp_path / "forged", contents)
+    with pytest.raises(CheckpointError, match=r"forged: state.json, nobody knows its hook"):
+        checkpoint.read(tmp_path / "forged")
+
+
 @pytest.mark.parametrize("path", ["absent", "file"])
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")

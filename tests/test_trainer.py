@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.control import Control, Save
@@ -702,6 +703,31 @@ async def test_a_folder_with_checkpoints_wants_to_know_what_to_do(tmp_path: Path
     with pytest.raises(ConfigError, match="resume was not given") as caught:
         await trainer(run_dir=tmp_path).fit(Samples())
     assert "resume='auto'" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(hook=1), "its state is not one of this streamtrain: 'hook' is unknown"),
+        (lambda state: state.pop("rng"), "its state is not one of this streamtrain: 'rng' is missing"),
+        (lambda state: state["progress"].update(lap=1), "its state.progress is not one .*: 'lap' is unknown"),
+    ],
+)
+async def test_a_state_with_a_key_too_many_or_too_few_is_refused(
+    tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
+    result = await trainer(run_dir=tmp_path).fit(Samples())
+    assert result.checkpoint is not None
+    path = result.checkpoint
+
+    def edit() -> None:
+        snapshot = checkpoint.read(path)
+        change(snapshot.state)
+        checkpoint.commit(path, snapshot, replace=True)
+
+    await asyncio.to_thread(edit)
+    with pytest.raises(CheckpointError, match=message):
+        await trainer(run_dir=tmp_path).fit(Samples(), max_epochs=2, resume="auto")
 
 
 async def test_another_model_or_optimizer_is_refused_with_a_table(tmp_path: Path) -> None:
