@@ -123,7 +123,30 @@ def _options(kind: type[Optimizer], table: Mapping[str, Any], where: str) -> dic
             found = difflib.get_close_matches(str(key), known, 1)
             hint = f"Did you mean {found[0]!r}?" if found else f"Known: {', '.join(known)}."
             raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    for key, value in given.items():
+        if key == "lr":
+            continue  # seen to elsewhere
+        _check_like(value, inspect.signature(kind).parameters[key].default, f"{where}.{key}")
+    return given
+
+
+def _check_like(value: object, default: object, where: str) -> None:
+    """Refuse what is not of the kind of torch's default: its own checks fail on it in words about Python."""
+
+    def number(one: object) -> bool:
+        plain = isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one)
+        return plain or isinstance(one, torch.Tensor)
+
+    if isinstance(default, tuple):
+        if not isinstance(value, tuple) or len(value) != len(default) or not all(map(number, value)):
+            like = list(default)
+            raise ConfigError(f"{where} must be {len(like)} numbers, got {value!r}", hint=f"For instance {like}.")
+    elif default is None or isinstance(default, bool):
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{where} must be true or false, got {value!r}", hint=f"torch's default is {default}.")
+    elif isinstance(default, int | float) and not number(value):
+        raise ConfigError(f"{where} must be a number, got {value!r}", hint=f"torch's default is {default}.")
 
 
 def _groups(model: nn.Module, rules: Sequence[Any], kind: type[Optimizer]) -> list[dict[str, Any]]:

@@ -64,6 +64,25 @@ def test_torchs_keywords_are_passed_on_and_lists_become_tuples() -> None:
     assert build_optimizer(model(), {"name": "adam", "betas": [0.8, 0.9]}).param_groups[0]["betas"] == (0.8, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": 3}, "optimizer.betas must be 2 numbers, got 3"),
+        ({"betas": [0.9]}, r"optimizer.betas must be 2 numbers, got \(0.9,\)"),
+        ({"betas": "x"}, "optimizer.betas must be 2 numbers, got 'x'"),
+        ({"eps": "x"}, "optimizer.eps must be a number, got 'x'"),
+        ({"weight_decay": True}, "optimizer.weight_decay must be a number, got True"),
+        ({"amsgrad": 1}, "optimizer.amsgrad must be true or false, got 1"),
+        ({"fused": "yes"}, "optimizer.fused must be true or false, got 'yes'"),
+        ({"rules": [("bias", {"betas": 3})]}, r"optimizer.rules\[0\].betas must be 2 numbers, got 3"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused_in_words_about_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_optimizer(model(), {"name": "adamw", **options})
+    assert caught.value.hint
+
+
 def test_a_parameter_follows_the_first_rule_that_names_it() -> None:
     of = model()
     rules = [(r"bias$|^1\.", {"weight_decay": 0.0}), ["weight", {"lr": 0.5}]]
