@@ -28,6 +28,7 @@ NAMES = ("constant", "cosine", "linear", "step")
 _KEYS = ("name", "warmup", "min_lr", "interval", "total", "step_size", "gamma", "monitor")
 _SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|s|sec|second|min|minute|h|hour)s?\s*", re.IGNORECASE)
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+UNITS = "The units are step, epoch, s, sec, second, min, minute, h and hour, with or without an s behind them."
 
 SchedulerSpec = Any
 """None, a name, a dict with a name, a Schedule, or a callable from optimizer to a torch scheduler."""
@@ -41,14 +42,14 @@ def parse_span(text: str | float, what: str, *, bare: str = "step") -> tuple[flo
     if isinstance(text, str):
         match = _SPAN.fullmatch(text)
         if match is None:
-            raise ConfigError(f"{what} must be like '500steps', '1epoch' or '10min', not {text!r}")
+            raise ConfigError(f"{what} must be like '500steps', '1epoch' or '10min', not {text!r}", hint=UNITS)
         amount, unit = float(match[1]), match[2].lower()
         if unit in _SECONDS:
             return amount * _SECONDS[unit], "second"
     elif type(text) in (int, float):
         amount, unit = float(text), bare
     else:
-        raise ConfigError(f"{what} must be like '500steps' or '1epoch', not {text!r}")
+        raise ConfigError(f"{what} must be like '500steps' or '1epoch', not {text!r}", hint=UNITS)
     if unit != "second" and (not amount.is_integer() or amount < 0 or (isinstance(text, str) and amount < 1)):
         raise ConfigError(f"{what} must be a whole number of {unit}s, at least 1, not {text!r}")
     return amount, unit

@@ -249,5 +249,6 @@ def test_spans_are_read(text: Any, span: tuple[float, str]) -> None:
     "text", ["", "steps", "1.5steps", "0steps", "-3steps", "3 days", True, 1.5, None, math.nan, math.inf]
 )
 def test_what_is_no_span_is_refused_with_its_name(text: Any) -> None:
-    with pytest.raises(ConfigError, match="warmup must be"):
+    with pytest.raises(ConfigError, match="warmup must be") as caught:
         parse_span(text, "warmup")
+    assert text != "3 days" or "step, epoch, s, sec, second, min, minute, h and hour" in caught.value.hint

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _EVERY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*")
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "m": 60, "minute": 60, "h": 3600, "hour": 3600}
+UNITS = "for example '10min', '500steps' or '1epoch', or 'auto'; times are in s, sec, second, m, min, minute, h or hour"
 _STALL = 0.01
 """The share of time that saving may cost under "auto"."""
 _SHORTEST, _LONGEST = 30.0, 900.0
@@ -52,7 +53,7 @@ class Schedule:
                 return cls(seconds=number * _SECONDS[unit])
             if number >= 1 and number.is_integer() and unit in ("step", "epoch"):
                 return cls(steps=int(number)) if unit == "step" else cls(epochs=int(number))
-        raise ConfigError(f"every={every!r} is no interval", hint="for example '10min', '500steps', '1epoch' or 'auto'")
+        raise ConfigError(f"every={every!r} is no interval", hint=UNITS)
 
     def due(self, step: int, epoch: int, seconds_since_last: float, *, epoch_end: bool = False) -> bool:
         """Whether to save now.

@@ -18,6 +18,7 @@ from streamtrain.errors import ConfigError, UserCodeError
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+UNITS = "the units are B, KB, MB, GB, TB (of 1000), K, M, G, T, KiB, MiB, GiB and TiB (of 1024)"
 
 
 class BudgetHeld(UserCodeError):
@@ -34,10 +35,12 @@ def parse_bytes(size: str | int, name: str = "memory") -> int:
     elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*([a-zA-Z]*)\s*", size)):
         unit = match[2].lower()
         if unit not in _UNITS:
-            raise ConfigError(f"{name}={size!r}: unknown unit {match[2]!r}", hint="write it like 256MiB or 2GB")
+            raise ConfigError(
+                f"{name}={size!r}: unknown unit {match[2]!r}", hint=f"write it like 256MiB or 2GB; {UNITS}"
+            )
         value = int(Fraction(match[1]) * _UNITS[unit])
     else:
-        raise ConfigError(f"{name} must be a size in bytes, got {size!r}", hint="write it like 256MiB or 2GB")
+        raise ConfigError(f"{name} must be a size in bytes, got {size!r}", hint=f"write it like 256MiB or 2GB; {UNITS}")
     if value < 0:
         raise ConfigError(f"{name} must not be negative, got {size!r}")
     return value

@@ -45,8 +45,9 @@ def test_intervals_are_read(text: str, schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("text", ["", "0steps", "1.5epochs", "-1s", "0min", "ten min", "5", "5 parsecs", "nan s"])
 def test_what_is_no_interval_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no interval"):
+    with pytest.raises(ConfigError, match="is no interval") as caught:
         Schedule.parse(text)
+    assert "times are in s, sec, second, m, min, minute, h or hour" in caught.value.hint
 
 
 @given(st.integers(1, 50), st.integers(0, 200))

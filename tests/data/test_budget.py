@@ -45,6 +45,8 @@ def test_what_is_no_size_is_refused_with_its_name_and_value(size: Any) -> None:
     with pytest.raises(ConfigError, match=r"cache.*") as caught:
         parse_bytes(size, "cache")
     assert repr(size) in str(caught.value)
+    if isinstance(size, str):
+        assert "KiB, MiB, GiB and TiB" in caught.value.hint or size.startswith("-")
 
 
 @pytest.mark.parametrize(
