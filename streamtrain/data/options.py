@@ -161,6 +161,11 @@ def cast_dtypes(dtype: Any) -> np.dtype[Any] | dict[str, np.dtype[Any]] | None:
 
 
 def _one_dtype(dtype: Any) -> np.dtype[Any]:
+    if str(dtype).lower().removeprefix("torch.") in ("bfloat16", "bf16"):
+        raise ConfigError(
+            f"dtype={dtype!r}: streams hand over numpy's dtypes, and bfloat16 is none of them",
+            hint="dtype='float32', and precision='bf16' for the trainer: it casts where that is safe",
+        )
     try:
         found = np.dtype(dtype)
     except TypeError as error:
