@@ -68,6 +68,10 @@ def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> 
     raised, EnvironmentProblem (exit 5) for a device that is not there.
     """
     make_importable(os.getcwd())
+    if config.fit.max_time is not None:
+        from streamtrain.options import duration
+
+        duration(config.fit.max_time, f"{_where(said, ('fit', 'max_time'))}max_time")
     train = stream(config.data, said, "data")
     validation = None if config.validation is None else stream(config.validation, said, "validation")
     if config.trainer.seed is not None:
@@ -223,21 +227,34 @@ def load(target: str, where: str = "") -> object:
     except (Exception, SystemExit) as error:
         raise _import_failed(where, target, module_name, error) from error
     found: object = module
+    done: list[str] = []
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [name for name in dir(found) if not name.startswith("_")]
-            close = nearest(part, public)
             raise ConfigError(
-                f"{where}module {module_name} has no {attribute}",
-                hint=f"Did you mean {close}?" if close else f"It has: {', '.join(public[:12]) or 'nothing public'}.",
+                f"{where}module {module_name} has no {attribute}", hint=_instead(found, done, part, target)
             )
         found = getattr(found, part)
+        done.append(part)
     return found
 
 
+def _instead(found: object, done: list[str], part: str, target: str) -> str:
+    """What to name in place of an attribute that `found` lacks: one like it, `found` itself, or one of its own."""
+    module = target.partition(":")[0]
+    public = [name for name in dir(found) if not name.startswith("_")]
+    close = nearest(part, public)
+    if close:
+        return f"Did you mean {'.'.join([*done, close])}?"
+    if done:
+        return f"Name {'.'.join(done)} itself: {module}:{'.'.join(done)}."
+    own = [name for name in public if getattr(getattr(found, name), "__module__", module) == module] or public
+    return f"It has: {', '.join(own[:12]) or 'nothing public'}."
+
+
 def _import_failed(where: str, target: str, module: str, error: BaseException) -> ConfigError:
+    text = error.msg if isinstance(error, SyntaxError) and error.filename else str(error)
     return ConfigError(
-        f"{where}importing {module} (for {target}) failed: {type(error).__name__}: {error}{_line_of(error)}",
+        f"{where}importing {module} (for {target}) failed: {type(error).__name__}: {text}{_line_of(error)}",
         hint=f'Try `python -c "import {module}"`, or --debug here for the traceback.',
     )
 
@@ -318,7 +335,9 @@ def _where(said: Said, path: tuple[Any, ...]) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """Where in the user's code it was raised."""
+    """Where in the user's code it was raised; of what is no Python at all, the line that is not."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     here = os.path.dirname(__file__)
     theirs = [f for f in frames if not f.filename.startswith((here, "<frozen"))]

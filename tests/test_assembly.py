@@ -53,6 +53,8 @@ def close(outputs, targets, scale=1.0):
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "nets_here.py").write_text(MODULE)
     (tmp_path / "nets_broken.py").write_text("x = 1\nimport no_such_package\n")
+    (tmp_path / "nets_syntax.py").write_text("from torch import nn\nclass Net nn.Module:\n    pass\n")
+    (tmp_path / "nets_indirect.py").write_text("import nets_syntax\n")
     (tmp_path / "nets_raise.py").write_text("def f():\n    return 1 / 0\nf()\n")
     (tmp_path / "nets_exit.py").write_text("raise SystemExit(5)\n")
     monkeypatch.chdir(tmp_path)
@@ -82,6 +84,9 @@ def test_a_model_is_a_class_a_function_or_a_module(target: str, arguments: dict[
 
 WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("nets_here:Nett", {}, "module nets_here has no Nett", "Did you mean Net?"),
+    ("nets_here:Net.zz", {}, "module nets_here has no Net.zz", "Name Net itself: nets_here:Net."),
+    ("nets_here:Net.forwards", {}, "module nets_here has no Net.forwards", "Did you mean Net.forward?"),
+    ("nets_here:zz", {}, "module nets_here has no zz", "It has: Bare, Broken, Net, close, factory, leaves, made, n"),
     ("nets_her:Net", {}, "there is no module nets_her (for nets_her:Net)", "Modules are looked for in"),
     (
         "nets_broken:Net",
@@ -96,6 +101,18 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("nets_here:Bare", {}, "nets_here:Bare gave a Bare without parameters: nothing to train", "Check that"),
     ("nets_here:Net", {"widht": 3}, "unknown key model.args.widht: nets_here:Net takes no", "Did you mean width?"),
     (
+        "nets_syntax:Net",
+        {},
+        "importing nets_syntax (for nets_syntax:Net) failed: SyntaxError: invalid syntax (nets_syntax.py:2)",
+        "Try",
+    ),
+    (
+        "nets_indirect:Net",
+        {},
+        "importing nets_indirect (for nets_indirect:Net) failed: SyntaxError: invalid syntax (nets_syntax.py:2)",
+        "Try",
+    ),
+    (
         "nets_here:factory",
         {},
         "nets_here:factory cannot be made: missing a required argument: 'width'",
@@ -108,7 +125,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
 def test_what_is_no_model_is_said(target: str, arguments: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         made(target, **arguments)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).replace(f"{Path.cwd()}/", "").startswith(message)
     assert caught.value.hint.startswith(hint)
 
 
