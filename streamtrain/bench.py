@@ -109,7 +109,7 @@ def in_words(measured: Measured) -> Iterator[str]:
     yield f"  processor {measured.cpu_s:.2f} s ({cores:.2f} cores); peak memory {format_bytes(measured.peak_rss_bytes)}"
     stages = measured.stages
     for name, lane in stages["lanes"].items():
-        yield f"  {name or 'array'} by {lane}"
+        yield f"  {name} by {lane}"
     times = {name.removesuffix("_seconds"): stages[name] for name in stages if name.endswith("_seconds")}
     yield "  time of the threads: " + ", ".join(f"{name} {value:.2f} s" for name, value in times.items())
 

@@ -15,7 +15,7 @@ from streamtrain import assembly
 from streamtrain.config import DataTable, Said, resolve_data
 from streamtrain.data import opening
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.layout import ALONE, ArrayLayout
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
@@ -108,14 +108,14 @@ def chosen(table: DataTable, layouts: Mapping[str, ArrayLayout]) -> DataTable:
 def describe(name: str, array: OpenArray | DataError) -> list[str]:
     """How an array is stored and which lane reads it."""
     if isinstance(array, DataError):
-        return [f"{name or 'array'}: can't be read: {array}"]
+        return [f"{name or ALONE}: can't be read: {array}"]
     layout = array.layout
     size = math.prod(layout.shape) * layout.dtype.itemsize
     shards = f" in shards {_shape(layout.file_shape)}" if layout.shard_shape else ""
     file_bytes = math.prod(layout.file_shape) * layout.dtype.itemsize
     codecs = ", ".join(_codec(codec.name, codec.config) for codec in layout.codecs) or "none: raw bytes"
     return [
-        f"{name or 'array'}: {layout.dtype.name} {_shape(layout.shape)}, {format_bytes(size)}",
+        f"{name or ALONE}: {layout.dtype.name} {_shape(layout.shape)}, {format_bytes(size)}",
         f"  chunks {_shape(layout.chunk_shape)} of {format_bytes(layout.chunk_bytes)}{shards}; "
         f"{layout.num_files} files of at most {format_bytes(file_bytes)} decoded",
         f"  codecs {codecs if array.fallback is None else 'see below'}",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
-from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.layout import ALONE, ArrayLayout
 from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import ChunkReader, Scratch
 
@@ -223,7 +223,7 @@ class Feed:
         self, chunk: tuple[int, ...], rows: tuple[int, int], scratch: Scratch, *, few: bool
     ) -> NDArray[Any] | None:
         """A decoded chunk, from the cache if there is one; None if absent. Of its first axis `rows` will be used."""
-        scratch.reading = (f"array {self.layout.name or '/'!r}: chunk {'.'.join(map(str, chunk))}", time.monotonic())
+        scratch.reading = (f"array {self.layout.name or ALONE!r}: chunk {'.'.join(map(str, chunk))}", time.monotonic())
         scratch.chunks += 1
         try:
             if self.cache is None:

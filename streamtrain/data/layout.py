@@ -23,6 +23,8 @@ from streamtrain.errors import DataError
 MAX_SAMPLES = 1 << 48
 MAX_CHUNK_BYTES = 1 << 36
 ABSENT = (1 << 64) - 1
+ALONE = "array"
+"""What the array of a store that is one array is called: in messages, in `statistics()`, by every command."""
 TRAINABLE = "bool, int8 to int64, uint8 to uint64, float16 to float64, complex64 and complex128"
 PLAIN_CODECS = frozenset({"zstd", "blosc", "gzip", "zlib", "lz4"})
 """Bytes-to-bytes codecs that numcodecs decodes into a buffer of ours."""
@@ -136,18 +138,26 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
     """
     shape = tuple(int(s) for s in metadata["shape"])
     if not trainable(dtype):
-        raise DataError(f"array {name!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
+        raise DataError(
+            f"array {name or ALONE!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}"
+        )
     if fill_value is None:  # Zarr 2 leaves it open; zarr reads zero
         fill_value = dtype.type(0)
     parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3
     layout = replace(parse(name, shape, metadata, dtype, fill_value), dims=_dims(metadata, len(shape)))
     if any(s < 0 for s in shape) or math.prod(shape) > MAX_SAMPLES:
-        raise DataError(f"array {name!r} claims the shape {shape}: no length is negative, and 2^48 elements are most")
+        raise DataError(
+            f"array {name or ALONE!r} claims the shape {shape}: no length is negative, and 2^48 elements are most"
+        )
     if any(c <= 0 for c in layout.chunk_shape + layout.file_shape):
-        raise DataError(f"array {name!r} claims chunks of shape {layout.file_shape}: each length must be at least 1")
+        raise DataError(
+            f"array {name or ALONE!r} claims chunks of shape {layout.file_shape}: each length must be at least 1"
+        )
     if layout.chunk_bytes > MAX_CHUNK_BYTES:
         size = format_bytes(min(layout.chunk_bytes, 1 << 100))
-        raise DataError(f"array {name!r} claims chunks of {size}; at most {format_bytes(MAX_CHUNK_BYTES)} is read")
+        raise DataError(
+            f"array {name or ALONE!r} claims chunks of {size}; at most {format_bytes(MAX_CHUNK_BYTES)} is read"
+        )
     return layout
 
 
@@ -197,7 +207,9 @@ def _parse_v3(
         elif _endian(config["index_codecs"][0]) != "little":
             slow = "a big-endian shard index"
         if any(s % c for s, c in zip(shard_shape, chunk_shape, strict=True) if c):
-            raise DataError(f"array {name!r}: shards of {shard_shape} don't hold whole chunks of {chunk_shape}")
+            raise DataError(
+                f"array {name or ALONE!r}: shards of {shard_shape} don't hold whole chunks of {chunk_shape}"
+            )
     axes = tuple(range(len(shape)))
     plain: list[Codec] = []
     seen_bytes = False

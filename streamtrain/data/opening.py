@@ -19,7 +19,7 @@ from zarr.abc.store import Store
 from zarr.api import asynchronous as zarr_api
 from zarr.storage import LocalStore
 
-from streamtrain.data.layout import ArrayLayout, parse_array
+from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
 from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local
 from streamtrain.errors import ConfigError, DataError
 
@@ -85,7 +85,7 @@ async def open_arrays(
     node = await _opened(where, "")
     if names is None:
         array = await _only_array(node, where)
-        found = {array.path.rpartition("/")[2] or "array": array}
+        found = {array.path.rpartition("/")[2] or ALONE: array}
     elif not isinstance(node, zarr.AsyncGroup):
         raise DataError(f"{where.name} is one array, not a group with {', '.join(names)}", hint="leave inputs= out")
     else:
@@ -153,7 +153,7 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
             return await _array_at(where, name)
         near = difflib.get_close_matches(name, names, 1)
         there = f"there are: {', '.join(names)}" if names else "there is none"
-        hint = f"did you mean {near[0]!r}?" if near else there
+        hint = f"did you mean {near[0]!r}?" if near else "name one of those" if names else _NO_STORE
         raise DataError(f"{where.name} has no array {name!r}; {there}", hint=hint) from None
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]

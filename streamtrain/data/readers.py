@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.budget import available_memory
 from streamtrain.data.decode import Bytes, Decoder
-from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
+from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
 from streamtrain.data.seen import Seen, Signature, changed
 from streamtrain.errors import DataError, EnvironmentProblem
 
@@ -106,7 +106,7 @@ def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: 
     rows = ", ".join(f"{a}:{b}" for a, b in layout.box(chunk))
     where = ".".join(map(str, chunk)) or "0"
     return DataError(
-        f"array {layout.name or '/'!r}: chunk {where} (rows [{rows}]) in {path}: {cause}",
+        f"array {layout.name or ALONE!r}: chunk {where} (rows [{rows}]) in {path}: {cause}",
         hint="restore the file from its source, or convert the data again",
     )
 
@@ -567,7 +567,7 @@ class ZarrReader:
         except TimeoutError:
             where = ".".join(map(str, chunk)) or "0"
             raise EnvironmentProblem(
-                f"array {layout.name or '/'!r}: chunk {where} was not read within {self._timeout:g} s",
+                f"array {layout.name or ALONE!r}: chunk {where} was not read within {self._timeout:g} s",
                 hint="check the storage, or raise read_timeout",
             ) from None
         except Exception as error:
