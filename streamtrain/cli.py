@@ -5,6 +5,7 @@ Its law: nothing heavy is imported before a command needs it, so that help is qu
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -19,7 +20,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from streamtrain import __version__
 from streamtrain.complaints import complain, say, usage_error
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, EnvironmentProblem
 from streamtrain.flags import Flags, StreamFlags, assignments, normalise, parse_value
 from streamtrain.signals import Interrupted
 from streamtrain.spelling import shown
@@ -38,6 +39,7 @@ Exit codes: 0 done; 1 internal; 2 usage or configuration; 3 data; 4 checkpoint;
 5 environment (disk, memory, device, a read that hangs); 6 not finite; 7 user
 code; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM after saving.
 """
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DEBUG = "--debug, with any command, adds the traceback of an error."
 
 app = App(
@@ -209,7 +211,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 128 + signum
     except Exception as error:
-        return say(error, debug=debug)
+        return say(_of_stdout(error) or error, debug=debug)
+
+
+def _of_stdout(error: Exception) -> EnvironmentProblem | None:
+    """The error in other words, if it is that our output can't be written; then nothing more goes there."""
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in FULL:
+        return None
+    try:
+        sys.stdout.write("\n")  # an error without a file's name can be anybody's: what fails again is ours
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EnvironmentProblem(
+            f"the output can't be written: {error.strerror or error}",
+            hint="Make room where stdout goes, or send it elsewhere. What was done before stands.",
+        )
+    return None
 
 
 def _command(tokens: list[str]) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import zarr
 
+from data_tools.convert import COMPLETE
 from data_tools.synth import synth
 from streamtrain.checkpoint import commit
 from streamtrain.cli import main
@@ -131,6 +132,24 @@ def test_a_reader_that_has_seen_enough_ends_it_in_peace(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("command", ["--help", "--version", "inspect STORE", "bench STORE --seconds 0.01"])
+def test_an_output_that_is_full_is_named_with_what_to_do(command: str, store: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "streamtrain", *command.replace("STORE", str(store)).split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 5
+    assert done.stderr.splitlines() == [
+        "error: the output can't be written: No space left on device",
+        "hint: Make room where stdout goes, or send it elsewhere. What was done before stands.",
+    ]
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     for step in (10, 20):
@@ -219,6 +238,23 @@ def test_bench_measures_in_one_json_object_without_torch(store: Path) -> None:
     assert measured["bytes_per_s"] == pytest.approx(measured["samples_per_s"] * 20)
     assert measured["stages"]["lanes"] == {"x": "pread", "y": "pread"}
     assert measured["stages"]["chunks"] >= 20
+
+
+def test_a_store_of_one_array_is_called_the_same_by_all(tmp_path: Path, capsys: Capture) -> None:
+    one = tmp_path / "one.zarr"
+    zarr.create_array(one, data=np.ones((64, 4)), chunks=(16, 4), compressors=None, attributes={**COMPLETE})
+    assert main(["inspect", str(one)]) == 0
+    assert capsys.readouterr().out.startswith("array: float64 64 x 4")
+    assert main(["bench", str(one), "--seconds", "0.01"]) == 0
+    assert "\n  array by mmap\n" in capsys.readouterr().out
+    (one / "c/1/0").unlink()
+    assert main(["bench", str(one), "--seconds", "0.01"]) == 3
+    assert "error: array 'array': chunk 1.0 " in capsys.readouterr().err
+    metadata = json.loads((one / "zarr.json").read_text())
+    (one / "zarr.json").write_text(json.dumps({**metadata, "shape": [10**15, 4]}))
+    assert main(["inspect", str(one)]) == 3
+    shown = capsys.readouterr()
+    assert "array: can't be read: array 'array' claims the shape" in shown.out
 
 
 def test_bench_tells_people_in_words(store: Path, capsys: Capture) -> None:
