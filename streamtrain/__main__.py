@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 
 def main() -> int:
@@ -12,9 +14,20 @@ def main() -> int:
     try:
         from streamtrain.cli import main as run
 
-        return run()
-    except KeyboardInterrupt:  # before the commands could see to it
-        return 130
+        code = run()
+        if code <= 128:
+            return code
+    except KeyboardInterrupt:  # before the commands could see to it, or while they said how they ended
+        code = 130
+    return _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End after a signal, when all is saved and said: what Python does at its end may wait for a read to return."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, KeyboardInterrupt):
+            stream.flush()
+    os._exit(code)
 
 
 def _open_standard_files() -> None:

@@ -64,15 +64,15 @@ class Watch:
 
     def _first(self, signum: int) -> None:
         self.signum, self._when = signum, time.monotonic()
+        self._news.put(signum)
         if self._trainer is None:
             raise Interrupted(signum)
         self._stop()
-        self._news.put(signum)
 
     def _second(self, signum: int) -> None:
         if time.monotonic() - self._when >= SAME:
             leave(self.signum)
-        elif self._trainer is not None:
+        else:
             self._news.put(signum)
 
     def _stop(self) -> None:
@@ -84,12 +84,14 @@ class Watch:
         signum, patience = self._news.get(), self.grace
         if not signum:
             return
-        _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
+        if self._trainer is not None:
+            _tell(f"{signal.Signals(signum).name}: finishing the step and saving; once more to leave at once")
         try:
             while self._news.get(timeout=patience):
                 patience = min(HURRY, self.grace)
         except queue.Empty:
-            _tell(f"not saved within {patience:g} s: leaving, the last checkpoint stands")
+            what = "ended" if self._trainer is None else "saved"
+            _tell(f"not {what} within {patience:g} s: leaving, the last checkpoint stands")
             os._exit(128 + signum)
 
 

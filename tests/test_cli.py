@@ -150,6 +150,23 @@ def test_an_output_that_is_full_is_named_with_what_to_do(command: str, store: Pa
     ]
 
 
+SLOW = """
+import signal, threading
+from torch import nn
+
+threading.Thread(target=threading.Event().wait, args=(60,)).start()
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_after_a_ctrl_c_no_thread_keeps_the_process(store: Path, tmp_path: Path) -> None:
+    """Such as one of zarr's in a read that hangs: Python would wait for it at its end."""
+    (tmp_path / "slow_nets.py").write_text(SLOW)
+    done = child("fit", "--data", str(store), "--inputs", "x", "--model", "slow_nets:Net", cwd=tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == "error: ended by SIGINT\nhint: The same command starts over.\n"
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     for step in (10, 20):

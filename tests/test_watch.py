@@ -107,3 +107,19 @@ def test_a_second_signal_or_lost_patience_ends_the_process(
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == code
     assert said in done.stderr
+
+
+def test_a_second_ctrl_c_ends_what_is_slow_to_unwind_before_training() -> None:
+    source = """
+import signal, threading
+from streamtrain.watch import Watch
+with Watch(grace=60):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        threading.Event().wait(60)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "\nnot ended within 1.5 s: leaving, the last checkpoint stands\n"
