@@ -34,7 +34,8 @@ from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
 from streamtrain.data.survey import Place, Sizes
-from streamtrain.data.transform import Transform, apply, batch_bytes
+from streamtrain.data.transform import Transform, apply
+from streamtrain.data.transforming import Made, Ready, ThreadRunner, TransformStage
 from streamtrain.data.workers import Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
 
@@ -46,9 +47,6 @@ BLOCKS_AHEAD = 3
 """Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled."""
 POLL = 0.02
 """Seconds between two looks at a budget that other streams hold."""
-GROUP_BYTES = 1 << 20
-GROUP_BATCHES = 16
-"""Batches are transformed in groups up to so much, for one hop a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +113,6 @@ def _put(block: Block | None, number: int, at: Places, values: NDArray[Any], par
         block.put_part(number, at, values, part)
 
 
-@dataclass(slots=True)
-class _Ready:
-    """A batch that lies complete in its block."""
-
-    block: Block
-    slot: int
-    rows: int
-    cursor: Cursor
-
-
-@dataclass(slots=True)
-class _Made:
-    """A transformed batch, and the bytes granted for it."""
-
-    batch: Batch | None
-    granted: int
-
-
 class ZarrPass:
     """The batches of one epoch from `start` on; an async iterator, used on one event loop."""
 
@@ -157,7 +137,7 @@ class ZarrPass:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._workers: Workers | None = None
         self._pool = recipe.pool
-        self._queue: ReadyQueue[_Ready | _Made] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
+        self._queue: ReadyQueue[Ready | Made] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
         self._slot_bytes = block_bytes(recipe.columns, 1)
         self._lock = threading.Lock()
         self._units: collections.deque[Unit] = collections.deque()
@@ -169,12 +149,7 @@ class ZarrPass:
         self._draining: collections.deque[int] = collections.deque()
         self._started = self._emitted = self._taken = 0
         self._filling = 0
-        self._raw: ReadyQueue[_Ready] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
-        self._made_granted = 0
-        """For transforms under way and what they made."""
-        self._groups: dict[int, list[_Made] | BaseException | None] = {}
-        self._group_number = self._group_next = 0
-        self._made_bytes = 0
+        self._stage: TransformStage | None = None
         self._scratch_granted = 0
         self.paused = False
         self.closed = False
@@ -239,17 +214,14 @@ class ZarrPass:
             await before.aclose()
             self._before = None
 
-    def _take(self, item: _Ready | _Made) -> Batch | None:
-        if isinstance(item, _Ready):
-            batch: Batch | None = self._recipe.assemble(list(item.block.batch(item.slot, item.rows)))
-            assert batch is not None
-            batch.epoch, batch.cursor = self._epoch, item.cursor
+    def _take(self, item: Ready | Made) -> Batch | None:
+        if isinstance(item, Ready):
+            batch: Batch | None = _assembled(self._recipe, item)
             self._drained()
         else:
             batch = item.batch
-            self._made_granted -= item.granted
-            self._recipe.share.release(item.granted)
-            self._pump_transforms()
+            assert self._stage is not None
+            self._stage.taken(item)
         if batch is not None:
             self._tell(batch.cursor, False)
         return batch
@@ -268,7 +240,7 @@ class ZarrPass:
     @property
     def _busy(self) -> bool:
         """Whether something is ready or under way that gives a batch."""
-        return bool(self._filling or len(self._queue) or len(self._raw) or self._groups)
+        return bool(self._filling or len(self._queue) or (self._stage is not None and self._stage.busy))
 
     async def _wait(self) -> None:
         """Wait for something to change. Raises BudgetHeld where nothing is under way that could give the next batch."""
@@ -333,9 +305,25 @@ class ZarrPass:
         self._scratch_granted = granted
         self._loop = asyncio.get_running_loop()  # now it has started: before, it may be tried again
         self._workers = Workers(threads, "streamtrain-data")
+        self._stage = self._transforms(self._workers)
         self._filling = 1
         self._workers.submit(self._prepare)
         return True
+
+    def _transforms(self, workers: Workers) -> TransformStage | None:
+        """What stands between the blocks and the queue: nothing, without a transform."""
+        recipe = self._recipe
+        if recipe.transform is None:
+            return None
+        return TransformStage(
+            ThreadRunner(_transformer(recipe), workers, ahead=recipe.threads + 1),
+            self._queue,
+            recipe.share,
+            slot_bytes=self._slot_bytes,
+            prefetch=recipe.prefetch,
+            drained=self._drained,
+            settled=self._end_if_over,
+        )
 
     def _prepare(self, scratch: Scratch) -> None:
         """In a thread: work out where the epoch's blocks begin, which takes a while for uneven ones."""
@@ -365,8 +353,7 @@ class ZarrPass:
             if slots > 0:
                 if not self._room(slots):
                     return
-                keep = self._made_bytes * (self._recipe.threads + 2) if self._pool.out >= 2 else 0
-                root = self._pool.take(keep_free=keep)
+                root = self._pool.take(keep_free=self._room_to_make())
                 if root is None:
                     return
                 block = Block(root, self._recipe.columns, self._origin + first * size, slots)
@@ -386,6 +373,12 @@ class ZarrPass:
         if prefetch is not None and self._started - self._taken >= prefetch:
             return False
         return len(self._draining) < BLOCKS_AHEAD
+
+    def _room_to_make(self) -> int:
+        """Bytes that a further buffer must leave free, for transforms to go on."""
+        if self._stage is None or self._pool.out < 2:
+            return 0
+        return self._stage.made_bytes * (self._recipe.threads + 2)
 
     def _start_unit(self, unit: Unit, blocks: Sequence[int]) -> None:
         assert self._workers is not None
@@ -456,128 +449,44 @@ class ZarrPass:
 
     def _emit(self, unit: Unit) -> None:
         """Hand on the batches whose last row lies in this unit, or before it."""
-        size, ready = self._recipe.batch_size, self._queue if self._recipe.transform is None else self._raw
+        size = self._recipe.batch_size
         end = min(self._origin + self._batches * size, self._order.num_samples)
         complete = self._batches if unit.stop >= end else (unit.stop - self._origin) // size
         while self._emitted < complete:
             first, block = self._blocks[0]
             stop = min(complete, first + block.slots)
-            ready.put_run(self._maker(block, first, self._emitted), stop - self._emitted, self._slot_bytes)
+            make, count = self._maker(block, first, self._emitted), stop - self._emitted
             self._emitted = stop
+            if self._stage is None:
+                self._queue.put_run(make, count, self._slot_bytes)
+            else:
+                self._stage.put_run(make, count)
             if stop == first + block.slots:  # what is taken must hold no buffer
                 self._blocks.popleft()
         if self._emitted == self._batches:
             self._blocks.clear()
-        if self._recipe.transform is not None:
-            self._pump_transforms()
+        if self._stage is not None:
+            self._stage.pump()
 
-    def _maker(self, block: Block, first: int, start: int) -> Callable[[int], _Ready]:
+    def _maker(self, block: Block, first: int, start: int) -> Callable[[int], Ready]:
         """Makes the ready batches from number `start` on, which lie in this block, whose first is number `first`."""
         size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self._epoch
 
-        def make(number: int) -> _Ready:
+        def make(number: int) -> Ready:
             position = origin + (start + number) * size
             stop = min(position + size, end)
-            return _Ready(block, start + number - first, stop - position, Cursor(epoch, stop))
+            return Ready(block, start + number - first, stop - position, Cursor(epoch, stop))
 
         return make
 
     def _end_if_over(self) -> None:
         """What follows the last batch that is ready: the end, or the failure that stopped the pass there."""
-        if len(self._raw) or self._groups:
+        if self._stage is not None and self._stage.busy:
             return
         if self._broken is not None:
             self._queue.fail(self._broken)
         elif self._emitted == self._batches:
             self._queue.end()
-
-    # ---- transforms
-
-    def _pump_transforms(self) -> None:
-        """Start groups of transforms while there is room for what they make."""
-        assert self._workers is not None
-        ahead = self._recipe.threads + 1
-        while len(self._raw) and len(self._groups) < ahead and not (self.closed or self._queue.closed):
-            size = max(1, min(GROUP_BATCHES, GROUP_BYTES // max(1, self._slot_bytes, self._made_bytes), len(self._raw)))
-            if self._recipe.prefetch is not None:
-                size = min(size, max(1, self._recipe.prefetch // ahead))
-            if not self._made_bytes:
-                size = 1  # the first tells how much is made of a batch
-            if len(self._queue) >= ahead * size:
-                return
-            granted = size * (self._made_bytes or self._slot_bytes)
-            if not self._recipe.share.try_acquire(granted):
-                if self._groups or len(self._queue):
-                    return
-                size, granted = 1, 0  # the one batch that the consumer waits for
-            group = [ready for ready in (self._raw.get_nowait() for _ in range(size)) if ready is not None]
-            number = self._group_number
-            self._group_number += 1
-            self._groups[number] = None
-            self._made_granted += granted
-            self._workers.submit(
-                lambda scratch, group=group, number=number, granted=granted: self._transform(  # type: ignore[misc]
-                    number, group, granted, scratch
-                ),
-                front=True,
-            )
-            for _ in group:
-                self._drained()
-
-    def _transform(self, number: int, group: list[_Ready], granted: int, scratch: Scratch) -> None:
-        began = time.perf_counter()
-        recipe, made = self._recipe, []
-        assert recipe.transform is not None
-        try:
-            while group:
-                ready = group.pop(0)
-                batch = recipe.assemble(list(ready.block.batch(ready.slot, ready.rows)))
-                batch.epoch, batch.cursor = self._epoch, ready.cursor
-                del ready
-                made.append(apply(recipe.transform, batch, recipe.seed))
-                del batch
-            for place, batch in enumerate(made):
-                made[place] = recipe.finish(batch)
-                del batch
-        except BaseException as error:
-            self._hop(self._transformed, number, error, [], granted)
-            return
-        scratch.seconds["transform"] += time.perf_counter() - began
-        # The loop empties this list: nothing here may keep a batch's buffer from coming back.
-        self._hop(self._transformed, number, made, [batch_bytes(batch) for batch in made], granted)
-
-    def _transformed(self, number: int, batches: list[Batch] | BaseException, sizes: list[int], granted: int) -> None:
-        if self.closed:
-            return  # what was granted came back with the pass's end
-        sizes = self._settled(sizes, granted)
-        if isinstance(batches, BaseException):
-            self._groups[number] = batches
-        else:
-            kept = [batch if len(batch) else None for batch in batches]
-            self._groups[number] = [_Made(batch, size) for batch, size in zip(kept, sizes, strict=True)]
-            batches.clear()
-            del kept
-        while not self._queue.closed and (ready := self._groups.get(self._group_next)) is not None:
-            del self._groups[self._group_next]
-            self._group_next += 1
-            if isinstance(ready, BaseException):
-                self._queue.fail(ready)
-                break
-            for made in ready:
-                self._queue.put(made, made.granted)
-        self._pump_transforms()
-        self._end_if_over()
-
-    def _settled(self, sizes: list[int], granted: int) -> list[int]:
-        """Grant what a group really made, in place of the guess; the bytes granted for each of its batches."""
-        budget, need = self._recipe.share, sum(sizes)
-        self._made_bytes = max(self._made_bytes, *sizes, 0)
-        if need > granted and not budget.try_acquire(need - granted):
-            sizes = [granted // len(sizes)] * len(sizes)
-            need = sum(sizes)
-        budget.release(max(0, granted - need))
-        self._made_granted += need - granted
-        return sizes
 
     # ---- in the threads
 
@@ -636,11 +545,9 @@ class ZarrPass:
             self._unplanned.clear()
         self._units.clear()
         self._blocks.clear()
-        self._raw.clear()
-        self._groups.clear()
         self._queue.clear()
-        granted, self._made_granted = self._made_granted, 0
-        self._recipe.share.release(granted)
+        if self._stage is not None:
+            self._stage.stop()
         self._queue.end()
 
     async def aclose(self) -> None:
@@ -662,7 +569,9 @@ class ZarrPass:
         if getattr(self, "_workers", None) is not None:
             self._workers.stop()  # type: ignore[union-attr]
         # What `aclose` and `stop` have not given back, each byte once.
-        granted = getattr(self, "_scratch_granted", 0) + getattr(self, "_made_granted", 0)
+        granted = getattr(self, "_scratch_granted", 0)
+        if getattr(self, "_stage", None) is not None:
+            granted += self._stage.abandon()  # type: ignore[union-attr]
         if granted:
             self._recipe.share.release_from_finalizer(granted)
 
@@ -674,7 +583,7 @@ class ZarrPass:
         return self.retired if self._workers is None else self._workers.scratches
 
     @property
-    def queue(self) -> ReadyQueue[_Ready | _Made]:
+    def queue(self) -> ReadyQueue[Ready | Made]:
         """What is ready."""
         return self._queue
 
@@ -687,6 +596,20 @@ class ZarrPass:
         """After `paused` was cleared."""
         if self._loop is not None and not self.closed:
             self._pump()
+
+
+def _assembled(recipe: Recipe, ready: Ready) -> Batch:
+    """The batch that lies in its block: views, no copies."""
+    batch = recipe.assemble(list(ready.block.batch(ready.slot, ready.rows)))
+    batch.epoch, batch.cursor = ready.cursor.epoch, ready.cursor
+    return batch
+
+
+def _transformer(recipe: Recipe) -> Callable[[Ready], Batch]:
+    """From a raw batch to the one that is handed over. No method: it would keep its pass alive."""
+    transform, seed, finish = recipe.transform, recipe.seed, recipe.finish
+    assert transform is not None
+    return lambda ready: finish(apply(transform, _assembled(recipe, ready), seed))
 
 
 def _unit_spans(order: EpochOrder, sizes: Sizes, origin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:

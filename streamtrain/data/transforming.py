@@ -1,0 +1,213 @@
+"""The transform stage of a pass: raw batches go in, transformed ones come out, in the same order.
+
+Its law: bytes for what a transform makes are granted before it is made (by a guess, settled afterwards), so that
+transforms never starve the buffers they read from; only the batch that the consumer waits for is made without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from streamtrain.data.batch import Batch, Cursor
+from streamtrain.data.block import Block
+from streamtrain.data.budget import Share
+from streamtrain.data.queue import ReadyQueue
+from streamtrain.data.readers import Scratch
+from streamtrain.data.transform import batch_bytes
+from streamtrain.data.workers import Workers
+
+GROUP_BYTES = 1 << 20
+GROUP_BATCHES = 16
+"""Batches are transformed in groups up to so much, for one hop a group."""
+
+
+@dataclass(slots=True)
+class Ready:
+    """A batch that lies complete in its block."""
+
+    block: Block
+    slot: int
+    rows: int
+    cursor: Cursor
+
+
+@dataclass(slots=True)
+class Made:
+    """A transformed batch (None: no row of it is left), and the bytes granted for it."""
+
+    batch: Batch | None
+    granted: int
+
+
+Done = Callable[[list[Batch], BaseException | None], None]
+"""Called on the loop with what was made of a group; the error is that of the batch after them."""
+
+
+class Runner(Protocol):
+    """Where transforms run."""
+
+    ahead: int
+    """Groups under way or waiting, at most."""
+    most: int
+    """Batches of a group, at most."""
+
+    def run(self, group: list[Ready], done: Done) -> None:
+        """Transform these, in order, and say what was made of them; empties the list."""
+
+
+class ThreadRunner:
+    """Runs groups in threads: one hop a group."""
+
+    def __init__(self, work: Callable[[Ready], Batch], workers: Workers, *, ahead: int) -> None:
+        self.ahead, self.most = ahead, GROUP_BATCHES
+        self._work, self._workers = work, workers
+        self._loop = asyncio.get_running_loop()
+
+    def run(self, group: list[Ready], done: Done) -> None:
+        """Queue the group before anything that is still to be read."""
+        self._workers.submit(lambda scratch: self._job(group, done, scratch), front=True)
+
+    def _job(self, group: list[Ready], done: Done, scratch: Scratch) -> None:
+        began = time.perf_counter()
+        made: list[Batch] = []
+        failure: BaseException | None = None
+        try:
+            while group:
+                made.append(self._work(group.pop(0)))
+        except BaseException as error:
+            failure = error
+            group.clear()
+            made.clear()
+        scratch.seconds["transform"] += time.perf_counter() - began
+        # The loop empties this list: nothing here may keep a batch's buffer from coming back.
+        with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
+            self._loop.call_soon_threadsafe(done, made, failure)
+
+
+class TransformStage:
+    """Groups of batches on their way through the transform; all methods run on the pass's loop."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        out: ReadyQueue[Any],
+        share: Share,
+        *,
+        slot_bytes: int,
+        prefetch: int | None,
+        drained: Callable[[], None],
+        settled: Callable[[], None],
+    ) -> None:
+        """`drained`: a raw batch was taken; `settled`: a group has arrived. Both are methods, and held weakly, so that
+        letting go of a pass ends it at once."""
+        self.made_bytes = 0
+        """Of the largest batch that was made until now; 0 before the first."""
+        self._runner, self._out, self._share = runner, out, share
+        self._slot_bytes, self._prefetch = slot_bytes, prefetch
+        self._drained, self._settled = weakref.WeakMethod(drained), weakref.WeakMethod(settled)
+        self._raw: ReadyQueue[Ready] = ReadyQueue(max_items=None, max_bytes=share.total)
+        self._granted = 0
+        """For transforms under way and what they made."""
+        self._groups: dict[int, tuple[list[Made], BaseException | None] | None] = {}
+        self._number = self._next = 0
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on its way to the queue."""
+        return bool(len(self._raw) or self._groups)
+
+    def put_run(self, make: Callable[[int], Ready], count: int) -> None:
+        """Append `count` raw batches, made when they are taken; `pump` starts them."""
+        self._raw.put_run(make, count, self._slot_bytes)
+
+    def pump(self) -> None:
+        """Start groups while there is room for what they make."""
+        ahead = self._runner.ahead
+        while len(self._raw) and len(self._groups) < ahead and not (self._closed or self._out.closed):
+            size = self._size()
+            if len(self._out) >= ahead * size:
+                return
+            granted = size * (self.made_bytes or self._slot_bytes)
+            if not self._share.try_acquire(granted):
+                if self._groups or len(self._out):
+                    return
+                size, granted = 1, 0  # the one batch that the consumer waits for
+            self._launch(size, granted)
+
+    def _size(self) -> int:
+        """Batches of the next group."""
+        if not self.made_bytes:
+            return 1  # the first tells how much is made of a batch
+        fit = GROUP_BYTES // max(1, self._slot_bytes, self.made_bytes)
+        size = max(1, min(self._runner.most, fit, len(self._raw)))
+        return size if self._prefetch is None else min(size, max(1, self._prefetch // self._runner.ahead))
+
+    def _launch(self, size: int, granted: int) -> None:
+        group = [ready for ready in (self._raw.get_nowait() for _ in range(size)) if ready is not None]
+        number = self._number
+        self._number += 1
+        self._groups[number] = None
+        self._granted += granted
+        self._runner.run(group, lambda made, error: self._done(number, granted, made, error))
+        drained = self._drained()
+        for _ in range(size):
+            if drained is not None:
+                drained()
+
+    def _done(self, number: int, granted: int, batches: list[Batch], error: BaseException | None) -> None:
+        if self._closed:
+            return  # what was granted came back with the pass's end
+        sizes = self._settle([batch_bytes(batch) for batch in batches], granted)
+        kept = [batch if len(batch) else None for batch in batches]
+        batches.clear()
+        self._groups[number] = ([Made(batch, size) for batch, size in zip(kept, sizes, strict=True)], error)
+        del kept
+        while not self._out.closed and (ready := self._groups.get(self._next)) is not None:
+            del self._groups[self._next]
+            self._next += 1
+            for made in ready[0]:
+                self._out.put(made, made.granted)
+            if ready[1] is not None:
+                self._out.fail(ready[1])
+        self.pump()
+        settled = self._settled()
+        if settled is not None:
+            settled()
+
+    def _settle(self, sizes: list[int], granted: int) -> list[int]:
+        """Grant what a group really made, in place of the guess; the bytes granted for each of its batches."""
+        need = sum(sizes)
+        self.made_bytes = max(self.made_bytes, *sizes, 0)
+        if need > granted and not self._share.try_acquire(need - granted):
+            sizes = [granted // len(sizes)] * len(sizes)
+            need = sum(sizes)
+        self._share.release(max(0, granted - need))
+        self._granted += need - granted
+        return sizes
+
+    def taken(self, made: Made) -> None:
+        """The consumer has this batch: its bytes are the consumer's affair now."""
+        self._granted -= made.granted
+        self._share.release(made.granted)
+        self.pump()
+
+    def stop(self) -> None:
+        """Forget all that is under way, and give its bytes back."""
+        self._closed = True
+        self._raw.clear()
+        self._groups.clear()
+        granted, self._granted = self._granted, 0
+        self._share.release(granted)
+
+    def abandon(self) -> int:
+        """The same for finalizers, which may take no lock: the bytes that are still to be given back."""
+        self._closed = True
+        granted, self._granted = self._granted, 0
+        return granted
