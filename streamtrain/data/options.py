@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +29,27 @@ def seconds_above_zero(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
     return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who transforms: `count` (None: as many as read, or as befits) threads, tasks or processes."""
+
+    kind: Literal["thread", "process"] = "thread"
+    count: int | None = None
+
+
+def transform_crew(given: object) -> Crew:
+    """Of None, 4, "thread:4", "process:4" or "process"."""
+    if given is None:
+        return Crew()
+    if isinstance(given, str):
+        kind, colon, count = given.partition(":")
+        if kind in ("thread", "process") and (count.isdecimal() and int(count) >= 1 if colon else kind == "process"):
+            return Crew("process" if kind == "process" else "thread", int(count) if colon else None)
+    elif isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= 1:
+        return Crew("thread", int(given))
+    raise ConfigError(f'transform_workers must be a number, "thread:N" or "process:N" with N above 0, not {given!r}')
 
 
 def choice(value: Any, known: Sequence[str], name: str) -> Any:

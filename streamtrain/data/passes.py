@@ -34,8 +34,8 @@ from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
 from streamtrain.data.survey import Place, Sizes
-from streamtrain.data.transform import Transform, apply
-from streamtrain.data.transforming import Made, Ready, ThreadRunner, TransformStage
+from streamtrain.data.transform import Transform, apply, apply_async, is_async
+from streamtrain.data.transforming import Made, Ready, Runner, TaskRunner, ThreadRunner, TransformStage
 from streamtrain.data.workers import Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
 
@@ -45,6 +45,10 @@ JOB_BYTES = 1 << 20
 """Small pieces are filled by one job until they have so many bytes."""
 BLOCKS_AHEAD = 3
 """Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled."""
+TASKS = 16
+"""Async transforms at a time, unless told otherwise."""
+JOIN = 5.0
+"""Seconds until a thread or task that does not end is left behind."""
 POLL = 0.02
 """Seconds between two looks at a budget that other streams hold."""
 
@@ -68,6 +72,8 @@ class Recipe:
     prefetch: int | None
     read_timeout: float
     transform: Transform | None
+    transform_workers: int | None
+    """Threads that only transform, or tasks at a time; None: the threads that read, or TASKS."""
     assemble: Callable[[Sequence[NDArray[Any]]], Batch]
     """Columns of one batch to a Batch, epoch and cursor left out."""
     finish: Callable[[Batch], Batch]
@@ -316,7 +322,7 @@ class ZarrPass:
         if recipe.transform is None:
             return None
         return TransformStage(
-            ThreadRunner(_transformer(recipe), workers, ahead=recipe.threads + 1),
+            _runner(recipe, workers),
             self._queue,
             recipe.share,
             slot_bytes=self._slot_bytes,
@@ -378,7 +384,7 @@ class ZarrPass:
         """Bytes that a further buffer must leave free, for transforms to go on."""
         if self._stage is None or self._pool.out < 2:
             return 0
-        return self._stage.made_bytes * (self._recipe.threads + 2)
+        return self._stage.reserve
 
     def _start_unit(self, unit: Unit, blocks: Sequence[int]) -> None:
         assert self._workers is not None
@@ -557,8 +563,10 @@ class ZarrPass:
         workers, self._workers = self._workers, None
         if workers is None:
             return
-        if not await workers.joined(timeout=5.0):
-            logger.error("a read has not returned within 5 s; its thread is left behind")
+        if not await workers.joined(timeout=JOIN):
+            logger.error("a read has not returned within %g s; its thread is left behind", JOIN)
+        if self._stage is not None and not await self._stage.joined(JOIN):
+            logger.error("a transform has not returned within %g s, and is left behind", JOIN)
         self.retired = workers.scratches
         self._recipe.share.release(self._scratch_granted)
         self._scratch_granted = 0
@@ -583,6 +591,12 @@ class ZarrPass:
         return self.retired if self._workers is None else self._workers.scratches
 
     @property
+    def transform_seconds(self) -> float:
+        """Time in transforms."""
+        shared = sum(scratch.seconds["transform"] for scratch in self.scratches)
+        return shared + (0.0 if self._stage is None else self._stage.seconds)
+
+    @property
     def queue(self) -> ReadyQueue[Ready | Made]:
         """What is ready."""
         return self._queue
@@ -605,11 +619,23 @@ def _assembled(recipe: Recipe, ready: Ready) -> Batch:
     return batch
 
 
-def _transformer(recipe: Recipe) -> Callable[[Ready], Batch]:
-    """From a raw batch to the one that is handed over. No method: it would keep its pass alive."""
-    transform, seed, finish = recipe.transform, recipe.seed, recipe.finish
+def _runner(recipe: Recipe, workers: Workers) -> Runner:
+    """Where the transform runs. No method: what it makes would keep its pass alive."""
+    transform, seed, finish, count = recipe.transform, recipe.seed, recipe.finish, recipe.transform_workers
     assert transform is not None
-    return lambda ready: finish(apply(transform, _assembled(recipe, ready), seed))
+    if is_async(transform):
+
+        async def task(ready: Ready) -> Batch:
+            return finish(await apply_async(transform, _assembled(recipe, ready), seed))
+
+        return TaskRunner(task, ahead=min(count or TASKS, recipe.prefetch or TASKS))
+
+    def work(ready: Ready) -> Batch:
+        return finish(apply(transform, _assembled(recipe, ready), seed))
+
+    if count is None:
+        return ThreadRunner(work, workers, ahead=recipe.threads + 1, own=False)
+    return ThreadRunner(work, Workers(count, "streamtrain-transform"), ahead=count + 1, own=True)
 
 
 def _unit_spans(order: EpochOrder, sizes: Sizes, origin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:

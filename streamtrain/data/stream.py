@@ -36,6 +36,7 @@ from streamtrain.data.options import (
     seconds_above_zero,
     shuffle_mode,
     split_pair,
+    transform_crew,
 )
 from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.passes import Recipe, ZarrPass
@@ -57,7 +58,7 @@ OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
 LATER = frozenset(
     {"decode_cf"}
-    | {"normalize", "disk_cache", "on_bad_chunk", "retries", "transform_workers", "cache_transform"}
+    | {"normalize", "disk_cache", "on_bad_chunk", "retries", "cache_transform"}
     | {"lanes", "rank", "world_size"}
 )
 """Keywords that are reserved and not supported yet."""
@@ -83,7 +84,8 @@ class StreamStatistics:
     gather_seconds: float
     """In copying rows to their places; for memory maps the reading happens here."""
     transform_seconds: float
-    """In the transform. The largest: make it cheaper."""
+    """In the transform; of async ones and processes with their waiting. The largest: make it cheaper, or
+    `transform_workers` more."""
     queue: QueueStatistics | None
     """What is ready; its `wait_seconds` is how long the consumer waited for data."""
     budget: BudgetStatistics
@@ -134,7 +136,9 @@ class ZarrStream:
     `stack`: the inputs become one array, with them as its channels: (B, len(inputs), ...), put together in one gather.
     `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
     name.
-    `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays, in our threads.
+    `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays: a plain function runs in our threads
+    (those that read, or `transform_workers=4` of its own), an `async def` on the loop of the pass, at most
+    `transform_workers` (16) at a time; batches keep their order.
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
     cells share. `io`: "auto" (memory maps where they are safe), "mmap", "pread", "store" (zarr's own API).
     `threads` that read and decode; `prefetch` batches at most ahead; `read_timeout` seconds until a read counts as
@@ -172,6 +176,7 @@ class ZarrStream:
         stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         transform: Transform | None = None,
+        transform_workers: int | str | None = None,
         memory: str | int | Budget = "1GiB",
         cache: str | int = "auto",
         io: IO = "auto",
@@ -203,7 +208,8 @@ class ZarrStream:
         self._dtypes = cast_dtypes(dtype)
         if self._targets is not None and self._inputs is None:
             raise ConfigError("targets= without inputs=", hint="name the inputs too")
-        check_transform(transform)
+        self._crew = transform_crew(transform_workers)
+        check_transform(transform, self._crew)
         self._transform = transform
         self._shared = isinstance(memory, Budget)
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
@@ -430,6 +436,7 @@ class ZarrStream:
             prefetch=self._prefetch,
             read_timeout=self._read_timeout,
             transform=self._transform,
+            transform_workers=self._crew.count,
             assemble=assemble,
             finish=opened.finish,
             at_end=self._zarr_loop.aclose,
@@ -608,7 +615,7 @@ class ZarrStream:
             read_seconds=seconds("read"),
             decode_seconds=seconds("decode"),
             gather_seconds=seconds("gather"),
-            transform_seconds=seconds("transform"),
+            transform_seconds=self._pass.transform_seconds if self._pass is not None else 0.0,
             queue=self._pass.queue.statistics() if self._pass is not None else None,
             budget=self.budget.statistics(),
             cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,

@@ -6,10 +6,12 @@ that it is the same after a resume. It may drop rows, never add them.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,49 +19,88 @@ from numpy.typing import NDArray
 
 from streamtrain.data.batch import Batch
 from streamtrain.data.block import ALIGN
+from streamtrain.data.options import Crew
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 
 Transform = Callable[[Batch], Any]
-"""`transform(batch) -> Batch | (inputs, targets)`."""
+"""`transform(batch) -> Batch | (inputs, targets)`, or an `async def` of that."""
 
 
-def check_transform(transform: object) -> None:
-    """Raise ConfigError for what can't be a transform here."""
+def check_transform(transform: object, crew: Crew) -> None:
+    """Raise ConfigError for what can't be a transform here, or by this crew."""
     if transform is None:
+        if crew != Crew():
+            raise ConfigError("transform_workers= without transform=", hint="leave it out, or give a transform")
         return
     if not callable(transform):
         raise ConfigError(f"transform must be a function of a batch, not {type(transform).__name__}")
-    if inspect.iscoroutinefunction(transform) or inspect.iscoroutinefunction(type(transform).__call__):
-        raise ConfigError(
-            "async transforms are not supported yet", hint="give a plain function: it runs in our threads"
-        )
+
+
+def is_async(transform: object) -> bool:
+    """Whether calling it gives a coroutine."""
+    while isinstance(transform, partial):
+        transform = transform.func
+    return inspect.iscoroutinefunction(transform) or inspect.iscoroutinefunction(
+        getattr(type(transform), "__call__", None)  # noqa: B004 (what it is, not whether)
+    )
 
 
 def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
     """The transformed batch: arrays at multiples of 64 bytes. Raises UserCodeError naming the rows."""
-    start = batch.cursor.position - len(batch.index)
-    rows = len(batch.index)
-    given = replace(batch, rng=np.random.default_rng([seed, batch.epoch, start]))
+    given, rows = _given(batch, seed), _rows(batch)
     try:
         made = transform(given)
     except StreamtrainError:
         raise
     except BaseException as error:  # SystemExit too: it must not end the host's loop
+        raise _raised(error, rows) from error
+    if inspect.iscoroutine(made):
+        made.close()
         raise UserCodeError(
-            f"transform raised {type(error).__name__}: {error} ({_where(error)}) on {_rows(batch)}",
-            hint="the traceback (--debug) shows the line in the transform",
-        ) from error
+            f"transform returned a coroutine, on {rows}", hint="define it by `async def`: then it runs on the loop"
+        )
+    return _checked(made, given, batch, rows)
+
+
+async def apply_async(transform: Transform, batch: Batch, seed: int) -> Batch:
+    """The same of an `async def`; a cancellation goes through."""
+    given, rows = _given(batch, seed), _rows(batch)
+    try:
+        made = await transform(given)
+    except (StreamtrainError, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # SystemExit too: a task that raises it ends the host's loop
+        raise _raised(error, rows) from error
+    return _checked(made, given, batch, rows)
+
+
+def _given(batch: Batch, seed: int) -> Batch:
+    """What the transform is called with."""
+    start = batch.cursor.position - len(batch.index)
+    return replace(batch, rng=np.random.default_rng([seed, batch.epoch, start]))
+
+
+def _raised(error: BaseException, rows: str) -> UserCodeError:
+    return UserCodeError(
+        f"transform raised {type(error).__name__}: {error} ({_where(error)}) on {rows}",
+        hint="the traceback (--debug) shows the line in the transform",
+    )
+
+
+def _checked(made: object, given: Batch, batch: Batch, where: str) -> Batch:
+    """What a transform returned, as a batch. Raises UserCodeError where it is none."""
+    rows = len(batch.index)
     try:
         result = _as_batch(made, given, batch)
         count = len(result)
     except (TypeError, IndexError, StopIteration) as error:
         raise UserCodeError(
-            f"transform returned what is no batch of arrays ({error}), on {_rows(batch)}",
+            f"transform returned what is no batch of arrays ({error}), on {where}",
             hint="return arrays of numbers with a first axis, or dicts, lists and tuples of them",
         ) from error
     if count > rows:
         raise UserCodeError(
-            f"transform made {count} rows out of {rows}, on {_rows(batch)}", hint="it may drop rows, not add them"
+            f"transform made {count} rows out of {rows}, on {where}", hint="it may drop rows, not add them"
         )
     return result
 
@@ -83,6 +124,7 @@ def _as_batch(made: object, given: Batch, batch: Batch) -> Batch:
 
 
 def _rows(batch: Batch) -> str:
+    """The rows by name; to be asked before a transform may have changed them."""
     index = batch.index
     return f"samples {index[0]}...{index[-1]} (epoch {batch.epoch}, positions up to {batch.cursor.position})"
 

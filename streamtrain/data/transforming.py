@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
 from streamtrain.data.transform import batch_bytes
 from streamtrain.data.workers import Workers
+from streamtrain.errors import UserCodeError
 
 GROUP_BYTES = 1 << 20
 GROUP_BATCHES = 16
@@ -60,18 +61,43 @@ class Runner(Protocol):
     def run(self, group: list[Ready], done: Done) -> None:
         """Transform these, in order, and say what was made of them; empties the list."""
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in threads or tasks of its own."""
+
+    def stop(self) -> None:
+        """End what is under way, from any thread, without waiting."""
+
+    async def joined(self, timeout: float) -> bool:
+        """Wait for that end, `timeout` seconds at most; whether it came."""
+
 
 class ThreadRunner:
     """Runs groups in threads: one hop a group."""
 
-    def __init__(self, work: Callable[[Ready], Batch], workers: Workers, *, ahead: int) -> None:
+    def __init__(self, work: Callable[[Ready], Batch], workers: Workers, *, ahead: int, own: bool) -> None:
+        """`own`: the workers are the transforms' alone, and end with them; else they are those who read."""
         self.ahead, self.most = ahead, GROUP_BATCHES
-        self._work, self._workers = work, workers
+        self._work, self._workers, self._own = work, workers, own
         self._loop = asyncio.get_running_loop()
 
     def run(self, group: list[Ready], done: Done) -> None:
-        """Queue the group before anything that is still to be read."""
-        self._workers.submit(lambda scratch: self._job(group, done, scratch), front=True)
+        """Queue the group, before anything that is still to be read."""
+        self._workers.submit(lambda scratch: self._job(group, done, scratch), front=not self._own)
+
+    @property
+    def seconds(self) -> float:
+        """Time that its own threads spent."""
+        return sum(scratch.seconds["transform"] for scratch in self._workers.scratches) if self._own else 0.0
+
+    def stop(self) -> None:
+        """End its own threads after the group that each has in hand."""
+        if self._own:
+            self._workers.stop()
+
+    async def joined(self, timeout: float) -> bool:
+        """Wait for its own threads."""
+        return not self._own or await self._workers.joined(timeout)
 
     def _job(self, group: list[Ready], done: Done, scratch: Scratch) -> None:
         began = time.perf_counter()
@@ -83,11 +109,63 @@ class ThreadRunner:
         except BaseException as error:
             failure = error
             group.clear()
-            made.clear()
         scratch.seconds["transform"] += time.perf_counter() - began
         # The loop empties this list: nothing here may keep a batch's buffer from coming back.
         with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
             self._loop.call_soon_threadsafe(done, made, failure)
+
+
+class TaskRunner:
+    """Runs `async def` transforms as tasks of the pass's loop, one a batch."""
+
+    def __init__(self, work: Callable[[Ready], Coroutine[Any, Any, Batch]], *, ahead: int) -> None:
+        self.ahead, self.most, self.seconds = ahead, 1, 0.0
+        self._work = work
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
+
+    def run(self, group: list[Ready], done: Done) -> None:
+        """Start a task for the batch."""
+        task = self._loop.create_task(self._job(group, done), name="streamtrain-transform")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _job(self, group: list[Ready], done: Done) -> None:
+        began = time.perf_counter()
+        made: list[Batch] = []
+        failure: BaseException | None = None
+        try:
+            made.append(await self._work(group.pop()))
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise
+            failure = UserCodeError(
+                "transform was cancelled, by itself or by somebody who cancels all tasks",
+                hint="catch what it cancels inside of the transform",
+            )
+        except BaseException as error:
+            failure = error
+        self.seconds += time.perf_counter() - began
+        done(made, failure)
+
+    def stop(self) -> None:
+        """Cancel all tasks."""
+        self._stopped = True
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and its tasks with it
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def joined(self, timeout: float) -> bool:
+        """Wait for the tasks."""
+        self._cancel()
+        if not self._tasks:
+            return True
+        _, pending = await asyncio.wait(set(self._tasks), timeout=timeout)
+        return not pending
 
 
 class TransformStage:
@@ -198,9 +276,24 @@ class TransformStage:
         self._share.release(made.granted)
         self.pump()
 
+    @property
+    def reserve(self) -> int:
+        """Bytes that must stay free for transforms to go on."""
+        return self.made_bytes * (self._runner.ahead + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in threads or tasks that only transform."""
+        return self._runner.seconds
+
+    async def joined(self, timeout: float) -> bool:
+        """Wait for what `stop` has ended, `timeout` seconds at most; whether it has."""
+        return await self._runner.joined(timeout)
+
     def stop(self) -> None:
         """Forget all that is under way, and give its bytes back."""
         self._closed = True
+        self._runner.stop()
         self._raw.clear()
         self._groups.clear()
         granted, self._granted = self._granted, 0
@@ -209,5 +302,6 @@ class TransformStage:
     def abandon(self) -> int:
         """The same for finalizers, which may take no lock: the bytes that are still to be given back."""
         self._closed = True
+        self._runner.stop()
         granted, self._granted = self._granted, 0
         return granted
