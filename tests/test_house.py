@@ -21,7 +21,8 @@ data.iterable
 losses schedulers optimizers metrics monitors
 data.seen data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
 data.opening data.stores data.choosing
-data.options data.transform data.survey data.transforming
+data.options data.transform data.survey data.transforming data.transform_child data.transform_processes
+data.crews
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
 data.passes data.stream blame supply tally step callbacks.base callbacks.bus

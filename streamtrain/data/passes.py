@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,16 @@ from numpy.typing import NDArray
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
 from streamtrain.data.budget import BudgetHeld, Share, format_bytes
+from streamtrain.data.crews import Assignment, runner
 from streamtrain.data.feed import Box, Feed, Part, Rows
+from streamtrain.data.options import Crew
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
 from streamtrain.data.survey import Place, Sizes
-from streamtrain.data.transform import Transform, apply, apply_async, is_async
-from streamtrain.data.transforming import Made, Ready, Runner, TaskRunner, ThreadRunner, TransformStage
+from streamtrain.data.transform import Transform
+from streamtrain.data.transforming import Made, Ready, TransformStage
 from streamtrain.data.workers import Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
 
@@ -45,8 +48,6 @@ JOB_BYTES = 1 << 20
 """Small pieces are filled by one job until they have so many bytes."""
 BLOCKS_AHEAD = 3
 """Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled."""
-TASKS = 16
-"""Async transforms at a time, unless told otherwise."""
 JOIN = 5.0
 """Seconds until a thread or task that does not end is left behind."""
 POLL = 0.02
@@ -72,8 +73,10 @@ class Recipe:
     prefetch: int | None
     read_timeout: float
     transform: Transform | None
-    transform_workers: int | None
-    """Threads that only transform, or tasks at a time; None: the threads that read, or TASKS."""
+    crew: Crew
+    """Who transforms."""
+    payload: bytes | None
+    """The transform as it goes to processes; None: it runs here."""
     assemble: Callable[[Sequence[NDArray[Any]]], Batch]
     """Columns of one batch to a Batch, epoch and cursor left out."""
     finish: Callable[[Batch], Batch]
@@ -321,8 +324,18 @@ class ZarrPass:
         recipe = self._recipe
         if recipe.transform is None:
             return None
+        given = Assignment(
+            transform=recipe.transform,
+            crew=recipe.crew,
+            payload=recipe.payload,
+            seed=recipe.seed,
+            prefetch=recipe.prefetch,
+            assembled=partial(_assembled, recipe),
+            finish=recipe.finish,
+        )
+        least, slot, threads = recipe.sizes.least, self._slot_bytes, recipe.threads
         return TransformStage(
-            _runner(recipe, workers),
+            runner(given, workers, threads=threads, share=recipe.share, least=least, slot_bytes=slot),
             self._queue,
             recipe.share,
             slot_bytes=self._slot_bytes,
@@ -617,25 +630,6 @@ def _assembled(recipe: Recipe, ready: Ready) -> Batch:
     batch = recipe.assemble(list(ready.block.batch(ready.slot, ready.rows)))
     batch.epoch, batch.cursor = ready.cursor.epoch, ready.cursor
     return batch
-
-
-def _runner(recipe: Recipe, workers: Workers) -> Runner:
-    """Where the transform runs. No method: what it makes would keep its pass alive."""
-    transform, seed, finish, count = recipe.transform, recipe.seed, recipe.finish, recipe.transform_workers
-    assert transform is not None
-    if is_async(transform):
-
-        async def task(ready: Ready) -> Batch:
-            return finish(await apply_async(transform, _assembled(recipe, ready), seed))
-
-        return TaskRunner(task, ahead=min(count or TASKS, recipe.prefetch or TASKS))
-
-    def work(ready: Ready) -> Batch:
-        return finish(apply(transform, _assembled(recipe, ready), seed))
-
-    if count is None:
-        return ThreadRunner(work, workers, ahead=recipe.threads + 1, own=False)
-    return ThreadRunner(work, Workers(count, "streamtrain-transform"), ahead=count + 1, own=True)
 
 
 def _unit_spans(order: EpochOrder, sizes: Sizes, origin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:

@@ -48,6 +48,7 @@ from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
 from streamtrain.data.survey import Plan, Survey, take_survey
 from streamtrain.data.transform import Transform, check_transform
+from streamtrain.data.transform_processes import pickled
 from streamtrain.data.windows import feed_of
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -138,7 +139,8 @@ class ZarrStream:
     name.
     `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays: a plain function runs in our threads
     (those that read, or `transform_workers=4` of its own), an `async def` on the loop of the pass, at most
-    `transform_workers` (16) at a time; batches keep their order.
+    `transform_workers` (16) at a time; "process:4" spawns processes for a pass, which takes a second or so and pays for
+    transforms that hold the interpreter. Batches keep their order.
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
     cells share. `io`: "auto" (memory maps where they are safe), "mmap", "pread", "store" (zarr's own API).
     `threads` that read and decode; `prefetch` batches at most ahead; `read_timeout` seconds until a read counts as
@@ -211,6 +213,7 @@ class ZarrStream:
         self._crew = transform_crew(transform_workers)
         check_transform(transform, self._crew)
         self._transform = transform
+        self._payload = pickled(transform) if transform is not None and self._crew.kind == "process" else None
         self._shared = isinstance(memory, Budget)
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
         self._share = self.budget.join()
@@ -436,7 +439,8 @@ class ZarrStream:
             prefetch=self._prefetch,
             read_timeout=self._read_timeout,
             transform=self._transform,
-            transform_workers=self._crew.count,
+            crew=self._crew,
+            payload=self._payload,
             assemble=assemble,
             finish=opened.finish,
             at_end=self._zarr_loop.aclose,

@@ -32,6 +32,8 @@ def check_transform(transform: object, crew: Crew) -> None:
         if crew != Crew():
             raise ConfigError("transform_workers= without transform=", hint="leave it out, or give a transform")
         return
+    if crew.kind == "process" and is_async(transform):
+        raise ConfigError("an async transform runs on the loop, not in processes", hint="transform_workers=N tasks")
     if not callable(transform):
         raise ConfigError(f"transform must be a function of a batch, not {type(transform).__name__}")
 
@@ -47,7 +49,7 @@ def is_async(transform: object) -> bool:
 
 def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
     """The transformed batch: arrays at multiples of 64 bytes. Raises UserCodeError naming the rows."""
-    given, rows = _given(batch, seed), _rows(batch)
+    given, rows = _given(batch, seed), rows_of(batch)
     try:
         made = transform(given)
     except StreamtrainError:
@@ -64,7 +66,7 @@ def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
 
 async def apply_async(transform: Transform, batch: Batch, seed: int) -> Batch:
     """The same of an `async def`; a cancellation goes through."""
-    given, rows = _given(batch, seed), _rows(batch)
+    given, rows = _given(batch, seed), rows_of(batch)
     try:
         made = await transform(given)
     except (StreamtrainError, asyncio.CancelledError):
@@ -123,7 +125,7 @@ def _as_batch(made: object, given: Batch, batch: Batch) -> Batch:
     return result
 
 
-def _rows(batch: Batch) -> str:
+def rows_of(batch: Batch) -> str:
     """The rows by name; to be asked before a transform may have changed them."""
     index = batch.index
     return f"samples {index[0]}...{index[-1]} (epoch {batch.epoch}, positions up to {batch.cursor.position})"

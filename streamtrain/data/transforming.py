@@ -102,17 +102,22 @@ class ThreadRunner:
     def _job(self, group: list[Ready], done: Done, scratch: Scratch) -> None:
         began = time.perf_counter()
         made: list[Batch] = []
-        failure: BaseException | None = None
+        error = self._fill(made, group)
+        scratch.seconds["transform"] += time.perf_counter() - began
+        # The loop empties this list: nothing here may keep a batch's buffer from coming back.
+        with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
+            self._loop.call_soon_threadsafe(done, made, error)
+        del error  # its traceback leads to this very frame: a cycle that would keep the buffer
+
+    def _fill(self, made: list[Batch], group: list[Ready]) -> BaseException | None:
+        """Transform one after the other; what stopped that."""
         try:
             while group:
                 made.append(self._work(group.pop(0)))
         except BaseException as error:
-            failure = error
             group.clear()
-        scratch.seconds["transform"] += time.perf_counter() - began
-        # The loop empties this list: nothing here may keep a batch's buffer from coming back.
-        with contextlib.suppress(RuntimeError):  # the loop was closed under us; nobody waits any more
-            self._loop.call_soon_threadsafe(done, made, failure)
+            return error
+        return None
 
 
 class TaskRunner:

@@ -26,7 +26,9 @@ def default_threads() -> int:
 class Workers:
     """`count` threads with a shared queue of jobs; `submit(..., front=True)` overtakes what waits."""
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, name: str, *, leave: Callable[[Scratch], None] | None = None) -> None:
+        """`leave`: called in each thread at its end."""
+        self._leave = leave
         self._jobs: collections.deque[Job] = collections.deque()
         self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._stopped = False
@@ -37,6 +39,10 @@ class Workers:
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
+
+    def stopped(self) -> bool:
+        """Whether they were told to end."""
+        return self._stopped
 
     def submit(self, job: Job, *, front: bool = False) -> None:
         """Queue a job; jobs that wait when the workers are stopped never run."""
@@ -68,6 +74,8 @@ class Workers:
                 continue
             job(scratch)
             del job  # an idle thread keeps no block alive
+        if self._leave is not None:
+            self._leave(scratch)
 
     def stop(self) -> None:
         """Tell the threads to end after the job each has in hand. Never blocks."""
