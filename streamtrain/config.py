@@ -105,6 +105,8 @@ class DataTable(Table):
     threads: Count | None = None
     prefetch: Count | None = None
     read_timeout: Positive = 60.0
+    retries: Natural = 3
+    storage_options: Annotated[dict[str, Text | bool | int], Must("a table of strings")] | None = None
 
 
 class ModelTable(Table):
@@ -426,6 +428,7 @@ def _similar_file(path: str) -> str:
 
 MAY_CHANGE = frozenset(
     {f"data.{key}" for key in ("memory", "cache", "io", "threads", "prefetch", "read_timeout", "batch_size")}
+    | {"data.retries", "data.storage_options"}
     | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
     | {"trainer.nonfinite", "data.store"}
     | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume"}

@@ -60,6 +60,7 @@ _STREAM = [
     Flag("--threads", ("data.threads",), "threads that read and decode"),
     Flag("--prefetch", ("data.prefetch",), "batches made ahead"),
     Flag("--read-timeout", ("data.read_timeout",), "seconds until a read counts as hung"),
+    Flag("--retries", ("data.retries",), "how often a failed request to a remote store is made again"),
 ]
 _VALIDATION = [
     Flag("--validation-data", ("validation.store",), "store to validate on; --data by default", "text"),

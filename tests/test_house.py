@@ -19,8 +19,8 @@ errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.budget data.layout
 data.iterable
 losses schedulers optimizers metrics monitors
-data.seen data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows data.framing
-data.opening data.stores data.choosing
+data.spans data.seen data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows
+data.framing data.fetch data.bucket data.zarr_bytes data.remote data.ahead data.opening data.stores data.choosing
 data.options data.transform data.survey data.transforming data.transform_child data.transform_processes
 data.crews
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
@@ -41,8 +41,8 @@ from the files to its left."""
 PLACES = {name: place for place, name in enumerate(FLOORS.split())}
 ROOMS = {"", "callbacks", "data", "web"}
 """The `__init__` of these stand outside the floors: the package resolves its names on first use, rooms are empty."""
-DATA_NEEDS = {"numpy", "zarr", "numcodecs", "anyio", "aiofiles", "psutil", "google_crc32c"}
-"""What the data room and the tools may import; google_crc32c comes with zarr."""
+DATA_NEEDS = {"numpy", "zarr", "numcodecs", "anyio", "aiofiles", "psutil", "google_crc32c", "obstore"}
+"""What the data room and the tools may import; google_crc32c comes with zarr, obstore with the extra."""
 FORBIDDEN = re.compile(r"(util|utils|helper|helpers|common|core|manager|managers|misc)$")
 PUBLIC = """
 __version__ Batch Best Budget CSVLogger Callback CheckpointError ConfigError DataError EarlyStopping EnvironmentProblem

@@ -66,6 +66,11 @@ class ChunkCache:
                 del self._loading[key]
             mine.set()
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether it is kept now."""
+        with self._lock:
+            return key in self._kept
+
     def _keep(self, key: Hashable, array: NDArray[Any]) -> None:
         """Keep a copy, in place of what was used least recently."""
         with self._lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -120,6 +120,10 @@ class Feed:
         self.site, self.layout, self.reader, self.cache = site, site.layout, reader, cache
         self._order = site.sample_axes + site.row_axes
 
+    def key(self, chunk: tuple[int, ...]) -> Hashable:
+        """What a chunk is called in the cache."""
+        return self._store, self.layout.name, chunk
+
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
         """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
         if self.site.one_chunk:
@@ -229,9 +233,7 @@ class Feed:
             if self.cache is None:
                 return self.reader.read(chunk, rows, scratch, few=few)
             everything = (0, self.layout.chunk_shape[0])
-            return self.cache.get(
-                (self._store, self.layout.name, chunk), lambda: self.reader.read(chunk, everything, scratch)
-            )
+            return self.cache.get(self.key(chunk), lambda: self.reader.read(chunk, everything, scratch))
         finally:
             scratch.reading = None
 

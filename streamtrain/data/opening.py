@@ -17,11 +17,15 @@ from typing import Any, Literal
 import zarr
 from zarr.abc.store import Store
 from zarr.api import asynchronous as zarr_api
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, ObjectStore
 
+from streamtrain.data.bucket import Bucket, Owned, is_url
+from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
 from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local
-from streamtrain.errors import ConfigError, DataError
+from streamtrain.data.remote import RemoteReader
+from streamtrain.data.zarr_bytes import StoreBytes
+from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 IO = Literal["auto", "mmap", "pread", "store"]
 METADATA = ("zarr.json", ".zgroup", ".zarray")
@@ -40,10 +44,38 @@ class Located:
     """The folder on this machine; None where the store is anything else."""
     name: str
     """What messages call it."""
+    bucket: Bucket | None = None
+    """What a URL names."""
+
+    @property
+    def source(self) -> ByteSource | None:
+        """Where the fast lane asks for bytes; None for a folder."""
+        if self.bucket is not None:
+            return self.bucket
+        if isinstance(self.store, ObjectStore):
+            return Owned(self.store.store)
+        return StoreBytes(self.store) if isinstance(self.store, Store) and self.root is None else None
+
+    def unreachable(self, error: Exception) -> bool:
+        """Whether this tells of the way to the store, not of what is in it."""
+        return self.bucket is not None and (self.bucket.transient(error) or type(error).__name__ in REFUSALS)
+
+    def close(self) -> None:
+        """Drop connections; what is asked for later makes new ones."""
+        if self.bucket is not None:
+            self.bucket.close()
 
 
-def locate(store: object) -> Located:
-    """Tell what kind of store this is, without looking at it. Raises ConfigError for what is none."""
+def locate(store: object, storage_options: Mapping[str, str] | None = None, *, retries: int = 3) -> Located:
+    """Tell what kind of store this is, without looking at it.
+
+    Raises ConfigError for what is none, EnvironmentProblem for a URL where obstore is not installed.
+    """
+    if isinstance(store, str) and is_url(store):
+        bucket = Bucket(store, storage_options, retries=retries)
+        return Located(bucket.zarr_store, "", None, store, bucket)
+    if storage_options:
+        raise ConfigError("storage_options= belong to a URL such as s3://bucket/data.zarr", hint="leave them out")
     if isinstance(store, zarr.Group | zarr.Array):
         inner, path = store.store, store.path
         root = inner.root if isinstance(inner, LocalStore) else None
@@ -52,8 +84,6 @@ def locate(store: object) -> Located:
         return Located(store, "", store.root if isinstance(store, LocalStore) else None, str(store))
     if isinstance(store, str | os.PathLike):
         text = os.fspath(store)
-        if "://" in text and not text.startswith("file://"):
-            raise ConfigError(f"store {text!r}: only local stores are supported yet", hint="copy it to a disk first")
         text = os.path.expanduser(text.removeprefix("file://"))
         if not text:
             raise ConfigError("store is empty", hint=_NO_STORE)
@@ -74,11 +104,12 @@ class OpenArray:
 
 
 async def open_arrays(
-    where: Located, names: Sequence[str] | None, *, io: IO, loop: ZarrLoop, timeout: float
+    where: Located, names: Sequence[str] | None, *, io: IO, loop: ZarrLoop, timeout: float, retries: int = 3
 ) -> dict[str, OpenArray]:
-    """Open these arrays; None stands for the one array that the store holds. Runs on `loop`.
+    """Open these arrays; None stands for the one array that the store holds. Data is read on `loop`.
 
-    Raises DataError where the store or an array is missing, damaged or can't be trained on.
+    Raises DataError where the store or an array is missing, damaged or can't be trained on, EnvironmentProblem where
+    it can't be reached.
     """
     if where.root is not None:
         _check_folder(where.root, where.path, where.name)
@@ -90,8 +121,10 @@ async def open_arrays(
         raise DataError(f"{where.name} is one array, not a group with {', '.join(names)}", hint="leave inputs= out")
     else:
         found = {name: await _member(node, where, name) for name in names}
+    source = where.source
+    far = Fetcher(source, retries=retries, timeout=timeout) if source is not None else None
     files = StoreFiles(where.root) if where.root is not None else None
-    return {name: _readable(array, files, io=io, loop=loop, timeout=timeout) for name, array in found.items()}
+    return {name: _readable(array, files, far, io=io, loop=loop, timeout=timeout) for name, array in found.items()}
 
 
 async def list_arrays(where: Located) -> list[str]:
@@ -103,17 +136,22 @@ async def list_arrays(where: Located) -> list[str]:
 
 
 def _readable(
-    array: zarr.AsyncArray[Any], files: StoreFiles | None, *, io: IO, loop: ZarrLoop, timeout: float
+    array: zarr.AsyncArray[Any],
+    files: StoreFiles | None,
+    far: Fetcher | None,
+    *,
+    io: IO,
+    loop: ZarrLoop,
+    timeout: float,
 ) -> OpenArray:
     metadata: Mapping[str, Any] = array.metadata.to_dict()
     layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
-    why = layout.slow
-    if files is None:
-        why = f"a store of the kind {type(array.store_path.store).__name__}"
-    elif io == "store":
-        why = "io='store'"
-    if why is not None or files is None:
+    why = layout.slow or ("io='store'" if io == "store" else None)
+    if why is not None:
         return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout), why)
+    if far is not None:
+        return OpenArray(layout, RemoteReader(layout, far, loop), None)
+    assert files is not None
     mapped = io == "mmap" or (io == "auto" and is_local(files.root))
     return OpenArray(layout, LocalReader(layout, files, mapped=mapped), None)
 
@@ -125,6 +163,11 @@ async def _opened(where: Located, name: str) -> zarr.AsyncGroup | zarr.AsyncArra
     except FileNotFoundError as error:
         raise DataError(f"{where.name}: no Zarr group or array there", hint=_NO_STORE) from error
     except Exception as error:
+        if where.unreachable(error):
+            raise EnvironmentProblem(
+                f"{where.name} can't be reached: {one_line(error)}",
+                hint="check the network, the endpoint and the credentials (environment variables, storage_options=)",
+            ) from error
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(
             f"{'/'.join(part for part in (where.name, name) if part)}: its metadata can't be used: {cause}",

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamtrain.data.ahead import Ahead, wants_of
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
 from streamtrain.data.budget import BudgetHeld, Share, format_bytes
@@ -36,10 +37,11 @@ from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
+from streamtrain.data.remote import Want
 from streamtrain.data.survey import Place, Sizes
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, TransformStage
-from streamtrain.data.workers import Workers
+from streamtrain.data.workers import Job, Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,8 @@ class ZarrPass:
         self._batches = rest // size if recipe.drop_last else -(-rest // size)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._workers: Workers | None = None
+        self._ahead: Ahead | None = None
+        """Fetches for the workers what is elsewhere; None where nothing is."""
         self._pool = recipe.pool
         self._queue: ReadyQueue[Ready | Made] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
         self._slot_bytes = block_bytes(recipe.columns, 1)
@@ -293,6 +297,8 @@ class ZarrPass:
                     f"{reading[0]} was not read within {self._recipe.read_timeout:g} s",
                     hint="check the storage, or raise read_timeout",
                 )
+        if self._ahead is not None and (what := self._ahead.hung(now)) is not None:
+            raise EnvironmentProblem(what, hint="check the storage")
 
     # ---- the producers' side, on the loop
 
@@ -315,6 +321,9 @@ class ZarrPass:
         self._loop = asyncio.get_running_loop()  # now it has started: before, it may be tried again
         self._workers = Workers(threads, "streamtrain-data")
         self._stage = self._transforms(self._workers)
+        self._ahead = Ahead.over(
+            [feed for feeds in self._recipe.feeds for feed in feeds], share, self._workers.submit, threads
+        )
         self._filling = 1
         self._workers.submit(self._prepare)
         return True
@@ -422,11 +431,16 @@ class ZarrPass:
             else:
                 pieces = [piece for block in blocks for piece in order.pieces(block)]
             jobs = self._jobs(pieces)
+            wants = [self._wants(job) for job in jobs]
         except BaseException as error:
-            unit.error, jobs = error, []
+            unit.error, jobs, wants = error, [], []
         unit.left = len(jobs)
-        for job in jobs if workers is not None else ():
-            workers.submit(lambda scratch, job=job: self._run(unit, job, scratch))  # type: ignore[misc, union-attr]
+        runs: list[Job] = [lambda scratch, job=job: self._run(unit, job, scratch) for job in jobs]  # type: ignore[misc]
+        if self._ahead is not None:
+            self._ahead.add(list(zip(wants, runs, strict=True)))
+        elif workers is not None:
+            for run in runs:
+                workers.submit(run)
         if not jobs:
             self._hop(self._unit_done, unit)
         with self._lock:
@@ -450,6 +464,18 @@ class ZarrPass:
                 jobs.append(job)
                 job, count = [], 0
         return [*jobs, job] if job else jobs
+
+    def _wants(self, pieces: Sequence[Piece]) -> list[Want]:
+        """What a job's pieces will read of arrays that are elsewhere."""
+        if self._ahead is None:
+            return []
+        split, found = self._order.split, []
+        for piece in pieces:
+            rows = piece.rows if piece.rows is not None else split.rows(piece.cell, piece.lower, piece.upper)
+            store, cell, grid = split.grid.part(piece.cell)
+            box = Box.of(grid, cell)
+            found += [want for feed in self._recipe.feeds[store] for want in wants_of(feed, box, rows)]
+        return found
 
     def _unit_done(self, unit: Unit) -> None:
         """The hop: the batches that are complete now become ready."""
@@ -560,6 +586,8 @@ class ZarrPass:
         self.closed = True
         if self._workers is not None:
             self._workers.stop()
+        if self._ahead is not None:
+            self._ahead.stop()
         with self._lock:
             self._unplanned.clear()
         self._units.clear()
@@ -578,6 +606,8 @@ class ZarrPass:
             return
         if not await workers.joined(timeout=JOIN):
             logger.error("a read has not returned within %g s; its thread is left behind", JOIN)
+        if self._ahead is not None:
+            await self._ahead.aclose()
         if self._stage is not None and not await self._stage.joined(JOIN):
             logger.error("a transform has not returned within %g s, and is left behind", JOIN)
         self.retired = workers.scratches
@@ -589,6 +619,8 @@ class ZarrPass:
         self.closed = True
         if getattr(self, "_workers", None) is not None:
             self._workers.stop()  # type: ignore[union-attr]
+        if getattr(self, "_ahead", None) is not None:
+            self._ahead.abandon()  # type: ignore[union-attr]
         # What `aclose` and `stop` have not given back, each byte once.
         granted = getattr(self, "_scratch_granted", 0)
         if getattr(self, "_stage", None) is not None:

@@ -22,7 +22,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -52,7 +52,11 @@ LEAVE_SECONDS = 2.0
 """How long `ZarrLoop.close` waits for reads that are under way."""
 CLOSE_SECONDS = 5.0
 """How long it waits for all that it does."""
-_REMOTE_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs"})
+_REMOTE_TYPES = frozenset(
+    {"nfs", "nfs4", "cifs", "smbfs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs", "autofs"}
+    | {"pvfs2", "orangefs", "panfs", "wekafs", "coda", "ncpfs", "davfs", "vboxsf", "prl_fs", "drvfs"}
+    | {"fuse"}  # s3fs, mount-s3, goofys and others may name themselves no further; "fuseblk" is a disk of this machine
+)
 
 
 class Scratch:
@@ -67,6 +71,9 @@ class Scratch:
         """Encoded bytes fetched (of a memory map: touched)."""
         self.reading: tuple[str, float] | None = None
         """The chunk that is being read, and since when (`time.monotonic`)."""
+        self.fetched: Mapping[object, Callable[[], Bytes | None]] = {}
+        """Of chunks that are elsewhere: what gives the bytes that were fetched ahead for the job in hand, None where
+        the chunk is absent, or raises why they could not be had."""
 
     def take(self, name: str, size: int) -> Bytes:
         """A buffer of `size` bytes, aligned to pages; its last content is undefined."""
@@ -89,7 +96,7 @@ class ChunkReader(Protocol):
 
     @property
     def lane(self) -> str:
-        """`mmap`, `pread` or `zarr`; for `mmap` with the reads that fell back to `pread`, and why."""
+        """`mmap`, `pread`, `obstore`, `store` or `zarr`; `mmap` with the reads that fell back to `pread`, and why."""
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
@@ -114,11 +121,11 @@ def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: 
 def is_local(path: Path, table: Path = Path("/proc/self/mounts")) -> bool:
     """Whether this path lies on a file system of this machine (and may be memory-mapped)."""
     best, kind = "", ""
+    real = os.path.realpath(path)  # first: looking there may be what mounts it
     try:
         mounts = os.fsdecode(table.read_bytes())
     except OSError:
         return True
-    real = os.path.realpath(path)
     for line in mounts.splitlines():
         _, point, fstype, *_ = line.split(" ")
         point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)  # blanks stand there as \040
@@ -478,6 +485,10 @@ class ZarrLoop:
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Start a coroutine there."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._running())
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Have a plain function called there; it is dropped where `close` comes first."""
+        self._running().call_soon_threadsafe(function, *arguments)
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from streamtrain.data.opening import Located, StoreLike, locate
 from streamtrain.errors import ConfigError, DataError
@@ -17,17 +17,17 @@ Named = Located | str
 """A store, or a glob of some."""
 
 
-def name_stores(store: object) -> list[Named]:
+def name_stores(store: object, options: Mapping[str, str] | None = None, *, retries: int = 3) -> list[Named]:
     """What the user gave, without looking at a disk; at least one. Raises ConfigError for what is no store."""
     if isinstance(store, list | tuple):
         if not store:
             raise ConfigError("store is an empty list", hint="give the folder of a Zarr store, or several")
-        return [named for each in store for named in name_stores(each)]
+        return [named for each in store for named in name_stores(each, options, retries=retries)]
     if isinstance(store, str | os.PathLike):
         text = os.path.expanduser(os.fspath(store))
         if glob.has_magic(text) and "://" not in text:
             return [text]
-    return [locate(store)]
+    return [locate(store, options, retries=retries)]
 
 
 def find_stores(named: Sequence[Named]) -> list[Located]:

@@ -23,6 +23,7 @@ from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, 
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
 from streamtrain.data.feed import Feed
+from streamtrain.data.fetch import FetchStatistics
 from streamtrain.data.framing import Axis, Field
 from streamtrain.data.layout import ArrayLayout, decoded_whole
 from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
@@ -36,6 +37,7 @@ from streamtrain.data.options import (
     seconds_above_zero,
     shuffle_mode,
     split_pair,
+    string_pairs,
     transform_crew,
 )
 from streamtrain.data.order import EpochOrder, Shuffle
@@ -43,6 +45,7 @@ from streamtrain.data.passes import Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.remote import fetch_statistics
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
@@ -58,9 +61,7 @@ logger = logging.getLogger(__name__)
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
 LATER = frozenset(
-    {"decode_cf"}
-    | {"normalize", "disk_cache", "on_bad_chunk", "retries", "cache_transform"}
-    | {"lanes", "rank", "world_size"}
+    {"decode_cf"} | {"normalize", "disk_cache", "on_bad_chunk", "cache_transform"} | {"lanes", "rank", "world_size"}
 )
 """Keywords that are reserved and not supported yet."""
 POISON = "STREAMTRAIN_POISON"
@@ -72,14 +73,16 @@ class StreamStatistics:
     """How a stream does; sums are of the live pass, or else of the last one."""
 
     lanes: Mapping[str, str]
-    """Which lane reads each array: `mmap`, `pread`, or `zarr` with the reason why no fast lane can. Where the machine
-    refused maps of the store's files, `mmap` has with it how many were read by `pread` instead, and why."""
+    """Which lane reads each array: `mmap`, `pread`, `obstore` (URLs), `store` (another zarr store's own `get`), or
+    `zarr` with the reason why no fast lane can. Where the machine refused maps of the store's files, `mmap` has with it
+    how many were read by `pread` instead, and why."""
     chunks: int
     """Chunks that were asked for. Many more than the dataset has: see `plan().read_amplification`."""
     bytes_read: int
     """Encoded bytes fetched; those of a memory map count as if each chunk were read whole."""
     read_seconds: float
-    """Time of all threads in reading. The largest of the four: storage is the bottleneck."""
+    """Time of all threads in reading. The largest of the four: storage is the bottleneck. (What is elsewhere is fetched
+    ahead of them, and counts in `fetch`.)"""
     decode_seconds: float
     """In decompressing. The largest: cores are; more threads, or a faster codec, would help."""
     gather_seconds: float
@@ -92,6 +95,8 @@ class StreamStatistics:
     budget: BudgetStatistics
     cache: CacheStatistics | None
     """Decoded chunks kept because several cells share them; None where none do."""
+    fetch: FetchStatistics | None
+    """Requests to a store that is elsewhere; None for a folder."""
     threads: int
     buffers: int
     """Buffers in use. All of them while `queue.items` is 0: batches are kept by the consumer."""
@@ -113,8 +118,10 @@ class _Opened:
 class ZarrStream:
     """A stream of batches from one Zarr store; `async for batch in stream` is one epoch.
 
-    `store`: a path, a `zarr.Group`, `zarr.Array` or `zarr.abc.store.Store`; or a list or glob of them: one dataset, its
-    samples numbered store by store and shuffled across all.
+    `store`: a path, a URL (`s3://`, `gs://`, `az://`, `https://`, by the extra `cloud`), a `zarr.Group`, `zarr.Array`
+    or `zarr.abc.store.Store`; or a list or glob of them: one dataset, its samples numbered store by store and shuffled
+    across all. `storage_options`: settings of a URL's store, strings named as obstore names them (endpoint, region,
+    skip_signature, ...), over those of the environment.
     `inputs`, `targets`: an array's name, or a list of names (then batches hold dicts by name, even of one). `inputs`
     is left out where the store is one array.
     `batch_size`: samples of a batch.
@@ -144,7 +151,8 @@ class ZarrStream:
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
     cells share. `io`: "auto" (memory maps where they are safe), "mmap", "pread", "store" (zarr's own API).
     `threads` that read and decode; `prefetch` batches at most ahead; `read_timeout` seconds until a read counts as
-    hung. `output`: "torch" tensors or "numpy" arrays.
+    hung, and a request is given up; `retries`: how often one that failed for a passing reason is made again.
+    `output`: "torch" tensors or "numpy" arrays.
 
     The constructor checks its arguments only; metadata is read on first use. Raises ConfigError.
     """
@@ -185,6 +193,8 @@ class ZarrStream:
         threads: int | None = None,
         prefetch: int | None = None,
         read_timeout: float = 60.0,
+        retries: int = 3,
+        storage_options: Mapping[str, str] | None = None,
         output: Literal["torch", "numpy"] = "torch",
         **later: object,
     ) -> None:
@@ -193,8 +203,10 @@ class ZarrStream:
                 raise ConfigError(f"{key}= is not supported yet", hint="leave it out")
             near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
             raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
-        self._named = name_stores(store)
+        self._retries = at_least(retries, 0, "retries")
+        self._named = name_stores(store, string_pairs(storage_options, "storage_options"), retries=self._retries)
         self._name = name_of(self._named)
+        self._where: list[Located] = []
         self._inputs, self._targets = array_names(inputs, "inputs"), array_names(targets, "targets")
         self._batch_size = at_least(batch_size, 1, "batch_size")
         self._shuffle: Shuffle = choice(shuffle_mode(shuffle), ("none", "block", "global"), "shuffle")
@@ -276,9 +288,17 @@ class ZarrStream:
 
         async def one(where: Located) -> dict[str, OpenArray]:
             async with many:
-                return await open_arrays(where, names, io=self._io, loop=self._zarr_loop, timeout=self._read_timeout)
+                return await open_arrays(
+                    where,
+                    names,
+                    io=self._io,
+                    loop=self._zarr_loop,
+                    timeout=self._read_timeout,
+                    retries=self._retries,
+                )
 
-        return self._settle(await asyncio.gather(*map(one, find_stores(self._named))))
+        self._where = find_stores(self._named)
+        return self._settle(await asyncio.gather(*map(one, self._where)))
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
@@ -474,6 +494,8 @@ class ZarrStream:
             self._opened.cache.clear()
         self._share.active = False
         await self._zarr_loop.aclose()
+        for where in self._where:
+            where.close()
 
     async def pause(self) -> None:
         """Read no further ahead until `resume`; what is ready can still be taken."""
@@ -623,6 +645,7 @@ class ZarrStream:
             queue=self._pass.queue.statistics() if self._pass is not None else None,
             budget=self.budget.statistics(),
             cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,
+            fetch=fetch_statistics(array.reader for arrays in stores for array in arrays.values()),
             threads=self._threads,
             buffers=self._pass.buffers if self._pass is not None else 0,
             buffer_bytes=opened.survey.sizes.buffer_bytes if opened is not None else 0,

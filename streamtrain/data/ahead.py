@@ -1,0 +1,424 @@
+"""Fetching ahead of the threads: chunks that are elsewhere are asked for in order, many at a time, before their turn.
+
+    add       a unit's jobs, each with the chunks that it wants                                        (any thread)
+    arrange   chunks of one object together; its index first, where it has one and it is not known      (private loop)
+    advance   while a slot is free and the budget grants the bytes: the next request                    (private loop)
+    arrived   a job whose chunks are all there goes to the threads                                      (private loop)
+    done      its bytes are given back                                                                  (private loop)
+
+Its law: nothing is fetched that was not granted, and nobody waits for a grant for ever: where no request is under way
+and no job is out, the first job goes to the threads as it is, and they fetch what it lacks on the spot. Until the
+first unit's bytes are there, no other unit's are asked for: read-ahead never delays the first batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from streamtrain.data.budget import Share
+from streamtrain.data.decode import Bytes
+from streamtrain.data.feed import Box, Feed, Part, Rows
+from streamtrain.data.fetch import RECENT, Account
+from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop
+from streamtrain.data.remote import RemoteReader, Want
+from streamtrain.data.spans import BUDGET_SHARE, Span, coalesce, requests_at_once
+from streamtrain.data.workers import Job
+
+logger = logging.getLogger(__name__)
+
+
+class _Noting:
+    """A reader that reads nothing and notes what it is asked for."""
+
+    lane = "none"
+
+    def __init__(self, reader: RemoteReader) -> None:
+        self._reader = reader
+        self.wants: list[Want] = []
+
+    def read(
+        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
+    ) -> NDArray[Any] | None:
+        self.wants.append(self._reader.want(chunk, rows))
+        return None
+
+
+def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
+    """The chunks that `feed.fill` will read for these rows of a cell: it is asked itself, so that both never differ.
+
+    None for an array that is read in another way; nor those that are kept decoded already.
+    """
+    if not isinstance(feed.reader, RemoteReader):
+        return []
+    dry, noting = copy.copy(feed), _Noting(feed.reader)
+    dry.reader, dry.cache = noting, None
+    dry.fill(box, rows, _nowhere, Scratch())
+    if feed.cache is None:
+        return noting.wants
+    return [want for want in noting.wants if feed.key(want.chunk) not in feed.cache]
+
+
+def _nowhere(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
+    """Where rows go that nobody reads."""
+
+
+class _Parcel:
+    """A want on its way, and how many jobs wait for it."""
+
+    __slots__ = ("data", "error", "haul", "jobs", "there", "users")
+
+    def __init__(self) -> None:
+        self.there = False
+        self.data: Bytes | None = None
+        self.error: Exception | None = None
+        self.haul: _Haul | None = None
+        self.jobs: list[_Order] = []
+        self.users = 0
+
+    def take(self) -> Bytes | None:
+        """What came, in a worker's thread."""
+        if self.error is not None:
+            raise self.error
+        return self.data
+
+
+class _Haul:
+    """What one request has brought: its bytes are granted, and given back, together."""
+
+    __slots__ = ("granted", "left")
+
+    def __init__(self, granted: int, parcels: int) -> None:
+        self.granted, self.left = granted, parcels
+
+
+class _Order:
+    """A job, and what it still waits for."""
+
+    __slots__ = ("job", "parcels", "waiting")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.parcels: dict[Want, _Parcel] = {}
+        self.waiting = 0
+
+
+class _Group:
+    """What is wanted of one object by one unit."""
+
+    __slots__ = ("key", "reader", "unit", "wants")
+
+    def __init__(self, reader: RemoteReader, key: str, unit: int) -> None:
+        self.reader, self.key, self.unit = reader, key, unit
+        self.wants: list[Want] = []
+
+
+_Request = tuple[RemoteReader, str, int, "int | None", int, tuple[tuple[int, int, Want], ...]]
+"""Reader, key, start, stop (None: the whole object), bytes at most, and whose bytes these are."""
+
+
+class Grants:
+    """Bytes granted to what was fetched ahead. Thread-safe; after `close` all are given back, and none granted."""
+
+    def __init__(self, share: Share) -> None:
+        self._share, self._lock, self._closed = share, threading.Lock(), False
+        self.bytes = 0
+
+    def acquire(self, size: int) -> bool:
+        """Grant so many, out of the part of the memory that read-ahead may take."""
+        with self._lock:
+            if self._closed or (self.bytes and self.bytes + size > self._share.total // BUDGET_SHARE):
+                return False
+            if not self._share.try_acquire(size):
+                return False
+            self.bytes += size
+            return True
+
+    def release(self, size: int) -> None:
+        """Give so many back."""
+        with self._lock:
+            if not self._closed:
+                self.bytes -= size
+                self._share.release(size)
+
+    def close(self, *, finalizing: bool = False) -> None:
+        """Give all back; `finalizing` where no lock may be taken."""
+        if finalizing:
+            if not self._closed:
+                self._closed = True
+                self._share.release_from_finalizer(self.bytes)
+            return
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._share.release(self.bytes)
+
+
+class Ahead:
+    """Fetches for one pass. Its state is touched on the private loop only."""
+
+    def __init__(
+        self, readers: Sequence[RemoteReader], share: Share, submit: Callable[[Job], None], threads: int
+    ) -> None:
+        self._loop: ZarrLoop = readers[0].loop
+        self._fetcher = readers[0].fetcher
+        self._account = Account()
+        for reader in readers:
+            reader.fetcher.account = self._account
+        self._share, self._submit, self._threads = share, submit, threads
+        self._grants = Grants(share)
+        self._parcels: dict[Want, _Parcel] = {}
+        self._waiting: dict[_Order, None] = {}
+        self._groups: collections.deque[_Group] = collections.deque()
+        self._requests: collections.deque[_Request] = collections.deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._out = self._units = 0
+        self._first_left = 0
+        """Parcels of the first unit that are not there yet."""
+        self._mean = 0.0
+        """Bytes of a request, of the last ones."""
+        self._durations: collections.deque[float] = collections.deque(maxlen=RECENT)
+        """Seconds of a request, of the last ones."""
+        self._used = self._stopped = False
+        self.since: float | None = None
+        """When something last began or arrived, while requests are under way (`time.monotonic`)."""
+
+    @classmethod
+    def over(cls, feeds: Sequence[Feed], share: Share, submit: Callable[[Job], None], threads: int) -> Ahead | None:
+        """For these feeds; None where none of them is elsewhere."""
+        readers = [feed.reader for feed in feeds if isinstance(feed.reader, RemoteReader)]
+        return cls(readers, share, submit, threads) if readers else None
+
+    # ---- from other threads
+
+    def add(self, jobs: Sequence[tuple[Sequence[Want], Job]]) -> None:
+        """The jobs of one more unit; each is submitted when its chunks are there."""
+        if not self._stopped:
+            self._used = True
+            with contextlib.suppress(RuntimeError):  # the private loop was closed: the pass has ended
+                self._loop.call(self._guarded, self._arrange, jobs)
+
+    def stop(self) -> None:
+        """Ask for nothing more."""
+        self._stopped = True
+
+    async def aclose(self) -> None:
+        """End what is under way, and give all bytes back. From the caller's loop."""
+        self.stop()
+        with contextlib.suppress(RuntimeError):
+            if self._used:
+                await asyncio.wait([asyncio.wrap_future(self._loop.submit(self._cancel()))], timeout=LEAVE_SECONDS)
+        self._grants.close()
+
+    def abandon(self) -> None:
+        """The same from a finalizer."""
+        self.stop()
+        self._grants.close(finalizing=True)
+
+    def hung(self, now: float) -> str | None:
+        """What to say where the private loop itself has stood still for longer than any request may take."""
+        since = self.since
+        if since is None or now - since < self._fetcher.longest:
+            return None
+        return f"a request to {self._fetcher.source.url('')} has not ended"
+
+    # ---- on the private loop
+
+    async def _cancel(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._parcels.clear()
+        self._waiting.clear()
+
+    def _guarded(self, call: Callable[..., None], *arguments: object) -> None:
+        """A fault of ours must not leave the consumer waiting: the threads then fetch for themselves."""
+        try:
+            call(*arguments)
+            self._advance()
+        except Exception:
+            logger.exception("fetching ahead failed; the threads fetch for themselves")
+            for order in list(self._waiting):
+                self._hand_over(order)
+
+    def _arrange(self, jobs: Sequence[tuple[Sequence[Want], Job]]) -> None:
+        unit, self._units = self._units, self._units + 1
+        groups: dict[tuple[int, str], _Group] = {}
+        for wants, job in jobs:
+            order = _Order(job)
+            self._waiting[order] = None
+            for want in dict.fromkeys(wants):
+                self._await(order, want, unit, groups)
+        self._groups.extend(groups.values())
+        for order in [order for order in self._waiting if not order.waiting]:
+            self._hand_over(order)
+
+    def _await(self, order: _Order, want: Want, unit: int, groups: dict[tuple[int, str], _Group]) -> None:
+        parcel = self._parcels.get(want)
+        if parcel is None:
+            parcel = self._parcels[want] = _Parcel()
+            key = want.reader.layout.key(want.chunk)
+            group = groups.setdefault((id(want.reader), key), _Group(want.reader, key, unit))
+            group.wants.append(want)
+            self._first_left += unit == 0
+        parcel.users += 1
+        order.parcels[want] = parcel
+        if not parcel.there:
+            order.waiting += 1
+            parcel.jobs.append(order)
+
+    def _advance(self) -> None:
+        """Start requests while there is room for them; hand a job over where there is none for anybody."""
+        self._account.at_once = limit = self._limit()
+        while not self._stopped and len(self._tasks) < limit:
+            if self._requests:
+                if not any(self._parcels[want].users for *_, want in self._requests[0][5]):
+                    for *_, want in self._requests.popleft()[5]:  # the threads have fetched it for themselves
+                        self._forget(want)
+                    continue
+                if not self._grants.acquire(self._requests[0][4]):
+                    break
+                self._start(self._fetch(self._requests.popleft()))
+            elif self._groups and (self._groups[0].unit == 0 or self._first_left <= 0):
+                group = self._groups.popleft()
+                if group.reader.knows(group.key):
+                    self._place(group)
+                else:
+                    self._start(self._locate(group))
+            else:
+                break
+        if not self._tasks and not self._out and self._waiting and not self._stopped:
+            self._first_left = 0
+            self._hand_over(next(iter(self._waiting)))
+        self.since = time.monotonic() if self._tasks else None
+
+    def _limit(self) -> int:
+        seconds = min(self._durations) if self._durations else 0.0
+        return requests_at_once(seconds, self._mean, self._threads, self._share.total)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and not self._stopped:
+            self._guarded(_nothing)
+
+    async def _locate(self, group: _Group) -> None:
+        """Read the index of a shard, then place what is wanted of it."""
+        try:
+            await group.reader.read_index(group.key)
+        except Exception as error:
+            for want in group.wants:
+                self._arrived(want, None, error)
+            return
+        self._place(group)
+
+    def _place(self, group: _Group) -> None:
+        """Turn what is wanted of an object into requests; a whole object is one of its own."""
+        wanted: list[tuple[int, int, Want]] = []
+        for want in group.wants:
+            if not self._parcels[want].users:
+                self._forget(want)
+                continue
+            try:
+                place = group.reader.place(want)
+            except ValueError as error:
+                self._arrived(want, None, error)
+                continue
+            if place is None:
+                self._arrived(want, None, None)
+            elif place.stop is None:
+                self._requests.append((group.reader, group.key, 0, None, place.bound, ((0, place.bound, want),)))
+            else:
+                wanted.append((place.start, place.stop, want))
+        self._requests.extend(self._spans(group, wanted))
+
+    def _spans(self, group: _Group, wanted: list[tuple[int, int, Want]]) -> Iterator[_Request]:
+        spans: list[Span[Want]] = coalesce(wanted)
+        for span in spans:
+            yield group.reader, group.key, span.start, span.stop, span.stop - span.start, span.members
+
+    async def _fetch(self, request: _Request) -> None:
+        reader, key, start, stop, bound, members = request
+        haul = _Haul(bound, len(members))
+        self.since = began = time.monotonic()
+
+        def sized(size: int) -> None:
+            if size < haul.granted:
+                self._grants.release(haul.granted - size)
+                haul.granted = size
+
+        data: Bytes | None = None
+        failed: Exception | None = None
+        try:
+            data = await reader.bytes_at(key, start, stop, sized=sized)
+        except Exception as error:
+            failed = error
+        if data is not None:
+            self._durations.append(time.monotonic() - began)
+            self._mean = 0.9 * self._mean + 0.1 * len(data) if self._mean else len(data)
+        for first, last, want in members:
+            part = data[first - start : last - start] if data is not None else None
+            self._arrived(want, part, failed, haul)
+
+    def _arrived(self, want: Want, data: Bytes | None, error: Exception | None, haul: _Haul | None = None) -> None:
+        parcel = self._parcels[want]
+        parcel.there, parcel.data, parcel.error, parcel.haul = True, data, error, haul
+        self._first_left -= 1
+        orders, parcel.jobs = parcel.jobs, []
+        if not parcel.users:
+            self._forget(want)
+        for order in orders:
+            order.waiting -= 1
+            if not order.waiting and order in self._waiting:
+                self._hand_over(order)
+
+    def _hand_over(self, order: _Order) -> None:
+        """To the threads, with what is there."""
+        del self._waiting[order]
+        self._out += 1
+        self._submit(lambda scratch: self._do(order, scratch))
+
+    def _do(self, order: _Order, scratch: Scratch) -> None:
+        """In a worker's thread."""
+        scratch.fetched = {want: parcel.take for want, parcel in order.parcels.items() if parcel.there}
+        try:
+            order.job(scratch)
+        finally:
+            scratch.fetched = {}
+            with contextlib.suppress(RuntimeError):  # the private loop was closed: the pass has ended
+                if not self._stopped:
+                    self._loop.call(self._guarded, self._done, order)
+
+    def _done(self, order: _Order) -> None:
+        self._out -= 1
+        for want, parcel in order.parcels.items():
+            parcel.users -= 1
+            if not parcel.users and parcel.there:
+                self._forget(want)
+
+    def _forget(self, want: Want) -> None:
+        """Nobody uses it any more."""
+        haul = self._parcels.pop(want).haul
+        if haul is not None:
+            haul.left -= 1
+            if not haul.left:
+                self._grants.release(haul.granted)
+
+
+def _nothing() -> None:
+    """What `_guarded` calls where only advancing is left to do."""

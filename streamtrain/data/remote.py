@@ -1,0 +1,266 @@
+"""Chunks of one array out of objects that are elsewhere: where their bytes lie, and what is made of them.
+
+Its law: a shard's index is read once and kept; an object that was there stays what it was, or that is an error. Bytes
+that were fetched ahead are taken from the scratch; what is missing there is fetched on the spot, by the thread that
+needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.decode import Bytes, Decoder
+from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
+from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
+from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES, Scratch, ZarrLoop, chunk_error
+from streamtrain.errors import EnvironmentProblem
+
+SEEN = 1 << 16
+"""Of so many objects it is kept what they were."""
+NOTHING: Bytes = np.empty(0, dtype=np.uint8)
+
+
+Asking = Callable[[], None] | None
+"""Called before each request, so that one made again counts as new."""
+
+
+Sized = Callable[[int], None] | None
+"""Told how many bytes come, before they do."""
+
+
+class Want(NamedTuple):
+    """A chunk that is wanted: all of it, or these bytes of an uncompressed one."""
+
+    reader: RemoteReader
+    chunk: tuple[int, ...]
+    part: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where encoded bytes lie."""
+
+    key: str
+    start: int
+    stop: int | None
+    """None: the whole object."""
+    bound: int
+    """Bytes that these are at most."""
+
+
+class RemoteReader:
+    """Chunks of one array, by requests for their bytes. Its coroutines run on the private loop."""
+
+    def __init__(self, layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop) -> None:
+        assert layout.slow is None
+        self.layout, self.fetcher, self.loop = layout, fetcher, loop
+        self.lane = fetcher.source.lane
+        self._decoder = Decoder(layout)
+        self._indexes: OrderedDict[str, NDArray[np.uint64] | None] = OrderedDict()
+        self._reading: dict[str, asyncio.Future[None]] = {}
+        self._seen: dict[str, tuple[int | None, str | None]] = {}
+        plain = layout.raw and not layout.codecs and layout.ndim and layout.axes[0] == 0
+        self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if plain else 0
+        self._bound = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else self._most
+        self._index_bytes = 16 * math.prod(layout.inner) + 4
+
+    @property
+    def _most(self) -> int:
+        return self.layout.chunk_bytes + self.layout.chunk_bytes // 8 + ENCODED_SLACK
+
+    def want(self, chunk: Sequence[int], rows: tuple[int, int]) -> Want:
+        """What has to be fetched for these rows (of the first axis) of a chunk."""
+        part = None
+        if self._row_bytes and rows != (0, self.layout.chunk_shape[0]):
+            part = (rows[0] * self._row_bytes, rows[1] * self._row_bytes)
+        return Want(self, tuple(chunk), part)
+
+    def read(
+        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
+    ) -> NDArray[Any] | None:
+        """As `ChunkReader.read` says. Raises DataError, or EnvironmentProblem where the bytes can't be had."""
+        layout, want = self.layout, self.want(chunk, rows)
+        began = time.perf_counter()
+        try:
+            ahead = scratch.fetched.get(want)
+            data = ahead() if ahead is not None else self._now(want, scratch)
+            if data is None:
+                if layout.complete:
+                    raise ValueError("it is missing, and its writer left no chunk out")
+                return None
+            fetched = time.perf_counter()
+            scratch.seconds["read"] += fetched - began
+            scratch.bytes_read += len(data)
+            if want.part is not None:
+                whole = scratch.take("encoded", layout.chunk_bytes)
+                whole[want.part[0] : want.part[1]] = data
+                data = whole
+            out = scratch.take("decoded", layout.chunk_bytes) if self._decoder.compressed else NOTHING
+            decoded = self._decoder.view(self._decoder.decode(data, out))
+            scratch.seconds["decode"] += time.perf_counter() - fetched
+            return decoded
+        except FetchFailed as error:
+            place = str(chunk_error(layout, chunk, self.url(chunk), error))
+            raise EnvironmentProblem(place, hint=error.hint) from error
+        except ValueError as error:
+            raise chunk_error(layout, chunk, self.url(chunk), error) from error
+
+    def url(self, chunk: Sequence[int]) -> str:
+        """What messages call the object that holds a chunk."""
+        return self.fetcher.source.url(self.layout.key(chunk))
+
+    def _now(self, want: Want, scratch: Scratch) -> Bytes | None:
+        """In a worker's thread: fetch on the spot, into memory that the thread's scratch stands for."""
+        name = scratch.reading[0] if scratch.reading is not None else ""
+
+        def asking() -> None:  # a request made again is no hung read, nor is the pause before it
+            scratch.reading = (name, time.monotonic() + 2 * LONGEST_PAUSE)
+
+        try:
+            return self.loop.run(self.fetch(want, asking), self.fetcher.longest * 2)
+        except TimeoutError as error:
+            raise FetchFailed("it was not read in time", "check the storage, or raise read_timeout") from error
+        except concurrent.futures.CancelledError as error:
+            raise ValueError("its reading was ended") from error
+
+    async def fetch(self, want: Want, asking: Asking = None) -> Bytes | None:
+        """The encoded bytes of one want; None where the chunk is absent."""
+        if self.layout.shard_shape is not None:
+            await self.read_index(self.layout.key(want.chunk), asking)
+        place = self.place(want)
+        if place is None:
+            return None
+        return await self.bytes_at(place.key, place.start, place.stop, asking=asking)
+
+    def knows(self, key: str) -> bool:
+        """Whether it is known where chunks lie in this object."""
+        return self.layout.shard_shape is None or key in self._indexes
+
+    def place(self, want: Want) -> Place | None:
+        """Where a want's bytes lie, in an object that is known; None where the chunk is absent.
+
+        Raises ValueError where the index of its shard can't be right.
+        """
+        layout, key = self.layout, self.layout.key(want.chunk)
+        first, last = want.part or (0, self._bound)
+        if layout.shard_shape is None:
+            return Place(key, first, last if want.part else None, last - first)
+        index = self._indexes[key]
+        if index is None:
+            return None
+        start, size = (int(number) for number in index[layout.slot(want.chunk)])
+        if start == ABSENT and size == ABSENT:
+            return None
+        self._check_extent(key, start, size)
+        stop = start + (last if want.part else size)
+        return Place(key, start + first, stop, stop - start - first)
+
+    def _check_extent(self, key: str, start: int, size: int) -> None:
+        layout, whole = self.layout, self._seen.get(key, (None, None))[0]
+        if layout.raw and size != self._bound:
+            raise ValueError(f"it has {size} bytes, expected {self._bound}")
+        if size > self._most:
+            raise ValueError(f"it has {size} encoded bytes, a chunk decodes to {layout.chunk_bytes}")
+        if size == 0:
+            raise ValueError("it is empty")
+        if whole is not None and start + size > whole:
+            raise ValueError(f"its shard ends at byte {whole}, the chunk at {start + size}")
+        beyond = whole is not None and not layout.index_at_start and start + size > whole - self._index_bytes
+        if beyond or (layout.index_at_start and start < self._index_bytes):
+            raise ValueError(f"it would lie over the index of its shard, at bytes {start} to {start + size}")
+
+    async def read_index(self, key: str, asking: Asking = None) -> None:
+        """Have the index of a shard, read once however many ask."""
+        while key not in self._indexes:
+            other = self._reading.get(key)
+            if other is not None:
+                await asyncio.wait([other])
+                continue
+            self._reading[key] = mine = asyncio.get_running_loop().create_future()
+            try:
+                index = await self._index(key, asking)
+            finally:
+                del self._reading[key]
+                mine.cancel()
+            self._indexes[key] = index
+            while len(self._indexes) > max(1, INDEX_CACHE_BYTES // self._index_bytes):
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(key)
+
+    async def _index(self, key: str, asking: Asking) -> NDArray[np.uint64] | None:
+        count = self._index_bytes
+
+        def headed(heading: Heading) -> None:
+            self._same(key, heading)
+            if heading.length != count:
+                raise ValueError(f"its shard has {heading.length} bytes, fewer than its index of {count}")
+
+        try:
+            data = await self.fetcher.fetch(key, (0, count) if self.layout.index_at_start else count, headed, asking)
+        except FileNotFoundError:
+            self._check_absent(key)
+            return None
+        return parse_shard_index(data.tobytes(), math.prod(self.layout.inner))
+
+    async def bytes_at(
+        self, key: str, start: int, stop: int | None, *, sized: Sized = None, asking: Asking = None
+    ) -> Bytes | None:
+        """Bytes of an object, to its end where `stop` is None; None if there is no object. `sized` is told how many.
+
+        Raises ValueError where they can't be right, FetchFailed where they can't be had.
+        """
+
+        def headed(heading: Heading) -> None:
+            self._same(key, heading)
+            self._check_heading(heading, start, stop)
+            if sized is not None:
+                sized(heading.length)
+
+        try:
+            return await self.fetcher.fetch(key, None if stop is None else (start, stop), headed, asking)
+        except FileNotFoundError:
+            self._check_absent(key)
+            return None
+
+    def _check_heading(self, heading: Heading, start: int, stop: int | None) -> None:
+        layout = self.layout
+        if layout.shard_shape is None and layout.raw and heading.size not in (None, self._bound):
+            raise ValueError(f"it has {heading.size} bytes, expected {self._bound}")
+        if stop is not None and heading.length != stop - start:
+            raise ValueError(f"it ends after {heading.length} of the {stop - start} bytes that belong to it")
+        if stop is None and heading.length > self._most:
+            raise ValueError(f"it has {heading.length} encoded bytes, a chunk decodes to {layout.chunk_bytes}")
+        if heading.length == 0:
+            raise ValueError("it is empty")
+
+    def _same(self, key: str, heading: Heading) -> None:
+        """Raise ValueError if an object is not what it was when first seen."""
+        now = (heading.size, heading.version)
+        known = self._seen.setdefault(key, now)
+        if len(self._seen) > SEEN:
+            self._seen.clear()
+        if any(a is not None and b is not None and a != b for a, b in zip(known, now, strict=True)):
+            raise ValueError(f"it changed during the run: {_told(known)} before, {_told(now)} now")
+
+    def _check_absent(self, key: str) -> None:
+        if key in self._seen:
+            raise ValueError("it was there, and vanished during the run")
+
+
+def _told(version: tuple[int | None, str | None]) -> str:
+    return f"{version[0]} bytes" + (f" of version {version[1]}" if version[1] is not None else "")
+
+
+def fetch_statistics(readers: Iterable[object]) -> FetchStatistics | None:
+    """How the requests of these readers do, which share their account; None where none of them makes any."""
+    return next((reader.fetcher.account.statistics() for reader in readers if isinstance(reader, RemoteReader)), None)
