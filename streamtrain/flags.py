@@ -61,6 +61,7 @@ _STREAM = [
     Flag("--prefetch", ("data.prefetch",), "batches made ahead"),
     Flag("--read-timeout", ("data.read_timeout",), "seconds until a read counts as hung"),
     Flag("--retries", ("data.retries",), "how often a failed request to a remote store is made again"),
+    Flag("--storage-options", ("data.storage_options",), "settings of a URL's store: '{region = \"eu-west-1\"}'"),
 ]
 _VALIDATION = [
     Flag("--validation-data", ("validation.store",), "store to validate on; --data by default", "text"),

@@ -55,7 +55,7 @@ def look(table: DataTable) -> Arrays:
     store: object = table.store
     if isinstance(store, list):
         store = store[0] if len(store) == 1 else store
-    where, loop = opening.locate(store), ZarrLoop()
+    where, loop = opening.locate(store, table.storage_options, retries=table.retries), ZarrLoop()
 
     async def open_all() -> dict[str, OpenArray | DataError]:
         found: dict[str, OpenArray | DataError] = {}
@@ -78,6 +78,7 @@ def look(table: DataTable) -> Arrays:
         ) from None
     finally:
         loop.close()
+        where.close()
     if not found:
         raise DataError(f"{table.store} holds no array", hint="`python -m data_tools convert` makes one.")
     return found

@@ -222,6 +222,7 @@ class Ahead:
     def abandon(self) -> None:
         """The same from a finalizer."""
         self.stop()
+        self._let_go()
         self._grants.close(finalizing=True)
 
     def hung(self, now: float) -> str | None:
@@ -239,8 +240,13 @@ class Ahead:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        self._parcels.clear()
-        self._waiting.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep no job, and so no buffer: orders and parcels refer to each other."""
+        for parcel in list(self._parcels.values()):
+            parcel.jobs = []
+        self._waiting = {}
 
     def _guarded(self, call: Callable[..., None], *arguments: object) -> None:
         """A fault of ours must not leave the consumer waiting: the threads then fetch for themselves."""
@@ -413,7 +419,8 @@ class Ahead:
 
     def _forget(self, want: Want) -> None:
         """Nobody uses it any more."""
-        haul = self._parcels.pop(want).haul
+        parcel = self._parcels.pop(want)
+        haul, parcel.jobs = parcel.haul, []
         if haul is not None:
             haul.left -= 1
             if not haul.left:

@@ -66,15 +66,16 @@ class Located:
             self.bucket.close()
 
 
-def locate(store: object, storage_options: Mapping[str, str] | None = None, *, retries: int = 3) -> Located:
+def locate(store: object, storage_options: object = None, *, retries: int = 3) -> Located:
     """Tell what kind of store this is, without looking at it.
 
     Raises ConfigError for what is none, EnvironmentProblem for a URL where obstore is not installed.
     """
+    options = string_pairs(storage_options, "storage_options")
     if isinstance(store, str) and is_url(store):
-        bucket = Bucket(store, storage_options, retries=retries)
+        bucket = Bucket(store, options, retries=retries)
         return Located(bucket.zarr_store, "", None, store, bucket)
-    if storage_options:
+    if options:
         raise ConfigError("storage_options= belong to a URL such as s3://bucket/data.zarr", hint="leave them out")
     if isinstance(store, zarr.Group | zarr.Array):
         inner, path = store.store, store.path
@@ -281,3 +282,15 @@ def _check_json(folder: Path) -> None:
             raise DataError(f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=hint) from error
         except RecursionError as error:
             raise DataError(f"{path} is no JSON that can be read: nested too deep", hint=hint) from error
+
+
+def string_pairs(pairs: object, name: str) -> dict[str, str] | None:
+    """A mapping of names to strings; numbers and truth values are taken as they are written in a configuration."""
+    if pairs is None:
+        return None
+    if not isinstance(pairs, Mapping):
+        raise ConfigError(f"{name} must be a mapping of strings, not {pairs!r}")
+    for key, value in pairs.items():
+        if not isinstance(key, str) or not isinstance(value, str | bool | int):
+            raise ConfigError(f"{name} must be a mapping of strings, not of {key!r} to {value!r}")
+    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in pairs.items()}

@@ -196,15 +196,3 @@ def _one_dtype(dtype: Any) -> np.dtype[Any]:
         raise ConfigError(f"dtype={dtype!r} can't be trained on", hint="for example dtype='float32'")
     native: np.dtype[Any] = found.newbyteorder("=")
     return native
-
-
-def string_pairs(pairs: object, name: str) -> dict[str, str] | None:
-    """A mapping of names to strings; numbers and truth values are taken as they are written in a configuration."""
-    if pairs is None:
-        return None
-    if not isinstance(pairs, Mapping):
-        raise ConfigError(f"{name} must be a mapping of strings, not {pairs!r}")
-    for key, value in pairs.items():
-        if not isinstance(key, str) or not isinstance(value, str | bool | int):
-            raise ConfigError(f"{name} must be a mapping of strings, not of {key!r} to {value!r}")
-    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in pairs.items()}

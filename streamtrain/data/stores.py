@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from streamtrain.data.opening import Located, StoreLike, locate
 from streamtrain.errors import ConfigError, DataError
@@ -17,7 +17,7 @@ Named = Located | str
 """A store, or a glob of some."""
 
 
-def name_stores(store: object, options: Mapping[str, str] | None = None, *, retries: int = 3) -> list[Named]:
+def name_stores(store: object, options: object = None, *, retries: int = 3) -> list[Named]:
     """What the user gave, without looking at a disk; at least one. Raises ConfigError for what is no store."""
     if isinstance(store, list | tuple):
         if not store:

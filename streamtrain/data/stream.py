@@ -37,7 +37,6 @@ from streamtrain.data.options import (
     seconds_above_zero,
     shuffle_mode,
     split_pair,
-    string_pairs,
     transform_crew,
 )
 from streamtrain.data.order import EpochOrder, Shuffle
@@ -204,7 +203,7 @@ class ZarrStream:
             near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
             raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
         self._retries = at_least(retries, 0, "retries")
-        self._named = name_stores(store, string_pairs(storage_options, "storage_options"), retries=self._retries)
+        self._named = name_stores(store, storage_options, retries=self._retries)
         self._name = name_of(self._named)
         self._where: list[Located] = []
         self._inputs, self._targets = array_names(inputs, "inputs"), array_names(targets, "targets")
