@@ -16,7 +16,7 @@ import streamtrain
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
 errors events spelling flags toml_text log_file
-data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.budget data.layout
+data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks data.budget data.layout
 data.iterable
 losses schedulers optimizers metrics monitors
 data.spans data.seen data.decode data.readers data.cache data.queue data.workers data.block data.feed data.windows

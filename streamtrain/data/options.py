@@ -15,6 +15,7 @@ import numpy as np
 
 from streamtrain.data.choosing import Choice
 from streamtrain.data.framing import Framing
+from streamtrain.data.ranks import Ranks
 from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
 
@@ -96,6 +97,14 @@ def axis_numbers(axes: object) -> tuple[int, ...]:
     if not isinstance(given, list | tuple) or not given or len(set(given)) < len(given):
         raise ConfigError(f"sample_axes must be different axis numbers such as (0,), not {axes!r}")
     return tuple(at_least(axis, 0, "sample_axes") for axis in given)
+
+
+def ranks_of(rank: object, world_size: object) -> Ranks:
+    """This rank's part."""
+    world = at_least(world_size, 1, "world_size")
+    if at_least(rank, 0, "rank") >= world:
+        raise ConfigError(f"rank={rank} of world_size={world}: ranks are numbered from 0 to {world - 1}")
+    return Ranks(int(rank), world)  # type: ignore[call-overload]
 
 
 def choice_of(indices: Any, groups: str | None, weights: Any, balance: str | None) -> Choice:

@@ -39,9 +39,11 @@ class Piece(NamedTuple):
     block: int
     """The block whose permutation places the rows; -1 for rows that stay in order."""
     offset: int
-    """Position in the block of the first row (before its permutation)."""
+    """Rows of the block (of the lane) before the first one, in the order before their permutation."""
     base: int
     """Position in the epoch of the block's first row."""
+    lane: int = 0
+    """Of the block's lanes; `offset` counts the rows of this one."""
     rows: Ints | None = None
     """Explicit rows within the cell (unsorted orders over several axes, and "global")."""
     at: Ints | None = None
@@ -51,8 +53,19 @@ class Piece(NamedTuple):
 class EpochOrder:
     """The order of one epoch: positions 0..num_samples-1, in blocks that must be resident whole."""
 
-    def __init__(self, split: Split | Chosen, shuffle: Shuffle, cells_per_block: int, seed: int, epoch: int) -> None:
+    def __init__(
+        self,
+        split: Split | Chosen,
+        shuffle: Shuffle,
+        cells_per_block: int,
+        seed: int,
+        epoch: int,
+        *,
+        lanes: int = 1,
+    ) -> None:
+        """`lanes`: of a block shuffle, cell number i of a block goes to the positions of lane i mod lanes."""
         assert cells_per_block >= 1
+        self.lanes = lanes if shuffle == "block" else 1
         self.split, self.shuffle, self.seed, self.epoch = split, shuffle, seed, epoch
         m = split.num_cells
         self.num_samples = split.num_samples
@@ -61,7 +74,7 @@ class EpochOrder:
             self.num_blocks = 0
         self._cells = Permutation(m, derive_key(seed, epoch, "cells"))
         self._samples = Permutation(self.num_samples, derive_key(seed, epoch, "samples"))
-        self._row_permutations: dict[int, Permutation] = {}
+        self._row_places: dict[int, list[Lane]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -127,11 +140,12 @@ class EpochOrder:
         ids, lower, upper = self.split.cells(self._sequence(np.arange(first, last, dtype=np.int64)))
         base = self.block_start(block)
         number = block if self.shuffle == "block" else -1
-        result, offset = [], 0
-        for cell, a, b in zip(ids.tolist(), lower.tolist(), upper.tolist(), strict=True):
+        result, offsets = [], [0] * self.lanes
+        for i, (cell, a, b) in enumerate(zip(ids.tolist(), lower.tolist(), upper.tolist(), strict=True)):
+            lane = i % self.lanes
             if b > a:
-                result.append(Piece(cell, a, b, number, offset, base))
-                offset += b - a
+                result.append(Piece(cell, a, b, number, offsets[lane], base, lane))
+                offsets[lane] += b - a
         return result
 
     def run(self, start: int, stop: int) -> list[Piece]:
@@ -168,19 +182,60 @@ class EpochOrder:
         if piece.block < 0:
             start = piece.base + piece.offset
             return rows, slice(start, start + count)
-        return rows, self._rows(piece.block).span(piece.offset, piece.offset + count) + piece.base
+        return rows, self._lanes(piece.block)[piece.lane].positions(piece.offset, piece.offset + count)
 
-    def _rows(self, block: int) -> Permutation:
+    def _lanes(self, block: int) -> list[Lane]:
+        """Where a block's rows go, lane by lane."""
         with self._lock:  # several threads fill one block, and each permutation is worth making once
-            known = self._row_permutations.get(block)
+            known = self._row_places.get(block)
             if known is None:
-                size = self.block_start(block + 1) - self.block_start(block)
-                known = Permutation(size, derive_key(self.seed, self.epoch, "block", block))
-                known.span(0, min(1, size))
-                while len(self._row_permutations) >= KEPT_PERMUTATIONS:
-                    del self._row_permutations[next(iter(self._row_permutations))]
-                self._row_permutations[block] = known
+                first, last = self._first_cell(block), self._first_cell(block + 1)
+                known = lanes_of(
+                    self.split.counts(self._sequence(np.arange(first, last, dtype=np.int64))),
+                    self.block_start(block),
+                    self.lanes,
+                    (self.seed, self.epoch, "block", block),
+                )
+                while len(self._row_places) >= KEPT_PERMUTATIONS:
+                    del self._row_places[next(iter(self._row_places))]
+                self._row_places[block] = known
             return known
+
+
+class Lane:
+    """The rows of every so manyth cell of a block, permuted onto every so manyth of its positions.
+
+    Where the lanes' cells have not just as many rows as their positions are, the surplus goes to those left over.
+    """
+
+    def __init__(self, permutation: Permutation, first: int, step: int, own: int, spill: Ints) -> None:
+        self._permutation, self._first, self._step, self._own, self._spill = permutation, first, step, own, spill
+
+    def positions(self, start: int, stop: int) -> Ints:
+        """Positions in the epoch of the lane's rows start..stop-1."""
+        places = self._permutation.span(start, stop)
+        if not len(self._spill):
+            return self._first + places * self._step
+        inside = np.minimum(places, self._own - 1)
+        outside = np.clip(places - self._own, 0, len(self._spill) - 1)
+        return np.where(places < self._own, self._first + inside * self._step, self._spill[outside])
+
+
+def lanes_of(counts: Ints, base: int, lanes: int, key: tuple[int | str, ...]) -> list[Lane]:
+    """The lanes of a block that begins at position `base` and whose cells have `counts` rows."""
+    total = int(counts.sum())
+    rows = [int(counts[lane::lanes].sum()) for lane in range(lanes)]
+    firsts = [base + (lane - base) % lanes for lane in range(lanes)]
+    slots = [max(0, -(-(base + total - first) // lanes)) for first in firsts]
+    spare = [f + np.arange(n, m, dtype=np.int64) * lanes for f, n, m in zip(firsts, rows, slots, strict=True) if n < m]
+    free = np.concatenate(spare) if spare else np.zeros(0, dtype=np.int64)
+    result = []
+    for lane, (n, m, first) in enumerate(zip(rows, slots, firsts, strict=True)):
+        surplus, free = free[: max(0, n - m)], free[max(0, n - m) :]
+        permutation = Permutation(n, derive_key(*key, *(("lane", lane) if lanes > 1 else ())))
+        permutation.span(0, min(1, n))
+        result.append(Lane(permutation, first, lanes, m, surplus))
+    return result
 
 
 def default_cells_per_block(cell_bytes: int, cell_samples: int) -> int:

@@ -36,6 +36,7 @@ from streamtrain.data.options import Crew
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
+from streamtrain.data.ranks import Ranks
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import Want
 from streamtrain.data.survey import Place, Sizes
@@ -65,6 +66,7 @@ class Recipe:
     columns: Sequence[Column]
     places: Sequence[Place]
     """Where each array's rows go, and then the sample numbers."""
+    ranks: Ranks
     cache_bytes: int
     sizes: Sizes
     share: Share
@@ -92,8 +94,10 @@ class Recipe:
 class Unit:
     """Consecutive positions that are filled together; `left` counts its unfinished jobs."""
 
-    def __init__(self, start: int, stop: int, block: Block | None, head: Block | None) -> None:
+    def __init__(self, start: int, stop: int, begin: int, edge: int, block: Block | None, head: Block | None) -> None:
         self.start, self.stop = start, stop
+        self.begin, self.edge = begin, edge
+        """Where its rows begin, and where those of its own block do; the ones before go to the head."""
         self.block = block
         """Holds the batches that begin here; None if none does."""
         self.head = head
@@ -104,8 +108,8 @@ class Unit:
 
     def put(self, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
         """Copy rows of one column to their places in the blocks."""
-        first = self.stop if self.block is None else self.block.first
-        if first > self.start:
+        first = self.edge
+        if first > self.begin:
             early = at.start < first if isinstance(at, slice) else bool((at < first).any())
             if early:
                 mine = np.arange(at.start, at.stop) < first if isinstance(at, slice) else at < first
@@ -349,6 +353,7 @@ class ZarrPass:
             recipe.share,
             slot_bytes=self._slot_bytes,
             prefetch=recipe.prefetch,
+            keep_empty=not recipe.ranks.alone,
             drained=self._drained,
             settled=self._end_if_over,
         )
@@ -384,7 +389,7 @@ class ZarrPass:
                 root = self._pool.take(keep_free=self._room_to_make())
                 if root is None:
                     return
-                block = Block(root, self._recipe.columns, self._origin + first * size, slots)
+                block = Block(root, self._recipe.columns, self._place(first), slots)
                 del root
             head = self._blocks[-1][1] if self._blocks else None
             if block is not None:
@@ -392,7 +397,13 @@ class ZarrPass:
                 self._draining.append(min(last, self._batches))
             self._started += max(0, slots)
             self._next_span = next(self._spans, None)
-            self._start_unit(Unit(start, stop, block, head), blocks)
+            begin = start if self._recipe.ranks.alone else self._place((start - self._origin) // size)
+            self._start_unit(Unit(start, stop, begin, self._place(first), block, head), blocks)
+
+    def _place(self, batch: int) -> int:
+        """Where this batch begins: its position in the epoch, or among this rank's own."""
+        size, ranks = self._recipe.batch_size, self._recipe.ranks
+        return self._origin + batch * size if ranks.alone else batch * ranks.share(size)
 
     def _room(self, slots: int) -> bool:
         if not self._draining or not self._busy:
@@ -451,7 +462,7 @@ class ZarrPass:
 
     def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
         """Pieces by the handful: at least JOB_BYTES, but enough jobs for all threads."""
-        row = max(1, self._slot_bytes // self._recipe.batch_size)
+        row = max(1, self._slot_bytes // self._recipe.columns[0].batch_size)
         rows = sum(_count(piece) for piece in pieces)
         least = min(JOB_BYTES // row + 1, -(-rows // (2 * self._recipe.threads)))
         jobs: list[Sequence[Piece]] = []
@@ -472,6 +483,11 @@ class ZarrPass:
         split, found = self._order.split, []
         for piece in pieces:
             rows = piece.rows if piece.rows is not None else split.rows(piece.cell, piece.lower, piece.upper)
+            if not self._recipe.ranks.alone:
+                mine = self._mine(piece)
+                if mine is None:
+                    continue
+                rows = mine[0]
             store, cell, grid = split.grid.part(piece.cell)
             box = Box.of(grid, cell)
             found += [want for feed in self._recipe.feeds[store] for want in wants_of(feed, box, rows)]
@@ -516,11 +532,12 @@ class ZarrPass:
     def _maker(self, block: Block, first: int, start: int) -> Callable[[int], Ready]:
         """Makes the ready batches from number `start` on, which lie in this block, whose first is number `first`."""
         size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self._epoch
+        ranks = self._recipe.ranks
 
         def make(number: int) -> Ready:
             position = origin + (start + number) * size
             stop = min(position + size, end)
-            return Ready(block, start + number - first, stop - position, Cursor(epoch, stop))
+            return Ready(block, start + number - first, ranks.count(position, stop), Cursor(epoch, stop))
 
         return make
 
@@ -550,8 +567,27 @@ class ZarrPass:
         if last:
             self._hop(self._unit_done, unit)
 
-    def _fill(self, unit: Unit, piece: Piece, scratch: Scratch) -> None:
+    def _mine(self, piece: Piece) -> tuple[Rows, Places] | None:
+        """Rows of the piece's cell and their places, as far as they are this rank's; None where none is."""
         rows, at = self._order.place(piece)
+        ranks = self._recipe.ranks
+        if ranks.alone:
+            return rows, at
+        positions = np.arange(at.start, at.stop, dtype=np.int64) if isinstance(at, slice) else at
+        mine = positions % ranks.world == ranks.rank
+        if not mine.any():
+            return None
+        places = ranks.places(positions[mine], self._origin, self._recipe.batch_size)
+        if mine.all():
+            return rows, places
+        numbers = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
+        return numbers[mine], places
+
+    def _fill(self, unit: Unit, piece: Piece, scratch: Scratch) -> None:
+        mine = self._mine(piece)
+        if mine is None:
+            return
+        rows, at = mine
         grid, places = self._order.split.grid, self._recipe.places
         store, cell, part_of = grid.part(piece.cell)
         box = Box.of(part_of, cell)

@@ -34,6 +34,7 @@ from streamtrain.data.options import (
     choice,
     choice_of,
     framing_of,
+    ranks_of,
     seconds_above_zero,
     shuffle_mode,
     split_pair,
@@ -59,9 +60,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
-LATER = frozenset(
-    {"decode_cf"} | {"normalize", "disk_cache", "on_bad_chunk", "cache_transform"} | {"lanes", "rank", "world_size"}
-)
+LATER = frozenset({"decode_cf", "normalize", "disk_cache", "on_bad_chunk", "cache_transform"})
 """Keywords that are reserved and not supported yet."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
@@ -123,7 +122,11 @@ class ZarrStream:
     skip_signature, ...), over those of the environment.
     `inputs`, `targets`: an array's name, or a list of names (then batches hold dicts by name, even of one). `inputs`
     is left out where the store is one array.
-    `batch_size`: samples of a batch.
+    `batch_size`: samples of a batch, of all ranks together.
+    `rank`, `world_size`: of each batch this rank has the positions p with p mod world_size = rank, so that all ranks
+    together have each sample once, and each step the same samples in any number of ranks. A rank's part of the last
+    batch may be empty. `lanes` (part of the order; world_size at the run's start unless told otherwise) divide a
+    block's chunks among the ranks: where world_size divides the lanes, a rank reads little but its own.
     `shuffle`: False; "block" (True): the rows of `shuffle_blocks` cells, drawn at random, are permuted together, each
     chunk is read once; "global": a full shuffle, which reads compressed chunks many times.
     `split`: two floats are fractions of the samples (bound = floor(f * n)), two ints are sample numbers; taken of the
@@ -168,6 +171,9 @@ class ZarrStream:
         shuffle: bool | Literal["block", "global"] = False,
         seed: int = 0,
         drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        lanes: int | None = None,
         shuffle_blocks: int | None = None,
         split: tuple[float, float] | tuple[int, int] | Sequence[float] | None = None,
         split_by: SplitBy = "range",
@@ -211,6 +217,9 @@ class ZarrStream:
         self._shuffle: Shuffle = choice(shuffle_mode(shuffle), ("none", "block", "global"), "shuffle")
         self._seed = at_least(seed, 0, "seed")
         self._drop_last = drop_last
+        self._ranks = ranks_of(rank, world_size)
+        self._lanes = world_size if lanes is None else at_least(lanes, 1, "lanes")
+        self._lanes_given = lanes is not None
         self._shuffle_blocks = None if shuffle_blocks is None else at_least(shuffle_blocks, 1, "shuffle_blocks")
         self._split_given = split_pair(split)
         self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
@@ -330,6 +339,7 @@ class ZarrStream:
                 name: read_values([arrays[name] for arrays in stores], frames, name) for name in self._choice.names
             },
             batch_size=self._batch_size,
+            ranks=self._ranks,
             drop_last=self._drop_last,
             shuffle=self._shuffle,
             shuffle_blocks=self._shuffle_blocks,
@@ -420,6 +430,7 @@ class ZarrStream:
             opened.survey.cells_per_block,
             self._seed,
             self._epoch,
+            lanes=self._lanes,
         )
         self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned, before=self._pass)
         return self._pass
@@ -448,12 +459,13 @@ class ZarrStream:
             feeds=opened.feeds,
             columns=opened.survey.columns,
             places=opened.survey.places,
+            ranks=self._ranks,
             cache_bytes=opened.survey.cache_bytes,
             sizes=opened.survey.sizes,
             share=self._share,
             batch_size=self._batch_size,
             drop_last=self._drop_last,
-            seed=self._seed,
+            seed=self._seed if self._ranks.alone else derive_key(self._seed, "rank", self._ranks.rank),
             threads=self._threads,
             prefetch=self._prefetch,
             read_timeout=self._read_timeout,
@@ -566,6 +578,8 @@ class ZarrStream:
             theirs = dict(state["of"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no position of a ZarrStream: {state!r:.80}") from error
+        if not self._lanes_given and isinstance(theirs.get("lanes"), int):
+            self._lanes = at_least(theirs["lanes"], 1, "lanes")  # the order's, whatever the world is now
         mine = self._fingerprint()
         different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if different:
@@ -607,6 +621,7 @@ class ZarrStream:
             "shuffle": self._shuffle,
             "seed": self._seed if keyed else None,
             "shuffle_blocks": opened.survey.cells_per_block if self._shuffle == "block" else None,
+            "lanes": self._lanes if self._shuffle == "block" else None,
             "split": [split.lower, split.upper] if isinstance(split, Split) else self._split_given,
             "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,

@@ -19,6 +19,7 @@ from streamtrain.data.feed import Site
 from streamtrain.data.framing import Field, Frame, Framing, take_frames, whole
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
+from streamtrain.data.ranks import Ranks
 from streamtrain.data.splits import Split, SplitBy, split_bounds
 from streamtrain.errors import ConfigError, DataError
 
@@ -103,6 +104,7 @@ class Survey:
     cache_bytes: int
     """For decoded chunks that several cells share; 0 where none do."""
     batches: int
+    batch_size: int
     memory: int
 
     def epoch(self, seed: int, epoch: int) -> Split | Chosen:
@@ -128,7 +130,7 @@ class Survey:
             bytes_used=used,
             bytes_read=read,
             read_amplification=read / used,
-            shuffle_quality=shuffle_quality(self.shuffle, self.split, self.cells_per_block, self.columns[0].batch_size),
+            shuffle_quality=shuffle_quality(self.shuffle, self.split, self.cells_per_block, self.batch_size),
             buffer_bytes=self.sizes.buffer_bytes,
             memory_least=self.memory_least,
             memory=self.memory,
@@ -143,6 +145,7 @@ def take_survey(
     choice: Choice,
     values: Callable[[list[Frame]], Mapping[str, NDArray[Any]]],
     batch_size: int,
+    ranks: Ranks,
     drop_last: bool,
     shuffle: Shuffle,
     shuffle_blocks: int | None,
@@ -178,7 +181,7 @@ def take_survey(
     k = shuffle_blocks or default_cells_per_block(
         sum(site.row_bytes for site in frames[0].sites) * grid.full, grid.full
     )
-    columns, places = columns_of(fields, frames[0], batch_size, stack=stack)
+    columns, places = columns_of(fields, frames[0], ranks.share(batch_size), stack=stack)
     for field in (each for each_store in stores for each in each_store):
         if field.layout.dtype.kind == "c" and field.dtype.kind != "c":
             raise ConfigError(
@@ -188,14 +191,14 @@ def take_survey(
     for column in columns:
         if column.row_bytes == 0:
             raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")
-    columns.append(Column("index", (), np.dtype(np.int64), batch_size))
+    columns.append(Column("index", (), np.dtype(np.int64), ranks.share(batch_size)))
     places.append(Place(len(columns) - 1, ()))
     scattered = shuffle == "global" or (shuffle == "none" and grid.scattered)
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
     wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
     ways = [
-        _sizes(order, columns, frames, most, (part if drawn is None else drawn).most)
+        _sizes(order, columns, frames, batch_size, most, (part if drawn is None else drawn).most)
         for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)
     ]
     least = min(way.least for way in ways)
@@ -208,7 +211,9 @@ def take_survey(
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.least)
-    return Survey(frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, memory)
+    return Survey(
+        frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, batch_size, memory
+    )
 
 
 def columns_of(
@@ -278,10 +283,15 @@ def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int
 
 
 def _sizes(
-    order: EpochOrder, columns: Sequence[Column], frames: Sequence[Frame], most: int, rows_of: Callable[[int], int]
+    order: EpochOrder,
+    columns: Sequence[Column],
+    frames: Sequence[Frame],
+    size: int,
+    most: int,
+    rows_of: Callable[[int], int],
 ) -> Sizes:
-    """`rows_of` so many cells at most; `most`: bytes up to which small blocks may be filled together."""
-    split, size = order.split, columns[0].batch_size
+    """`size`: samples of a batch; `most`: bytes up to which small blocks may be filled together."""
+    split = order.split
     row = max(1, block_bytes(columns, 1) // size)
     if order.scattered:
         blocks, wanted = 1, max(1, min(BLOCK_BYTES, most))

@@ -128,6 +128,8 @@ def _as_batch(made: object, given: Batch, batch: Batch) -> Batch:
 def rows_of(batch: Batch) -> str:
     """The rows by name; to be asked before a transform may have changed them."""
     index = batch.index
+    if not len(index):
+        return f"no samples (epoch {batch.epoch}, positions up to {batch.cursor.position})"
     return f"samples {index[0]}...{index[-1]} (epoch {batch.epoch}, positions up to {batch.cursor.position})"
 
 

@@ -184,15 +184,17 @@ class TransformStage:
         *,
         slot_bytes: int,
         prefetch: int | None,
+        keep_empty: bool,
         drained: Callable[[], None],
         settled: Callable[[], None],
     ) -> None:
-        """`drained`: a raw batch was taken; `settled`: a group has arrived. Both are methods, and held weakly, so that
-        letting go of a pass ends it at once."""
+        """`keep_empty`: hand on batches without rows too, since other ranks count on them. `drained`: a raw batch was
+        taken; `settled`: a group has arrived. Both are methods, and held weakly, so that letting go of a pass ends it
+        at once."""
         self.made_bytes = 0
         """Of the largest batch that was made until now; 0 before the first."""
         self._runner, self._out, self._share = runner, out, share
-        self._slot_bytes, self._prefetch = slot_bytes, prefetch
+        self._slot_bytes, self._prefetch, self._keep_empty = slot_bytes, prefetch, keep_empty
         self._drained, self._settled = weakref.WeakMethod(drained), weakref.WeakMethod(settled)
         self._raw: ReadyQueue[Ready] = ReadyQueue(max_items=None, max_bytes=share.total)
         self._granted = 0
@@ -248,7 +250,7 @@ class TransformStage:
         if self._closed:
             return  # what was granted came back with the pass's end
         sizes = self._settle([batch_bytes(batch) for batch in batches], granted)
-        kept = [batch if len(batch) else None for batch in batches]
+        kept = [batch if self._keep_empty or len(batch) else None for batch in batches]
         batches.clear()
         self._groups[number] = ([Made(batch, size) for batch, size in zip(kept, sizes, strict=True)], error)
         del kept
