@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamtrain.data.batch import Batch as Batch
     from streamtrain.data.budget import Budget as Budget
     from streamtrain.data.iterable import from_iterable as from_iterable
+    from streamtrain.data.mix import mix as mix
     from streamtrain.data.stream import ZarrStream as ZarrStream
     from streamtrain.early_stopping import EarlyStopping as EarlyStopping
     from streamtrain.errors import CheckpointError as CheckpointError
@@ -59,6 +60,7 @@ _HOMES = {
     "build_optimizer": "optimizers",
     "build_scheduler": "schedulers",
     "from_iterable": "data.iterable",
+    "mix": "data.mix",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -1,0 +1,438 @@
+"""`mix`: batches of several streams, drawn in a keyed order, resumable from any of them.
+
+Its law: the draws are arithmetic (data.draws), so a position is the number of draws and the position of each source;
+nothing is drawn ahead of what is handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.data.budget import BudgetHeld
+from streamtrain.data.draws import Draws, Weights
+from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.data.options import at_least
+from streamtrain.data.order import derive_key
+from streamtrain.data.pulling import Puller
+from streamtrain.data.source import Pass, Stream
+from streamtrain.errors import ConfigError, DataError
+
+AGAIN = 1 << 20
+"""A source that starts over within epoch e goes to its epochs e + AGAIN, e + 2 * AGAIN, ...: no order comes twice."""
+
+
+def mix(
+    sources: Sequence[Any],
+    *,
+    weights: Weights | None = None,
+    stop: Literal["first", "all"] | int = "first",
+    seed: int = 0,
+) -> Mix:
+    """A stream of the batches of several: draw i picks its source by a keyed function of seed, weights and i.
+
+    `sources`: streams, or what `from_iterable` takes; each has its own batch size. They may share a `Budget`.
+    `weights`: one number a source (equal by default), or a function of i that gives them. See `Mix.set_weights`.
+    `stop`: "first": an epoch ends when a source is drawn that has no further batch; "all": such a source starts over
+    (with another order, where it shuffles) until each was through once, as `interleave_datasets(...,
+    stopping_strategy="all_exhausted")` does; a number: an epoch has so many batches, the next one goes on in each
+    source where that one ended, and sources start over as often as it takes.
+
+    Raises ConfigError.
+    """
+    return Mix(sources, weights=weights, stop=stop, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class MixStatistics:
+    """How a mix does."""
+
+    drawn: tuple[int, ...]
+    """Batches from each source since the mix was made. Far from the weights: too few draws yet, or they changed."""
+    restarts: tuple[int, ...]
+    """How often each source started over within an epoch. Many: it is small beside its weight, and is seen often."""
+    sources: tuple[Any, ...]
+    """The statistics of each; the one whose `queue.wait_seconds` is largest is what the mix waits for."""
+
+
+class Mix:
+    """Several streams as one; made by `mix`."""
+
+    def __init__(
+        self, sources: Sequence[Any], *, weights: Weights | None, stop: Literal["first", "all"] | int, seed: int
+    ) -> None:
+        if not isinstance(sources, list | tuple) or not sources:
+            raise ConfigError(f"mix takes a list of streams, not {sources!r:.80}")
+        if len({id(source) for source in sources}) < len(sources):
+            raise ConfigError("mix was given one stream twice: it has one position", hint="make two of it, or weigh it")
+        if any(isinstance(source, Mix) for source in sources):
+            raise ConfigError("a mix of mixes", hint="mix all sources at once: weights multiply")
+        if stop not in ("first", "all") and (isinstance(stop, bool) or not isinstance(stop, int) or stop < 1):
+            raise ConfigError(f'stop must be "first", "all" or a number of batches above 0, not {stop!r}')
+        self.sources = [_as_stream(source) for source in sources]
+        self.stop, self.seed = stop, at_least(seed, 0, "seed")
+        self.draws = Draws(len(sources), weights, self.seed)
+        self.pulls_inside = all(source.pulls_inside for source in self.sources)
+        self.drawn, self.restarts = [0] * len(sources), [0] * len(sources)
+        self._cursor = START
+        """After the last batch returned, or (driven) trained."""
+        self._heads = [START for _ in sources]
+        """The position of each source there."""
+        self._begins = [START for _ in sources]
+        """Where each stood when the epoch began."""
+        self._resume = False
+        self._driven = False
+        self._head = START
+        """After the last batch returned."""
+        self._untrained: collections.deque[tuple[Cursor, int, Cursor]] = collections.deque()
+        self._live: MixPass | None = None
+        self._kept: dict[int, Pass] = {}
+        """Passes over foreign sources that go on in the next epoch."""
+
+    # ---- what it holds
+
+    async def open(self) -> None:
+        """Read the metadata of all sources, off the loop. Raises what they raise."""
+        await asyncio.gather(*(source.open() for source in self.sources))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the position lies."""
+        return self._head.epoch
+
+    @property
+    def num_samples(self) -> int | None:
+        """Not known: sources start over, or end early."""
+        return None
+
+    @property
+    def batch_size(self) -> int | None:
+        """That of all sources; None where they differ."""
+        sizes = {source.batch_size for source in self.sources}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def __len__(self) -> int:
+        """Batches of an epoch. Raises TypeError where a source does not know its own, or where weights change."""
+        if isinstance(self.stop, int):
+            return self.stop
+        if not self.draws.fixed:
+            raise TypeError("where weights change, only the end tells how long an epoch is; give stop= a number")
+        return self.draws.length([len(source) for source in self.sources], every=self.stop == "all")
+
+    def set_weights(self, from_step: int, weights: Sequence[float]) -> None:
+        """Other weights from draw `from_step` on, kept in the position. Raises ConfigError for what was drawn already.
+
+        Draws are counted within an epoch; over all epochs where `stop` is a number.
+        """
+        if at_least(from_step, 0, "from_step") < (now := self._step(self._head)):
+            raise ConfigError(
+                f"set_weights from step {from_step}, but {now} are drawn already", hint="name a later one"
+            )
+        self.draws.change(from_step, weights)
+
+    def _step(self, cursor: Cursor) -> int:
+        """The number of the draw at this position."""
+        return cursor.position + (cursor.epoch * self.stop if isinstance(self.stop, int) else 0)
+
+    # ---- a pass
+
+    def __aiter__(self) -> MixPass:
+        """Start a pass: the current epoch over, or from where `load_state_dict` went. Ends the one that was live."""
+        if self._live is not None:
+            self._live.end()
+        kept, self._kept = self._kept, {}
+        if not self._resume:
+            self._go_to(Cursor(self.epoch, 0), self._begins)
+        self._resume = False
+        self._live = MixPass(self, self._head, list(self._heads), kept)
+        return self._live
+
+    def _go_to(self, cursor: Cursor, heads: Sequence[Cursor]) -> None:
+        self._cursor = self._head = cursor
+        self._heads = list(heads)
+        self._untrained.clear()
+        self._kept = {}
+
+    def _returned(self, cursor: Cursor, number: int, theirs: Cursor) -> None:
+        """A pass hands over the batch of this source, which then stands there."""
+        self._head = cursor
+        self.drawn[number] += 1
+        if self._driven:
+            self._untrained.append((cursor, number, theirs))
+        else:
+            self._cursor, self._heads[number] = cursor, theirs
+
+    def _finished(self, epoch: int, heads: Sequence[Cursor], kept: dict[int, Pass]) -> None:
+        """A pass has come to its end: the position moves to the next epoch."""
+        following = Cursor(epoch + 1, 0)
+        self._begins = [*heads] if isinstance(self.stop, int) else [following for _ in heads]
+        self._head = following
+        if not self._driven:
+            self._go_to(following, self._begins)
+        self._kept = kept
+
+    # ---- position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of this epoch, and of each source's epoch of that number; does nothing within it."""
+        if at_least(epoch, 0, "epoch") != self.epoch:
+            if self._live is not None:
+                self._live.end()
+            goes_on = self._head == (epoch - 1, self.stop)  # loaded where an epoch of a number of batches ended
+            self._begins = list(self._heads) if goes_on else [Cursor(epoch, 0) for _ in self.sources]
+            self._go_to(Cursor(epoch, 0), self._begins)
+            self._resume = False
+
+    def follow(self, driven: bool) -> None:
+        """While `driven`, the position that `state_dict` tells is moved by `trained` alone. Raises ConfigError."""
+        followed: list[Stream] = []
+        try:
+            for source in self.sources:
+                source.follow(driven)
+                followed.append(source)
+        except ConfigError:
+            for source in followed:
+                source.follow(not driven)
+            raise
+        self._driven = driven
+
+    def trained(self, cursor: Cursor) -> None:
+        """All before this position is part of a finished update."""
+        self._cursor = cursor
+        while self._untrained and self._untrained[0][0] <= cursor:
+            _, number, theirs = self._untrained.popleft()
+            self._heads[number] = theirs
+            self.sources[number].trained(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and that of each source; JSON, at most 1 KiB for up to 12 `ZarrStream`s."""
+        state = {
+            "kind": "mix",
+            "epoch": self._cursor.epoch,
+            "position": self._cursor.position,
+            "of": self._fingerprint(),
+            "sources": [self._source_state(number) for number in range(len(self.sources))],
+        }
+        if isinstance(self.stop, int):
+            state["begins"] = [list(begin) for begin in self._begins]
+        if not self.draws.fixed:
+            state["weights"] = self.draws.changes
+        return state
+
+    def _fingerprint(self) -> dict[str, Any]:
+        weights = self.draws.changes[0][1] if self.draws.changes and self.draws.changes[0][0] == 0 else "a function"
+        text = weights if len(json.dumps(weights)) <= 80 else f"digest {derive_key(json.dumps(weights)):016x}"
+        return {"seed": self.seed, "stop": self.stop, "weights": text, "sources": len(self.sources)}
+
+    def foreign(self, number: int) -> bool:
+        """Whether this source holds no thread and no memory of ours."""
+        return isinstance(self.sources[number], IterableStream)
+
+    def _source_state(self, number: int) -> Any:
+        source, (epoch, position) = self.sources[number], self._heads[number]
+        state = source.state_dict()
+        if "of" in state:
+            return [epoch, position, f"{derive_key(json.dumps(state['of'], sort_keys=True)):016x}"]
+        return at(state, epoch, position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position; the next pass continues there. Raises DataError, naming the difference."""
+        if state.get("kind") != "mix":
+            raise DataError(f"a position in a {state.get('kind', 'ZarrStream')} is none in a mix")
+        mine = self._fingerprint()
+        table = [
+            f"{key}: {state['of'].get(key)} then, {mine[key]} now" for key in mine if mine[key] != state["of"].get(key)
+        ]
+        if table:
+            raise DataError(
+                f"the saved position belongs to another mix: {'; '.join(table)}",
+                hint="use the same sources, weights, stop and seed, or start over",
+            )
+        if self._live is not None:
+            self._live.end()
+        heads = [self._load_source(number, saved) for number, saved in enumerate(state["sources"])]
+        cursor = Cursor(int(state["epoch"]), int(state["position"]))
+        if "weights" in state:
+            self.draws.restore([(step, weights) for step, weights in state["weights"]])
+        start = Cursor(cursor.epoch, 0)
+        begins = state.get("begins")
+        self._begins = [Cursor(*begin) for begin in begins] if begins is not None else [start for _ in heads]
+        self._go_to(cursor, heads)
+        self._resume = True
+
+    def _load_source(self, number: int, saved: Any) -> Cursor:
+        """Have a source check a position; the pass goes there."""
+        source = self.sources[number]
+        if isinstance(saved, dict):
+            source.load_state_dict(saved)
+            return Cursor(saved["epoch"], saved["position"])
+        epoch, position, digest = saved
+        state = source.state_dict()
+        if digest != f"{derive_key(json.dumps(state.get('of'), sort_keys=True)):016x}":
+            raise DataError(
+                f"the saved position belongs to other data or another order: source {number} of the mix differs",
+                hint="use the same data, seed, split and shuffle for it, or start over",
+            )
+        source.load_state_dict({**state, "epoch": epoch, "position": position})
+        return Cursor(epoch, position)
+
+    def statistics(self) -> MixStatistics:
+        """How it does."""
+        return MixStatistics(
+            tuple(self.drawn), tuple(self.restarts), tuple(source.statistics() for source in self.sources)
+        )
+
+    async def aclose(self) -> None:
+        """End what is live, and give the memory of all sources back."""
+        if self._live is not None:
+            await self._live.aclose()
+        kept, self._kept = self._kept, {}
+        for passing in kept.values():
+            await passing.aclose()
+        for source in self.sources:
+            await source.aclose()
+
+
+def at(state: dict[str, Any], epoch: int, position: int) -> dict[str, Any]:
+    """A source's state with another position; where it has moved on, its own state is not that of this position."""
+    if (state.get("epoch"), state.get("position")) == (epoch, position):
+        return state
+    replayed = {"source_position": 0, "source": None} if "source_position" in state else {}
+    return {**state, **replayed, "epoch": epoch, "position": position}
+
+
+def _as_stream(source: Any) -> Stream:
+    """`source` itself if it is a stream, else what `from_iterable` makes of it."""
+    if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
+        stream: Stream = source
+        return stream
+    return from_iterable(source)
+
+
+class MixPass:
+    """One epoch's draws from a position on."""
+
+    def __init__(self, mix: Mix, start: Cursor, heads: list[Cursor], kept: dict[int, Pass]) -> None:
+        """`kept`: passes that are live already."""
+        self._mix, self._at, self._heads = mix, start, heads
+        self._passes = kept
+        self._over: list[Pass] = []
+        self._opened = False
+        self._fresh: set[int] = set()
+        """Sources that began an epoch and gave nothing yet."""
+        self._puller: Puller | None = None
+        self._ended = False
+
+    def __aiter__(self) -> MixPass:
+        return self
+
+    async def __anext__(self) -> Batch:
+        """The next batch. Raises what the drawn source raises."""
+        try:
+            if not self._opened:
+                await self._mix.open()
+                self._opened = True
+            while (batch := self.next_nowait()) is None:
+                number = self._number()
+                try:
+                    batch = await self._pulled(number)
+                except StopAsyncIteration:
+                    self._exhausted(number)
+                else:
+                    return self._taken(number, batch)
+            return batch
+        except BudgetHeld:
+            raise
+        except (StopAsyncIteration, Exception):
+            await self.aclose()
+            raise
+
+    async def _pulled(self, number: int) -> Batch:
+        """The next batch of a source; a synchronous one among others is pulled in a thread of ours."""
+        if not self._mix.sources[number].pulls_inside:
+            return await anext(self._pass(number))
+        if self._puller is None:
+            self._puller = Puller("streamtrain-mix")
+        return await self._puller.pull(self._pass(number))
+
+    def next_nowait(self) -> Batch | None:
+        """The next batch if the drawn source has it ready."""
+        while True:
+            number = self._number()
+            if self._mix.sources[number].pulls_inside and not self._mix.pulls_inside:
+                return None
+            try:
+                batch = self._pass(number).next_nowait()
+            except StopAsyncIteration:
+                self._exhausted(number)
+                continue
+            return None if batch is None else self._taken(number, batch)
+
+    def _number(self) -> int:
+        """The source of the next batch; StopAsyncIteration at the end."""
+        if not self._ended and self._at.position == self._mix.stop:
+            self._finish()
+        if self._ended:
+            raise StopAsyncIteration
+        return self._mix.draws.source(self._mix._step(self._at))
+
+    def _pass(self, number: int) -> Pass:
+        """The live pass of a source, started where it stands."""
+        if number not in self._passes:
+            source, (epoch, position) = self._mix.sources[number], self._heads[number]
+            if position:
+                source.load_state_dict(at(source.state_dict(), epoch, position))
+            else:
+                source.set_epoch(epoch)
+                self._fresh.add(number)
+            self._passes[number] = aiter(source)
+        return self._passes[number]
+
+    def _taken(self, number: int, batch: Batch) -> Batch:
+        theirs = self._heads[number] = batch.cursor
+        self._fresh.discard(number)
+        self._at = Cursor(self._at.epoch, self._at.position + 1)
+        batch.epoch, batch.cursor = self._at.epoch, self._at
+        self._mix._returned(self._at, number, theirs)
+        return batch
+
+    def _exhausted(self, number: int) -> None:
+        """A drawn source has no further batch: that ends the epoch, or it starts over."""
+        mix, epoch = self._mix, self._at.epoch
+        self._over.append(self._passes.pop(number))
+        if number in self._fresh:
+            raise DataError(f"source {number} of the mix gave no batch", hint="check its split and filters")
+        if mix.stop == "first":
+            return self._finish()
+        self._heads[number] = Cursor(self._heads[number].epoch + (AGAIN if mix.stop == "all" else 1), 0)
+        if mix.stop == "all" and all(
+            head.epoch != epoch for other, head in enumerate(self._heads) if mix.draws.ever(other)
+        ):
+            return self._finish()
+        mix.restarts[number] += 1
+        return None
+
+    def _finish(self) -> None:
+        self._ended = True
+        goes_on = isinstance(self._mix.stop, int)
+        kept = {number: passing for number, passing in self._passes.items() if goes_on and self._mix.foreign(number)}
+        self._passes = {number: passing for number, passing in self._passes.items() if number not in kept}
+        self._mix._finished(self._at.epoch, self._heads, kept)
+
+    def end(self) -> None:
+        """Give nothing any more."""
+        self._ended = True
+
+    async def aclose(self) -> None:
+        """End the passes of all sources."""
+        self._ended = True
+        passes, self._passes, self._over = [*self._over, *self._passes.values()], {}, []
+        for passing in passes:
+            await passing.aclose()
+        if self._puller is not None:
+            await self._puller.aclose()
