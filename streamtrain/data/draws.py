@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from streamtrain.data.order import derive_key
+from streamtrain.data.permutation import derive_key
 from streamtrain.errors import ConfigError, UserCodeError
 
 Weights = Sequence[float] | Callable[[int], Sequence[float]]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.data.loader import Loader
 from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,15 @@ class IterableStream:
         self._live = IterablePass(self, resume)
         return self._live
 
+    def as_loader(self, collate: Callable[[Batch], Any] | None = None) -> Loader:
+        """A plain iterable over this stream, for Lightning, Accelerate, Hugging Face and bare loops.
+
+        It gives batches (`x, y = batch`), or what `collate` makes of each: `lambda b: {"x": b.inputs, "labels":
+        b.targets}`. It has `len`, `set_epoch`, `state_dict` and `load_state_dict`; while it is iterated nobody else
+        can read the stream.
+        """
+        return Loader(self, collate)
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of this epoch; does nothing within it."""
         if epoch != self.epoch:
@@ -131,6 +141,10 @@ class IterableStream:
 
     def follow(self, driven: bool) -> None:
         """While `driven`, only `trained` moves the position."""
+        if self._driven and not driven and self._trained != self._cursor:  # what was not trained is given again
+            if self._live is not None:
+                self._live.end()
+            self._live, self._cursor = None, self._trained
         self._driven, self._trained = driven, self._position
 
     def trained(self, cursor: Cursor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.draws import Draws, Weights
 from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.data.loader import Loader
 from streamtrain.data.options import at_least
-from streamtrain.data.order import derive_key
+from streamtrain.data.permutation import derive_key
 from streamtrain.data.pulling import Puller
 from streamtrain.data.source import Pass, Stream
 from streamtrain.errors import ConfigError, DataError
@@ -85,6 +86,7 @@ class Mix:
         """The position of each source there."""
         self._begins = [START for _ in sources]
         """Where each stood when the epoch began."""
+        self._begins_before = self._begins
         self._resume = False
         self._driven = False
         self._head = START
@@ -149,7 +151,8 @@ class Mix:
         if not self._resume:
             self._go_to(Cursor(self.epoch, 0), self._begins)
         self._resume = False
-        self._live = MixPass(self, self._head, list(self._heads), kept)
+        before = self._live if not self.pulls_inside else None
+        self._live = MixPass(self, self._head, list(self._heads), kept, before)
         return self._live
 
     def _go_to(self, cursor: Cursor, heads: Sequence[Cursor]) -> None:
@@ -170,11 +173,21 @@ class Mix:
     def _finished(self, epoch: int, heads: Sequence[Cursor], kept: dict[int, Pass]) -> None:
         """A pass has come to its end: the position moves to the next epoch."""
         following = Cursor(epoch + 1, 0)
+        self._begins_before = self._begins
         self._begins = [*heads] if isinstance(self.stop, int) else [following for _ in heads]
         self._head = following
         if not self._driven:
             self._go_to(following, self._begins)
         self._kept = kept
+
+    def as_loader(self, collate: Callable[[Batch], Any] | None = None) -> Loader:
+        """A plain iterable over this stream, for Lightning, Accelerate, Hugging Face and bare loops.
+
+        It gives batches (`x, y = batch`), or what `collate` makes of each: `lambda b: {"x": b.inputs, "labels":
+        b.targets}`. It has `len`, `set_epoch`, `state_dict` and `load_state_dict`; while it is iterated nobody else
+        can read the stream.
+        """
+        return Loader(self, collate)
 
     # ---- position
 
@@ -199,10 +212,27 @@ class Mix:
             for source in followed:
                 source.follow(not driven)
             raise
+        if self._driven and not driven:
+            self._settle()
         self._driven = driven
+
+    def _settle(self) -> None:
+        """Nobody trains any more: what was drawn and not trained is given again."""
+        if not self._untrained:
+            return self._go_to(self._head, self._begins if not self._head.position else self._heads)
+        if self._live is not None:
+            self._live.end()
+        if self._cursor.epoch != self._head.epoch:
+            self._begins = self._begins_before
+        return self._go_to(self._cursor, self._heads)
 
     def trained(self, cursor: Cursor) -> None:
         """All before this position is part of a finished update."""
+        if cursor == self._head and not cursor.position:  # all of the epoch before
+            kept = self._kept
+            self._go_to(cursor, self._begins)
+            self._kept = kept
+            return
         self._cursor = cursor
         while self._untrained and self._untrained[0][0] <= cursor:
             _, number, theirs = self._untrained.popleft()
@@ -317,8 +347,11 @@ def _as_stream(source: Any) -> Stream:
 class MixPass:
     """One epoch's draws from a position on."""
 
-    def __init__(self, mix: Mix, start: Cursor, heads: list[Cursor], kept: dict[int, Pass]) -> None:
-        """`kept`: passes that are live already."""
+    def __init__(
+        self, mix: Mix, start: Cursor, heads: list[Cursor], kept: dict[int, Pass], before: MixPass | None
+    ) -> None:
+        """`kept`: passes that are live already; `before`: a pass that is to end first."""
+        self._before = before
         self._mix, self._at, self._heads = mix, start, heads
         self._passes = kept
         self._over: list[Pass] = []
@@ -334,6 +367,9 @@ class MixPass:
     async def __anext__(self) -> Batch:
         """The next batch. Raises what the drawn source raises."""
         try:
+            if self._before is not None:
+                await self._before.aclose()
+                self._before = None
             if not self._opened:
                 await self._mix.open()
                 self._opened = True
@@ -363,6 +399,8 @@ class MixPass:
     def next_nowait(self) -> Batch | None:
         """The next batch if the drawn source has it ready."""
         while True:
+            if self._before is not None:
+                return None
             number = self._number()
             if self._mix.sources[number].pulls_inside and not self._mix.pulls_inside:
                 return None
@@ -431,6 +469,9 @@ class MixPass:
     async def aclose(self) -> None:
         """End the passes of all sources."""
         self._ended = True
+        if self._before is not None:
+            await self._before.aclose()
+            self._before = None
         passes, self._passes, self._over = [*self._over, *self._passes.values()], {}, []
         for passing in passes:
             await passing.aclose()

@@ -490,6 +490,13 @@ class ZarrLoop:
         """Have a plain function called there; it is dropped where `close` comes first."""
         self._running().call_soon_threadsafe(function, *arguments)
 
+    def tell(self, fn: Callable[[], Any]) -> None:
+        """Have a plain function run there soon. Raises RuntimeError where the loop has ended."""
+        loop = self._loop
+        if loop is None:
+            raise RuntimeError("the loop has ended")
+        loop.call_soon_threadsafe(fn)
+
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:

@@ -26,6 +26,7 @@ from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import FetchStatistics
 from streamtrain.data.framing import Axis, Field
 from streamtrain.data.layout import ArrayLayout, decoded_whole
+from streamtrain.data.loader import Loader
 from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
 from streamtrain.data.options import (
     array_names,
@@ -485,6 +486,15 @@ class ZarrStream:
         if not self._driven:
             self._cursor = cursor
 
+    def as_loader(self, collate: Callable[[Batch], Any] | None = None) -> Loader:
+        """A plain iterable over this stream, for Lightning, Accelerate, Hugging Face and bare loops.
+
+        It gives batches (`x, y = batch`), or what `collate` makes of each: `lambda b: {"x": b.inputs, "labels":
+        b.targets}`. It has `len`, `set_epoch`, `state_dict` and `load_state_dict`; while it is iterated nobody else
+        can read the stream.
+        """
+        return Loader(self, collate)
+
     async def __aenter__(self) -> ZarrStream:
         await self.open()
         return self
@@ -535,6 +545,11 @@ class ZarrStream:
     def num_samples(self) -> int:
         """Samples of an epoch. Before the first use this reads metadata, and may block."""
         return self._known().survey.split.num_samples
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a short last batch is left out."""
+        return self._drop_last
 
     def __len__(self) -> int:
         """Batches of an epoch. Before the first use this reads metadata, and may block."""
