@@ -18,6 +18,7 @@ import collections
 import contextlib
 import copy
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.fetch import RECENT, Account
 from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop
 from streamtrain.data.remote import RemoteReader, Want
-from streamtrain.data.spans import BUDGET_SHARE, Span, coalesce, requests_at_once
+from streamtrain.data.spans import BUDGET_SHARE, MIN_REQUESTS, Span, coalesce, requests_at_once
 from streamtrain.data.workers import Job
 
 logger = logging.getLogger(__name__)
@@ -186,8 +187,10 @@ class Ahead:
         """Parcels of the first unit that are not there yet."""
         self._mean = 0.0
         """Bytes of a request, of the last ones."""
-        self._durations: collections.deque[float] = collections.deque(maxlen=RECENT)
-        """Seconds of a request, of the last ones."""
+        self._shortest = math.inf
+        """Seconds of the quickest request."""
+        self._answers: collections.deque[float] = collections.deque(maxlen=RECENT)
+        """When the last ones came."""
         self._used = self._stopped = False
         self.since: float | None = None
         """When something last began or arrived, while requests are under way (`time.monotonic`)."""
@@ -310,8 +313,15 @@ class Ahead:
         self.since = time.monotonic() if self._tasks else None
 
     def _limit(self) -> int:
-        seconds = min(self._durations) if self._durations else 0.0
-        return requests_at_once(seconds, self._mean, self._threads, self._share.total)
+        if len(self._answers) < 2:
+            return MIN_REQUESTS
+        return requests_at_once(
+            seconds=self._shortest,
+            answers=(len(self._answers) - 1) / max(1e-6, time.monotonic() - self._answers[0]),
+            request_bytes=self._mean,
+            threads=self._threads,
+            memory=self._share.total,
+        )
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -375,7 +385,9 @@ class Ahead:
         except Exception as error:
             failed = error
         if data is not None:
-            self._durations.append(time.monotonic() - began)
+            now = time.monotonic()
+            self._answers.append(now)
+            self._shortest = min(self._shortest, now - began)
             self._mean = 0.9 * self._mean + 0.1 * len(data) if self._mean else len(data)
         for first, last, want in members:
             part = data[first - start : last - start] if data is not None else None

@@ -87,7 +87,7 @@ class FetchStatistics:
     under_way: int
     """Requests that wait for their answer now."""
     at_once: int
-    """How many may: from request sizes, memory, threads and measured time (`spans.requests_at_once`)."""
+    """How many may: from sizes, memory, threads, and what was measured (`spans.requests_at_once` has the formula)."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Which bytes of far objects to request together, and how many requests at once. Pure.
 
 Its law: a request costs a latency whatever its size, so neighbours share one; and as many are under way as the threads
-could use up meanwhile, no more.
+could use up, and the store gives, in that time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ GAP_BYTES = 256 << 10
 a connection, these bytes take a quarter of the time that a request of its own would wait."""
 SPAN_BYTES = 8 << 20
 """No request is made larger than this by joining chunks: more, and fewer of them could be under way together."""
-RATE_PER_THREAD = 512 << 20
+RATE_PER_THREAD = 1 << 30
 """Bytes a second that a thread decodes and gathers at best: what the requests under way are to keep up with."""
+HEADROOM = 3.0
+"""Times as many requests as the answers that came lately account for: what lets the number grow, and evens out waits."""
 MIN_REQUESTS = 8
 """At least so many are under way, where the budget allows: one connection gives a fraction of what a store can."""
 MAX_REQUESTS = 64
@@ -59,14 +61,19 @@ def coalesce(wanted: Iterable[tuple[int, int, T]], *, gap: int = GAP_BYTES, most
     return spans
 
 
-def requests_at_once(seconds: float, request_bytes: float, threads: int, memory: int) -> int:
+def requests_at_once(*, seconds: float, answers: float, request_bytes: float, threads: int, memory: int) -> int:
     """How many requests are to be under way together.
 
-    The threads use up to `threads * RATE_PER_THREAD` bytes a second, and a request takes `seconds` (the shortest
-    measured lately), so that
+    What the threads could use up, and what the store gives, each for as long as a request takes:
 
-        bytes under way = min(threads * RATE_PER_THREAD * seconds, memory / BUDGET_SHARE)
-        requests        = bytes under way / request_bytes + threads, within MIN_REQUESTS and MAX_REQUESTS
+        wanted = min(threads * RATE_PER_THREAD * seconds, memory / BUDGET_SHARE) / request_bytes
+        given  = HEADROOM * answers * seconds
+        result = min(wanted, given) + threads, within MIN_REQUESTS and MAX_REQUESTS
+
+    `seconds`: the shortest that a request of this pass took, so that waiting in a queue that is ours is left out;
+    `answers`: how many came in a second lately. Where more requests bring more answers, `given` grows until
+    they bring no more: a store that is saturated is not asked for more than it can give.
     """
-    under_way = min(threads * RATE_PER_THREAD * seconds, memory / BUDGET_SHARE)
-    return max(MIN_REQUESTS, min(MAX_REQUESTS, math.ceil(under_way / max(1.0, request_bytes)) + threads))
+    wanted = min(threads * RATE_PER_THREAD * seconds, memory / BUDGET_SHARE) / max(1.0, request_bytes)
+    given = HEADROOM * answers * seconds
+    return max(MIN_REQUESTS, min(MAX_REQUESTS, math.ceil(min(wanted, given)) + threads))

@@ -26,6 +26,7 @@ BENCHES = {
     "memory": "memory over that of an open stream, for a pass over 4 GiB in 256 MiB",
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "shuffle": "whether shuffling is real",
+    "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
     "startup": "--help against an empty cyclopts app",
 }
 
