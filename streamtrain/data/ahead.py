@@ -16,152 +16,23 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import copy
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from numpy.typing import NDArray
-
 from streamtrain.data.budget import Share
 from streamtrain.data.decode import Bytes
-from streamtrain.data.feed import Box, Feed, Part, Rows
+from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import RECENT, Account
+from streamtrain.data.parcels import Grants, Group, Haul, Order, Parcel, Request
 from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop
 from streamtrain.data.remote import RemoteReader, Want
-from streamtrain.data.spans import BUDGET_SHARE, MIN_REQUESTS, Span, coalesce, requests_at_once
+from streamtrain.data.spans import MIN_REQUESTS, RATE_PER_THREAD, Span, coalesce, requests_at_once
 from streamtrain.data.workers import Job
 
 logger = logging.getLogger(__name__)
-
-
-class _Noting:
-    """A reader that reads nothing and notes what it is asked for."""
-
-    lane = "none"
-
-    def __init__(self, reader: RemoteReader) -> None:
-        self._reader = reader
-        self.wants: list[Want] = []
-
-    def read(
-        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
-    ) -> NDArray[Any] | None:
-        self.wants.append(self._reader.want(chunk, rows))
-        return None
-
-
-def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
-    """The chunks that `feed.fill` will read for these rows of a cell: it is asked itself, so that both never differ.
-
-    None for an array that is read in another way; nor those that are kept decoded already.
-    """
-    if not isinstance(feed.reader, RemoteReader):
-        return []
-    dry, noting = copy.copy(feed), _Noting(feed.reader)
-    dry.reader, dry.cache = noting, None
-    dry.fill(box, rows, _nowhere, Scratch())
-    if feed.cache is None:
-        return noting.wants
-    return [want for want in noting.wants if feed.key(want.chunk) not in feed.cache]
-
-
-def _nowhere(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
-    """Where rows go that nobody reads."""
-
-
-class _Parcel:
-    """A want on its way, and how many jobs wait for it."""
-
-    __slots__ = ("data", "error", "haul", "jobs", "there", "users")
-
-    def __init__(self) -> None:
-        self.there = False
-        self.data: Bytes | None = None
-        self.error: Exception | None = None
-        self.haul: _Haul | None = None
-        self.jobs: list[_Order] = []
-        self.users = 0
-
-    def take(self) -> Bytes | None:
-        """What came, in a worker's thread."""
-        if self.error is not None:
-            raise self.error
-        return self.data
-
-
-class _Haul:
-    """What one request has brought: its bytes are granted, and given back, together."""
-
-    __slots__ = ("granted", "left")
-
-    def __init__(self, granted: int, parcels: int) -> None:
-        self.granted, self.left = granted, parcels
-
-
-class _Order:
-    """A job, and what it still waits for."""
-
-    __slots__ = ("job", "parcels", "waiting")
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.parcels: dict[Want, _Parcel] = {}
-        self.waiting = 0
-
-
-class _Group:
-    """What is wanted of one object by one unit."""
-
-    __slots__ = ("key", "reader", "unit", "wants")
-
-    def __init__(self, reader: RemoteReader, key: str, unit: int) -> None:
-        self.reader, self.key, self.unit = reader, key, unit
-        self.wants: list[Want] = []
-
-
-_Request = tuple[RemoteReader, str, int, "int | None", int, tuple[tuple[int, int, Want], ...]]
-"""Reader, key, start, stop (None: the whole object), bytes at most, and whose bytes these are."""
-
-
-class Grants:
-    """Bytes granted to what was fetched ahead. Thread-safe; after `close` all are given back, and none granted."""
-
-    def __init__(self, share: Share) -> None:
-        self._share, self._lock, self._closed = share, threading.Lock(), False
-        self.bytes = 0
-
-    def acquire(self, size: int) -> bool:
-        """Grant so many, out of the part of the memory that read-ahead may take."""
-        with self._lock:
-            if self._closed or (self.bytes and self.bytes + size > self._share.total // BUDGET_SHARE):
-                return False
-            if not self._share.try_acquire(size):
-                return False
-            self.bytes += size
-            return True
-
-    def release(self, size: int) -> None:
-        """Give so many back."""
-        with self._lock:
-            if not self._closed:
-                self.bytes -= size
-                self._share.release(size)
-
-    def close(self, *, finalizing: bool = False) -> None:
-        """Give all back; `finalizing` where no lock may be taken."""
-        if finalizing:
-            if not self._closed:
-                self._closed = True
-                self._share.release_from_finalizer(self.bytes)
-            return
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._share.release(self.bytes)
 
 
 class Ahead:
@@ -177,10 +48,10 @@ class Ahead:
             reader.fetcher.account = self._account
         self._share, self._submit, self._threads = share, submit, threads
         self._grants = Grants(share)
-        self._parcels: dict[Want, _Parcel] = {}
-        self._waiting: dict[_Order, None] = {}
-        self._groups: collections.deque[_Group] = collections.deque()
-        self._requests: collections.deque[_Request] = collections.deque()
+        self._parcels: dict[Want, Parcel] = {}
+        self._waiting: dict[Order, None] = {}
+        self._groups: collections.deque[Group] = collections.deque()
+        self._requests: collections.deque[Request] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._out = self._units = 0
         self._first_left = 0
@@ -228,6 +99,14 @@ class Ahead:
         self._let_go()
         self._grants.close(finalizing=True)
 
+    def blocks(self, size: int, usual: int) -> int:
+        """Buffers of `size` bytes to fill beyond the `usual` ones: as many as the threads could fill in the time that
+        a request takes, within half of the memory."""
+        seconds = self._shortest if self._shortest < math.inf else 0.0
+        return max(
+            0, min(int(self._threads * RATE_PER_THREAD * seconds / size), self._share.total // 2 // size - usual)
+        )
+
     def hung(self, now: float) -> str | None:
         """What to say where the private loop itself has stood still for longer than any request may take."""
         since = self.since
@@ -263,9 +142,9 @@ class Ahead:
 
     def _arrange(self, jobs: Sequence[tuple[Sequence[Want], Job]]) -> None:
         unit, self._units = self._units, self._units + 1
-        groups: dict[tuple[int, str], _Group] = {}
+        groups: dict[tuple[int, str], Group] = {}
         for wants, job in jobs:
-            order = _Order(job)
+            order = Order(job)
             self._waiting[order] = None
             for want in dict.fromkeys(wants):
                 self._await(order, want, unit, groups)
@@ -273,12 +152,12 @@ class Ahead:
         for order in [order for order in self._waiting if not order.waiting]:
             self._hand_over(order)
 
-    def _await(self, order: _Order, want: Want, unit: int, groups: dict[tuple[int, str], _Group]) -> None:
+    def _await(self, order: Order, want: Want, unit: int, groups: dict[tuple[int, str], Group]) -> None:
         parcel = self._parcels.get(want)
         if parcel is None:
-            parcel = self._parcels[want] = _Parcel()
+            parcel = self._parcels[want] = Parcel()
             key = want.reader.layout.key(want.chunk)
-            group = groups.setdefault((id(want.reader), key), _Group(want.reader, key, unit))
+            group = groups.setdefault((id(want.reader), key), Group(want.reader, key, unit))
             group.wants.append(want)
             self._first_left += unit == 0
         parcel.users += 1
@@ -333,7 +212,7 @@ class Ahead:
         if not task.cancelled() and not self._stopped:
             self._guarded(_nothing)
 
-    async def _locate(self, group: _Group) -> None:
+    async def _locate(self, group: Group) -> None:
         """Read the index of a shard, then place what is wanted of it."""
         try:
             await group.reader.read_index(group.key)
@@ -343,7 +222,7 @@ class Ahead:
             return
         self._place(group)
 
-    def _place(self, group: _Group) -> None:
+    def _place(self, group: Group) -> None:
         """Turn what is wanted of an object into requests; a whole object is one of its own."""
         wanted: list[tuple[int, int, Want]] = []
         for want in group.wants:
@@ -363,14 +242,14 @@ class Ahead:
                 wanted.append((place.start, place.stop, want))
         self._requests.extend(self._spans(group, wanted))
 
-    def _spans(self, group: _Group, wanted: list[tuple[int, int, Want]]) -> Iterator[_Request]:
+    def _spans(self, group: Group, wanted: list[tuple[int, int, Want]]) -> Iterator[Request]:
         spans: list[Span[Want]] = coalesce(wanted)
         for span in spans:
             yield group.reader, group.key, span.start, span.stop, span.stop - span.start, span.members
 
-    async def _fetch(self, request: _Request) -> None:
+    async def _fetch(self, request: Request) -> None:
         reader, key, start, stop, bound, members = request
-        haul = _Haul(bound, len(members))
+        haul = Haul(bound, len(members))
         self.since = began = time.monotonic()
 
         def sized(size: int) -> None:
@@ -393,7 +272,7 @@ class Ahead:
             part = data[first - start : last - start] if data is not None else None
             self._arrived(want, part, failed, haul)
 
-    def _arrived(self, want: Want, data: Bytes | None, error: Exception | None, haul: _Haul | None = None) -> None:
+    def _arrived(self, want: Want, data: Bytes | None, error: Exception | None, haul: Haul | None = None) -> None:
         parcel = self._parcels[want]
         parcel.there, parcel.data, parcel.error, parcel.haul = True, data, error, haul
         self._first_left -= 1
@@ -405,13 +284,13 @@ class Ahead:
             if not order.waiting and order in self._waiting:
                 self._hand_over(order)
 
-    def _hand_over(self, order: _Order) -> None:
+    def _hand_over(self, order: Order) -> None:
         """To the threads, with what is there."""
         del self._waiting[order]
         self._out += 1
         self._submit(lambda scratch: self._do(order, scratch))
 
-    def _do(self, order: _Order, scratch: Scratch) -> None:
+    def _do(self, order: Order, scratch: Scratch) -> None:
         """In a worker's thread."""
         scratch.fetched = {want: parcel.take for want, parcel in order.parcels.items() if parcel.there}
         try:
@@ -422,7 +301,7 @@ class Ahead:
                 if not self._stopped:
                     self._loop.call(self._guarded, self._done, order)
 
-    def _done(self, order: _Order) -> None:
+    def _done(self, order: Order) -> None:
         self._out -= 1
         for want, parcel in order.parcels.items():
             parcel.users -= 1

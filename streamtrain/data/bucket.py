@@ -108,7 +108,7 @@ class Owned:
 
     lane = "obstore"
 
-    def __init__(self, client: Client, path: str = "") -> None:
+    def __init__(self, client: Client) -> None:
         self._client, self._name = client, repr(client)
 
     async def get(self, key: str, wanted: Range, headed: Callable[[Heading], None]) -> Bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrL
 from streamtrain.data.remote import RemoteReader
 from streamtrain.data.zarr_bytes import StoreBytes
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
+
+logger = logging.getLogger(__name__)
 
 IO = Literal["auto", "mmap", "pread", "store"]
 METADATA = ("zarr.json", ".zgroup", ".zarray")
@@ -151,6 +154,8 @@ def _readable(
     if why is not None:
         return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout), why)
     if far is not None:
+        if io != "auto":
+            logger.info("io=%r is for folders of this machine; %s is read by ranges of bytes", io, array.store_path)
         return OpenArray(layout, RemoteReader(layout, far, loop), None)
     assert files is not None
     mapped = io == "mmap" or (io == "auto" and is_local(files.root))

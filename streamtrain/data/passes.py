@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.ahead import Ahead, wants_of
+from streamtrain.data.ahead import Ahead
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
 from streamtrain.data.budget import BudgetHeld, Share, format_bytes
@@ -42,6 +42,7 @@ from streamtrain.data.remote import Want
 from streamtrain.data.survey import Place, Sizes
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, TransformStage
+from streamtrain.data.wants import wants_of
 from streamtrain.data.workers import Job, Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
 
@@ -50,7 +51,8 @@ logger = logging.getLogger(__name__)
 JOB_BYTES = 1 << 20
 """Small pieces are filled by one job until they have so many bytes."""
 BLOCKS_AHEAD = 3
-"""Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled."""
+"""Buffers in use at most: one that is consumed, one that is ready or filled, one that is filled (and more where what
+is fetched for them takes long to come: `Ahead.blocks`)."""
 JOIN = 5.0
 """Seconds until a thread or task that does not end is left behind."""
 POLL = 0.02
@@ -411,7 +413,8 @@ class ZarrPass:
         prefetch = self._recipe.prefetch
         if prefetch is not None and self._started - self._taken >= prefetch:
             return False
-        return len(self._draining) < BLOCKS_AHEAD
+        far = self._ahead.blocks(self._pool.size, BLOCKS_AHEAD) if self._ahead is not None else 0
+        return len(self._draining) < BLOCKS_AHEAD + far
 
     def _room_to_make(self) -> int:
         """Bytes that a further buffer must leave free, for transforms to go on."""

@@ -21,7 +21,7 @@ SPAN_BYTES = 8 << 20
 RATE_PER_THREAD = 1 << 30
 """Bytes a second that a thread decodes and gathers at best: what the requests under way are to keep up with."""
 HEADROOM = 3.0
-"""Times as many requests as the answers that came lately account for: what lets the number grow, and evens out waits."""
+"""Times as many requests as the answers that came lately account for: so the number grows, and waits even out."""
 MIN_REQUESTS = 8
 """At least so many are under way, where the budget allows: one connection gives a fraction of what a store can."""
 MAX_REQUESTS = 64

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import logging
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import obstore
@@ -185,3 +187,53 @@ def made(arrays: Mapping[str, Mapping[str, Any]]) -> MemoryStore:
     for name, keywords in arrays.items():
         group.create_array(name, **keywords)
     return store
+
+
+class Files:
+    """A plain web server of the files below a folder, which knows ranges and lists nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        class Handler(_FileHandler):
+            root = folder
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class _FileHandler(BaseHTTPRequestHandler):
+    root: Path
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.root / self.path.strip("/")
+        if not path.is_file():
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, wanted = path.read_bytes(), re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        total, start, stop = len(data), 0, len(data)
+        if wanted is not None:
+            start = int(wanted[1]) if wanted[1] else total - int(wanted[2])
+            stop = int(wanted[2]) + 1 if wanted[1] and wanted[2] else total
+        self.send_response(200 if wanted is None else 206)
+        if wanted is not None:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[start:stop])
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""

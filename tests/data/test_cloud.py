@@ -204,6 +204,23 @@ async def test_bytes_that_were_not_granted_are_not_fetched(proxy: Proxy, url: st
         await reading.aclose()
 
 
+async def test_reading_ahead_never_delays_the_first_batch(proxy: Proxy, url: str) -> None:
+    """Until the first unit is there, nothing is asked for but what it needs."""
+    proxy.fault = lambda path, before: "hang" if path.endswith("raw/c/0/0") else None
+    async with stream(url, proxy, inputs="raw", memory="100KiB", batch_size=50, read_timeout=60) as source:
+        await source.open()
+        unit = source._opened.survey.sizes.unit_rows // 50  # type: ignore[union-attr]
+        assert unit < 10
+        first = asyncio.create_task(anext(aiter(source)))
+        await asyncio.to_thread(proxy.waiting.acquire)
+        await until(lambda: sum("/c/" in path for path, _ in proxy.requests) == unit)
+        proxy.ended.set()
+        proxy.fault = lambda path, before: None
+        await first
+    asked = [int(path.split("/")[-2]) for path, _ in proxy.requests if "/c/" in path]
+    assert max(asked[:unit]) < unit
+
+
 # What goes wrong on the way
 
 
@@ -342,6 +359,30 @@ def test_without_obstore_a_url_is_an_error_with_the_way_out(monkeypatch: pytest.
     with pytest.raises(EnvironmentProblem, match="obstore, which is not installed") as caught:
         ZarrStream("s3://bucket/x", batch_size=1)
     assert caught.value.hint == "pip install 'streamtrain[cloud]'"
+
+
+async def test_http_serves_a_store_as_well(tmp_path: Any) -> None:
+    from tests.data.cloud import Files
+
+    await asyncio.to_thread(zarr.create_array, str(tmp_path / "x.zarr"), data=DATA, chunks=(20, 16), shards=(400, 16))
+    files = Files(tmp_path)
+    try:
+        async with ZarrStream(f"{files.url}/x.zarr", batch_size=32, output="numpy") as source:
+            assert len(await epoch(source)) == len(DATA)
+            assert source.statistics().lanes == {"array": "obstore"}
+    finally:
+        files.close()
+
+
+async def test_the_only_array_of_a_bucket_is_found_and_others_are_listed(s3: str, url: str) -> None:
+    far = await asyncio.to_thread(put, s3, made({"alone": {"data": DATA}}))
+    async with stream(far, s3, inputs=None) as source:
+        assert len(await epoch(source)) == len(DATA)
+    with pytest.raises(DataError, match="holds raw, raw-shards, shards, tiled, zstd"):
+        await stream(url, s3, inputs=None).open()
+    with pytest.raises(DataError, match="has no array 'rew'") as caught:
+        await stream(url, s3, inputs="rew").open()
+    assert caught.value.hint == "did you mean 'raw'?"
 
 
 # The end

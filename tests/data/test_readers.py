@@ -616,6 +616,13 @@ server:/data /data nfs4 rw 0 0
 tmpfs /data/fast tmpfs rw 0 0
 server:/x /my\\040disk cifs rw 0 0
 sshfs /far fuse.sshfs rw 0 0
+s3fs /s3 fuse.s3fs rw 0 0
+bucket /gcs fuse.gcsfuse rw 0 0
+remote: /rclone fuse.rclone rw 0 0
+mountpoint-s3 /bare fuse rw 0 0
+/dev/sdc1 /ntfs fuseblk rw 0 0
+/etc/auto /auto autofs rw 0 0
+server:/y /auto/y nfs rw 0 0
 /dev/sdb1 /database xfs rw 0 0
 """
 
@@ -630,6 +637,13 @@ sshfs /far fuse.sshfs rw 0 0
         ("/database/x", True),
         ("/my disk/x", False),
         ("/far/x", False),
+        ("/s3/x", False),
+        ("/gcs/x", False),
+        ("/rclone/x", False),
+        ("/bare/x", False),
+        ("/ntfs/x", True),
+        ("/auto/y/x", False),
+        ("/auto/z", False),
     ],
 )
 def test_the_mount_that_a_path_lies_on_tells_whether_it_is_local(path: str, local: bool, tmp_path: Path) -> None:
