@@ -8,7 +8,8 @@
 
 Its law: nothing is fetched that was not granted, and nobody waits for a grant for ever: where no request is under way
 and no job is out, the first job goes to the threads as it is, and they fetch what it lacks on the spot. Until the
-first unit's bytes are there, no other unit's are asked for: read-ahead never delays the first batch.
+answers to all that the first unit needs have begun, nothing else is asked for: read-ahead never delays the first batch,
+since what is asked for then begins to come a latency later.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Ahead:
         self._tasks: set[asyncio.Task[None]] = set()
         self._out = self._units = 0
         self._first_left = 0
-        """Parcels of the first unit that are not there yet."""
+        """Parcels of the first unit whose answer has not begun."""
         self._mean = 0.0
         """Bytes of a request, of the last ones."""
         self._shortest = math.inf
@@ -256,6 +257,11 @@ class Ahead:
             if size < haul.granted:
                 self._grants.release(haul.granted - size)
                 haul.granted = size
+            gated = self._first_left > 0
+            for *_, want in members:
+                self._begun(self._parcels[want])
+            if gated and self._first_left <= 0:
+                asyncio.get_running_loop().call_soon(self._guarded, _nothing)
 
         data: Bytes | None = None
         failed: Exception | None = None
@@ -275,7 +281,7 @@ class Ahead:
     def _arrived(self, want: Want, data: Bytes | None, error: Exception | None, haul: Haul | None = None) -> None:
         parcel = self._parcels[want]
         parcel.there, parcel.data, parcel.error, parcel.haul = True, data, error, haul
-        self._first_left -= 1
+        self._begun(parcel)
         orders, parcel.jobs = parcel.jobs, []
         if not parcel.users:
             self._forget(want)
@@ -283,6 +289,11 @@ class Ahead:
             order.waiting -= 1
             if not order.waiting and order in self._waiting:
                 self._hand_over(order)
+
+    def _begun(self, parcel: Parcel) -> None:
+        if not parcel.begun:
+            parcel.begun = True
+            self._first_left -= 1
 
     def _hand_over(self, order: Order) -> None:
         """To the threads, with what is there."""

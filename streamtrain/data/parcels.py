@@ -17,10 +17,11 @@ from streamtrain.data.workers import Job
 class Parcel:
     """A want on its way, and how many jobs wait for it."""
 
-    __slots__ = ("data", "error", "haul", "jobs", "there", "users")
+    __slots__ = ("begun", "data", "error", "haul", "jobs", "there", "users")
 
     def __init__(self) -> None:
-        self.there = False
+        self.begun = self.there = False
+        """Whether its answer has begun to come, and whether it has come whole."""
         self.data: Bytes | None = None
         self.error: Exception | None = None
         self.haul: Haul | None = None
