@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from streamtrain.data.layout import TRAINABLE, trainable
+from streamtrain.data.vouching import vouch
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 Codec = Literal["raw", "zstd", "blosc"]
 Progress = Callable[[int, int], None]
 """Called with the rows that are written and all rows."""
 
-COMPLETE = {"streamtrain": {"complete": True}}
-"""Attribute of arrays whose writer leaves no chunk out."""
+COMPLETE = {"streamtrain": {"complete": True, "manifest": True}}
+"""Attribute of arrays whose writer leaves no chunk out, and has a manifest beside them."""
 BAND_BYTES = 16 << 20
 """Aim for the bytes of a chunk where the caller names none."""
 
@@ -135,7 +136,10 @@ def create_array(
 
 @contextlib.contextmanager
 def whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` at the end, when it is durable, and vanishes on an error."""
+    """A folder to write arrays into that becomes `target` at the end, and vanishes on an error.
+
+    At the end its files are read again for their manifests, then all is made durable, then it gets its name.
+    """
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists already", hint="name another target, or remove this one")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -143,6 +147,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         yield part
+        vouch(part)
         for folder, _, files in os.walk(part):
             for path in (*(os.path.join(folder, name) for name in files), folder):
                 _fsync(path)

@@ -25,6 +25,11 @@ IMPORTS = [("<frozen importlib._bootstrap>", {"_find_and_load"}), ("linecache.py
 """Files that Python itself reads: modules on first use, sources for a traceback."""
 PRIVATE = [("streamtrain/data/readers.py", {"_serve"})]
 """A loop of ours in a thread of its own, where zarr may block."""
+TOOLS = [
+    ("streamtrain/data/vouching.py", {"vouch", "write_manifest"}),
+    ("streamtrain/data/verification.py", {"verify"}),
+]
+"""What looks at whole stores, for the command line and for our writers: no stream calls it."""
 HARMLESS = ("os.getcwd", "os.path.abspath")
 """System calls that touch no disk."""
 
@@ -36,7 +41,7 @@ def _nothing_blocks_the_loop() -> Iterator[None]:
     for name in HARMLESS:
         del guard.functions[name]
     for function in guard.functions.values():
-        function.can_block_functions += [*IMPORTS, *PRIVATE, *(JOINS if "lock" in function.full_name else [])]
+        function.can_block_functions += [*IMPORTS, *PRIVATE, *TOOLS, *(JOINS if "lock" in function.full_name else [])]
     guard.activate()
     yield
     guard.deactivate()

@@ -68,6 +68,8 @@ class ArrayLayout:
     """Names of the axes; empty where nobody named them."""
     complete: bool = False
     """Whether its writer vouches that no chunk is left out: then an absent chunk is damage, not fill."""
+    manifest: bool = False
+    """Whether its writer says that it has a manifest: then its loss is worth a word."""
 
     @property
     def ndim(self) -> int:
@@ -172,10 +174,11 @@ def _dims(metadata: Mapping[str, Any], ndim: int) -> tuple[str | None, ...]:
     return tuple(name if isinstance(name, str) else None for name in names)
 
 
-def _complete(metadata: Mapping[str, Any]) -> bool:
+def _says(metadata: Mapping[str, Any], what: str) -> bool:
+    """Whether its writer has said so in the attributes."""
     attributes = metadata.get("attributes")
     own = attributes.get("streamtrain") if isinstance(attributes, Mapping) else None
-    return isinstance(own, Mapping) and own.get("complete") is True
+    return isinstance(own, Mapping) and own.get(what) is True
 
 
 def _parse_v3(
@@ -240,7 +243,8 @@ def _parse_v3(
         fill_value=fill_value,
         index_at_start=at_start,
         slow=slow if slow or seen_bytes else "no bytes codec",
-        complete=_complete(metadata),
+        complete=_says(metadata, "complete"),
+        manifest=_says(metadata, "manifest"),
     )
 
 
@@ -277,7 +281,8 @@ def _parse_v2(
         prefix="",
         fill_value=fill_value,
         slow=slow,
-        complete=_complete(metadata),
+        complete=_says(metadata, "complete"),
+        manifest=_says(metadata, "manifest"),
     )
 
 

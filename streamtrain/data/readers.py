@@ -32,7 +32,9 @@ from numpy.typing import NDArray
 from streamtrain.data.budget import available_memory
 from streamtrain.data.decode import Bytes, Decoder
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
+from streamtrain.data.manifest import NOTHING, SLICE, Record, describe
 from streamtrain.data.seen import Seen, Signature, changed
+from streamtrain.data.trust import Trust, Verify, trust_in
 from streamtrain.errors import DataError, EnvironmentProblem
 
 T = TypeVar("T")
@@ -69,11 +71,15 @@ class Scratch:
         self.chunks = 0
         self.bytes_read = 0
         """Encoded bytes fetched (of a memory map: touched)."""
+        self.checked = 0
+        """Chunks whose bytes were held against a manifest."""
         self.reading: tuple[str, float] | None = None
         """The chunk that is being read, and since when (`time.monotonic`)."""
         self.fetched: Mapping[object, Callable[[], Bytes | None]] = {}
         """Of chunks that are elsewhere: what gives the bytes that were fetched ahead for the job in hand, None where
         the chunk is absent, or raises why they could not be had."""
+        self.damages: list[tuple[int, ChunkDamage]] = []
+        """Of the piece in hand, the chunks that are skipped: `chunks` when each was asked for, and why."""
 
     def take(self, name: str, size: int) -> Bytes:
         """A buffer of `size` bytes, aligned to pages; its last content is undefined."""
@@ -107,12 +113,25 @@ class ChunkReader(Protocol):
         leave the others undefined.
         """
 
+    def vouch(self, verify: Verify) -> None:
+        """Hold chunks against the array's manifest from now on, if it has one. Raises DataError if that is damaged."""
 
-def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: object) -> DataError:
+
+class ChunkDamage(DataError):
+    """A chunk that can't be used."""
+
+    def __init__(self, array: str, chunk: tuple[int, ...], message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.array, self.chunk = array, chunk
+
+
+def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: object) -> ChunkDamage:
     """The error for a chunk that can't be used: array, chunk, rows, path and cause."""
     rows = ", ".join(f"{a}:{b}" for a, b in layout.box(chunk))
     where = ".".join(map(str, chunk)) or "0"
-    return DataError(
+    return ChunkDamage(
+        layout.name,
+        tuple(chunk),
         f"array {layout.name or ALONE!r}: chunk {where} (rows [{rows}]) in {path}: {cause}",
         hint="restore the file from its source, or convert the data again",
     )
@@ -282,6 +301,28 @@ def read_into(fd: int, out: Bytes, offset: int) -> int:
     return done
 
 
+def shard_index(layout: ArrayLayout, fd: int, file_size: int) -> NDArray[np.uint64]:
+    """The index of the shard in this file: offset and length of each chunk, (chunks, 2). Raises ValueError, OSError."""
+    chunks = math.prod(layout.inner)
+    length = 16 * chunks + 4
+    if file_size < length:
+        raise ValueError(f"its shard has {file_size} bytes, fewer than its index of {length}")
+    buffer = np.empty(length, dtype=np.uint8)
+    read_into(fd, buffer, 0 if layout.index_at_start else file_size - length)
+    return parse_shard_index(buffer.tobytes(), chunks)
+
+
+def describe_part(fd: int, start: int, size: int, scratch: Scratch, *, both: bool) -> Record:
+    """What a part of a file is, in the memory of one slice. Raises ValueError if the file ends before, or OSError."""
+    buffer, found = scratch.take("slice", SLICE), NOTHING
+    for at in range(start, start + size, SLICE):
+        part = buffer[: min(SLICE, start + size - at)]
+        if read_into(fd, part, at) != len(part):
+            raise ValueError("it was cut short while it was read")
+        found = describe(part, both=both, before=found)
+    return found
+
+
 class LocalReader:
     """Chunks of one array in local files, by memory map where that is safe and fast, else by pread."""
 
@@ -296,6 +337,10 @@ class LocalReader:
         large = math.prod(layout.shape) * layout.dtype.itemsize > available_memory() // 2
         self._touch: Literal["once", "always"] = "always" if large else "once"
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if layout.ndim and layout.axes[0] == 0 else 0
+        self._trust: Trust | None = None
+
+    def vouch(self, verify: Verify) -> None:
+        self._trust = trust_in(self._files.root, self.layout, verify)
 
     @property
     def lane(self) -> str:
@@ -315,6 +360,8 @@ class LocalReader:
             if data is None:
                 if layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out")
+                if self._trust is not None:
+                    self._trust.check_absent(chunk)
                 return None
             fetched = time.perf_counter()
             decoded = self._decoder.view(self._decoder.decode(data, self._out(scratch)))
@@ -338,7 +385,11 @@ class LocalReader:
                 memory = self._files.map(key)
                 if memory is not None:
                     start, size = self._extent(key, chunk, None, len(memory))
-                    return None if size < 0 else memory.view(start, size, "no" if few else self._touch)
+                    if size < 0:
+                        return None
+                    due = self._trust is not None and self._trust.due(chunk)
+                    data = memory.view(start, size, "no" if few and not due else self._touch)
+                    return self._held_good(chunk, data, scratch) if due else data
             fd, status = self._files.open(key)
         except FileNotFoundError:
             self._files.check_absent(key)
@@ -348,18 +399,33 @@ class LocalReader:
             start, size = self._extent(key, chunk, fd, status.st_size)
             if size < 0:
                 return None
-            return self._pread(fd, start, size, rows, scratch)
+            return self._pread(fd, start, size, chunk, rows, scratch)
         finally:
             os.close(fd)
 
-    def _pread(self, fd: int, start: int, size: int, rows: tuple[int, int], scratch: Scratch) -> Bytes:
+    def _pread(
+        self, fd: int, start: int, size: int, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch
+    ) -> Bytes:
         buffer = scratch.take("encoded", size)
         first, last = 0, size
+        due = self._trust is not None and self._trust.due(chunk)
         if self.layout.raw and not self._checked and self._row_bytes:
             first, last = rows[0] * self._row_bytes, rows[1] * self._row_bytes
+            if last - first < size and due and self._trust is not None:  # there is memory for the rows alone
+                both = self._trust.both
+                self._trust.check_record(chunk, size, lambda: describe_part(fd, start, size, scratch, both=both))
+                scratch.checked += 1
+                due = False
         if read_into(fd, buffer[first:last], start + first) != last - first:
             raise ValueError("it was cut short while it was read")
-        return buffer
+        return self._held_good(chunk, buffer, scratch) if due else buffer
+
+    def _held_good(self, chunk: Sequence[int], data: Bytes, scratch: Scratch) -> Bytes:
+        """The bytes of a chunk, held against the manifest."""
+        assert self._trust is not None
+        self._trust.check(chunk, data)
+        scratch.checked += 1
+        return data
 
     def _extent(self, key: str, chunk: Sequence[int], fd: int | None, file_size: int) -> tuple[int, int]:
         """Offset and size of the encoded chunk in its file, checked; a size of -1 means that it is absent."""
@@ -392,21 +458,15 @@ class LocalReader:
             if known is not None:
                 self._indexes.move_to_end(key)
                 return known
-        chunks = math.prod(self.layout.inner)
-        length = 16 * chunks + 4
-        if file_size < length:
-            raise ValueError(f"its shard has {file_size} bytes, fewer than its index of {length}")
-        buffer = np.empty(length, dtype=np.uint8)
         own, status = (fd, None) if fd is not None else self._files.open(key)
         try:
-            read_into(own, buffer, 0 if self.layout.index_at_start else file_size - length)
+            index = shard_index(self.layout, own, file_size)
         finally:
             if status is not None:
                 os.close(own)
-        index = parse_shard_index(buffer.tobytes(), chunks)
         with self._lock:
             self._indexes[key] = index
-            while len(self._indexes) > max(1, INDEX_CACHE_BYTES // length):
+            while len(self._indexes) > max(1, INDEX_CACHE_BYTES // (index.nbytes + 4)):
                 self._indexes.popitem(last=False)
         return index
 
@@ -574,12 +634,22 @@ class ZarrReader:
 
     def __init__(self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float) -> None:
         self.layout, self._array, self._loop, self._timeout = layout, array, loop, timeout
+        self._trust: Trust | None = None
+        self._files: StoreFiles | None = None
+
+    def vouch(self, verify: Verify) -> None:
+        root = getattr(self._array.store_path.store, "root", None)
+        if isinstance(root, Path):
+            self._files = StoreFiles(root)
+            self._trust = trust_in(root, self.layout, verify, whole_files=True)
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
         layout = self.layout
         box = layout.box(chunk)
+        if self._trust is not None and self._trust.due(chunk):
+            self._check(self._trust, chunk, scratch)
         try:
             data = self._loop.run(self._get(chunk, tuple(slice(a, b) for a, b in box)), self._timeout)
         except TimeoutError:
@@ -593,6 +663,27 @@ class ZarrReader:
             raise chunk_error(layout, chunk, getattr(self._array, "store_path", layout.name), cause) from error
         result: NDArray[Any] = np.asarray(data)
         return result
+
+    def _check(self, trust: Trust, chunk: Sequence[int], scratch: Scratch) -> None:
+        """Hold the file of this chunk against the manifest: what is in it, zarr alone knows."""
+        assert self._files is not None
+        layout, key = self.layout, self.layout.key(chunk)
+        try:
+            fd, status = self._files.open(key)
+            try:
+                size = status.st_size
+                trust.check_record(chunk, size, lambda: describe_part(fd, 0, size, scratch, both=trust.both))
+                scratch.checked += 1
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            try:
+                trust.check_absent(chunk)
+            except ValueError as error:
+                raise chunk_error(layout, chunk, self._files.root / key, error) from error
+        except (ValueError, OSError) as error:
+            cause = getattr(error, "strerror", None) or error
+            raise chunk_error(layout, chunk, self._files.root / key, cause) from error
 
     async def _get(self, chunk: Sequence[int], selection: tuple[slice, ...]) -> Any:
         """What zarr reads; it takes a missing file for fill, which it is not where the writer left no chunk out."""

@@ -1,0 +1,164 @@
+"""What a manifest gives a stream: no damage of any file goes unseen, on any lane; and a good chunk is checked once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.convert import Layout, convert
+from streamtrain import ZarrStream
+from streamtrain.data.manifest import PLACE
+from streamtrain.data.vouching import vouch
+from streamtrain.errors import DataError
+from tests.data.stores import CASES, Case, write
+
+Damage = Callable[[Path, Path], None]
+DATA = np.arange(32 * 4, dtype="float32").reshape(32, 4)
+LAYOUTS = {
+    "raw": Layout(chunks=(4, 4), codec="raw"),
+    "zstd": Layout(chunks=(4, 4), codec="zstd"),
+    "shards of raw": Layout(chunks=(4, 4), shards=(8, 4), codec="raw"),
+    "shards of blosc": Layout(chunks=(4, 4), shards=(8, 4), codec="blosc"),
+}
+
+
+def store(folder: Path, layout: Layout = LAYOUTS["raw"]) -> Path:
+    np.save(folder / "x.npy", DATA)
+    return convert(folder / "x.npy", folder / "x.zarr", layout=layout)
+
+
+def stream(path: Path, **options: Any) -> ZarrStream:
+    return ZarrStream(path, **{"batch_size": 4, "output": "numpy", "memory": "8MiB", **options})
+
+
+async def read(path: Path, **options: Any) -> Any:
+    async with stream(path, **options) as source:
+        return np.concatenate([batch.inputs async for batch in source])
+
+
+def flip(path: Path, other: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path, other: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def grow(path: Path, other: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def lose(path: Path, other: Path) -> None:
+    path.unlink()
+
+
+def replace(path: Path, other: Path) -> None:
+    shutil.copy(other, path)
+
+
+def swap(path: Path, other: Path) -> None:
+    os.rename(path, path.with_suffix(".tmp"))
+    os.rename(other, path)
+    os.rename(path.with_suffix(".tmp"), other)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread", "store"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("damage", [flip, cut, grow, lose, replace, swap], ids=lambda damage: damage.__name__)
+async def test_every_damage_is_an_error_that_names_it(damage: Damage, layout: str, io: str, tmp_path: Path) -> None:
+    path = store(tmp_path, LAYOUTS[layout])
+    assert np.array_equal(await read(path, io=io), DATA)
+    damage(path / "c/2/0", path / "c/1/0")
+    with pytest.raises(DataError, match=r"array '/': chunk \d\.0 \(rows \[\d+:\d+, 0:4\]\) in .*/c/[12]/0: .*\bits?\b"):
+        await read(path, io=io)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_every_layout_reads_the_same_with_a_manifest(case: Case, tmp_path: Path) -> None:
+    data = write(case, tmp_path)
+    if not data.ndim:
+        return
+    vouch(tmp_path)
+    for io in ("auto", "pread", "store"):
+        assert np.array_equal(await read(tmp_path, inputs="x", io=io, verify="always"), data)
+
+
+async def test_absent_chunks_are_fill_where_the_manifest_says_so(tmp_path: Path) -> None:
+    array = zarr.create_array(str(tmp_path), name="x", shape=(8,), chunks=(2,), dtype="int32", fill_value=9)
+    array[2:6] = 7
+    vouch(tmp_path)
+    expected = [9, 9, 7, 7, 7, 7, 9, 9]
+    assert (await read(tmp_path, inputs="x")).tolist() == expected
+    (tmp_path / "x/c/2").rename(tmp_path / "x/c/3")
+    for io in ("auto", "store"):
+        with pytest.raises(DataError, match=r"chunk [23] .*: it(s manifest says that it was never| is missing)"):
+            await read(tmp_path, inputs="x", io=io)
+
+
+@given(data=st.data())
+async def test_a_flipped_bit_anywhere_is_seen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("t")
+    path = store(folder, LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))])
+    file = data.draw(st.sampled_from(sorted(file for file in path.glob("c/*/0"))))
+    content = bytearray(file.read_bytes())
+    at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="chunk"):
+        await read(path, io=data.draw(st.sampled_from(["mmap", "pread", "store"])))
+
+
+async def test_a_chunk_is_checked_once_a_stream_or_always_or_never(tmp_path: Path) -> None:
+    path = store(tmp_path)
+    for verify, expected in [("once", [8, 0]), ("always", [8, 8]), ("never", [0, 0])]:
+        async with stream(path, verify=verify, shuffle="block") as source:
+            counts = []
+            for _ in range(2):
+                assert sum([len(batch) async for batch in source]) == 32
+                counts.append(source.statistics().chunks_checked)
+            assert counts == expected
+
+
+async def test_parts_of_a_chunk_are_checked_as_a_whole(tmp_path: Path) -> None:
+    path = store(tmp_path, Layout(chunks=(16, 4), codec="raw"))
+    flip(path / "c/1/0", path)
+    for io in ("mmap", "pread"):
+        assert len(await read(path, io=io, split=(0, 16))) == 16
+        with pytest.raises(DataError, match="checksum"):
+            await read(path, io=io, split=(20, 24))
+    assert len(await read(path, verify="never")) == 32
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lose], ids=lambda damage: damage.__name__)
+async def test_a_damaged_manifest_is_an_error_and_a_lost_one_is_said(
+    damage: Damage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = store(tmp_path)
+    damage(path / PLACE, path)
+    if damage is lose:
+        with caplog.at_level(logging.WARNING, "streamtrain"):
+            assert len(await read(path)) == 32
+        assert "its manifest is gone" in caplog.text
+        return
+    with pytest.raises(DataError, match=r"the manifest .* is damaged"):
+        await read(path)
+    assert len(await read(path, verify="never")) == 32
+
+
+async def test_an_array_that_was_written_anew_does_not_fit_its_old_manifest(tmp_path: Path) -> None:
+    path = store(tmp_path)
+    zarr.open_array(str(path), mode="r+").resize((40, 4))
+    with pytest.raises(DataError, match="was written for other metadata"):
+        await read(path)
