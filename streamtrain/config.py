@@ -107,6 +107,9 @@ class DataTable(Table):
     read_timeout: Positive = 60.0
     retries: Natural = 3
     storage_options: Annotated[dict[str, Text | bool | int], Must("a table of strings")] | None = None
+    verify: Annotated[Literal["once", "always", "never"], Must('"once", "always" or "never"')] = "once"
+    on_bad_chunk: Annotated[Literal["raise", "skip"], Must('"raise" or "skip"')] = "raise"
+    max_skipped: Annotated[float, Field(ge=0, le=1), Must("a share from 0 to 1")] = 0.05
 
 
 class ModelTable(Table):

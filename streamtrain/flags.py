@@ -62,6 +62,9 @@ _STREAM = [
     Flag("--read-timeout", ("data.read_timeout",), "seconds until a read counts as hung"),
     Flag("--retries", ("data.retries",), "how often a failed request to a remote store is made again"),
     Flag("--storage-options", ("data.storage_options",), "settings of a URL's store: '{region = \"eu-west-1\"}'"),
+    Flag("--verify", ("data.verify",), "check chunks against their manifest: once, always or never", "text"),
+    Flag("--on-bad-chunk", ("data.on_bad_chunk",), "raise, or skip its rows", "text"),
+    Flag("--max-skipped", ("data.max_skipped",), "share of an epoch's samples that may be skipped"),
 ]
 _VALIDATION = [
     Flag("--validation-data", ("validation.store",), "store to validate on; --data by default", "text"),

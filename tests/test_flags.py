@@ -30,6 +30,7 @@ GOOD = {
     "--transform": "m:f", "--memory": "2GiB", "--cache": "1GiB", "--io": "pread", "--threads": "2", "--prefetch": "3",
     "--read-timeout": "5", "--validation-data": "v", "--validation-split": "0.9,1.0", "--loss": "mse",
     "--retries": "5", "--storage-options": '{region = "x"}',
+    "--verify": "always", "--on-bad-chunk": "skip", "--max-skipped": "0.1",
     "--metrics": "mae", "--optimizer": "sgd", "--lr": "0.1", "--scheduler": "cosine", "--max-epochs": "2",
     "--max-steps": "9", "--max-time": "2h", "--resume": "auto", "--run-dir": "r", "--grace": "3", "--device": "cpu",
     "--precision": "32", "--seed": "1", "--accumulate-grad-batches": "2", "--gradient-clip-norm": "1",

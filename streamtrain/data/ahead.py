@@ -70,7 +70,8 @@ class Ahead:
     @classmethod
     def over(cls, feeds: Sequence[Feed], share: Share, submit: Callable[[Job], None], threads: int) -> Ahead | None:
         """For these feeds; None where none of them is elsewhere."""
-        readers = [feed.reader for feed in feeds if isinstance(feed.reader, RemoteReader)]
+        inner = [getattr(feed.reader, "inner", feed.reader) for feed in feeds]
+        readers = [reader for reader in inner if isinstance(reader, RemoteReader)]
         return cls(readers, share, submit, threads) if readers else None
 
     # ---- from other threads

@@ -53,6 +53,12 @@ def transform_crew(given: object) -> Crew:
     raise ConfigError(f'transform_workers must be a number, "thread:N" or "process:N" with N above 0, not {given!r}')
 
 
+def share_of_one(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be a share from 0 to 1, not {value!r}")
+    return float(value)
+
+
 def choice(value: Any, known: Sequence[str], name: str) -> Any:
     if value not in known:
         near = difflib.get_close_matches(str(value), known, 1)

@@ -39,6 +39,7 @@ from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import Want
+from streamtrain.data.skipping import Losses, Skips, Watch
 from streamtrain.data.survey import Place, Sizes
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, TransformStage
@@ -91,6 +92,8 @@ class Recipe:
     """Ends what the readers have started: zarr's private loop and its threads."""
     pool: Pool
     """Kept between passes, so that its pages are touched but once."""
+    max_skipped: float | None = None
+    """Share of an epoch's samples that bad chunks may cost; None where one of them ends the pass."""
 
 
 class Unit:
@@ -106,6 +109,7 @@ class Unit:
         """Holds the batch that began before and goes on here; None if its rows were handed over in another life."""
         self.left = 0
         self.done = False
+        self.losses = Losses()
         self.error: BaseException | None = None
 
     def put(self, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
@@ -160,6 +164,10 @@ class ZarrPass:
         self._slot_bytes = block_bytes(recipe.columns, 1)
         self._lock = threading.Lock()
         self._units: collections.deque[Unit] = collections.deque()
+        end = min(self._origin + self._batches * size, order.num_samples)
+        first, last = (self._origin, end) if recipe.ranks.alone else (0, self._place(self._batches))
+        mine = recipe.ranks.count(0, order.num_samples)
+        self.skips = Skips(first, last, mine, recipe.max_skipped or 0.0)
         self._spans = _unit_spans(order, recipe.sizes, self._origin, self._origin + self._batches * size)
         self._next_span: tuple[int, int, list[int]] | None = None
         self._unplanned: collections.deque[tuple[Unit, Sequence[int]]] = collections.deque()
@@ -235,7 +243,8 @@ class ZarrPass:
 
     def _take(self, item: Ready | Made) -> Batch | None:
         if isinstance(item, Ready):
-            batch: Batch | None = _assembled(self._recipe, item)
+            lost = self._recipe.ranks.alone and len(item.dropped) == item.rows  # all its rows lay in bad chunks
+            batch: Batch | None = None if lost else _assembled(self._recipe, item)
             self._drained()
         else:
             batch = item.batch
@@ -404,8 +413,7 @@ class ZarrPass:
 
     def _place(self, batch: int) -> int:
         """Where this batch begins: its position in the epoch, or among this rank's own."""
-        size, ranks = self._recipe.batch_size, self._recipe.ranks
-        return self._origin + batch * size if ranks.alone else batch * ranks.share(size)
+        return self._recipe.ranks.begin(batch, self._origin, self._recipe.batch_size)
 
     def _room(self, slots: int) -> bool:
         if not self._draining or not self._busy:
@@ -502,8 +510,8 @@ class ZarrPass:
         self._filling -= 1
         while self._units and self._units[0].done and self._broken is None:
             unit = self._units.popleft()
-            self._broken = unit.error
-            if unit.error is None:
+            self._broken = unit.error or self.skips.add(unit.losses)
+            if self._broken is None:
                 self._emit(unit)
             unit.block = unit.head = None  # its last job may still hold it: no buffer may wait for a thread
         self._end_if_over()
@@ -535,12 +543,15 @@ class ZarrPass:
     def _maker(self, block: Block, first: int, start: int) -> Callable[[int], Ready]:
         """Makes the ready batches from number `start` on, which lie in this block, whose first is number `first`."""
         size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self._epoch
-        ranks = self._recipe.ranks
+        ranks, skips = self._recipe.ranks, self.skips  # not the pass itself, which its queue must not keep alive
 
         def make(number: int) -> Ready:
             position = origin + (start + number) * size
             stop = min(position + size, end)
-            return Ready(block, start + number - first, ranks.count(position, stop), Cursor(epoch, stop))
+            begin, next_ = (ranks.begin(n, origin, size) for n in (start + number, start + number + 1))
+            dropped = skips.within(begin, next_)
+            rows = ranks.count(position, stop)
+            return Ready(block, start + number - first, rows, Cursor(epoch, stop), dropped)
 
         return make
 
@@ -593,13 +604,16 @@ class ZarrPass:
         rows, at = mine
         grid, places = self._order.split.grid, self._recipe.places
         store, cell, part_of = grid.part(piece.cell)
-        box = Box.of(part_of, cell)
+        box, watch = Box.of(part_of, cell), Watch(scratch)
         for place, feed in zip(places, self._recipe.feeds[store], strict=False):
 
             def put(wanted: Rows, values: NDArray[Any], part: Part | None, place: Place = place) -> None:
                 if place.part:  # a channel of a stack
                     part = (*place.part, *(part or ()))
-                unit.put(place.column, _subset(at, wanted), values, part)
+                where = _subset(at, wanted)
+                if damages := watch.tainted():
+                    unit.losses.add(where, damages)
+                unit.put(place.column, where, values, part)
 
             feed.fill(box, rows, put, scratch)
         local: Ints = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
@@ -698,7 +712,7 @@ class ZarrPass:
 
 def _assembled(recipe: Recipe, ready: Ready) -> Batch:
     """The batch that lies in its block: views, no copies."""
-    batch = recipe.assemble(list(ready.block.batch(ready.slot, ready.rows)))
+    batch = recipe.assemble(ready.columns())
     batch.epoch, batch.cursor = ready.cursor.epoch, ready.cursor
     return batch
 

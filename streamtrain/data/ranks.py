@@ -31,6 +31,10 @@ class Ranks:
         first = start + (self.rank - start) % self.world
         return max(0, -(-(stop - first) // self.world))
 
+    def begin(self, batch: int, origin: int, batch_size: int) -> int:
+        """Where this batch begins: its position in the epoch, or among the rank's own where there are several."""
+        return origin + batch * batch_size if self.alone else batch * self.share(batch_size)
+
     def places(self, at: Ints, origin: int, batch_size: int) -> Ints:
         """Where this rank's positions lie among its own, batches of `share` places counted from `origin` on."""
         batch = (at - origin) // batch_size

@@ -37,6 +37,7 @@ from streamtrain.data.options import (
     framing_of,
     ranks_of,
     seconds_above_zero,
+    share_of_one,
     shuffle_mode,
     split_pair,
     transform_crew,
@@ -45,14 +46,16 @@ from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.passes import Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
-from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.readers import ChunkReader, ZarrLoop
 from streamtrain.data.remote import fetch_statistics
+from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk, SkippingReader
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
 from streamtrain.data.survey import Plan, Survey, take_survey
 from streamtrain.data.transform import Transform, check_transform
 from streamtrain.data.transform_processes import pickled
+from streamtrain.data.trust import Verify
 from streamtrain.data.windows import feed_of
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -61,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
-LATER = frozenset({"decode_cf", "normalize", "disk_cache", "on_bad_chunk", "cache_transform"})
+LATER = frozenset({"decode_cf", "normalize", "disk_cache", "cache_transform"})
 """Keywords that are reserved and not supported yet."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
@@ -100,6 +103,12 @@ class StreamStatistics:
     buffers: int
     """Buffers in use. All of them while `queue.items` is 0: batches are kept by the consumer."""
     buffer_bytes: int
+    chunks_checked: int
+    """Chunks whose bytes were held against a manifest. 0: there is none, or all were checked in a pass before."""
+    chunks_skipped: int
+    """Chunks that could not be used; see the warnings for which, and why."""
+    rows_skipped: int
+    """Samples left out for them. Samples handed over and these make up the epoch (a transform's filter apart)."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,8 @@ class ZarrStream:
     transforms that hold the interpreter. Batches keep their order.
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
     cells share. `io`: "auto" (memory maps where they are safe), "mmap", "pread", "store" (zarr's own API).
+    `verify`: hold chunks against the manifest that our writers make "once" for each chunk while the stream lives,
+    "always", or "never". `on_bad_chunk`: "raise" a DataError, or "skip" its rows, up to `max_skipped` of an epoch.
     `threads` that read and decode; `prefetch` batches at most ahead; `read_timeout` seconds until a read counts as
     hung, and a request is given up; `retries`: how often one that failed for a passing reason is made again.
     `output`: "torch" tensors or "numpy" arrays.
@@ -201,6 +212,9 @@ class ZarrStream:
         read_timeout: float = 60.0,
         retries: int = 3,
         storage_options: Mapping[str, str] | None = None,
+        verify: Verify = "once",
+        on_bad_chunk: OnBadChunk = "raise",
+        max_skipped: float = MAX_SKIPPED,
         output: Literal["torch", "numpy"] = "torch",
         **later: object,
     ) -> None:
@@ -243,6 +257,9 @@ class ZarrStream:
         self._threads = default_threads() if threads is None else at_least(threads, 1, "threads")
         self._prefetch = None if prefetch is None else at_least(prefetch, 1, "prefetch")
         self._read_timeout = seconds_above_zero(read_timeout, "read_timeout")
+        self._verify: Verify = choice(verify, ("once", "always", "never"), "verify")
+        self._on_bad_chunk: OnBadChunk = choice(on_bad_chunk, ("raise", "skip"), "on_bad_chunk")
+        self._max_skipped = share_of_one(max_skipped, "max_skipped")
         self._output = choice(output, ("torch", "numpy"), "output")
         self._opened: _Opened | None = None
         self._zarr_loop = ZarrLoop()
@@ -307,7 +324,11 @@ class ZarrStream:
                 )
 
         self._where = find_stores(self._named)
-        return self._settle(await asyncio.gather(*map(one, self._where)))
+        stores = await asyncio.gather(*map(one, self._where))
+        for arrays in stores:
+            for array in arrays.values():
+                array.reader.vouch(self._verify)
+        return self._settle(stores)
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
@@ -361,7 +382,7 @@ class ZarrStream:
         cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
         feeds = [
             [
-                feed_of(site, arrays[name].reader, cache if decoded_whole(site.layout) else None, number)
+                feed_of(site, self._tolerant(arrays[name]), cache if decoded_whole(site.layout) else None, number)
                 for name, site in zip(self._fields(arrays), frame.sites, strict=True)
             ]
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
@@ -376,6 +397,9 @@ class ZarrStream:
             Field(name, arrays[name].layout, self._cast(name, arrays[name].layout, i), target=i >= targets)
             for i, name in enumerate(names)
         ]
+
+    def _tolerant(self, array: OpenArray) -> ChunkReader:
+        return SkippingReader(array.reader) if self._on_bad_chunk == "skip" else array.reader
 
     def _cast(self, name: str, layout: ArrayLayout, number: int) -> np.dtype[Any]:
         """The dtype that this part of a batch gets."""
@@ -477,6 +501,7 @@ class ZarrStream:
             finish=opened.finish,
             at_end=self._zarr_loop.aclose,
             pool=pool,
+            max_skipped=self._max_skipped if self._on_bad_chunk == "skip" else None,
         )
 
     def _returned(self, cursor: Cursor, finished: bool) -> None:
@@ -678,6 +703,9 @@ class ZarrStream:
             threads=self._threads,
             buffers=self._pass.buffers if self._pass is not None else 0,
             buffer_bytes=opened.survey.sizes.buffer_bytes if opened is not None else 0,
+            chunks_checked=sum(scratch.checked for scratch in scratches),
+            chunks_skipped=self._pass.skips.chunks if self._pass is not None else 0,
+            rows_skipped=self._pass.skips.rows if self._pass is not None else 0,
         )
 
     def plan(self) -> Plan:

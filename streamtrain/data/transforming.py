@@ -14,11 +14,15 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Block
 from streamtrain.data.budget import Share
+from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.readers import Scratch
+from streamtrain.data.skipping import compact
 from streamtrain.data.transform import batch_bytes
 from streamtrain.data.workers import Workers
 from streamtrain.errors import UserCodeError
@@ -36,6 +40,13 @@ class Ready:
     slot: int
     rows: int
     cursor: Cursor
+    dropped: Ints
+    """Rows that are left out, because of bad chunks."""
+
+    def columns(self) -> list[NDArray[Any]]:
+        """What is handed over."""
+        columns = list(self.block.batch(self.slot, self.rows))
+        return compact(columns, self.dropped) if len(self.dropped) else columns
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import RemoteReader, Want
+from streamtrain.data.trust import Verify
 
 
 class _Noting:
@@ -25,6 +26,9 @@ class _Noting:
     def __init__(self, reader: RemoteReader) -> None:
         self._reader = reader
         self.wants: list[Want] = []
+
+    def vouch(self, verify: Verify) -> None:
+        """There is nothing to be checked."""
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
@@ -38,9 +42,10 @@ def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
 
     None for an array that is read in another way; nor those that are kept decoded already.
     """
-    if not isinstance(feed.reader, RemoteReader):
+    reader = getattr(feed.reader, "inner", feed.reader)  # what a reader that skips bad chunks wraps
+    if not isinstance(reader, RemoteReader):
         return []
-    dry, noting = copy.copy(feed), _Noting(feed.reader)
+    dry, noting = copy.copy(feed), _Noting(reader)
     dry.reader, dry.cache = noting, None
     dry.fill(box, rows, _nowhere, Scratch())
     if feed.cache is None:
