@@ -94,7 +94,7 @@ def _array(
             count.damaged += 1
             manifest = None
     if manifest is None and layout.manifest and not write and not count.damaged:
-        yield f"damaged: the manifest of array {title} is gone"
+        yield f"damaged: {title}: its manifest is gone"
         count.damaged += 1
     if why is not None:
         yield f"{title}: unknown: its files can't be told ({why})"
