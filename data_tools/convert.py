@@ -6,7 +6,9 @@ Law: memory holds one band of rows at a time, and a store appears whole or not a
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
+import logging
 import math
 import os
 import shutil
@@ -23,8 +25,11 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from streamtrain.data.layout import TRAINABLE, trainable
+from streamtrain.data.manifest import PLACE, fsync
 from streamtrain.data.vouching import vouch
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
+
+logger = logging.getLogger(__name__)
 
 Codec = Literal["raw", "zstd", "blosc"]
 Progress = Callable[[int, int], None]
@@ -111,6 +116,8 @@ def create_array(
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None = None,
     codec: Codec = "zstd",
+    fill_value: Any = 0,
+    dimension_names: Sequence[str | None] | None = None,
 ) -> zarr.Array[Any]:
     """A new Zarr 3 array that writes chunks of zeros too and says so, so that a missing file always means damage.
 
@@ -127,7 +134,12 @@ def create_array(
         ),
     }[codec]
     layout: dict[str, Any] = {"shape": shape, "dtype": dtype, "chunks": chunks, "shards": shards}
-    layout |= {"compressors": compressors, "config": {"write_empty_chunks": True}, "attributes": COMPLETE}
+    layout |= {
+        "compressors": compressors,
+        "config": {"write_empty_chunks": True},
+        "attributes": copy.deepcopy(COMPLETE),
+    }
+    layout |= {"fill_value": fill_value, "dimension_names": dimension_names}
     if isinstance(where, zarr.Group):
         assert name is not None
         return where.create_array(name, **layout)
@@ -141,7 +153,8 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
     At the end its files are read again for their manifests, then all is made durable, then it gets its name.
     """
     if os.path.lexists(target):
-        raise ConfigError(f"{target} exists already", hint="name another target, or remove this one")
+        whole = " and is complete" if next(target.glob(f"**/{PLACE}"), None) else ""
+        raise ConfigError(f"{target} exists already{whole}", hint="name another target, or remove this one")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +163,9 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         vouch(part)
         for folder, _, files in os.walk(part):
             for path in (*(os.path.join(folder, name) for name in files), folder):
-                _fsync(path)
+                fsync(Path(path))
         part.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     except OSError as error:
         raise EnvironmentProblem(f"cannot write {target}: {error}", hint="is there room, and may you write?") from error
     finally:
@@ -164,15 +177,8 @@ def _sweep(target: Path) -> None:
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            logger.warning("a run that was killed has left %s: removed, it starts over", part)
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _fsync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,186 @@
+"""What the tools read from: the arrays of a store, any region of them, and stores that are made in their likeness.
+
+Its law: chunks come through streamtrain's own readers, held against their manifest, so that damage is an error with its
+place and never becomes data; memory is the region asked for and a chunk a thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from data_tools.convert import COMPLETE, Codec, create_array
+from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.opening import OpenArray
+from streamtrain.data.readers import Scratch, ZarrLoop
+from streamtrain.data.vouching import in_threads, look
+from streamtrain.errors import DataError
+
+Region = tuple[tuple[int, int], ...]
+"""Start and stop along each axis."""
+
+
+class SourceArray:
+    """One array: its layout, its attributes, its values by region."""
+
+    def __init__(self, opened: OpenArray, node: zarr.Array[Any]) -> None:
+        self._reader, self.layout, self.node = opened.reader, opened.layout, node
+        self._reader.vouch("once")
+
+    @property
+    def row_bytes(self) -> int:
+        """Decoded bytes of one row along axis 0."""
+        return math.prod(self.layout.shape[1:]) * self.layout.dtype.itemsize
+
+    @property
+    def chunk_memory(self) -> int:
+        """Bytes that reading takes beside the region: encoded and decoded chunks of two threads."""
+        return 4 * self.layout.chunk_bytes
+
+    def whole(self) -> Region:
+        """All of it."""
+        return tuple((0, length) for length in self.layout.shape)
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows along axis 0, (stop - start, ...), in native byte order."""
+        return self.region(((start, stop), *self.whole()[1:]))
+
+    def region(self, region: Region) -> NDArray[Any]:
+        """These values, in native byte order. Raises DataError for chunks that can't be used."""
+        layout = self.layout
+        out = np.empty(tuple(stop - start for start, stop in region), dtype=layout.native)
+        chunks = itertools.product(
+            *(range(start // c, -(-stop // c)) for (start, stop), c in zip(region, layout.chunk_shape, strict=True))
+        )
+
+        def fill(chunk: tuple[int, ...], scratch: Scratch) -> None:
+            self._fill(out, region, chunk, scratch)
+
+        for _ in in_threads(fill, chunks):
+            pass
+        return out
+
+    def _fill(self, out: NDArray[Any], region: Region, chunk: tuple[int, ...], scratch: Scratch) -> None:
+        box = self.layout.box(chunk)
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(region, box, strict=True)]
+        inside = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
+        target = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, region, strict=True))
+        rows = (inside[0].start, inside[0].stop) if inside else (0, 1)
+        data = self._reader.read(chunk, rows, scratch)
+        out[target] = self.layout.fill_value if data is None else data[inside]
+
+    def create(
+        self,
+        where: Path | zarr.Group,
+        *,
+        shape: tuple[int, ...] | None = None,
+        chunks: tuple[int, ...] | None = None,
+        shards: tuple[int, ...] | None = None,
+        codec: Codec | None = None,
+        stats: bool = True,
+    ) -> zarr.Array[Any]:
+        """A new array like this one, in Zarr 3, that writes every chunk: what is not given is kept.
+
+        Without `stats`, statistics among the attributes are left out: they are of other data.
+        """
+        layout, node = self.layout, self.node
+        shape = layout.shape if shape is None else shape
+        shards = layout.shard_shape if chunks is None else shards
+        chunks = layout.chunk_shape if chunks is None else chunks
+        made = create_array(
+            where,
+            name=layout.name if isinstance(where, zarr.Group) else None,
+            shape=shape,
+            dtype=layout.native,
+            chunks=tuple(min(c, max(1, s)) for c, s in zip(chunks, shape, strict=True)) if shards is None else chunks,
+            shards=shards,
+            codec=codec or _codec(layout),
+            fill_value=layout.fill_value,
+            dimension_names=_dimension_names(node),
+        )
+        made.attrs.update(_attributes(node, stats=stats))
+        return made
+
+
+def _codec(layout: ArrayLayout) -> Codec:
+    """Of the three that our writers know the one most like an array's own."""
+    names = [codec.name for codec in layout.codecs]
+    if layout.slow is None and layout.raw:
+        return "raw"
+    return "blosc" if "blosc" in names else "zstd"
+
+
+def _dimension_names(node: zarr.Array[Any]) -> Sequence[str | None] | None:
+    names = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS")
+    return list(names) if isinstance(names, list | tuple) and len(names) == node.ndim else None
+
+
+def _attributes(node: zarr.Array[Any] | zarr.Group, *, stats: bool) -> dict[str, Any]:
+    """Its attributes, and what our writers say of every array that they make."""
+    found = dict(node.attrs)
+    own = found.get("streamtrain")
+    kept = {key: value for key, value in own.items() if stats or key != "stats"} if isinstance(own, dict) else {}
+    return {**found, "streamtrain": {**kept, **COMPLETE["streamtrain"]}}
+
+
+class Source:
+    """A store that is read from, by name of its arrays; `with Source(path) as source`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the store or one of its arrays is missing, damaged or can't be trained on."""
+        self.path = path
+        self._loop = ZarrLoop()
+        try:
+            node = None
+            self.arrays: dict[str, SourceArray] = {}
+            for name, opened in look(path, self._loop).items():
+                if isinstance(opened, DataError):
+                    raise opened
+                node = node or zarr.open(str(path), mode="r")
+                member = zarr.open_array(str(path / name), mode="r")
+                self.arrays[name] = SourceArray(opened, member)
+        except BaseException:
+            self._loop.close()
+            raise
+        self.group = node if isinstance(node, zarr.Group) else None
+        """None where the store is one array."""
+
+    @property
+    def samples(self) -> int:
+        """The length of axis 0 that most arrays share (of those that share as many, the larger). Raises DataError."""
+        lengths = Counter(array.layout.shape[0] for array in self.arrays.values() if array.layout.ndim)
+        if not lengths or not max(lengths):
+            raise DataError(f"{self.path} has no rows", hint="an array with a first axis is needed")
+        return max(lengths, key=lambda length: (lengths[length], length))
+
+    def with_samples(self) -> Iterator[SourceArray]:
+        """The arrays whose axis 0 numbers the samples."""
+        count = self.samples
+        return (array for array in self.arrays.values() if array.layout.shape[:1] == (count,))
+
+    def create_groups(self, part: Path) -> Path | zarr.Group:
+        """Make the groups of this store in `part`, with their attributes; what arrays are to be created in."""
+        if self.group is None:
+            return part
+        made = zarr.create_group(part, attributes=dict(self.group.attrs))
+        names = {name.rsplit("/", up)[0] for name in self.arrays for up in range(1, name.count("/") + 1)}
+        for name in sorted(names):
+            made.create_group(name, attributes=dict(self.group[name].attrs))
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.close()
