@@ -1,0 +1,74 @@
+"""One store cut along axis 0 into several, such as one to train on and one to validate on: `split`.
+
+Law: bounds are floor(fraction * samples), as in ZarrStream's `split=`, so that no sample is lost or given twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.reshuffle import copy
+from data_tools.source import Source
+from streamtrain.data.budget import parse_bytes
+from streamtrain.errors import ConfigError, DataError
+
+
+def split(
+    source: str | Path,
+    targets: Sequence[str | Path],
+    *,
+    fractions: Sequence[float],
+    codec: Codec | None = None,
+    memory: str | int = "1GiB",
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write the samples of `source`, in their order, as the `targets`, and return their paths.
+
+    `fractions`: a share for each target; they add up to at most 1, and what is beyond is left out. Arrays with as many
+    rows as most have are cut, the others copied into each. Statistics among the attributes of what is cut are dropped.
+    Reshuffle before where samples are sorted. Raises ConfigError for shares that do not fit, DataError for damage in
+    the source or a part without a sample; each target appears whole or not at all.
+    """
+    limit, paths = parse_bytes(memory), [Path(target) for target in targets]
+    if (
+        len(fractions) != len(paths)
+        or not all(0 < share <= 1 for share in fractions)
+        or math.fsum(fractions) > 1 + 1e-9
+    ):
+        raise ConfigError(
+            f"fractions={list(fractions)} must be a share above 0 for each of {len(paths)} targets, at most 1 in all",
+            hint="for example --fractions 0.9,0.1 for two targets",
+        )
+    if len(set(paths)) < len(paths):
+        raise ConfigError("two targets are the same", hint="name each once")
+    for path in paths:
+        if path.exists():
+            raise ConfigError(f"{path} exists already", hint="name another target, or remove this one")
+    with Source(Path(source)) as opened:
+        count = opened.samples
+        bounds = [math.floor(math.fsum(fractions[:at]) * count) for at in range(len(paths) + 1)]
+        if math.fsum(fractions) > 1 - 1e-9:
+            bounds[-1] = count  # as decimals, shares seldom add up to 1
+        if any(a == b for a, b in itertools.pairwise(bounds)):
+            raise DataError(f"{count} samples leave one of the parts {list(fractions)} without any")
+        for number, path in enumerate(paths):
+            _write(opened, path, (bounds[number], bounds[number + 1]), codec, limit)
+            if progress:
+                progress(bounds[number + 1], bounds[-1])
+    return paths
+
+
+def _write(opened: Source, target: Path, bounds: tuple[int, int], codec: Codec | None, memory: int) -> None:
+    cut = {array.layout.name for array in opened.with_samples()}
+    with whole_or_nothing(target) as part:
+        where = opened.create_groups(part)
+        for name, array in opened.arrays.items():
+            if name in cut:
+                shape = (bounds[1] - bounds[0], *array.layout.shape[1:])
+                copy(array, array.create(where, shape=shape, codec=codec, stats=False), memory, *bounds)
+            else:
+                copy(array, array.create(where, codec=codec), memory)
