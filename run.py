@@ -28,8 +28,8 @@ PYTHON = VENV / "bin" / "python"
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "demo": (["-m", "streamtrain", "demo"], ("demo",)),
-    "test": (["-m", "pytest"], ("demo", "cloud", "test", "lint")),
-    "setup": ([], ("demo", "cloud", "test", "lint")),
+    "test": (["-m", "pytest"], ("demo", "cloud", "test", "lint", "writers", "peers")),
+    "setup": ([], ("demo", "cloud", "test", "lint", "writers", "peers")),
 }
 """Command: what the environment's Python is given, and the extras and dependency groups that it needs."""
 
