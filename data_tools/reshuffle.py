@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from data_tools.convert import Codec, Progress, whole_or_nothing
 from data_tools.source import Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
-from streamtrain.data.order import Ints, Permutation, derive_key
+from streamtrain.data.permutation import Ints, Permutation, derive_key
 from streamtrain.data.readers import read_into
 from streamtrain.errors import ConfigError, EnvironmentProblem
 

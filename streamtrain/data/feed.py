@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,13 @@ Rows = slice | Ints
 Part = tuple[slice | int, ...]
 Put = Callable[[Rows, NDArray[Any], Part | None], None]
 """Called with which of the wanted rows these are, their values (n, *row_shape or a part of it), and that part."""
+
+
+class Change(Protocol):
+    """What is done to an array's rows on their way."""
+
+    def around(self, put: Put, scratch: Scratch) -> Put:
+        """A `put` that changes the values, and hands them to this one."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,12 @@ class Site:
 class Feed:
     """One array's rows, cell by cell. Thread-safe: what it keeps between calls is the cache, which is."""
 
-    def __init__(self, site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int) -> None:
-        """`store`: its number; together with array and chunk it names what is kept in the cache."""
-        self._store = store
+    def __init__(
+        self, site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int, *, change: Change | None = None
+    ) -> None:
+        """`store`: its number; together with array and chunk it names what is kept in the cache. `change`: what is
+        done to rows before they are put."""
+        self._store, self.change = store, change
         self.site, self.layout, self.reader, self.cache = site, site.layout, reader, cache
         self._order = site.sample_axes + site.row_axes
 
@@ -126,6 +136,8 @@ class Feed:
 
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
         """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
+        if self.change is not None:
+            put = self.change.around(put, scratch)
         if self.site.one_chunk:
             where = self._chunk_of(box.origin, (0,) * len(self.site.row_axes))
             values = self._values(where, box.extent, self._reach(rows, box), scratch, few=_few(rows, box.extent))

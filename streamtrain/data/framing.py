@@ -169,6 +169,22 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
     return Frame(shape, cell, sites(cell), steps, spans, places)
 
 
+def row_axes_of(fields: Sequence[Field], framing: Framing) -> list[tuple[int, ...]]:
+    """The axes of one sample of each array."""
+    if framing.plain:
+        return [tuple(a for a in range(f.layout.ndim) if a not in framing.sample_axes) for f in fields]
+    axes, window = _axes(fields[0].layout, fields[0].name, framing)
+    found = []
+    for each in fields:
+        own = _own_axes(each, fields[0].layout, axes)
+        reaches = [
+            _reach(each.target, mine, window.get(axis), 1, framing) for mine, axis in zip(own, axes, strict=True)
+        ]
+        gone = {reach.axis for reach in reaches if reach.length is None}
+        found.append(tuple(a for a in range(each.layout.ndim) if a not in gone))
+    return found
+
+
 def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
     axes = framing.sample_axes
     shape = sample_shape({each.name: each.layout for each in fields}, axes)

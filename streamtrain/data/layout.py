@@ -70,6 +70,8 @@ class ArrayLayout:
     """Whether its writer vouches that no chunk is left out: then an absent chunk is damage, not fill."""
     manifest: bool = False
     """Whether its writer says that it has a manifest: then its loss is worth a word."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """The array's own; `_FillValue` among them where xarray keeps it in Zarr 2: as the fill value of the chunks."""
 
     @property
     def ndim(self) -> int:
@@ -181,6 +183,15 @@ def _says(metadata: Mapping[str, Any], what: str) -> bool:
     return isinstance(own, Mapping) and own.get(what) is True
 
 
+def _attributes(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = metadata.get("attributes")
+    attributes: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    fill = metadata.get("fill_value")
+    if metadata["zarr_format"] == 2 and "_ARRAY_DIMENSIONS" in attributes and fill is not None:
+        return {"_FillValue": fill, **attributes}
+    return attributes
+
+
 def _parse_v3(
     name: str, shape: tuple[int, ...], metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any
 ) -> ArrayLayout:
@@ -245,6 +256,7 @@ def _parse_v3(
         slow=slow if slow or seen_bytes else "no bytes codec",
         complete=_says(metadata, "complete"),
         manifest=_says(metadata, "manifest"),
+        attributes=_attributes(metadata),
     )
 
 
@@ -283,6 +295,7 @@ def _parse_v2(
         slow=slow,
         complete=_says(metadata, "complete"),
         manifest=_says(metadata, "manifest"),
+        attributes=_attributes(metadata),
     )
 
 

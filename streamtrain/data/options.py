@@ -189,6 +189,12 @@ def _by_axis(given: object, name: str, first: int) -> dict[int | str, int]:
     return {axis: at_least(length, 1, f"{name}[{axis!r}]") for axis, length in given.items()}
 
 
+def decode_mode(decode_cf: object) -> bool:
+    if decode_cf not in ("auto", True, False):
+        raise ConfigError(f"decode_cf must be 'auto' or False, not {decode_cf!r}")
+    return bool(decode_cf)
+
+
 def cast_dtypes(dtype: Any) -> np.dtype[Any] | dict[str, np.dtype[Any]] | None:
     if dtype is None:
         return None

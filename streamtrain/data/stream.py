@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +24,8 @@ from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import FetchStatistics
-from streamtrain.data.framing import Axis, Field
-from streamtrain.data.layout import ArrayLayout, decoded_whole
+from streamtrain.data.framing import Axis, Field, row_axes_of
+from streamtrain.data.layout import decoded_whole
 from streamtrain.data.loader import Loader
 from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
 from streamtrain.data.options import (
@@ -34,6 +34,7 @@ from streamtrain.data.options import (
     cast_dtypes,
     choice,
     choice_of,
+    decode_mode,
     framing_of,
     ranks_of,
     seconds_above_zero,
@@ -56,6 +57,7 @@ from streamtrain.data.survey import Plan, Survey, take_survey
 from streamtrain.data.transform import Transform, check_transform
 from streamtrain.data.transform_processes import pickled
 from streamtrain.data.trust import Verify
+from streamtrain.data.values import Change, Normalization, Normalize, Wishes, check_normalize
 from streamtrain.data.windows import feed_of
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -64,8 +66,10 @@ logger = logging.getLogger(__name__)
 
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
-LATER = frozenset({"decode_cf", "normalize", "disk_cache", "cache_transform"})
+LATER = frozenset({"disk_cache", "cache_transform"})
 """Keywords that are reserved and not supported yet."""
+FIGURES_SHOWN = 150
+"""Characters of figures that a position shows; longer ones as a digest."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
 
@@ -121,6 +125,8 @@ class _Opened:
     cache: ChunkCache | None
     finish: Callable[[Batch], Batch]
     """A transformed batch as it is handed over."""
+    changes: list[Change]
+    """What is done to the rows of each part of a batch."""
 
 
 class ZarrStream:
@@ -154,8 +160,13 @@ class ZarrStream:
     lie in it whole. An array without such an axis (by its dimensions' names) is the same for all samples.
     `select`: places that are taken of some axes of a sample, by the axis' number or name: `{"level": [0, 3]}`.
     `stack`: the inputs become one array, with them as its channels: (B, len(inputs), ...), put together in one gather.
+    `decode_cf`: "auto" applies the arrays' `scale_factor`, `add_offset`, `_FillValue` and `missing_value` as xarray
+    does (missing ones are NaN), and says so once; False leaves them alone.
+    `normalize`: "stats" makes of each input `(x - mean) / std` by the statistics among its attributes (`data_tools
+    stats` writes them); or a dict by name, of targets too, of (mean, std) or (mean, std, axis): numbers, or one for
+    each entry of an axis. The result is float32 unless `dtype` says otherwise. The figures are part of the position.
     `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
-    name.
+    name. Numbers are decoded, normalised, cast, then given to the transform.
     `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays: a plain function runs in our threads
     (those that read, or `transform_workers=4` of its own), an `async def` on the loop of the pass, at most
     `transform_workers` (16) at a time; "process:4" spawns processes for a pass, which takes a second or so and pays for
@@ -202,6 +213,8 @@ class ZarrStream:
         select: Mapping[Axis, Sequence[int]] | None = None,
         stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
+        decode_cf: bool | Literal["auto"] = "auto",
+        normalize: Normalize | None = None,
         transform: Transform | None = None,
         transform_workers: int | str | None = None,
         memory: str | int | Budget = "1GiB",
@@ -242,7 +255,7 @@ class ZarrStream:
         self._choice = choice_of(indices, groups, weights, balance)
         self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select)
         self._stack = stack
-        self._dtypes = cast_dtypes(dtype)
+        self._wishes = Wishes(decode_mode(decode_cf), check_normalize(normalize), cast_dtypes(dtype))
         if self._targets is not None and self._inputs is None:
             raise ConfigError("targets= without inputs=", hint="name the inputs too")
         self._crew = transform_crew(transform_workers)
@@ -350,10 +363,13 @@ class ZarrStream:
         for name, why in {(name, a.fallback) for arrays in stores for name, a in arrays.items() if a.fallback}:
             logger.info("array %s is read by zarr's own API, which is slower: %s", name, why)
         fields = self._fields(stores[0])
-        if isinstance(self._dtypes, dict) and (unknown := sorted(self._dtypes.keys() - set(fields))):
-            raise ConfigError(f"dtype= names {', '.join(unknown)}; the stream has {', '.join(fields)}")
+        parts = [self._parts(fields, arrays) for arrays in stores]
+        changes = self._changes(fields, parts)
         survey = take_survey(
-            [self._parts(fields, arrays) for arrays in stores],
+            [
+                [replace(part, dtype=change.dtype) for part, change in zip(mine, made, strict=True)]
+                for mine, made in zip(parts, changes, strict=True)
+            ],
             framing=self._framing,
             stack=self._stack,
             choice=self._choice,
@@ -372,6 +388,7 @@ class ZarrStream:
             cache=self._cache_bytes,
             prefetch=self._prefetch,
             store=self._name,
+            change_bytes=max((c.scratch_bytes for made in changes for c in made if not c.plain), default=0),
         )
         if self.budget.total > available_memory():
             logger.warning(
@@ -382,34 +399,47 @@ class ZarrStream:
         cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
         feeds = [
             [
-                feed_of(site, self._tolerant(arrays[name]), cache if decoded_whole(site.layout) else None, number)
-                for name, site in zip(self._fields(arrays), frame.sites, strict=True)
+                feed_of(
+                    site,
+                    self._tolerant(arrays[part.name]),
+                    cache if decoded_whole(site.layout) else None,
+                    number,
+                    None if change.plain else change.on(site.taken, site.row_axes, site.row_shape),
+                )
+                for part, site, change in zip(parts[number], frame.sites, changes[number], strict=True)
             ]
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
-        return _Opened(stores, survey, feeds, cache, self._finisher(survey.columns))
+        return _Opened(stores, survey, feeds, cache, self._finisher(survey.columns), changes[0])
 
     def _parts(self, fields: Sequence[str], arrays: Mapping[str, OpenArray]) -> list[Field]:
         """The parts of a batch as they lie in one store."""
-        names = self._fields(arrays)
         targets = len(fields) - self._num_targets
         return [
-            Field(name, arrays[name].layout, self._cast(name, arrays[name].layout, i), target=i >= targets)
-            for i, name in enumerate(names)
+            Field(name, arrays[name].layout, arrays[name].layout.native, target=i >= targets)
+            for i, name in enumerate(self._fields(arrays))
         ]
 
     def _tolerant(self, array: OpenArray) -> ChunkReader:
         return SkippingReader(array.reader) if self._on_bad_chunk == "skip" else array.reader
 
-    def _cast(self, name: str, layout: ArrayLayout, number: int) -> np.dtype[Any]:
-        """The dtype that this part of a batch gets."""
-        own = layout.native
-        if isinstance(self._dtypes, dict):
-            return self._dtypes.get(name, own)
-        if self._dtypes is None:
-            return own
-        is_input = self._inputs is None or number < len(self._inputs[0])
-        return self._dtypes if is_input or own.kind == self._dtypes.kind else own
+    def _changes(self, fields: Sequence[str], stores: Sequence[Sequence[Field]]) -> list[list[Change]]:
+        """What is done to the rows of each part of a batch, store by store; figures are those of the first."""
+        self._wishes.check(fields)
+        made: list[list[Change]] = []
+        for parts in stores:
+            axes = row_axes_of(parts, self._framing)
+            mine = [
+                self._wishes.change(part.name, part.layout, axes[number], is_input=not part.target)
+                for number, part in enumerate(parts)
+            ]
+            first = made[0] if made else mine
+            made.append([replace(own, normal=his.normal) for own, his in zip(mine, first, strict=True)])
+        for name, packing in {
+            (name, c.packing) for name, c in zip(fields, made[0], strict=True) if c.packing is not None
+        }:
+            logger.info("array %s is decoded as CF says: %s; decode_cf=False leaves it alone", name, packing)
+        return made
 
     def _finisher(self, columns: Sequence[Column]) -> Callable[[Batch], Batch]:
         """What turns transformed batches into what is handed over; checks dtypes at once."""
@@ -420,6 +450,14 @@ class ZarrStream:
         for column in columns:
             to_tensor(np.empty(0, dtype=column.dtype))
         return tensor_batch
+
+    @property
+    def normalization(self) -> dict[str, Normalization]:
+        """The figures by which arrays are normalised, by name; empty without normalize=. Before the first use this
+        reads metadata, and may block."""
+        opened = self._known()
+        found = zip(self._fields(opened.stores[0]), opened.changes, strict=True)
+        return {name: change.normal for name, change in found if change.normal is not None}
 
     # ---- a pass
 
@@ -666,7 +704,21 @@ class ZarrStream:
             "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,
             "split_seed": self._split_seed if split.by != "range" else None,
+            **self._figures(opened),
         }
+
+    def _figures(self, opened: _Opened) -> dict[str, str]:
+        """What the fingerprint says of the numbers; nothing where they are as they are stored."""
+        names = self._fields(opened.stores[0])
+        told: dict[str, str] = {}
+        for key, each in (
+            ("decode_cf", [change.packing for change in opened.changes]),
+            ("normalize", [change.normal for change in opened.changes]),
+        ):
+            found = str({name: str(figures) for name, figures in zip(names, each, strict=True) if figures is not None})
+            if found != "{}":
+                told[key] = found if len(found) <= FIGURES_SHOWN else f"digest {derive_key(found):016x}"
+        return told
 
     def _known(self) -> _Opened:
         if self._opened is None:

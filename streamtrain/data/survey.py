@@ -156,11 +156,13 @@ def take_survey(
     cache: int | None,
     prefetch: int | None,
     store: str,
+    change_bytes: int = 0,
 ) -> Survey:
     """Work out all that can be known before any data is read.
 
-    `values` gives what the choice's arrays say of each sample.
-    Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
+    `values` gives what the choice's arrays say of each sample, `change_bytes` is one thread's scratch for what is done
+    to rows on their way. Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is
+    too small.
     """
     frames = take_frames(stores, framing)
     fields, sites = stores[0], [site for frame in frames for site in frame.sites]
@@ -182,12 +184,6 @@ def take_survey(
         sum(site.row_bytes for site in frames[0].sites) * grid.full, grid.full
     )
     columns, places = columns_of(fields, frames[0], ranks.share(batch_size), stack=stack)
-    for field in (each for each_store in stores for each in each_store):
-        if field.layout.dtype.kind == "c" and field.dtype.kind != "c":
-            raise ConfigError(
-                f"array {field.name!r} is {field.layout.native}: a cast to {field.dtype} would drop its imaginary part",
-                hint="leave dtype= out, or take the part that you want in a transform",
-            )
     for column in columns:
         if column.row_bytes == 0:
             raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")
@@ -198,7 +194,7 @@ def take_survey(
     order = EpochOrder(part, shuffle, k, 0, 0)
     wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
     ways = [
-        _sizes(order, columns, frames, batch_size, most, (part if drawn is None else drawn).most)
+        _sizes(order, columns, frames, batch_size, change_bytes, most, (part if drawn is None else drawn).most)
         for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)
     ]
     least = min(way.least for way in ways)
@@ -287,6 +283,7 @@ def _sizes(
     columns: Sequence[Column],
     frames: Sequence[Frame],
     size: int,
+    change_bytes: int,
     most: int,
     rows_of: Callable[[int], int],
 ) -> Sizes:
@@ -307,7 +304,7 @@ def _sizes(
         unit_rows=rows,
         buffer_bytes=block_bytes(columns, -(-rows // size)),
         units=units,
-        scratch_bytes=max(scratch_bytes(site, frame.cell) for frame in frames for site in frame.sites),
+        scratch_bytes=change_bytes + max(scratch_bytes(site, frame.cell) for frame in frames for site in frame.sites),
     )
 
 

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
-from streamtrain.data.feed import Box, Feed, Put, Rows, Site
+from streamtrain.data.feed import Box, Change, Feed, Put, Rows, Site
 from streamtrain.data.readers import ChunkReader, Scratch
 
 PIECE_BYTES = 4 << 20
@@ -112,6 +112,8 @@ class WindowFeed(Feed):
 
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
         """Hand over these samples of a cell. Raises DataError for chunks that can't be used."""
+        if self.change is not None:
+            put = self.change.around(put, scratch)
         box, rows = _narrowed(box, rows)
         bounds = self.site.bounds(box)
         region = self._region(bounds, scratch)
@@ -177,6 +179,8 @@ def _samples(
         yield slice(start, start + len(where[0])), samples[where]
 
 
-def feed_of(site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int) -> Feed:
+def feed_of(
+    site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int = 0, change: Change | None = None
+) -> Feed:
     """What reads an array that lies so in the store of this number."""
-    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache, store)
+    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache, store, change=change)
