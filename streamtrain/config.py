@@ -98,6 +98,14 @@ class DataTable(Table):
         default=[0]
     )
     dtype: Annotated[Text | dict[str, Text], Must("a numpy dtype, or a table of them by array")] | None = None
+    decode_cf: Annotated[bool | Literal["auto"], Must('"auto" or false')] = "auto"
+    normalize: (
+        Annotated[
+            Literal["stats"] | dict[str, Annotated[list[Any], Field(min_length=2, max_length=3)]],
+            Must('"stats", or a table by array of [mean, std] or [mean, std, axis]'),
+        ]
+        | None
+    ) = None
     transform: Target | None = None
     memory: Bytes = "1GiB"
     cache: Bytes | Natural = "auto"

@@ -53,6 +53,8 @@ _STREAM = [
     Flag("--split-seed", ("data.split_seed",), "seed of that split"),
     Flag("--sample-axes", ("data.sample_axes",), "axes that number the samples: 0 or 0,1"),
     Flag("--dtype", ("data.dtype",), "cast to this while gathering", "text"),
+    Flag("--decode-cf", ("data.decode_cf",), "auto, or false: leave scale_factor and fill values alone"),
+    Flag("--normalize", ("data.normalize",), "stats: by the store's own; or {name = [mean, std]}"),
     Flag("--transform", ("data.transform",), "pkg.mod:function, called with each batch of numpy arrays", "text"),
     Flag("--memory", ("data.memory",), "budget of the stream: 1GiB"),
     Flag("--cache", ("data.cache",), "auto, or how much of it keeps decoded chunks"),

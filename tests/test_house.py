@@ -16,11 +16,11 @@ import streamtrain
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
 errors events spelling flags toml_text log_file
-data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks data.budget data.layout
-data.draws
+data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks data.budget data.codecs
+data.layout data.draws
 losses schedulers optimizers metrics monitors
-data.spans data.seen data.decode data.manifest data.trust data.readers data.cache data.queue data.workers data.block
-data.feed data.cf data.values data.windows data.framing data.fetch data.bucket data.zarr_bytes data.remote data.wants
+data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
+data.block data.feed data.cf data.values data.windows data.framing data.fetch data.bucket data.zarr_bytes data.remote data.wants
 data.parcels data.ahead data.opening data.stores data.choosing
 data.options data.transform data.survey data.skipping data.transforming data.transform_child data.transform_processes
 data.vouching data.verification data.crews data.pulling data.loader data.iterable data.mix

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from streamtrain.data.budget import Share
-from streamtrain.data.decode import Bytes
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import RECENT, Account
+from streamtrain.data.filters import Bytes
 from streamtrain.data.parcels import Grants, Group, Haul, Order, Parcel, Request
 from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop
 from streamtrain.data.remote import RemoteReader, Want

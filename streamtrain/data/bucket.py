@@ -17,8 +17,8 @@ import numpy as np
 from zarr.abc.store import Store
 from zarr.storage import ObjectStore
 
-from streamtrain.data.decode import Bytes
 from streamtrain.data.fetch import FIRST_PAUSE, LONGEST_PAUSE, Heading, Range, one_line
+from streamtrain.data.filters import Bytes
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:

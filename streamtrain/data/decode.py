@@ -8,17 +8,17 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numcodecs
 import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from streamtrain.data.layout import ArrayLayout, Codec
-
-Bytes = NDArray[np.uint8]
+from streamtrain.data.codecs import CHECKSUMS, FILTERS, Codec, encoded_sizes
+from streamtrain.data.filters import Bytes, Checksum, Filter
+from streamtrain.data.layout import ArrayLayout
 
 blosc.use_threads = False  # concurrency is ours; its own pool would fight with it (and is not safe to share)
 
@@ -97,44 +97,70 @@ _DECODERS: dict[str, Callable[[Bytes, Bytes, Any], None]] = {
 }
 
 
+def _decoding(codec: Codec) -> Callable[[Bytes, Bytes], None]:
+    if codec.name in FILTERS:
+        return Filter(codec).decode
+    decode, implementation = _DECODERS[codec.name], numcodecs.get_codec({"id": codec.name})
+    return lambda data, out: decode(data, out, implementation)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A step that writes what it decodes."""
+
+    name: str
+    decode: Callable[[Bytes, Bytes], None]
+    takes: int | None
+    """Bytes that it must be given; None where only the data tells."""
+    start: int
+    """Where it writes, in the room of its chunk, and how much."""
+    size: int
+
+    def run(self, data: Bytes, room: Bytes) -> Bytes:
+        if self.takes is not None and len(data) != self.takes:
+            raise ValueError(f"it has {len(data)} bytes before {self.name} is undone, expected {self.takes}")
+        out = room if len(room) == self.size else room[self.start : self.start + self.size]
+        try:
+            self.decode(data, out)
+        except (RuntimeError, zlib.error) as error:
+            raise ValueError(f"{self.name} can't decode it: {error}") from error
+        return out
+
+
 class Decoder:
     """Decodes the chunks of one array. Thread-safe: it keeps no state between calls."""
 
     def __init__(self, layout: ArrayLayout) -> None:
         self.layout = layout
-        self._steps = [(codec, self._codec(codec)) for codec in reversed(layout.codecs)]
-        self.compressed = any(codec.name != "crc32c" for codec in layout.codecs)
-
-    @staticmethod
-    def _codec(codec: Codec) -> Any:
-        return None if codec.name == "crc32c" else numcodecs.get_codec({"id": codec.name})
+        self._steps: list[Checksum | _Writer] = []
+        start, other = 0, layout.decode_room // 2
+        sizes: list[int | None] = [layout.chunk_bytes, *encoded_sizes(layout.codecs, layout.chunk_bytes)]
+        for number, codec in enumerate(layout.codecs):  # from the last step back: it writes to the beginning
+            size = sizes[number]
+            if codec.name in CHECKSUMS:
+                self._steps.append(Checksum(codec))
+            elif not codec.identity:
+                assert size is not None
+                self._steps.append(_Writer(codec.name, _decoding(codec), sizes[number + 1], start, size))
+                start, other = other, start
+        self._steps.reverse()
+        self.compressed = any(isinstance(step, _Writer) for step in self._steps)
+        """Whether decoding writes into `out`."""
+        self.room = layout.decode_room
+        """Bytes that `out` should have; what it lacks is taken from the heap."""
 
     def decode(self, data: Bytes, out: Bytes) -> Bytes:
-        """The decoded bytes of one chunk: `out` filled, or (without compression) a part of `data` itself.
+        """The decoded bytes of one chunk: the beginning of `out`, or (where nothing is written) a part of `data`.
 
         Raises ValueError with the cause if the data is damaged.
         """
-        for codec, implementation in self._steps:
-            if codec.name == "crc32c":
-                data = self._verify(data)
-                continue
-            try:
-                _DECODERS[codec.name](data, out, implementation)
-            except (RuntimeError, zlib.error) as error:
-                raise ValueError(f"{codec.name} can't decode it: {error}") from error
-            data = out
+        if len(out) < self.room:
+            out = np.empty(self.room, dtype=np.uint8)
+        for step in self._steps:
+            data = step.verify(data) if isinstance(step, Checksum) else step.run(data, out)
         if len(data) != self.layout.chunk_bytes:
             raise ValueError(f"it has {len(data)} bytes, expected {self.layout.chunk_bytes}")
         return data
-
-    @staticmethod
-    def _verify(data: Bytes) -> Bytes:
-        if len(data) < 4:
-            raise ValueError(f"it has {len(data)} bytes, fewer than a checksum")
-        (expected,) = struct.unpack("<I", data[-4:].tobytes())
-        if google_crc32c.value(data[:-4]) != expected:
-            raise ValueError("its checksum (crc32c) does not match")
-        return data[:-4]
 
     def view(self, data: Bytes) -> NDArray[Any]:
         """Decoded bytes as an array of the chunk's shape: no copy."""

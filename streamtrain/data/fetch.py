@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from streamtrain.data.decode import Bytes
+from streamtrain.data.filters import Bytes
 
 FIRST_PAUSE = 0.1
 """Seconds before a request is made for the second time; twice as long each time after."""

@@ -11,13 +11,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import format_bytes
+from streamtrain.data.codecs import DEFAULT_DTYPES, FILTERS, Codec, decode_room, slow_codec
 from streamtrain.errors import DataError
 
 MAX_SAMPLES = 1 << 48
@@ -26,19 +27,9 @@ ABSENT = (1 << 64) - 1
 ALONE = "array"
 """What the array of a store that is one array is called: in messages, in `statistics()`, by every command."""
 TRAINABLE = "bool, int8 to int64, uint8 to uint64, float16 to float64, complex64 and complex128"
-PLAIN_CODECS = frozenset({"zstd", "blosc", "gzip", "zlib", "lz4"})
-"""Bytes-to-bytes codecs that numcodecs decodes into a buffer of ours."""
 
 Region = tuple[tuple[int, int], ...]
 """For each axis the bounds of a box within a chunk."""
-
-
-@dataclass(frozen=True)
-class Codec:
-    """A bytes-to-bytes codec by its numcodecs id, with its configuration."""
-
-    name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class ArrayLayout:
     """The unit that is decoded: the inner chunk where there are shards."""
     shard_shape: tuple[int, ...] | None
     codecs: tuple[Codec, ...]
-    """Bytes-to-bytes codecs in the order of encoding; crc32c among them."""
+    """Filters, compressors and checksums in the order of encoding, as steps on bytes."""
     axes: tuple[int, ...]
     """Order of the axes in the stored bytes: axes[k] is the array axis that lies k-th."""
     separator: str
@@ -91,6 +82,11 @@ class ArrayLayout:
     def raw(self) -> bool:
         """Whether chunks lie uncompressed in their files, so that a memory map serves."""
         return all(codec.name == "crc32c" for codec in self.codecs)
+
+    @cached_property
+    def decode_room(self) -> int:
+        """Bytes in which one chunk is decoded; 0 where it is used as it is read."""
+        return decode_room(self.codecs, self.chunk_bytes) if self.slow is None else 0
 
     @cached_property
     def file_shape(self) -> tuple[int, ...]:
@@ -224,40 +220,92 @@ def _parse_v3(
             raise DataError(
                 f"array {name or ALONE!r}: shards of {shard_shape} don't hold whole chunks of {chunk_shape}"
             )
-    axes = tuple(range(len(shape)))
-    plain: list[Codec] = []
-    seen_bytes = False
-    for codec in codecs:
-        kind, config = codec["name"], codec.get("configuration") or {}
-        if kind == "transpose" and not seen_bytes and isinstance(config.get("order"), list | tuple):
-            axes = tuple(axes[int(a)] for a in config["order"])
-        elif kind == "bytes" and not seen_bytes:
-            seen_bytes = True
-            dtype = dtype.newbyteorder("<" if _endian(codec) == "little" else ">")
-        elif seen_bytes and kind in PLAIN_CODECS | {"crc32c"}:
-            plain.append(Codec(kind, config))
-        else:
-            slow = slow or f"codec {kind!r}"
-    compressors = [at for at, codec in enumerate(plain) if codec.name != "crc32c"]
-    if compressors and compressors != [0]:
-        slow = slow or "a compressor over another codec"  # what it decodes to is not of the chunk's size
+    chain = _chain_v3(codecs, dtype, len(shape))
+    slow = slow or chain.slow or slow_codec(chain.codecs, math.prod(chunk_shape) * dtype.itemsize)
     return ArrayLayout(
         name=name,
         shape=shape,
-        dtype=dtype,
+        dtype=chain.dtype,
         chunk_shape=chunk_shape,
         shard_shape=shard_shape,
-        codecs=tuple(plain),
-        axes=axes,
+        codecs=chain.codecs,
+        axes=chain.axes,
         separator=separator,
         prefix=prefix,
         fill_value=fill_value,
         index_at_start=at_start,
-        slow=slow if slow or seen_bytes else "no bytes codec",
+        slow=slow,
         complete=_says(metadata, "complete"),
         manifest=_says(metadata, "manifest"),
         attributes=_attributes(metadata),
     )
+
+
+class _Chain(NamedTuple):
+    """Codecs of Zarr 3 as steps on bytes."""
+
+    codecs: tuple[Codec, ...]
+    dtype: np.dtype[Any]
+    """Of the decoded bytes: its byte order is that of the bytes codec, or of the filters."""
+    axes: tuple[int, ...]
+    slow: str | None
+
+
+def _chain_v3(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any], ndim: int) -> _Chain:
+    axes, slow = tuple(range(ndim)), None
+    steps: list[Codec] = []
+    stored: np.dtype[Any] | None = None
+    for codec in codecs:
+        kind, config = str(codec["name"]).removeprefix("numcodecs."), dict(codec.get("configuration") or {})
+        if kind == "transpose" and stored is None and isinstance(config.get("order"), list | tuple):
+            axes = tuple(axes[int(a)] for a in config["order"])
+        elif kind == "bytes" and stored is None:
+            stored = dtype.newbyteorder("<" if _endian(codec) == "little" else ">")
+            slow = slow or _mixed(steps, dtype, stored, axes)
+        elif stored is None and kind in FILTERS - {"shuffle"}:
+            own = {DEFAULT_DTYPES[kind]: dtype.str} if kind in DEFAULT_DTYPES else {}
+            steps.append(Codec(kind, {**own, **_set(config)}))
+        elif stored is not None and kind not in FILTERS - {"shuffle"}:
+            sizes = {"elementsize": _last_dtype(steps, stored).itemsize} if kind == "shuffle" else {}
+            steps.append(Codec(kind, {**sizes, **_set(config)}))
+        else:
+            slow = slow or f"codec {codec['name']!r}"
+    if stored is None:
+        slow = slow or "no bytes codec"
+    filtered = any(step.name in FILTERS - {"shuffle"} for step in steps)
+    return _Chain(tuple(steps), dtype.newbyteorder("<") if filtered else stored or dtype, axes, slow)
+
+
+def _set(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _last_dtype(filters: Sequence[Codec], stored: np.dtype[Any]) -> np.dtype[Any]:
+    """What the bytes codec is given."""
+    typed = [codec for codec in filters if codec.name not in ("bitround", "shuffle")]
+    try:
+        return typed[-1].dtypes[1] if typed else stored
+    except (ValueError, TypeError):
+        return stored
+
+
+def _mixed(filters: Sequence[Codec], dtype: np.dtype[Any], stored: np.dtype[Any], axes: tuple[int, ...]) -> str | None:
+    """Why these filters on arrays of this dtype can't be undone on the stored bytes."""
+    if not filters:
+        return None
+    if axes != tuple(range(len(axes))):
+        return f"codec {filters[-1].name!r} beside a transposition"
+    try:
+        given = [codec.dtypes for codec in filters if codec.name != "bitround"]
+    except (ValueError, TypeError):
+        return None  # whoever asks for the sizes says which
+    expected = dtype.newbyteorder("<")
+    fitting = stored.byteorder != ">"
+    for before, after in given:
+        fitting, expected = fitting and before == expected, after
+    if not fitting:
+        return f"codec {filters[-1].name!r} of another dtype or byte order"
+    return None
 
 
 def _endian(codec: Mapping[str, Any]) -> str:
@@ -268,31 +316,24 @@ def _endian(codec: Mapping[str, Any]) -> str:
 def _parse_v2(
     name: str, shape: tuple[int, ...], metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any
 ) -> ArrayLayout:
-    compressor, filters = metadata.get("compressor"), metadata.get("filters")
-    slow = None
-    codecs: tuple[Codec, ...] = ()
-    if filters:
-        slow = f"filter {filters[0].get('id')!r}"
-    if compressor:
-        kind = compressor["id"]
-        if kind in PLAIN_CODECS:
-            codecs = (Codec(kind, {k: v for k, v in compressor.items() if k != "id"}),)
-        else:
-            slow = slow or f"compressor {kind!r}"
+    compressor = metadata.get("compressor")
+    given = [*(metadata.get("filters") or ()), *([compressor] if compressor else [])]
+    codecs = tuple(Codec(step["id"], {key: value for key, value in step.items() if key != "id"}) for step in given)
     stored = np.dtype(metadata["dtype"]) if isinstance(metadata["dtype"], str) else dtype
     axes = tuple(range(len(shape)))
+    chunk_shape = tuple(int(c) for c in metadata["chunks"])
     return ArrayLayout(
         name=name,
         shape=shape,
         dtype=stored,
-        chunk_shape=tuple(int(c) for c in metadata["chunks"]),
+        chunk_shape=chunk_shape,
         shard_shape=None,
         codecs=codecs,
         axes=axes[::-1] if metadata.get("order") == "F" else axes,
         separator=metadata.get("dimension_separator", "."),
         prefix="",
         fill_value=fill_value,
-        slow=slow,
+        slow=slow_codec(codecs, math.prod(chunk_shape) * stored.itemsize),
         complete=_says(metadata, "complete"),
         manifest=_says(metadata, "manifest"),
         attributes=_attributes(metadata),

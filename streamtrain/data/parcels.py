@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 from streamtrain.data.budget import Share
-from streamtrain.data.decode import Bytes
+from streamtrain.data.filters import Bytes
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.spans import BUDGET_SHARE
 from streamtrain.data.workers import Job

@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import available_memory
-from streamtrain.data.decode import Bytes, Decoder
+from streamtrain.data.decode import Decoder
+from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
 from streamtrain.data.manifest import NOTHING, SLICE, Record, describe
 from streamtrain.data.seen import Seen, Signature, changed
@@ -375,7 +376,7 @@ class LocalReader:
             raise chunk_error(layout, chunk, self._files.root / key, error.strerror or error) from error
 
     def _out(self, scratch: Scratch) -> Bytes:
-        return scratch.take("decoded", self.layout.chunk_bytes) if self._decoder.compressed else _NOTHING
+        return scratch.take("decoded", self._decoder.room) if self._decoder.compressed else _NOTHING
 
     def _encoded(
         self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, few: bool

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.decode import Bytes, Decoder
+from streamtrain.data.decode import Decoder
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
+from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES, Scratch, ZarrLoop, chunk_error
 from streamtrain.data.trust import Verify

@@ -161,8 +161,8 @@ def take_survey(
     """Work out all that can be known before any data is read.
 
     `values` gives what the choice's arrays say of each sample, `change_bytes` is one thread's scratch for what is done
-    to rows on their way. Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is
-    too small.
+    to rows on their way.
+    Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
     """
     frames = take_frames(stores, framing)
     fields, sites = stores[0], [site for frame in frames for site in frame.sites]
@@ -315,7 +315,7 @@ def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
     copies = cell if site.selection or site.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
     if not decoded_whole(layout):
         return min(layout.chunk_bytes, 2 * cell) + copies + site.region_bytes
-    return 2 * layout.chunk_bytes + copies + site.region_bytes
+    return layout.chunk_bytes + max(layout.chunk_bytes, layout.decode_room) + copies + site.region_bytes
 
 
 def chunks_read(site: Site, split: Split | Chosen, shuffle: Shuffle, sizes: Sizes, share: float) -> float:

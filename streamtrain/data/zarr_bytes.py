@@ -12,8 +12,8 @@ import numpy as np
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 
-from streamtrain.data.decode import Bytes
 from streamtrain.data.fetch import Heading, Range
+from streamtrain.data.filters import Bytes
 
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 

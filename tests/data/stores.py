@@ -19,6 +19,7 @@ from zarr.codecs import (
     TransposeCodec,
     ZstdCodec,
 )
+from zarr.codecs import numcodecs as v3
 
 from streamtrain.data.layout import ArrayLayout, parse_array
 
@@ -61,8 +62,39 @@ CASES = [
     _v3("crc32c", compressors=Crc32cCodec()),
     _v3("crc32c-twice", compressors=[Crc32cCodec(), Crc32cCodec()]),
     _v3("zstd-crc32c", compressors=[ZstdCodec(), Crc32cCodec()]),
-    _v3("crc32c-zstd", compressors=[Crc32cCodec(), ZstdCodec()], slow="a compressor over another codec"),
-    _v3("gzip-zstd", compressors=[GzipCodec(), ZstdCodec()], slow="a compressor over another codec"),
+    _v3("crc32c-zstd", compressors=[Crc32cCodec(), ZstdCodec()]),
+    _v3("gzip-zstd", compressors=[GzipCodec(), ZstdCodec()], slow="'zstd' over a compressor"),
+    _v3("shuffle-zlib", compressors=[v3.Shuffle(), v3.Zlib(level=1)]),
+    _v3("zlib-shuffle", compressors=[v3.Zlib(level=1), v3.Shuffle(elementsize=1)], slow="'shuffle' over a compressor"),
+    *[
+        _v3(name, compressors=codec())
+        for name, codec in {
+            "lz4": v3.LZ4,
+            "numcodecs-zstd": v3.Zstd,
+            "numcodecs-blosc": v3.Blosc,
+            "numcodecs-gzip": v3.GZip,
+            "crc32": v3.CRC32,
+            "numcodecs-crc32c": v3.CRC32C,
+            "adler32": v3.Adler32,
+            "fletcher32": v3.Fletcher32,
+            "jenkins": v3.JenkinsLookup3,
+        }.items()
+    ],
+    _v3("lz4-crc32", compressors=[v3.LZ4(), v3.CRC32()]),
+    _v3("crc32c-in-front", compressors=v3.CRC32C(location="start")),
+    _v3("bz2", compressors=v3.BZ2(), slow="codec 'bz2'"),
+    _v3("lzma", compressors=v3.LZMA(), slow="codec 'lzma'"),
+    _v3("delta", filters=v3.Delta(dtype="<i4")),
+    _v3("delta-raw", filters=v3.Delta(dtype="<i4"), compressors=None),
+    _v3("delta-narrow", filters=v3.Delta(dtype="<i4", astype="<i2")),
+    _v3("delta-wide", filters=v3.Delta(dtype="<i4", astype="<i8"), slow="codec 'delta' that makes chunks larger"),
+    _v3("delta-delta-shuffle", filters=[v3.Delta(dtype="<i4")] * 2, compressors=[v3.Shuffle(), ZstdCodec()]),
+    _v3("fixed", dtype="float64", filters=v3.FixedScaleOffset(offset=1, scale=2, dtype="<f8", astype="<i4")),
+    _v3("quantize", dtype="float32", filters=v3.Quantize(digits=1, dtype="<f4")),
+    _v3("bitround", dtype="float32", filters=v3.BitRound(keepbits=20)),
+    _v3("bitround-raw", dtype="float32", filters=v3.BitRound(keepbits=20), compressors=None),
+    _v3("astype", dtype="float64", filters=v3.AsType(encode_dtype="<f4", decode_dtype="<f8")),
+    _v3("packbits", dtype="bool", filters=v3.PackBits()),
     _v3("transposed", compressors=None, filters=TransposeCodec(order=(1, 0))),
     Case("cube", {"chunks": (4, 3, 2), "filters": [TransposeCodec(order=(1, 2, 0))]}, (9, 8, 5)),
     Case(
@@ -95,6 +127,7 @@ CASES = [
         index_codecs=[BytesCodec(endian="big"), Crc32cCodec()],
         slow="a big-endian shard index",
     ),
+    _shards("delta-shuffle-lz4", codecs=[v3.Delta(dtype="<i4"), BytesCodec(), v3.Shuffle(elementsize=4), v3.LZ4()]),
     _shards("nested", codecs=[ShardingCodec(chunk_shape=(1, 2))], slow="codec 'sharding_indexed'"),
     _v2("raw", compressors=None),
     _v2("default"),
@@ -103,8 +136,22 @@ CASES = [
     _v2("big-endian", dtype=">i2", compressors=numcodecs.Zlib()),
     _v2("little-endian", dtype="<u4", compressors=numcodecs.LZ4()),
     _v2("gzip", compressors=numcodecs.GZip()),
-    _v2("bz2", compressors=numcodecs.BZ2(), slow="compressor 'bz2'"),
-    _v2("delta", filters=[numcodecs.Delta(dtype="<i4")], slow="filter 'delta'"),
+    _v2("bz2", compressors=numcodecs.BZ2(), slow="codec 'bz2'"),
+    _v2("delta", filters=[numcodecs.Delta(dtype="<i4")]),
+    _v2("delta-fortran", filters=[numcodecs.Delta(dtype="<i4")], order="F"),
+    _v2("delta-big-endian", filters=[numcodecs.Delta(dtype=">i2")], dtype=">i2"),
+    _v2("delta-narrow-raw", filters=[numcodecs.Delta(dtype="<i4", astype="<i2")], compressors=None),
+    _v2("shuffle-zlib", filters=[numcodecs.Shuffle(elementsize=4)], compressors=numcodecs.Zlib()),
+    _v2(
+        "fixed",
+        dtype="float32",
+        filters=[numcodecs.FixedScaleOffset(offset=1, scale=2, dtype="<f4", astype="<u2")],
+    ),
+    _v2("quantize", dtype="float32", filters=[numcodecs.Quantize(digits=1, dtype="<f4")]),
+    _v2("astype", dtype="float64", filters=[numcodecs.AsType(encode_dtype="<f4", decode_dtype="<f8")]),
+    _v2("packbits", dtype="bool", filters=[numcodecs.PackBits()]),
+    _v2("crc32", filters=[numcodecs.CRC32()], compressors=None),
+    _v2("categories", dtype="uint8", filters=[numcodecs.LZMA()], slow="codec 'lzma'"),
     _v2("slash", chunk_key_encoding={"name": "v2", "separator": "/"}, compressors=None),
     _v2("scalar", shape=(), compressors=None),
 ]

@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamtrain.data.decode import Bytes, Decoder, zstd_content_size
-from streamtrain.data.layout import ArrayLayout, Codec
+from streamtrain.data.codecs import Codec
+from streamtrain.data.decode import Decoder, zstd_content_size
+from streamtrain.data.filters import Bytes
+from streamtrain.data.layout import ArrayLayout
 from tests.data.stores import FAST, Case, chunks_of, layout_of, part, within, write
 
 CODECS: dict[str, Any] = {
@@ -103,6 +105,74 @@ def test_checksums_around_and_under_each_other_are_all_verified() -> None:
     assert decoder(4, "crc32c", "crc32c").decode(data, np.empty(0, dtype=np.uint8)).tobytes() == b"abcd"
     with pytest.raises(ValueError, match="checksum"):
         decoder(4, "crc32c", "crc32c").decode(array(checked(b"abcd1234")), np.empty(0, dtype=np.uint8))
+
+
+# Chains of filters
+
+
+CHAINS: list[list[Codec]] = [
+    [Codec("delta", {"dtype": "<i4"}), Codec("shuffle", {"elementsize": 4}), Codec("zstd")],
+    [Codec("delta", {"dtype": "<i4", "astype": "<i2"}), Codec("zlib")],
+    [Codec("delta", {"dtype": "<i4"})] * 3,
+    [Codec("shuffle", {"elementsize": 2}), Codec("crc32c"), Codec("lz4"), Codec("adler32")],
+    [Codec("astype", {"decode_dtype": "<i4", "encode_dtype": "<i2"}), Codec("fletcher32"), Codec("blosc")],
+    [Codec("fixedscaleoffset", {"dtype": "<i4", "astype": "<u1", "scale": 1, "offset": 5}), Codec("gzip")],
+    [Codec("bitround", {"keepbits": 3}), Codec("jenkins_lookup3")],
+]
+
+
+def sealed(chain: list[Codec], data: bytes) -> Bytes:
+    """Data that these codecs have encoded, one after another."""
+    for codec in chain:
+        if codec.name == "crc32c":
+            data = checked(data)
+        elif codec.name != "bitround":
+            data = bytes(np.asarray(numcodecs.get_codec({"id": codec.name, **codec.config}).encode(array(data))).data)
+    return array(data)
+
+
+def chained(chain: list[Codec], elements: int) -> Decoder:
+    return Decoder(
+        ArrayLayout("x", (elements,), np.dtype("<i4"), (elements,), None, tuple(chain), (0,), "/", "c", fill_value=0)
+    )
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(codec.name for codec in chain))
+@given(values=st.lists(st.integers(5, 250), min_size=1, max_size=300))
+def test_what_a_chain_of_codecs_encodes_comes_back_within_its_room(chain: list[Codec], values: list[int]) -> None:
+    data = np.array(values, dtype="<i4")
+    decode = chained(chain, len(data))
+    guarded = np.full(decode.room + 64, 0xA5, dtype=np.uint8)
+    decoded = decode.decode(sealed(chain, data.tobytes()), guarded[: decode.room])
+    assert decoded.tobytes() == data.tobytes()
+    assert (guarded[decode.room :] == 0xA5).all()
+    assert not decode.room or np.shares_memory(decoded, guarded)
+    assert decode.decode(sealed(chain, data.tobytes()), guarded[: data.nbytes]).tobytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(codec.name for codec in chain))
+@given(data=st.binary(max_size=300), elements=st.integers(1, 40))
+def test_any_bytes_are_decoded_by_a_chain_to_the_size_or_refused(
+    chain: list[Codec], data: bytes, elements: int
+) -> None:
+    decode = chained(chain, elements)
+    guarded = np.full(decode.room + 64, 0xA5, dtype=np.uint8)
+    with contextlib.suppress(ValueError):
+        assert len(decode.decode(array(data), guarded[: decode.room])) == 4 * elements
+    assert (guarded[decode.room :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("name", ["crc32", "adler32", "fletcher32", "jenkins_lookup3", "crc32c"])
+def test_every_kind_of_checksum_notices_a_flipped_bit(name: str) -> None:
+    config = {"location": "start"} if name == "crc32c" else {}
+    chain, data = [Codec(name, config)], np.arange(10, dtype="<i4")
+    whole = sealed(chain, data.tobytes()).copy()
+    assert chained(chain, 10).decode(whole, np.empty(0, dtype=np.uint8)).tobytes() == data.tobytes()
+    for place in range(0, len(whole), 5):
+        whole[place] ^= 4
+        with pytest.raises(ValueError, match=rf"its checksum \({name}\) does not match"):
+            chained(chain, 10).decode(whole, np.empty(0, dtype=np.uint8))
+        whole[place] ^= 4
 
 
 # Sizes
