@@ -26,6 +26,8 @@ def to_tensor(array: Any) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     elif not array.flags.writeable:
         array = array.copy()
+    if array.dtype.name == "bfloat16":  # of the package ml_dtypes, which torch does not know
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     try:
         return torch.from_numpy(array)
     except (TypeError, ValueError) as error:

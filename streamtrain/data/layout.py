@@ -27,6 +27,8 @@ ABSENT = (1 << 64) - 1
 ALONE = "array"
 """What the array of a store that is one array is called: in messages, in `statistics()`, by every command."""
 TRAINABLE = "bool, int8 to int64, uint8 to uint64, float16 to float64, complex64 and complex128"
+BFLOAT16 = "bfloat16"
+"""A dtype of the package ml_dtypes, which numpy takes for bytes; trained on where zarr has been taught it."""
 
 Region = tuple[tuple[int, int], ...]
 """For each axis the bounds of a box within a chunk."""
@@ -128,7 +130,18 @@ def decoded_whole(layout: ArrayLayout) -> bool:
 
 def trainable(dtype: np.dtype[Any]) -> bool:
     """Whether it is one of the dtypes that tensors have (of either byte order)."""
+    if dtype.name == BFLOAT16:
+        return True
     return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
+
+
+def _refusal(dtype: np.dtype[Any]) -> str:
+    """What to do with an array that can't be trained on."""
+    if dtype.kind in "Mm":
+        return f"times are no numbers: store them as integers of a unit, as CF does; supported: {TRAINABLE}"
+    if dtype.kind in "SUTO":
+        return f"encode texts as integers, such as numbers of categories; supported: {TRAINABLE}"
+    return f"supported: {TRAINABLE}"
 
 
 def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any) -> ArrayLayout:
@@ -138,9 +151,8 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
     """
     shape = tuple(int(s) for s in metadata["shape"])
     if not trainable(dtype):
-        raise DataError(
-            f"array {name or ALONE!r} has dtype {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}"
-        )
+        whose = f"array {name or ALONE!r}"
+        raise DataError(f"{whose} has dtype {dtype}, which can't be trained on", hint=_refusal(dtype))
     if fill_value is None:  # Zarr 2 leaves it open; zarr reads zero
         fill_value = dtype.type(0)
     parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3
@@ -199,9 +211,20 @@ def _parse_v3(
     if metadata.get("storage_transformers"):
         slow = "storage transformers"
     if grid["name"] != "regular":
-        every = tuple(range(len(shape)))
+        every, boxes = tuple(range(len(shape))), _boxes(shape, grid)
         return ArrayLayout(
-            name, shape, dtype, shape, None, (), every, separator, prefix, fill_value, slow=f"{grid['name']} chunk grid"
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            chunk_shape=boxes,
+            shard_shape=None,
+            codecs=(),
+            axes=every,
+            separator=separator,
+            prefix=prefix,
+            fill_value=fill_value,
+            slow=f"{grid['name']} chunk grid",
+            attributes=_attributes(metadata),
         )
     chunk_shape = tuple(int(c) for c in grid["configuration"]["chunk_shape"])
     shard_shape: tuple[int, ...] | None = None
@@ -239,6 +262,21 @@ def _parse_v3(
         manifest=_says(metadata, "manifest"),
         attributes=_attributes(metadata),
     )
+
+
+def _boxes(shape: tuple[int, ...], grid: Mapping[str, Any]) -> tuple[int, ...]:
+    """In what boxes zarr is asked for an array of uneven chunks: as large as the largest of them."""
+    edges = (grid.get("configuration") or {}).get("chunk_shapes")
+    if not isinstance(edges, list | tuple) or len(edges) != len(shape):
+        return tuple(max(1, s) for s in shape)
+    return tuple(max(1, min(s, _largest(e))) for s, e in zip(shape, edges, strict=True))
+
+
+def _largest(edges: Any) -> int:
+    """Of chunk edges: one number for all, or a list of numbers and of (number, count) pairs."""
+    if isinstance(edges, int):
+        return edges
+    return max((int(e[0] if isinstance(e, list | tuple) else e) for e in edges), default=1)
 
 
 class _Chain(NamedTuple):

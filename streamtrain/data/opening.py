@@ -21,6 +21,7 @@ from zarr.api import asynchronous as zarr_api
 from zarr.storage import LocalStore, ObjectStore
 
 from streamtrain.data.bucket import Bucket, Owned, is_url
+from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open_copy, own_metadata
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
 from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local
@@ -31,7 +32,7 @@ from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 logger = logging.getLogger(__name__)
 
 IO = Literal["auto", "mmap", "pread", "store"]
-METADATA = ("zarr.json", ".zgroup", ".zarray")
+METADATA = ("zarr.json", ".zgroup", ".zarray", CONSOLIDATED)
 _NO_STORE = "give the folder of a Zarr store; `python -m data_tools convert` makes one"
 
 StoreLike = str | os.PathLike[str] | zarr.Group | zarr.Array[Any] | Store
@@ -167,18 +168,34 @@ async def _opened(where: Located, name: str) -> zarr.AsyncGroup | zarr.AsyncArra
     try:
         return await zarr_api.open(store=where.store, path=path or None, mode="r")
     except FileNotFoundError as error:
-        raise DataError(f"{where.name}: no Zarr group or array there", hint=_NO_STORE) from error
+        copy = None if name else await _copied(where)
+        if copy is None:
+            raise DataError(f"{where.name}: no Zarr group or array there", hint=_NO_STORE) from error
+        return copy
     except Exception as error:
         if where.unreachable(error):
             raise EnvironmentProblem(
                 f"{where.name} can't be reached: {one_line(error)}",
                 hint="check the network, the endpoint and the credentials (environment variables, storage_options=)",
             ) from error
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(
-            f"{'/'.join(part for part in (where.name, name) if part)}: its metadata can't be used: {cause}",
-            hint="restore the file from its source, or convert the data again",
-        ) from error
+        raise _unusable(where, name, error, "restore the file from its source, or convert the data again") from error
+
+
+async def _copied(where: Located) -> zarr.AsyncGroup | None:
+    """The group whose consolidated metadata are all that was kept."""
+    store = LocalStore(where.root, read_only=True) if isinstance(where.store, str) and where.root else where.store
+    try:
+        return await open_copy(store, where.path) if isinstance(store, Store) else None
+    except Exception as error:
+        raise _unusable(where, CONSOLIDATED, error, "restore the file from its source") from error
+
+
+def _unusable(where: Located, name: str, error: Exception, hint: str) -> DataError:
+    cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if "data type" in cause:
+        hint = f"zarr {zarr.__version__} knows no such data type; a package may add it, or convert the data to another"
+    path = "/".join(part for part in (where.name, name) if part)
+    return DataError(f"{path}: its metadata can't be used: {cause}", hint=hint)
 
 
 async def _only_array(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Located) -> zarr.AsyncArray[Any]:
@@ -205,11 +222,10 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
         hint = f"did you mean {near[0]!r}?" if near else "name one of those" if names else _NO_STORE
         raise DataError(f"{where.name} has no array {name!r}; {there}", hint=hint) from None
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"{where.name}/{name}: its metadata can't be used: {cause}", hint=_NO_STORE) from error
+        raise _unusable(where, name, error, _NO_STORE) from error
     if not isinstance(member, zarr.AsyncArray):
         raise DataError(f"{where.name}: {name!r} is a group, not an array", hint=f"name an array in it: '{name}/...'")
-    return member
+    return await own_metadata(node, member, name)
 
 
 async def _array_at(where: Located, name: str) -> zarr.AsyncArray[Any]:
@@ -221,7 +237,7 @@ async def _array_at(where: Located, name: str) -> zarr.AsyncArray[Any]:
 async def _names(node: zarr.AsyncGroup, where: Located) -> list[str]:
     """All arrays below this group; on this machine also those whose metadata are damaged, so that they can be named."""
     if where.root is not None:
-        return sorted(_array_folders(where.root / where.path, ""))
+        return sorted({*_array_folders(where.root / where.path, ""), *consolidated_names(node)})
     found = [name async for name, member in node.members(max_depth=None) if isinstance(member, zarr.AsyncArray)]
     return sorted(found)
 

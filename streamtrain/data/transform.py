@@ -141,7 +141,7 @@ def _where(error: BaseException) -> str:
 def _aligned(tree: Any) -> Any:
     """Arrays that begin at a multiple of 64 bytes, copied where they do not."""
     if isinstance(tree, np.ndarray):
-        if tree.dtype.kind not in "biufc":
+        if tree.dtype.kind not in "biufc" and tree.dtype.name != "bfloat16":
             raise TypeError(f"an array of dtype {tree.dtype}")
         return tree if tree.ctypes.data % ALIGN == 0 or not tree.size else _aligned_copy(tree)
     if isinstance(tree, dict):

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
+from zarr.codecs import numcodecs as v3
 from zarr.storage import MemoryStore
 
 from streamtrain.data.batch import Batch
@@ -27,14 +28,21 @@ from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError
 
 DTYPES = ["int32", "float32", "float64", "uint8", "bool", "float16", "c8", "int64"]
+DTYPES += ["int8", "int16", "uint16", "uint32", "uint64", "c16"]
 V3_CODECS: list[Any] = [
     *[None, ZstdCodec(level=1), GzipCodec(level=1), BloscCodec(typesize=1), Crc32cCodec()],
-    *[[ZstdCodec(), Crc32cCodec()], [Crc32cCodec(), ZstdCodec()]],
+    *[[ZstdCodec(), Crc32cCodec()], [Crc32cCodec(), ZstdCodec()], [v3.Shuffle(elementsize=1), v3.LZ4()]],
+    *[v3.Zlib(level=1), [v3.LZ4(), v3.Adler32()], v3.BZ2()],
 ]
 V2_CODECS: list[Any] = [
     *[None, numcodecs.Zstd(level=1), numcodecs.Blosc(), numcodecs.LZ4(), numcodecs.Zlib(), numcodecs.GZip()],
     numcodecs.BZ2(),
 ]
+FILLS: dict[str, list[Any]] = {
+    "f": [0, 1, float("nan"), float("-inf"), -0.0, 0.1],
+    "c": [0, 1, complex("nan"), complex(0, float("inf"))],
+    "b": [False, True],
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Drawn:
     in_memory: bool
     sample_axes: tuple[int, ...]
     keywords: dict[str, Any] = field(default_factory=dict)
+    consolidated: bool = False
 
 
 @st.composite
@@ -79,19 +88,24 @@ def sources(draw: st.DrawFn, name: str, axes: tuple[int, ...], samples: tuple[in
     if zarr_format == 2:
         options["order"] = draw(st.sampled_from(["C", "F"]))
         options["compressors"] = draw(st.sampled_from(V2_CODECS))
-        options["fill_value"] = draw(st.sampled_from([None, 0, 1]))
+        options["fill_value"] = draw(st.sampled_from([None, *FILLS.get(np.dtype(dtype).kind, [0, 1, 7])]))
         options["chunk_key_encoding"] = {"name": "v2", "separator": draw(st.sampled_from("./"))}
         if dtype.startswith("int") and draw(st.booleans()):
             options["filters"] = [numcodecs.Delta(dtype=np.dtype(dtype).str)]
+        elif draw(st.booleans()):
+            options["filters"] = [numcodecs.Shuffle(elementsize=np.dtype(dtype).itemsize)]
         if draw(st.booleans()):
             dtype = np.dtype(dtype).newbyteorder(">").str
     else:
         options["compressors"] = draw(st.sampled_from(V3_CODECS))
-        options["fill_value"] = draw(st.sampled_from([0, 1]))
-        if dtype not in ("bool", "uint8"):
+        options["fill_value"] = draw(st.sampled_from(FILLS.get(np.dtype(dtype).kind, [0, 1, 7])))
+        if dtype not in ("bool", "uint8", "int8"):
             options["serializer"] = BytesCodec(endian=draw(st.sampled_from(["little", "big"])))
         if draw(st.booleans()):
             options["filters"] = TransposeCodec(order=draw(st.permutations(range(len(shape))).map(tuple)))
+        elif dtype.startswith("int") and draw(st.booleans()):
+            options["filters"] = v3.Delta(dtype=np.dtype(dtype).str)
+            options.pop("serializer", None)
         if draw(st.booleans()):
             per = tuple(c * draw(st.integers(1, 3)) for c in options["chunks"])
             options["shards"] = {"shape": per, "index_location": draw(st.sampled_from(["start", "end"]))}
@@ -123,9 +137,9 @@ def streams(draw: st.DrawFn) -> Drawn:
         "split_by": draw(st.sampled_from(["range", "chunk", "sample"])),
         "split_seed": draw(st.integers(0, 3)),
     }
-    if draw(st.integers(0, 3)) == 0 and not any(source.dtype[-2:] == "c8" for source in arrays):
+    if draw(st.integers(0, 3)) == 0 and not any("c" in source.dtype for source in arrays):
         keywords["dtype"] = "float32"
-    return Drawn(arrays, zarr_format, draw(st.integers(0, 5)) == 0, axes, keywords)
+    return Drawn(arrays, zarr_format, draw(st.integers(0, 5)) == 0, axes, keywords, draw(st.integers(0, 3)) == 0)
 
 
 @contextmanager
@@ -135,6 +149,8 @@ def store_of(drawn: Drawn) -> Iterator[Any]:
         group = zarr.create_group(store, zarr_format=drawn.zarr_format)  # type: ignore[arg-type]
         for source in drawn.sources:
             source.write(group)
+        if drawn.consolidated:
+            zarr.consolidate_metadata(store)
         yield store
 
 
