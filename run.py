@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The two commands: `python3 run.py demo` and `python3 run.py test` make `.venv` where needed and go on in it.
 
-Law: only the standard library, and no state but `.venv`. The stamp in `.venv` is written last and names everything
+Law: only the standard library, and no state but `.venv` (and `.venv-3.12`, `.venv-3.13`, where the room without torch is
+tested with the newest zarr and numpy). The stamp in `.venv` is written last and names everything
 that the environment was made from; an environment without the right stamp is made anew.
 """
 
@@ -47,10 +48,13 @@ sys.exit(bool({same(name) for name in sys.argv[1:]} - {same(one.name) for one in
 USAGE = """usage: python3 run.py demo [options of `streamtrain demo`]   learn the world map from disk
        python3 run.py test [options of pytest]               run the tests
        python3 run.py setup                                  only make .venv, with all that developing needs
+       python3 run.py newest [options of pytest]             run the tests that need no torch on newer Pythons
 Each makes the environment in .venv first, or reuses it."""
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["newest"]:
+        return on_newest(arguments[1:])
     if not arguments or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -159,6 +163,71 @@ def on_newer_python() -> int:
         if found := shutil.which(name):
             return become(found, *sys.argv)
     return fail(f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed", "python3.11 run.py ...")
+
+
+NEWEST = ("3.12", "3.13")
+"""Pythons on which the newest zarr and numpy run that 3.11 no longer gets."""
+TORCH_FREE = ("tests/data", "tests/data_tools")
+NOT_THERE = ("torch", "pydantic", "cyclopts", "rich", "safetensors", "starlette", "uvicorn")
+"""What the room without torch does without."""
+WRITERS = ("tensorstore", "xarray", "dask", "ml-dtypes")
+
+
+def on_newest(options: list[str]) -> int:
+    """The tests of the room without torch on each newer Python that is found; the first exit code that is not 0."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups, needed = project["dependency-groups"], project["project"]["dependencies"]
+    wanted = [one for one in needed if not one.startswith(NOT_THERE)] + groups["test"]
+    wanted += [one for one in groups["writers"] if one.startswith(WRITERS)]
+    code = 0
+    for version in NEWEST:
+        found = interpreter(version)
+        if found is None:
+            say(f"no Python {version} is found: the newest zarr and numpy are not tested on it")
+            continue
+        try:
+            python = environment(found, version, wanted)
+        except subprocess.CalledProcessError as error:
+            return fail(f"pip ended with {error.returncode} for Python {version}", "its output above says why")
+        shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
+        say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
+        tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *TORCH_FREE, *options]
+        code = code or subprocess.run(tests, cwd=ROOT, check=False).returncode
+    return code
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs: on the path, or one of pyenv's."""
+    installed = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    ours = sorted(installed.glob(f"{version}.*/bin/python{version}"), key=lambda path: path.parts[-3], reverse=True)
+    for candidate in (shutil.which(f"python{version}"), *ours):
+        if candidate is not None:
+            asked = subprocess.run([candidate, "-c", "import venv"], capture_output=True, check=False)
+            if asked.returncode == 0:  # what stands on the path may be a stand-in that only says what is missing
+                return str(candidate)
+    return None
+
+
+def environment(interpreter: str, version: str, wanted: list[str]) -> Path:
+    """An environment of its own with these packages in their newest versions, made where there is none."""
+    folder = ROOT / f".venv-{version}"
+    python, mark = folder / "bin" / "python", folder / "made-from.json"
+    with open(ROOT / f".venv-{version}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if json.loads(mark.read_text()) == wanted:
+                subprocess.run([python, "-c", "import zarr, numpy"], check=True, capture_output=True)
+                return python
+        except (OSError, ValueError, subprocess.CalledProcessError):
+            pass
+        say(f"making {folder.name}")
+        subprocess.run([interpreter, "-m", "venv", "--clear", folder], check=True)
+        pip: list[Any] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+        subprocess.run([*pip, *wanted], check=True, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()])
+        mark.write_text(json.dumps(wanted))
+    return python
 
 
 def say(text: str) -> None:
