@@ -11,13 +11,14 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamtrain import assembly
-from streamtrain.config import Said, resolve_data
+from streamtrain import assembly, peers
+from streamtrain.config import DataTable, Said, resolve_data
 from streamtrain.data.budget import format_bytes
+from streamtrain.errors import ConfigError
 from streamtrain.inspection import with_inputs
 
 if TYPE_CHECKING:
@@ -47,19 +48,55 @@ class Measured:
     """Epochs begun."""
     stages: dict[str, Any]
     """The stream's own statistics, each told in `StreamStatistics`: sums over all passes, the rest of the last one."""
+    compare: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Other loaders over the same store by name, each told in `Peer`; empty where none was asked for."""
 
     def dumps(self) -> str:
         """As one line of JSON."""
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
 
+GLOBAL_RUNS = 64
+"""Runs of rows that the others mix where our stream shuffles all."""
 SUMS = ("chunks", "bytes_read", "read_seconds", "decode_seconds", "gather_seconds", "transform_seconds")
 
 
-def bench(said: Said, *, seconds: float) -> Measured:
-    """Read the store for so long (one batch at least), in as many passes as that takes."""
+def bench(said: Said, *, seconds: float, compare: Sequence[str] = ()) -> Measured:
+    """Read the store for so long (one batch at least), in as many passes as that takes; then let others do it.
+
+    Raises ConfigError for what the others can't be asked.
+    """
     table = with_inputs(resolve_data(said))
-    return asyncio.run(measure(assembly.stream(table, said, "data", output="numpy"), seconds))
+    stream = assembly.stream(table, said, "data", output="numpy")
+    task = _task(table, stream, seconds) if compare else None
+    ours = asyncio.run(measure(stream, seconds))
+    if task is None:
+        return ours
+    return dataclasses.replace(
+        ours, compare={peer.name: dataclasses.asdict(peer) for peer in peers.compare(compare, task)}
+    )
+
+
+def _task(table: DataTable, stream: ZarrStream, seconds: float) -> peers.Task:
+    """What the others read: the same arrays, mixed alike."""
+    if table.sample_axes != [0] or table.split is not None or not isinstance(table.store, str):
+        raise ConfigError(
+            "--compare reads one whole store, with samples along the first axis",
+            hint="leave --split and --sample-axes out",
+        )
+    plan = stream.plan()
+    names = [table.inputs, table.targets]
+    arrays = tuple(name for each in names for name in ([each] if isinstance(each, str) else each or []))
+    mixing = GLOBAL_RUNS if table.shuffle == "global" else plan.cells_per_block
+    return peers.Task(
+        store=table.store,
+        arrays=arrays or ("",),
+        batch_size=table.batch_size,
+        shuffle=bool(table.shuffle),
+        run_rows=-(-plan.samples // plan.cells),
+        runs=min(plan.cells, mixing),
+        seconds=seconds,
+    )
 
 
 async def measure(stream: ZarrStream, seconds: float) -> Measured:
@@ -112,6 +149,8 @@ def in_words(measured: Measured) -> Iterator[str]:
         yield f"  {name} by {lane}"
     times = {name.removesuffix("_seconds"): stages[name] for name in stages if name.endswith("_seconds")}
     yield "  time of the threads: " + ", ".join(f"{name} {value:.2f} s" for name, value in times.items())
+    for other in measured.compare.values():
+        yield f"  {peers.Peer(**other)}"
 
 
 def peak_rss() -> int:

@@ -146,12 +146,16 @@ def bench(
     *,
     seconds: Annotated[str, option("how long to read; 10 by default")] = "10",
     json: Annotated[bool, option("print one JSON object")] = False,
-    compare: Annotated[str | None, Parameter(show=False)] = None,
+    compare: Annotated[str | None, option("others beside it: zarr,dataloader,xbatcher,annbatch")] = None,
     flags: Annotated[StreamFlags | None, Parameter(name="*")] = None,
 ) -> int:
-    """Measure the loader alone."""
-    if compare is not None:
-        raise ConfigError(f"--compare {compare} is not there yet", hint="Leave it out: the loader alone is measured.")
+    """Measure the loader alone, or beside others."""
+    from streamtrain.peers import NEEDS
+
+    others = [name.strip() for name in compare.split(",")] if compare is not None else []
+    for name in others:
+        if name not in NEEDS:
+            raise ConfigError(f"--compare knows no {shown(name)}", hint=f"It knows {', '.join(NEEDS)}.")
     limit = parse_value(seconds)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
         raise ConfigError(f"--seconds must be a finite number above 0, got {seconds!r}", hint="For instance 10.")
@@ -159,7 +163,7 @@ def bench(
     from streamtrain.log_file import logged
 
     with logged(logging.INFO):
-        measured = bench(_stream_said(data, flags), seconds=float(limit))
+        measured = bench(_stream_said(data, flags), seconds=float(limit), compare=others)
     _print([measured.dumps()] if json else in_words(measured))
     return 0
 

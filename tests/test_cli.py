@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -282,6 +283,37 @@ def test_bench_tells_people_in_words(store: Path, capsys: Capture) -> None:
     assert "  y by" not in shown
 
 
-def test_bench_beside_others_comes_later(store: Path, capsys: Capture) -> None:
-    assert main(["bench", str(store), "--compare", "zarr"]) == 2
-    assert capsys.readouterr().err.startswith("error: --compare zarr is not there yet\nhint: ")
+def test_bench_shows_others_over_the_same_store_beside_ours(store: Path, capsys: Capture) -> None:
+    """Each in a process of its own; annbatch is not installed beside us."""
+    command = ["bench", str(store), "--seconds", "0.2", "--shuffle", "--json", "--batch-size", "64"]
+    assert main([*command, "--compare", "zarr,dataloader,xbatcher,annbatch"]) == 0
+    found = json.loads(capsys.readouterr().out)["compare"]
+    assert list(found) == ["zarr", "dataloader", "xbatcher", "annbatch"]
+    for name in ("zarr", "dataloader", "xbatcher"):
+        assert found[name]["problem"] is None
+        assert found[name]["bytes_per_s"] == pytest.approx(found[name]["samples_per_s"] * 20)
+        assert found[name]["peak_rss_bytes"] > 50 << 20
+        assert found[name]["version"]
+    assert found["annbatch"]["problem"] == "not installed (pip install annbatch)"
+
+
+def test_bench_says_others_in_words(store: Path, capsys: Capture) -> None:
+    assert main(["bench", str(store), "--seconds", "0.05", "--inputs", "x", "--compare", "zarr,annbatch"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\n  zarr 3\.\S+: [\d,]+ samples/s, .*; peak memory \d+ MiB; a slice a run", shown)
+    assert "\n  annbatch: not installed (pip install annbatch)\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compare", "zar"], "--compare knows no"),
+        (["--compare", "zarr", "--split", "0,0.5"], "--compare reads one whole store"),
+        (["--compare", "zarr", "--sample-axes", "1", "--inputs", "x"], "--compare reads one whole store"),
+    ],
+)
+def test_what_others_can_not_be_asked_is_refused(
+    store: Path, options: list[str], message: str, capsys: Capture
+) -> None:
+    assert main(["bench", str(store), *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -33,7 +33,7 @@ callbacks.model_checkpoint saving
 keeping driving
 loop
 trainer
-config assembly watch inspection bench fit_command demo
+config assembly watch inspection peers bench fit_command demo
 complaints cli
 __main__
 """

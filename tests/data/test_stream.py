@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import sys
@@ -17,17 +18,16 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
-try:
-    import torch
-except ImportError:  # the room needs none: then its tests see numpy arrays
-    torch = None  # type: ignore[assignment]
-
 from data_tools.synth import synth
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Pool
 from streamtrain.data.budget import Budget, BudgetHeld
 from streamtrain.data.stream import POISON, ZarrStream
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem, UserCodeError
+
+torch: Any = None
+with contextlib.suppress(ImportError):  # the room needs none: then its tests see numpy arrays
+    import torch
 
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 ROWS = 1000
