@@ -68,22 +68,26 @@ def bench(said: Said, *, seconds: float, compare: Sequence[str] = ()) -> Measure
     """
     table = with_inputs(resolve_data(said))
     stream = assembly.stream(table, said, "data", output="numpy")
-    task = _task(table, stream, seconds) if compare else None
+    if compare:
+        _check_comparable(table)
     ours = asyncio.run(measure(stream, seconds))
-    if task is None:
+    if not compare:
         return ours
-    return dataclasses.replace(
-        ours, compare={peer.name: dataclasses.asdict(peer) for peer in peers.compare(compare, task)}
-    )
+    found = peers.compare(compare, _task(table, stream, seconds))
+    return dataclasses.replace(ours, compare={peer.name: dataclasses.asdict(peer) for peer in found})
 
 
-def _task(table: DataTable, stream: ZarrStream, seconds: float) -> peers.Task:
-    """What the others read: the same arrays, mixed alike."""
+def _check_comparable(table: DataTable) -> None:
     if table.sample_axes != [0] or table.split is not None or not isinstance(table.store, str):
         raise ConfigError(
             "--compare reads one whole store, with samples along the first axis",
             hint="leave --split and --sample-axes out",
         )
+
+
+def _task(table: DataTable, stream: ZarrStream, seconds: float) -> peers.Task:
+    """What the others read: the same arrays, mixed alike."""
+    assert isinstance(table.store, str)
     plan = stream.plan()
     names = [table.inputs, table.targets]
     arrays = tuple(name for each in names for name in ([each] if isinstance(each, str) else each or []))

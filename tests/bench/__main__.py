@@ -27,6 +27,8 @@ BENCHES = {
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "shuffle": "whether shuffling is real",
     "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
+    "shards": "inner chunks of 64 KiB, against zarr's pipeline and zarrs'",
+    "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
     "startup": "--help against an empty cyclopts app",
 }
 
