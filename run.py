@@ -194,7 +194,8 @@ def on_newest(options: list[str]) -> int:
         shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
         say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
         tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *TORCH_FREE, *options]
-        code = code or subprocess.run(tests, cwd=ROOT, check=False).returncode
+        ended = subprocess.run(tests, cwd=ROOT, check=False).returncode
+        code = code or ended
     return code
 
 

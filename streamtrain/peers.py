@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -218,8 +219,8 @@ def by_annbatch(task: Task) -> Loading:
     if fast:
         zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
     [array, *others] = opened(task)
-    slices = task.runs
-    options: dict[str, Any] = {"chunk_size": task.run_rows, "preload_nchunks": slices, "batch_size": task.batch_size}
+    rows, slices = _whole_batches(task)
+    options: dict[str, Any] = {"chunk_size": rows, "preload_nchunks": slices, "batch_size": task.batch_size}
     loader: Any = Loader(**options, shuffle=task.shuffle, preload_to_gpu=False, to=None).add_dataset(array)
 
     def batches() -> Iterator[tuple[Any, ...]]:
@@ -228,7 +229,15 @@ def by_annbatch(task: Task) -> Loading:
                 yield (batch["X"],)
 
     beside = "; the first array alone, since it reads one" if others else ""
-    return batches(), f"{slices} slices of {task.run_rows} rows ahead, {'zarrs' if fast else 'no zarrs'}{beside}"
+    return batches(), f"{slices} slices of {rows} rows ahead, {'zarrs' if fast else 'no zarrs'}{beside}"
+
+
+def _whole_batches(task: Task) -> tuple[int, int]:
+    """Rows of a slice and slices at a time, as near to the task's as what annbatch asks for: whole batches."""
+    step = task.batch_size // math.gcd(task.batch_size, task.run_rows)
+    if step > 2 * task.runs:
+        return max(1, task.run_rows // task.batch_size) * task.batch_size, task.runs
+    return task.run_rows, -(-task.runs // step) * step
 
 
 LOADERS: dict[str, Callable[[Task], Loading]] = {
