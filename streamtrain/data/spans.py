@@ -20,9 +20,9 @@ SPAN_BYTES = 8 << 20
 """No request is made larger than this by joining chunks: more, and fewer of them could be under way together."""
 RATE_PER_THREAD = 1 << 30
 """Bytes a second that a thread decodes and gathers at best: what the requests under way are to keep up with."""
-HEADROOM = 3.0
+HEADROOM = 4.0
 """Times as many requests as the answers that came lately account for: so the number grows, and waits even out."""
-MIN_REQUESTS = 8
+MIN_REQUESTS = 16
 """At least so many are under way, where the budget allows: one connection gives a fraction of what a store can."""
 MAX_REQUESTS = 64
 """At most so many: each holds a connection."""

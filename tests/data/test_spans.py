@@ -48,11 +48,11 @@ MIB = 1 << 20
     ("seconds", "answers", "request_bytes", "threads", "memory", "expected"),
     [
         (0.02, 0.0, MIB, 2, 1 << 30, MIN_REQUESTS),  # nothing is known yet
-        (0.02, 500.0, MIB, 2, 1 << 30, 32),  # what the store gives: 3 * 500 * 0.02 + 2
+        (0.02, 400.0, MIB, 2, 1 << 30, 34),  # what the store gives: 4 * 400 * 0.02 + 2
         (0.02, 5000.0, MIB, 2, 1 << 30, 43),  # what two threads use up: 2 GiB/s * 0.02 s / 1 MiB + 2
         (0.1, 5000.0, MIB, 2, 64 * MIB, 18),  # a quarter of the memory
         (0.1, 9000.0, 1 << 16, 2, 1 << 30, MAX_REQUESTS),
-        (0.001, 9000.0, 64 * MIB, 8, 1 << 30, 9),
+        (0.001, 9000.0, 64 * MIB, 8, 1 << 30, MIN_REQUESTS),
     ],
 )
 def test_the_number_of_requests_follows_the_formula(
