@@ -29,6 +29,7 @@ BENCHES = {
     "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
     "shards": "inner chunks of 64 KiB, against zarr's pipeline and zarrs'",
     "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
+    "chaos": "1 % damaged chunks and 5 % read errors: whether an epoch ends and every sample is accounted for",
     "startup": "--help against an empty cyclopts app",
 }
 
