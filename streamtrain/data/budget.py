@@ -147,6 +147,8 @@ class Share:
         self.budget = budget
         self.lend: Callable[[], None] | None = None
         """Gives idle bytes back, from any thread; asked where another stream needs them."""
+        self.lend_kept: Callable[[], None] | None = None
+        """The same for what is kept only to save work; asked by this stream too, and last."""
         self.active = True
         """Whether its stream counts among those that divide the budget: it is not closed."""
         self._lock = threading.Lock()
@@ -184,6 +186,10 @@ class Share:
                 if share is not self and share.lend is not None:
                     share.lend()
             granted = self.budget.try_acquire(size)
+            for share in self.budget.shares() if not granted else ():
+                if share.lend_kept is not None:
+                    share.lend_kept()
+            granted = granted or self.budget.try_acquire(size)
         if granted:
             with self._lock:
                 self._used += size

@@ -7,6 +7,7 @@ whatever ends the iteration (its end, `break`, an error, Ctrl-C, garbage collect
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import queue
@@ -147,6 +148,7 @@ class _Run:
         self._task: asyncio.Task[Exception] | None = None
         self._loop = ZarrLoop()
         self._done = self._loop.submit(self._serve())
+        atexit.register(self.close)  # a thread that is killed with the interpreter aborts it
 
     # ---- the consumer's thread
 
@@ -180,6 +182,7 @@ class _Run:
         if self.closed:
             return
         self.closed = True
+        atexit.unregister(self.close)
         self._call(self._cancel)
         with contextlib.suppress(concurrent.futures.TimeoutError):
             self._done.result(JOIN)

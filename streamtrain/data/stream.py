@@ -10,8 +10,10 @@ import asyncio
 import difflib
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +26,7 @@ from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import FetchStatistics
+from streamtrain.data.finished import FinishedBatches, FinishedStatistics, KeptPass, Watched, WatchedAsync
 from streamtrain.data.framing import Axis, Field, row_axes_of
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.loader import Loader
@@ -44,7 +47,7 @@ from streamtrain.data.options import (
     transform_crew,
 )
 from streamtrain.data.order import EpochOrder, Shuffle
-from streamtrain.data.passes import Recipe, ZarrPass
+from streamtrain.data.passes import BLOCKS_AHEAD, Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
 from streamtrain.data.readers import ChunkReader, ZarrLoop
@@ -54,7 +57,7 @@ from streamtrain.data.source import Pass
 from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
 from streamtrain.data.survey import Plan, Survey, take_survey
-from streamtrain.data.transform import Transform, check_transform
+from streamtrain.data.transform import Transform, check_transform, is_async
 from streamtrain.data.transform_processes import pickled
 from streamtrain.data.trust import Verify
 from streamtrain.data.values import Change, Normalization, Normalize, Wishes, check_normalize
@@ -66,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
-LATER = frozenset({"disk_cache", "cache_transform"})
+LATER = frozenset({"disk_cache"})
 """Keywords that are reserved and not supported yet."""
 FIGURES_SHOWN = 150
 """Characters of figures that a position shows; longer ones as a digest."""
@@ -103,6 +106,8 @@ class StreamStatistics:
     """Decoded chunks kept because several cells share them; None where none do."""
     fetch: FetchStatistics | None
     """Requests to a store that is elsewhere; None for a folder."""
+    finished: FinishedStatistics | None
+    """Batches kept after the transform; None where none are."""
     threads: int
     buffers: int
     """Buffers in use. All of them while `queue.items` is 0: batches are kept by the consumer."""
@@ -127,6 +132,8 @@ class _Opened:
     """A transformed batch as it is handed over."""
     changes: list[Change]
     """What is done to the rows of each part of a batch."""
+    finished: FinishedBatches | None
+    """Batches kept after the transform; None where they are not."""
 
 
 class ZarrStream:
@@ -171,8 +178,13 @@ class ZarrStream:
     (those that read, or `transform_workers=4` of its own), an `async def` on the loop of the pass, at most
     `transform_workers` (16) at a time; "process:4" spawns processes for a pass, which takes a second or so and pays for
     transforms that hold the interpreter. Batches keep their order.
+    `cache_transform`: finished batches of an unshuffled stream are kept for the next epoch where they cost more than a
+    copy (they are transformed or decompressed) and memory is left; False: never; True: of shuffled streams too (which
+    pays where an epoch comes again), by processes, and of transforms that draw from `batch.rng` (an unshuffled stream
+    then repeats what its first epoch drew). A transform must depend on its batch's samples alone, not on the epoch.
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
-    cells share. `io`: "auto" (memory maps where they are safe), "mmap", "pread", "store" (zarr's own API).
+    cells share, and as many for finished batches (0: neither). `io`: "auto" (memory maps where they are safe), "mmap",
+    "pread", "store" (zarr's own API).
     `verify`: hold chunks against the manifest that our writers make "once" for each chunk while the stream lives,
     "always", or "never". `on_bad_chunk`: "raise" a DataError, or "skip" its rows, up to `max_skipped` of an epoch.
     `threads` that read and decode; `prefetch` batches at most ahead; `read_timeout` seconds until a read counts as
@@ -217,6 +229,7 @@ class ZarrStream:
         normalize: Normalize | None = None,
         transform: Transform | None = None,
         transform_workers: int | str | None = None,
+        cache_transform: bool | None = None,
         memory: str | int | Budget = "1GiB",
         cache: str | int = "auto",
         io: IO = "auto",
@@ -261,6 +274,7 @@ class ZarrStream:
         self._crew = transform_crew(transform_workers)
         check_transform(transform, self._crew)
         self._transform = transform
+        self._cache_transform = None if cache_transform is None else bool(cache_transform)
         self._payload = pickled(transform) if transform is not None and self._crew.kind == "process" else None
         self._shared = isinstance(memory, Budget)
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
@@ -277,7 +291,7 @@ class ZarrStream:
         self._opened: _Opened | None = None
         self._zarr_loop = ZarrLoop()
         self._pool: Pool | None = None
-        self._pass: ZarrPass | None = None
+        self._pass: ZarrPass | KeptPass | None = None
         self._first: _FirstPass | None = None
         self._epoch = 0
         self._skip = 0
@@ -410,7 +424,29 @@ class ZarrStream:
             ]
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
-        return _Opened(stores, survey, feeds, cache, self._finisher(survey.columns), changes[0])
+        finished = self._finished(stores, survey)
+        return _Opened(stores, survey, feeds, cache, self._finisher(survey.columns), changes[0], finished)
+
+    def _finished(self, stores: Sequence[Mapping[str, OpenArray]], survey: Survey) -> FinishedBatches | None:
+        """The cache of finished batches: where epochs are the same and cost more than a copy, or as it was told."""
+        wanted = self._cache_transform
+        if wanted is None:
+            costs = self._transform is not None or any(
+                decoded_whole(array.layout) for arrays in stores for array in arrays.values()
+            )
+            wanted = costs and self._shuffle == "none" and self._crew.kind == "thread"
+        if wanted and not self._ranks.alone:
+            wanted = False
+            logger.info("finished batches are not kept where there are several ranks")
+        sizes = survey.sizes
+        room = self._share.total - BLOCKS_AHEAD * sizes.buffer_bytes - self._threads * sizes.scratch_bytes
+        room -= survey.cache_bytes
+        capacity = room // 2 if self._cache_bytes is None else min(room, self._cache_bytes)
+        if not wanted or capacity <= 0:
+            return None
+        finished = FinishedBatches(capacity, self._share)
+        self._share.lend_kept = _weakly(finished.clear)
+        return finished
 
     def _parts(self, fields: Sequence[str], arrays: Mapping[str, OpenArray]) -> list[Field]:
         """The parts of a batch as they lie in one store."""
@@ -435,9 +471,8 @@ class ZarrStream:
             ]
             first = made[0] if made else mine
             made.append([replace(own, normal=his.normal) for own, his in zip(mine, first, strict=True)])
-        for name, packing in {
-            (name, c.packing) for name, c in zip(fields, made[0], strict=True) if c.packing is not None
-        }:
+        packings = {name: change.packing for name, change in zip(fields, made[0], strict=True) if change.packing}
+        for name, packing in packings.items():
             logger.info("array %s is decoded as CF says: %s; decode_cf=False leaves it alone", name, packing)
         return made
 
@@ -471,7 +506,7 @@ class ZarrStream:
         self._first = None if self._opened is not None else _FirstPass(self)
         return self._first or self.start()
 
-    def start(self) -> ZarrPass:
+    def start(self) -> ZarrPass | KeptPass:
         """The same for a stream that is open."""
         opened = self._known()
         if self._pass is not None:
@@ -495,8 +530,30 @@ class ZarrStream:
             self._epoch,
             lanes=self._lanes,
         )
-        self._pass = ZarrPass(self._recipe(opened, self._pool), order, start, self._returned, before=self._pass)
+        make = partial(ZarrPass, self._recipe(opened, self._pool), order)
+        if opened.finished is None:
+            before = self._pass if isinstance(self._pass, ZarrPass) else None
+            self._pass = make(start, self._returned, before=before)
+        else:
+            end = self.num_samples
+            self._pass = KeptPass(
+                opened.finished,
+                start,
+                end,
+                make=make,
+                finish=opened.finish,
+                returned=self._returned,
+                every_epoch=self._shuffle == "none",
+                before=self._pass,
+            )
         return self._pass
+
+    def _watched(self, finished: FinishedBatches | None) -> Transform | None:
+        """The transform, watched for random numbers: what draws them is not kept unless it was asked for."""
+        if self._transform is None or finished is None or self._cache_transform:
+            return self._transform
+        off = partial(finished.stop, "the transform draws random numbers, so that each epoch is another")
+        return (WatchedAsync if is_async(self._transform) else Watched)(self._transform, off)
 
     def _recipe(self, opened: _Opened, pool: Pool) -> Recipe:
         names = self._fields(opened.stores[0])
@@ -532,7 +589,7 @@ class ZarrStream:
             threads=self._threads,
             prefetch=self._prefetch,
             read_timeout=self._read_timeout,
-            transform=self._transform,
+            transform=self._watched(opened.finished),
             crew=self._crew,
             payload=self._payload,
             assemble=assemble,
@@ -576,6 +633,8 @@ class ZarrStream:
             self._pool = None
         if self._opened is not None and self._opened.cache is not None:
             self._opened.cache.clear()
+        if self._opened is not None and self._opened.finished is not None:
+            self._opened.finished.clear()
         self._share.active = False
         await self._zarr_loop.aclose()
         for where in self._where:
@@ -732,7 +791,8 @@ class ZarrStream:
         """How the live pass does, or how the last one did."""
         opened = self._opened
         stores = opened.stores if opened is not None else ()
-        scratches = self._pass.scratches if self._pass is not None else []
+        reading = self._pass.inner if isinstance(self._pass, KeptPass) else self._pass
+        scratches = reading.scratches if reading is not None else []
 
         def seconds(what: str) -> float:
             return sum(scratch.seconds[what] for scratch in scratches)
@@ -747,17 +807,18 @@ class ZarrStream:
             read_seconds=seconds("read"),
             decode_seconds=seconds("decode"),
             gather_seconds=seconds("gather"),
-            transform_seconds=self._pass.transform_seconds if self._pass is not None else 0.0,
-            queue=self._pass.queue.statistics() if self._pass is not None else None,
+            transform_seconds=reading.transform_seconds if reading is not None else 0.0,
+            queue=reading.queue.statistics() if reading is not None else None,
             budget=self.budget.statistics(),
             cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,
             fetch=fetch_statistics(array.reader for arrays in stores for array in arrays.values()),
+            finished=opened.finished.statistics() if opened is not None and opened.finished is not None else None,
             threads=self._threads,
-            buffers=self._pass.buffers if self._pass is not None else 0,
+            buffers=reading.buffers if reading is not None else 0,
             buffer_bytes=opened.survey.sizes.buffer_bytes if opened is not None else 0,
             chunks_checked=sum(scratch.checked for scratch in scratches),
-            chunks_skipped=self._pass.skips.chunks if self._pass is not None else 0,
-            rows_skipped=self._pass.skips.rows if self._pass is not None else 0,
+            chunks_skipped=reading.skips.chunks if reading is not None else 0,
+            rows_skipped=reading.skips.rows if reading is not None else 0,
         )
 
     def plan(self) -> Plan:
@@ -770,7 +831,7 @@ class _FirstPass:
 
     def __init__(self, stream: ZarrStream) -> None:
         self._stream: ZarrStream | None = stream
-        self._pass: ZarrPass | None = None
+        self._pass: ZarrPass | KeptPass | None = None
 
     def __aiter__(self) -> _FirstPass:
         return self
@@ -805,6 +866,18 @@ class _FirstPass:
 
 def _lane(array: OpenArray) -> str:
     return array.reader.lane + (f" ({array.fallback})" if array.fallback is not None else "")
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a method of something as long as it lives."""
+    weak = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = weak()
+        if living is not None:
+            living()
+
+    return call
 
 
 def _same_array(array: NDArray[Any]) -> NDArray[Any]:

@@ -143,7 +143,7 @@ def _aligned(tree: Any) -> Any:
     if isinstance(tree, np.ndarray):
         if tree.dtype.kind not in "biufc" and tree.dtype.name != "bfloat16":
             raise TypeError(f"an array of dtype {tree.dtype}")
-        return tree if tree.ctypes.data % ALIGN == 0 or not tree.size else _aligned_copy(tree)
+        return tree if tree.ctypes.data % ALIGN == 0 or not tree.size else aligned_copy(tree)
     if isinstance(tree, dict):
         return {key: _aligned(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
@@ -151,7 +151,8 @@ def _aligned(tree: Any) -> Any:
     return tree
 
 
-def _aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+def aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that begins at a multiple of 64 bytes."""
     memory = np.empty(array.nbytes + ALIGN, dtype=np.uint8)
     start = -memory.ctypes.data % ALIGN
     copy: NDArray[Any] = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -383,10 +383,10 @@ async def test_a_stream_that_was_dropped_without_aclose_gives_its_share_back(sto
     passing = aiter(source)
     await anext(passing)
     assert budget.statistics().used
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("streamtrain-")]
     del source, passing
-    for thread in threading.enumerate():
-        if thread.name in ours():  # each ends with the job it has in hand
-            await asyncio.to_thread(thread.join)
+    for thread in threads:  # the job that each has in hand holds the pass
+        await asyncio.to_thread(thread.join, 5)
     assert budget.statistics().used == 0
 
 
