@@ -107,6 +107,8 @@ class DataTable(Table):
         | None
     ) = None
     transform: Target | None = None
+    transform_workers: Annotated[Count | Text, Must('a number, "thread:N" or "process:N"')] | None = None
+    cache_transform: Annotated[bool, Must("true or false")] | None = None
     memory: Bytes = "1GiB"
     cache: Bytes | Natural = "auto"
     io: Annotated[Literal["auto", "mmap", "pread", "store"], Must('"auto", "mmap", "pread" or "store"')] = "auto"
@@ -440,6 +442,7 @@ def _similar_file(path: str) -> str:
 MAY_CHANGE = frozenset(
     {f"data.{key}" for key in ("memory", "cache", "io", "threads", "prefetch", "read_timeout", "batch_size")}
     | {"data.retries", "data.storage_options"}
+    | {"data.transform_workers", "data.cache_transform"}
     | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
     | {"trainer.nonfinite", "data.store"}
     | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume"}

@@ -56,6 +56,8 @@ _STREAM = [
     Flag("--decode-cf", ("data.decode_cf",), "auto, or false: leave scale_factor and fill values alone"),
     Flag("--normalize", ("data.normalize",), "stats: by the store's own; or {name = [mean, std]}"),
     Flag("--transform", ("data.transform",), "pkg.mod:function, called with each batch of numpy arrays", "text"),
+    Flag("--transform-workers", ("data.transform_workers",), "who calls it: 4 threads, or process:4"),
+    Flag("--cache-transform", ("data.cache_transform",), "keep what it makes, of shuffled data too", "bool"),
     Flag("--memory", ("data.memory",), "budget of the stream: 1GiB"),
     Flag("--cache", ("data.cache",), "auto, or how much of it keeps decoded chunks"),
     Flag("--io", ("data.io",), "auto, mmap, pread or store", "text"),

@@ -28,6 +28,7 @@ GOOD = {
     "--inputs": "a", "--targets": "b", "--batch-size": "8", "--shuffle": "global", "--shuffle-blocks": "4",
     "--split": "0,0.9", "--split-by": "chunk", "--split-seed": "1", "--sample-axes": "0,1", "--dtype": "float32",
     "--decode-cf": "false", "--normalize": "stats",
+    "--transform-workers": "process:2",
     "--transform": "m:f", "--memory": "2GiB", "--cache": "1GiB", "--io": "pread", "--threads": "2", "--prefetch": "3",
     "--read-timeout": "5", "--validation-data": "v", "--validation-split": "0.9,1.0", "--loss": "mse",
     "--retries": "5", "--storage-options": '{region = "x"}',

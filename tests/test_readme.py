@@ -49,7 +49,7 @@ async def run(folder: Path, *arguments: str) -> str:
     return out.decode()
 
 
-@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream"])
+@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream", "mix"])
 async def test_programs_run(folder: Path, program: str) -> None:
     await run(folder, "-c", program)
 

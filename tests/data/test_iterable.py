@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.iterable import IterableStream, from_iterable
@@ -242,3 +243,27 @@ def test_the_length_is_the_sources() -> None:
     assert len(from_iterable(Stateful(4))) == 4
     with pytest.raises(TypeError):
         len(from_iterable(Again(4)))
+
+
+async def test_a_data_loader_is_taken_as_it_is() -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    data = TensorDataset(torch.arange(10.0)[:, None], torch.arange(10))
+    stream = from_iterable(DataLoader(data, batch_size=4))
+    assert (len(stream), stream.batch_size) == (3, 4)
+    assert [batch.targets.tolist() for batch in stream.as_loader()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [len(batch) async for batch in stream] == [4, 4, 2]
+    assert stream.epoch == 2
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_what_a_fit_did_not_train_is_given_again_after_it(kind: str) -> None:
+    stream = from_iterable(count(list if kind == "sync" else Again, 5))
+    stream.follow(True)
+    batches = aiter(stream)
+    stream.trained((await anext(batches)).cursor)
+    await anext(batches)
+    stream.follow(False)
+    again = from_iterable(count(list, 5))
+    again.load_state_dict(stream.state_dict())
+    assert await numbers(again) == [1, 2, 3, 4]
