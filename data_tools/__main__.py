@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes such as 128,512, got {text!r}") from None
 
 
 def _named_sizes(text: str) -> tuple[str, tuple[int, ...]]:
@@ -202,24 +206,36 @@ def _tell(done: int, everything: int, what: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one tool; returns the exit code (0 done, 2 usage, 3 data, 5 environment)."""
+    """Run one tool; returns the exit code (0 done, 2 usage, 3 data, 5 environment, 130 ended by Ctrl-C)."""
     try:
         given = _parser().parse_args(arguments)
         for line in given.run(given):
             print(line, flush=True)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return _say(EnvironmentProblem(f"{where}{error.strerror or error}"))
+        if error.filename is None:
+            hint = "what was made stands"
+            return _say(EnvironmentProblem(f"the output can't be written: {error.strerror or error}", hint=hint))
+        return _say(EnvironmentProblem(f"{error.filename}: {error.strerror or error}"))
+    except MemoryError as error:
+        hint = "give smaller chunks: one band of them is held"
+        return _say(EnvironmentProblem(f"out of memory: {error}", hint=hint))
     except StreamtrainError as error:
         return _say(error)
+    except KeyboardInterrupt:
+        return _complain("ended by SIGINT: the target is not there", "the same command starts anew", 130)
     return 0
 
 
+def _complain(message: str, hint: str, code: int) -> int:
+    with suppress(OSError):  # nobody hears it
+        print(f"error: {message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
 def _say(error: StreamtrainError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
-    return error.exit_code
+    return _complain(str(error), error.hint, error.exit_code)
 
 
 if __name__ == "__main__":

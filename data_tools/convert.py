@@ -24,7 +24,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from streamtrain.data.layout import TRAINABLE, trainable
+from streamtrain.data.budget import format_bytes
+from streamtrain.data.layout import MAX_CHUNK_BYTES, MAX_SAMPLES, TRAINABLE, trainable
 from streamtrain.data.manifest import PLACE, fsync
 from streamtrain.data.vouching import vouch
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -96,7 +97,8 @@ def convert(
         _check_size(size - stream.tell(), shape, dtype, source)
         kept = tuple(-(-size // every) for size in shape)
         chunks, shards = layout.resolve(kept, dtype.itemsize)
-        with whole_or_nothing(target) as part:
+        need = check_size(kept, dtype.itemsize, chunks, layout.codec)
+        with whole_or_nothing(target, need=need) as part:
             array = create_array(part, shape=kept, dtype=dtype, chunks=chunks, shards=shards, codec=layout.codec)
             array.attrs.update({**(attributes or {}), **COMPLETE})
             for start, band in _bands(stream, source, shape, dtype, rows=(shards or chunks)[0], every=every):
@@ -146,12 +148,31 @@ def create_array(
     return zarr.create_array(where, name=name, **layout)
 
 
+def check_size(shape: tuple[int, ...], itemsize: int, chunks: tuple[int, ...], codec: Codec) -> int:
+    """The bytes that an array takes for certain: those of raw chunks, 0 of compressed ones.
+
+    Raises ConfigError for one that could not be read again.
+    """
+    chunk = math.prod(chunks) * itemsize
+    if math.prod(shape) > MAX_SAMPLES or chunk > MAX_CHUNK_BYTES:
+        raise ConfigError(
+            f"an array of shape {shape} in chunks of {format_bytes(chunk)} is too large",
+            hint=f"2^48 elements and chunks of {format_bytes(MAX_CHUNK_BYTES)} are the most that streams read",
+        )
+    return (
+        math.prod(-(-size // step) for size, step in zip(shape, chunks, strict=True)) * chunk if codec == "raw" else 0
+    )
+
+
 @contextlib.contextmanager
-def whole_or_nothing(target: Path) -> Iterator[Path]:
+def whole_or_nothing(target: Path, *, need: int = 0) -> Iterator[Path]:
     """A folder to write arrays into that becomes `target` at the end, and vanishes on an error.
 
     At the end its files are read again for their manifests, then all is made durable, then it gets its name.
+    Raises EnvironmentProblem at once where fewer than `need` bytes are free.
     """
+    if "\0" in str(target):
+        raise ConfigError(f"{str(target)!r} is no path", hint="name a folder that is not there yet")
     if os.path.lexists(target):
         whole = " and is complete" if next(target.glob(f"**/{PLACE}"), None) else ""
         raise ConfigError(f"{target} exists already{whole}", hint="name another target, or remove this one")
@@ -159,6 +180,11 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
+        if need > (free := shutil.disk_usage(target.parent).free):
+            raise EnvironmentProblem(
+                f"cannot write {target}: it takes {format_bytes(need)}, and {format_bytes(free)} are free there",
+                hint="make room, write elsewhere, or compress it: codec zstd or blosc",
+            )
         yield part
         vouch(part)
         for folder, _, files in os.walk(part):
@@ -177,7 +203,7 @@ def _sweep(target: Path) -> None:
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            logger.warning("a run that was killed has left %s: removed, it starts over", part)
+            logger.warning("%s is not there: its writing was cut short, and starts anew", target)
             shutil.rmtree(part, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from data_tools.convert import Codec, Progress, create_array, whole_or_nothing
+from data_tools.convert import Codec, Progress, check_size, create_array, whole_or_nothing
 from streamtrain.errors import ConfigError
 
 
@@ -39,9 +39,12 @@ def synth(
         raise ConfigError(
             f"shard_rows={shard_rows} is no multiple of chunk_rows={chunk_rows}", hint="a shard holds whole chunks"
         )
-    target = Path(target)
+    target, width = Path(target), np.dtype("float32").itemsize
+    need = check_size((rows, columns), width, (chunk_rows, columns), codec) + check_size(
+        (rows,), width, (chunk_rows,), codec
+    )
     weights = np.random.default_rng([seed, 0]).standard_normal(columns, dtype=np.float32) / np.float32(columns) ** 0.5
-    with whole_or_nothing(target) as part:
+    with whole_or_nothing(target, need=need) as part:
         group = zarr.create_group(part)
         float32, band_rows = np.dtype("float32"), shard_rows or chunk_rows
         x = create_array(

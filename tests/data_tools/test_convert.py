@@ -176,7 +176,9 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), layout=Layout(chunks=(10, 3), code
 """
 
 
-def test_a_killed_conversion_leaves_no_store_and_the_next_one_sweeps_up(tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_no_store_and_the_next_one_sweeps_up_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     array = numbers(50, 3)
     source, target = saved(tmp_path, array), tmp_path / "out" / "odd [name]*.zarr"
     child = subprocess.Popen(
@@ -192,6 +194,7 @@ def test_a_killed_conversion_leaves_no_store_and_the_next_one_sweeps_up(tmp_path
     assert len(list((target.parent / f".{target.name}.{child.pid}.part").rglob("c/*/*"))) == 2
     assert np.array_equal(stored(convert(source, target)), array)
     assert left(target.parent) == {target.name}
+    assert caplog.messages == [f"{target} is not there: its writing was cut short, and starts anew"]
 
 
 def test_a_conversion_that_is_under_way_elsewhere_is_not_swept(tmp_path: Path) -> None:
@@ -210,6 +213,44 @@ def test_whatever_interrupts_leaves_nothing(error: BaseException, tmp_path: Path
     with pytest.raises(type(error)):
         convert(source, tmp_path / "t", layout=Layout(chunks=(10, 3)), progress=interrupt)
     assert left(tmp_path) == {"source.npy"}
+
+
+@pytest.mark.parametrize("tool", ["convert source.npy t --chunks 10,3", "synth t --rows 50 --chunk-rows 10"])
+def test_ctrl_c_is_said_and_leaves_nothing(tool: str, tmp_path: Path) -> None:
+    saved(tmp_path, numbers(50, 3))
+    script = "import signal, sys\nfrom data_tools import __main__ as tools\n"
+    script += "tools._progress = lambda done, rows: signal.raise_signal(signal.SIGINT)\n"
+    script += "sys.exit(tools.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *tool.split()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 130
+    assert done.stderr == "error: ended by SIGINT: the target is not there\nhint: the same command starts anew\n"
+    assert left(tmp_path) == {"source.npy"}
+
+
+def test_an_output_that_is_full_is_said_and_the_store_stands(tmp_path: Path) -> None:
+    saved(tmp_path, numbers(5, 3))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "data_tools", "convert", str(tmp_path / "source.npy"), str(tmp_path / "t")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[:2] == [
+        "error: the output can't be written: No space left on device",
+        "hint: what was made stands",
+    ]
+    assert stored(tmp_path / "t").shape == (5, 3)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
@@ -414,6 +455,11 @@ def test_the_command_prints_where_the_store_lies(tmp_path: Path, capsys: pytest.
         (["convert", "source.npy", "source.npy/t"], 5),
         (["synth", "t", "--rows", "0"], 2),
         (["synth", "t", "--rows", "5", "--seed", "-1"], 2),
+        (["synth", "t", "--rows", "9" * 22], 2),
+        (["synth", "t", "--rows", "9", "--columns", "9" * 16], 2),
+        (["synth", "t", "--rows", "9", "--chunk-rows", "9" * 12], 2),
+        (["synth", "t", "--rows", str(1 << 38)], 5),
+        (["convert", "source.npy", "nul\0"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
