@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,19 @@ class Painter(Callback):
         ):
             picture.paste(Image.fromarray(colours(share)), (left, 24))
             ImageDraw.Draw(picture).text((left + 4, 6), title, fill="black")
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name in (f"world-{step:06d}.png", "world.png"):
             part = self.folder / f".{name}"
-            picture.save(part, format="PNG")
-            part.rename(self.folder / name)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                picture.save(part, format="PNG")
+                part.rename(self.folder / name)
+            except OSError as error:
+                with suppress(OSError):
+                    part.unlink()
+                raise EnvironmentProblem(
+                    f"{self.folder / name} can't be written: {error.strerror or error}",
+                    hint="Make room, or mend the permissions; the same command carries on from the last checkpoint.",
+                ) from error
 
 
 def colours(land: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -65,6 +65,19 @@ def test_it_learns_draws_and_says_where_to_look(out: Path, capsys: pytest.Captur
     assert "finished: 80 steps" in capsys.readouterr().out
 
 
+def test_a_picture_that_can_t_be_written_is_the_environments_problem_and_it_carries_on(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / "plots").write_text("in the way")
+    assert demonstrate(out) == 5
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error == f"error: {out}/plots/world-000040.png can't be written: File exists"
+    assert hint.startswith("hint: Make room")
+    (out / "plots").unlink()
+    assert demonstrate(out) == 0
+    assert "finished: 80 steps" in capsys.readouterr().out
+
+
 class Interrupt:
     def __init__(self) -> None:
         self.done = False
