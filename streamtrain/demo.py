@@ -239,6 +239,7 @@ def true_map(world: Path) -> NDArray[np.bool_]:
 
 def build(out: Path, world: Path, recipe: Recipe) -> Trainer:
     """The model and all that trains it; nothing is read or written yet but the true map."""
+    torch.manual_seed(0)  # the weights that a model begins with are drawn when it is made
     return Trainer(
         FourierMLP(recipe.features, recipe.hidden),
         nn.BCEWithLogitsLoss(),

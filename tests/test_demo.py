@@ -17,6 +17,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.demo import MASK_SHAPE, Recipe, ToPoints, points_on_sphere
 from streamtrain.events import BatchEnd
 from streamtrain.trainer import Trainer
+from tests.engine import same
 
 TINY = Recipe(
     every=30,
@@ -108,6 +109,11 @@ def test_ctrl_c_and_the_same_command_again_carry_on(
     assert steps[-1] == 80
     resumed = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert resumed[-1]["event"] == "train_end"
+
+
+def test_two_fresh_demos_begin_with_the_same_weights(world: Path, tmp_path: Path) -> None:
+    one, other = (demo.build(tmp_path, world, TINY) for _ in range(2))
+    assert same(one.model, other.model)
 
 
 def test_pixels_lie_where_they_should_on_the_sphere() -> None:
