@@ -326,6 +326,22 @@ class TrainStep:
             return True
         values = [_dense(gradient) for gradient in gradients] if self._odd else gradients.copy()
         values += self.tally.losses[-self._group :]
+        try:
+            return self._checked(values)
+        except NotImplementedError:
+            if self._odd:
+                raise
+            self._meet_odd()
+            return self._finite(gradients)
+
+    def _meet_odd(self) -> None:
+        """A gradient is sparse though no module says so: from now on each is looked at, by kernels that take it."""
+        self._odd = True
+        for group in self._optimizer.param_groups:
+            if group.get("fused"):
+                group["fused"] = False
+
+    def _checked(self, values: list[Tensor]) -> bool:
         found = self._found
         if self._kernel_skips:
             if self._skip:

@@ -294,6 +294,36 @@ def test_sparse_and_clipped_gradients_are_the_bare_ones() -> None:
     assert max(float((p - q).abs().max().detach()) for p, q in zip(_weights(clipped), before, strict=True)) <= 1.0001e-4
 
 
+class Looked(nn.Module):
+    """Looks up its rows by a function, which no module tells to be sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows, self.last = nn.Parameter(torch.randn(10, 4)), nn.Linear(12, 1)
+
+    def forward(self, indices: Tensor) -> Any:
+        return self.last(nn.functional.embedding(indices, self.rows, sparse=True).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, once a process, from Adagrad
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_sparse_gradient_that_no_module_tells_is_the_bare_one(optimizer: str, accumulate: int) -> None:
+    indices = torch.randint(0, 10, (4, 8, 3), generator=torch.Generator().manual_seed(1))
+    model, bare, targets = Looked(), Looked(), torch.ones(8, 1)
+    step = made(model, optimizer={"name": optimizer, "lr": 0.1}, accumulate=accumulate)
+    report = burst(step, Hand([Batch(rows, targets) for rows in indices]))
+    assert (report.error, report.updates) == (None, 4 // accumulate)
+    plain = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer](bare.parameters(), lr=0.1)
+    for number, rows in enumerate(indices, 1):
+        (nn.MSELoss()(bare(rows), targets) / accumulate).backward()
+        if number % accumulate == 0:
+            plain.step()
+            plain.zero_grad()
+    assert same(model, bare)
+
+
 def test_a_loss_that_is_no_loss_is_explained() -> None:
     model = network()
     for loss, told in ((1.0, "float, not a tensor"), (torch.ones(3), r"shape \(3,\)"), (torch.ones(()), "not depend")):
