@@ -27,7 +27,7 @@ class Event:
     samples: int = 0
     """Samples trained over the run's life, all ranks."""
     time: float = 0.0
-    """Seconds of training over the run's life, without pauses between processes."""
+    """Seconds for which fits of this run were going on, pauses included, the time between two lives not."""
     runner: OnTrainThread | None = field(default=None, repr=False, compare=False)
 
     async def on_train_thread(self, fn: Callable[[Any, Any], T]) -> T:

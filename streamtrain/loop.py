@@ -190,6 +190,11 @@ class Wheel:
         cuts = (self._plan.next_step(step), self._keeper.next_step(step))
         return min((cut - step for cut in cuts if cut is not None), default=None)
 
+    def _left(self) -> float | None:
+        """Seconds until `max_time`; None if there is none."""
+        most = self._plan.max_time
+        return None if most is None else max(0.001, most - self._teller.elapsed())
+
     # --- waiting for data ---
 
     async def _ready(self, batches: Supply) -> bool:
@@ -219,9 +224,7 @@ class Wheel:
             while not batches.ready and not give_up():
                 waiting = waiting or asyncio.create_task(batches.wait())
                 knocked = asyncio.create_task(self._control.knocked())
-                most = self._plan.max_time
-                left = None if most is None else max(0.001, most - self._teller.elapsed())
-                await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=left)
+                await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=self._left())
                 knocked.cancel()
                 if not self._step.partial:
                     await self._obey_requests()
@@ -277,7 +280,7 @@ class Wheel:
         await self._keeper.judge(verdicts, epoch)
 
     async def _obey_requests(self) -> None:
-        """Do what was asked for since the last time; wait here while paused."""
+        """Do what was asked for since the last time; wait here while paused, until `max_time` at most."""
         control = self._control
         while control.pending or control.paused:
             requests = control.take()
@@ -295,7 +298,11 @@ class Wheel:
                 return
             if control.paused and not control.pending:
                 self._teller.status("paused")
-                await control.knocked()
+                try:
+                    async with asyncio.timeout(self._left()):
+                        await control.knocked()
+                except TimeoutError:
+                    return
 
     def _set_lr(self, lr: float) -> None:
         now = get_lr(self._life.optimizer)

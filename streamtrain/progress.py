@@ -58,7 +58,7 @@ class Progress:
     batch: int = 0
     """Batches of the running epoch that are part of a finished update."""
     time: float = 0.0
-    """Seconds of training."""
+    """Seconds for which fits of this run were going on, pauses included."""
     owes: str = ""
     """What was cut short after the last update: `validation`, `epoch` (its end, but for the news), or nothing."""
     verdicts: list[Verdict] = field(default_factory=list)

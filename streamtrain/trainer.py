@@ -219,6 +219,8 @@ class Trainer:
     ) -> Coroutine[Any, Any, FitResult]:
         """Train until a limit; limits are totals over the run's life, and none means one epoch.
 
+        `max_time` ("2h", or seconds) is the time on the clock while fits of this run were going on: waiting for data,
+        validation, saves and pauses count, and a paused fit ends when it is reached; time between two lives does not.
         `validation`: a stream, or a dict of named ones. `resume`: "auto" (the newest valid checkpoint, else fresh),
         "best", or a path. If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError
         raised again; a callback that hangs is left behind after half of them. `stop` and `pause` are obeyed from this

@@ -414,6 +414,17 @@ async def test_max_time_ends_a_fit_even_while_data_hangs() -> None:
     assert (result.reason, result.step) == ("max_time", 5)
 
 
+async def test_max_time_counts_pauses_and_ends_a_paused_fit(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    fitted.pause()
+    result = await fitted.fit(Samples(), max_epochs=1000, max_time=0.2)
+    assert (result.reason, result.step) == ("max_time", 0)
+    fitted = trainer(run_dir=tmp_path, callbacks=[AtStep(1, lambda: fitted.pause())])
+    result = await fitted.fit(Samples(), max_epochs=10**6, max_time=1.0, resume="auto")
+    assert (result.reason, result.step > 0) == ("max_time", True)
+    assert steps(tmp_path) == [result.step]
+
+
 async def test_a_paused_fit_stands_still_saves_and_goes_on(tmp_path: Path) -> None:
     fitted = trainer(run_dir=tmp_path / "run")
     task = await begun(fitted, 3, max_steps=200)
