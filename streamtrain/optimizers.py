@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo  # torch imports it (1 s) when the first optimizer is made: on the event loop, were it not for this
 from torch import nn
 from torch.optim import Optimizer
 
