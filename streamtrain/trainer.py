@@ -537,6 +537,11 @@ class Trainer:
         """Where the last fit of this process ended in the middle of an epoch: continue there."""
         last, state = self._position or (None, {})
         if last is not None and _behind(last) is _behind(train) and self.state.batch:
+            if getattr(train, "one_epoch", False) and not hasattr(_behind(train), "load_state_dict"):
+                raise ConfigError(
+                    f"this {type(_behind(train)).__name__} was begun by an earlier fit: what it read ahead is gone",
+                    hint="Give something that can be iterated again, or a new iterator: the epoch begins anew with it.",
+                )
             train.load_state_dict(state)
             if self._lasting is not None:  # the order that a synchronous source drew, and the epoch's sums
                 life.epoch_rng = self._lasting.epoch_rng
@@ -568,10 +573,10 @@ class Trainer:
             batch = batches.take()
             assert batch is not None
             await thread.run(lambda: _drawing_from(own, lambda: self._materialise(batch)))
+            if isinstance(train, IterableStream) and train.one_epoch:
+                train.put_back(batch)  # before its pass is closed, and an iterator for good with it
         finally:
             await batches.aclose()
-        if isinstance(train, IterableStream) and train.one_epoch:
-            train.put_back(batch)
 
     def _materialise(self, batch: Batch) -> None:
         self.model.to(self._options.device)

@@ -315,7 +315,8 @@ def test_a_sparse_gradient_that_no_module_tells_is_the_bare_one(optimizer: str, 
     step = made(model, optimizer={"name": optimizer, "lr": 0.1}, accumulate=accumulate)
     report = burst(step, Hand([Batch(rows, targets) for rows in indices]))
     assert (report.error, report.updates) == (None, 4 // accumulate)
-    plain = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer](bare.parameters(), lr=0.1)
+    kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+    plain = kinds[optimizer](bare.parameters(), lr=0.1)
     for number, rows in enumerate(indices, 1):
         (nn.MSELoss()(bare(rows), targets) / accumulate).backward()
         if number % accumulate == 0:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -659,9 +661,69 @@ async def test_lazy_parameters_take_their_size_from_the_first_batch() -> None:
     assert same(fitted.model, bare_loop(bare, pairs(Samples(), 2), seed=SEED))
 
 
+class Tape:
+    """An iterator that knows its place."""
+
+    def __init__(self) -> None:
+        self.at, self.items = 0, pairs(Samples(), 1)[0]
+
+    def __iter__(self) -> Tape:
+        return self
+
+    def __next__(self) -> Any:
+        if self.at == len(self.items):
+            raise StopIteration
+        self.at += 1
+        return self.items[self.at - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+async def written() -> AsyncIterator[Any]:
+    for pair in pairs(Samples(), 1)[0]:
+        yield pair
+
+
+@pytest.mark.parametrize("source", [written, Tape, lambda: iter(pairs(Samples(), 1)[0])])
+@pytest.mark.parametrize("stop", [1, 5])
+async def test_lazy_parameters_lose_nothing_of_an_iterator_nor_its_next_life(
+    tmp_path: Path, source: Callable[[], Any], stop: int
+) -> None:
+    def lazy() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 1))
+
+    whole = trainer(lazy())
+    assert (await whole.fit(source())).step == 13
+    await trainer(lazy(), run_dir=tmp_path).fit(source(), max_steps=stop)
+    rest = trainer(lazy(), run_dir=tmp_path)
+    assert (await rest.fit(source(), max_steps=99, max_epochs=1, resume="auto")).step == 13
+    assert same(whole.model, rest.model)
+
+
+async def test_an_iterator_that_a_fit_has_begun_is_refused_by_the_next() -> None:
+    fitted, source = trainer(), iter(pairs(Samples(), 1)[0])
+    await fitted.fit(source, max_steps=3)
+    with pytest.raises(ConfigError, match="was begun by an earlier fit"):
+        await fitted.fit(source)
+
+
 async def test_bfloat16_trains() -> None:
     result = await trainer(precision="bf16").fit(Samples(), max_epochs=3)
     assert result.metrics["loss"] < 5
+
+
+def test_making_the_first_trainer_imports_nothing_where_a_loop_may_run() -> None:
+    script = (
+        "import sys; from torch import nn; from streamtrain import Trainer; before = set(sys.modules)\n"
+        "Trainer(nn.Linear(1, 1), nn.MSELoss()); print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout == "[]\n"
 
 
 # --- deciders ---

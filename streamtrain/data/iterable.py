@@ -6,7 +6,6 @@ else its items are produced again and thrown away, and it is said how many.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -61,6 +60,8 @@ class IterableStream:
         """The source's own state, and how many items it had given by then."""
         self._stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self._live: IterablePass | None = None
+        self._again: list[Any] = []
+        """What an iterator has given already and is to give once more, before the rest."""
         self._used = False
         self._items = self._discarded = 0
 
@@ -126,7 +127,7 @@ class IterableStream:
     def state_dict(self) -> dict[str, Any]:
         """The position, and the source's own state at or before it."""
         epoch, position = self._position
-        if self._stateful and position == self._cursor.position and self._live is not None:
+        if self._stateful and position == self._cursor.position and self._live is not None and not self._again:
             self._remember(position)
         at, state = self._known
         return {"kind": "iterable", "epoch": epoch, "position": position, "source_position": at, "source": state}
@@ -161,18 +162,11 @@ class IterableStream:
             await self._live.aclose()
 
     def put_back(self, batch: Batch) -> None:
-        """Give `batch`, which an iterator has given already, once more before the rest."""
-        rest, self._used = self.source, False
-        if self.pulls_inside:
-            self.source = itertools.chain([batch], rest)
-        else:
-
-            async def again() -> AsyncIterator[Any]:
-                yield batch
-                async for item in rest:
-                    yield item
-
-            self.source = again()
+        """Give `batch`, the first that an iterator gave, once more before the rest; its pass leaves it open."""
+        if self._live is not None:
+            self._live.end()
+        self._again, self._used = [batch], False
+        self._cursor = Cursor(self._cursor.epoch, 0)
 
     def _remember(self, position: int) -> None:
         """Keep the source's own state as the one after `position` items."""
@@ -212,8 +206,8 @@ class IterablePass:
         try:
             if not self._begun:
                 for _ in range(self._begin(lambda: aiter(self._stream.source))):
-                    await self._iterator.__anext__()
-            return self._taken(await anext(self._iterator))
+                    await self._draw_async()
+            return self._taken(await self._draw_async())
         except StopAsyncIteration:
             self._finish()
             raise
@@ -231,10 +225,10 @@ class IterablePass:
         try:
             if not self._begun:
                 for _ in range(self._begin(lambda: iter(self._stream.source))):
-                    self._iterator.__next__()
+                    self._draw()
             elif self._stream._stateful and self._stream._trained == (self._epoch, self._position):
                 self._stream._remember(self._position)  # the only moment at which it is the state of a trained position
-            item = next(self._iterator)
+            item = self._draw()
         except StopIteration:
             self._finish()
             raise StopAsyncIteration from None
@@ -243,6 +237,12 @@ class IterablePass:
         except Exception as error:
             raise _raised(self._stream.source, error) from error
         return self._taken(item)
+
+    def _draw(self) -> Any:
+        return self._stream._again.pop() if self._stream._again else next(self._iterator)
+
+    async def _draw_async(self) -> Any:
+        return self._stream._again.pop() if self._stream._again else await anext(self._iterator)
 
     def _begin(self, start: Any) -> int:
         """Start the iterator where the pass begins; how many items are to be produced again and discarded."""
@@ -256,6 +256,7 @@ class IterablePass:
                 at = 0
             else:
                 source.load_state_dict(state)
+                stream._again.clear()
             repeat = position - at
             self._position = position
             if repeat:
