@@ -10,10 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from streamtrain import checkpoint
 from streamtrain import state as trees
@@ -57,8 +54,6 @@ class Keeper:
             saver.pins = self._pins
         self._when = time.monotonic()
         self._saved = self._mark()
-        self._restore: str | None = None
-        self._weights: dict[str, Tensor] = {}
         self._coming: list[Best] = []
         """The best of the last judged step, by monitor, which are named once they are saved."""
         self._coalesced = False
@@ -100,7 +95,7 @@ class Keeper:
         kind = ""
         for verdict in verdicts:
             if verdict.restore:
-                self._restore = verdict.monitor
+                self._life.restores = verdict.monitor
             if verdict.save and kind != "best":
                 kind = verdict.save
             if verdict.save == "best" and verdict.value is not None:
@@ -117,7 +112,7 @@ class Keeper:
             return
         progress.offer(Best(monitor, value, epoch, progress.step), primary=monitor)
         if in_memory:
-            self._weights = await self._thread.run(lambda: trees.clone(dict(self._life.model.state_dict())))
+            self._life.weights = await self._thread.run(lambda: trees.clone(dict(self._life.model.state_dict())))
 
     async def save(self, kind: str, request: Save | None = None) -> None:
         """Take a snapshot and have it committed while training goes on."""
@@ -217,12 +212,22 @@ class Keeper:
 
     async def load_best(self) -> None:
         """Put the weights of the best value into the model; the checkpoint of the end keeps the last ones."""
-        best = self._life.progress.bests.get(self._restore or "")
-        if best is None or best.step == self._life.progress.step:
+        life = self._life
+        best = life.progress.bests.get(life.restores or "")
+        if best is None or best.step == life.progress.step or not self._restoring():
             return
-        weights = self._weights
-        if self.saver is not None and best.checkpoint is not None:
-            path: Path = best.checkpoint
-            weights = (await self.saver.files(lambda: checkpoint.read(path))).model
-        await self._thread.run(lambda: self._life.model.load_state_dict(weights))
-        logger.info("the model has the weights of step %d, the best %s (%g)", best.step, best.monitor, best.value)
+        weights, path = life.weights, best.checkpoint
+        if path is not None and await self._files(path.is_dir):
+            weights = (await self._files(lambda: checkpoint.read(path))).model
+        told = f"the weights of step {best.step}, the best {best.monitor} ({best.value:g})"
+        if weights:
+            await self._thread.run(lambda: life.model.load_state_dict(weights))
+            logger.info("the model has %s", told)
+        else:
+            logger.warning("%s, are not at hand: the model keeps the last ones", told)
+
+    def _restoring(self) -> bool:
+        """Whether a decider of this life may want the best weights at the end: an earlier life's may be gone."""
+        rule = None if self.saver is None else self.saver.rule
+        others = [callback for callback in self._life.callbacks.values() if callback is not rule]
+        return any(getattr(other, "decides", False) and getattr(other, "restore_best", True) for other in others)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 KEYS = frozenset(
     {"version", "step", "progress", "stream", "rng", "epoch_rng", "scheduler", "scaler", "callbacks", "metrics"}
-    | {"window", "means", "settings", "habits", "ended", "config"}
+    | {"window", "means", "settings", "habits", "ended", "restores", "config"}
 )
 """What the state of this version holds."""
 
@@ -65,6 +65,10 @@ class Life:
     """Of a source whose order may depend on torch's generator: how that stood when the epoch began."""
     ended: tuple[str, str] | None = None
     """Reason and detail of an end that more epochs don't undo."""
+    restores: str | None = None
+    """The monitor whose best weights the end puts into the model, as a decider of this life or an earlier one said."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Those weights, where no checkpoint holds them."""
     asked: dict[str, Tree] = field(default_factory=dict)
     """While deciders are asked: their states of before, for the next life asks them again."""
 
@@ -86,6 +90,7 @@ class Life:
             "settings": self.settings,
             "habits": self.habits,
             "ended": self.ended,
+            "restores": self.restores,
             "config": dict(self.config),
         }
 
@@ -138,13 +143,14 @@ class Life:
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
         self.rng.state, self.epoch_rng = state["rng"], state["epoch_rng"]
-        self.progress.load_state_dict(state["progress"], checkpoints)
+        self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
         self.step.step = self.progress.step
         self.step.tally.window.load_state_dict(state["window"])
         self.step.tally.epoch.load_state_dict(state["means"])
         self.metrics = dict(state["metrics"])
         gives_up = any(hasattr(callback, "monitors") for callback in self.callbacks.values())
         self.ended = state["ended"] if gives_up else None
+        self.restores = state["restores"]
         for name, callback in self.callbacks.items():
             if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state["callbacks"][name])

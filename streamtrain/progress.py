@@ -93,17 +93,22 @@ class Progress:
         owed = {"owes": self.owes, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
         return {**counts, **owed, "bests": bests, "best": None if self.best is None else self.best.monitor}
 
-    def load_state_dict(self, state: Mapping[str, Any], checkpoints: Path | None) -> None:
-        """Take back what `state_dict` gave; names of checkpoints are looked for in `checkpoints`."""
+    def load_state_dict(self, state: Mapping[str, Any], *folders: Path | None) -> None:
+        """Take back what `state_dict` gave; a checkpoint lies in the first of `folders` that has its name."""
         for name in ("epoch", "step", "samples", "batch"):
             setattr(self, name, int(state[name]))
         self.time, self.owes = float(state["time"]), str(state["owes"])
         self.verdicts = [Verdict(**verdict) for verdict in state.get("verdicts", ())]
         self.bests = {}
         for monitor, value, epoch, step, name in state["bests"]:
-            path = None if name is None or checkpoints is None else checkpoints / Path(name).name
+            path = None if name is None else _find(Path(name).name, [folder for folder in folders if folder])
             self.bests[monitor] = Best(monitor, float(value), int(epoch), int(step), path)
         self.best = self.bests.get(state["best"])
+
+
+def _find(name: str, folders: list[Path]) -> Path | None:
+    paths = [folder / name for folder in folders]
+    return next((path for path in paths if path.is_dir()), paths[0] if paths else None)
 
 
 class Means:

@@ -535,6 +535,8 @@ class Trainer:
 
     def _go_on(self, train: Stream, life: Life) -> None:
         """Where the last fit of this process ended in the middle of an epoch: continue there."""
+        if self._lasting is not None:
+            life.restores, life.weights = self._lasting.restores, self._lasting.weights
         last, state = self._position or (None, {})
         if last is not None and _behind(last) is _behind(train) and self.state.batch:
             if getattr(train, "one_epoch", False) and not hasattr(_behind(train), "load_state_dict"):

@@ -752,6 +752,42 @@ async def test_early_stopping_restores_without_a_folder() -> None:
     assert means["val_loss"] == pytest.approx(result.best.value, rel=1e-6)
 
 
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "memory"])
+@pytest.mark.parametrize("stop", [21, 23])
+async def test_the_best_weights_are_restored_though_an_earlier_life_found_them(
+    tmp_path: Path, stop: int, folder: bool
+) -> None:
+    """In the last life, which may make no step, there is no validation."""
+
+    def early(run_dir: Path) -> Trainer:
+        early_stopping, where = EarlyStopping(patience=50), run_dir if folder else None
+        return trainer(lr=0.3, validate_every="5steps", callbacks=[early_stopping], run_dir=where)
+
+    whole, first = early(tmp_path / "whole"), early(tmp_path / "cut")
+    result = await whole.fit(Samples(), validation=Samples(30, seed=3), max_steps=23)
+    assert result.best is not None
+    assert result.best.step <= 20
+    await first.fit(Samples(), validation=Samples(30, seed=3), max_steps=stop)
+    last = early(tmp_path / "cut") if folder else first
+    resume = "auto" if folder else None
+    again = await last.fit(Samples(), validation=Samples(30, seed=3), max_steps=23, resume=resume)
+    assert (again.step, again.best and again.best.step) == (23, result.best.step)
+    assert same(whole.model, last.model)
+
+
+async def test_the_best_weights_of_another_folders_run_are_restored(tmp_path: Path) -> None:
+    def early(name: str, **options: Any) -> Trainer:
+        return trainer(lr=0.3, validate_every="5steps", run_dir=tmp_path / name, **options)
+
+    first = early("one", callbacks=[EarlyStopping(patience=50)])
+    result = await first.fit(Samples(), validation=Samples(30, seed=3), max_steps=23)
+    last, kept = early("other", callbacks=[EarlyStopping(patience=50)]), early("third")
+    await last.fit(Samples(), validation=Samples(30, seed=3), max_steps=24, resume=result.checkpoint)
+    assert same(first.model, last.model)
+    await kept.fit(Samples(), validation=Samples(30, seed=3), max_steps=24, resume=result.checkpoint)
+    assert not same(first.model, kept.model)  # nobody wants them any more
+
+
 async def test_resume_best_goes_back_and_sets_the_future_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
