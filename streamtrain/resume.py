@@ -28,6 +28,7 @@ def refuse_unasked(checkpoints: Path) -> None:
 def find(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
     """The checkpoint to go on from, read and verified; None for a fresh start, which is said.
 
+    Nothing is changed but that what a commit left behind when it died is cleared away.
     "auto": the newest that is valid; "best": the one that the newest names as its best; else a path of a checkpoint,
     a folder of checkpoints, or a run's folder. Raises CheckpointError.
     """
@@ -41,7 +42,7 @@ def find(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
         return entry.path, checkpoint.read(entry.path)
     if resume == "best":
         checkpoint.sweep(checkpoints)
-        return _set_newer_aside(checkpoints, *_best(checkpoints))
+        return _best(checkpoints)
     path = Path(os.path.abspath(resume))
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and any(folder.glob("step-*")):
@@ -49,7 +50,7 @@ def find(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
             assert entry is not None
             path = entry.path
             break
-    return _set_newer_aside(checkpoints, path, checkpoint.read(path))
+    return path, checkpoint.read(path)
 
 
 def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
@@ -67,15 +68,17 @@ def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
     return path, checkpoint.read(path)
 
 
-def _set_newer_aside(checkpoints: Path, path: Path, snapshot: Snapshot) -> tuple[Path, Snapshot]:
-    """Newer checkpoints of the run belong to a future that is given up: they get another name, which is said."""
+def set_newer_aside(checkpoints: Path, path: Path, step: int) -> None:
+    """Newer checkpoints of the run belong to a future that is given up: they get another name, which is said.
+
+    To be called once everything fits: a life that is refused gives up nothing.
+    """
     for newer in sorted(checkpoints.glob("step-*")) if checkpoints.is_dir() else ():
         number = newer.name.removeprefix("step-")
-        if number.isdigit() and int(number) > int(snapshot.state["step"]):
+        if number.isdigit() and int(number) > step:
             aside = _free_name(checkpoints, f"abandoned-{newer.name}")
             newer.rename(aside)
             logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer.name, aside.name)
-    return path, snapshot
 
 
 def _free_name(folder: Path, name: str) -> Path:

@@ -404,6 +404,27 @@ class Trainer:
         if (monitor := getattr(scheduler, "monitor", None)) is not None:
             self._check_monitors("the scheduler", [monitor], streams, said=True)
 
+    async def _check_validations(self, streams: Mapping[str, Stream], thread: TrainThread, life: Life) -> None:
+        """Before a life gives up what lies beyond its checkpoint: whether the user's own functions log what is watched.
+
+        In a fresh one it is asked of the sanity check, when nothing is there to be lost.
+        """
+        watched = [name for callback in self.callbacks for name in getattr(callback, "monitors", ())]
+        watched += [
+            n for callback in self.callbacks if isinstance(callback, ModelCheckpoint) for n in callback.required
+        ]
+        watched = [name for name in watched if name.startswith("val_")]
+        if not self._options.sanity or set(watched) <= set(validation_names(streams, self._metrics)):
+            return
+        values: dict[str, float] = {}
+        for name, stream in streams.items():
+            if getattr(stream, "one_epoch", False):
+                return  # it could not start over
+            stream.set_epoch(0)
+            means = await self.evaluator.run(stream, thread, life.rng, limit=self._options.sanity)
+            values |= {(f"val_{name}_" if name else "val_") + metric: value for metric, value in means.items()}
+        check_monitors("the resumed fit", watched, training=None, validation=list(values))
+
     def _check_lengths(self, train: Stream, streams: Mapping[str, Stream], limits: Limits) -> None:
         """Refuse what can be refused once it is known how long the streams are."""
         for stream in streams.values():
@@ -500,6 +521,9 @@ class Trainer:
                     logger.info("it had ended by early stopping (%s): a larger patience lets it go on", life.ended[1])
                 self._checkpoint = path
                 del found, snapshot
+                await self._check_validations(streams, thread, life)
+                if checkpoints is not None and resume_from != "auto":
+                    await files(lambda: resume.set_newer_aside(checkpoints, path, self.state.step))
             else:
                 path = None
                 self._go_on(train, life)

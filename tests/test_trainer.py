@@ -804,6 +804,50 @@ async def test_resume_best_goes_back_and_sets_the_future_aside(
     assert result.best.step == result.step or "set aside" in caplog.text
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files of a run, but for what tells of its last error."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: data for name, data in files.items() if name not in ("error.json", ".lock", "status.json")}
+
+
+class Own(Trainer):
+    """Its validations log what it likes."""
+
+    def validation_step(self, model: nn.Module, batch: Batch) -> Any:
+        outputs = model(batch.inputs)
+        return {"loss": nn.MSELoss()(outputs, batch.targets), "seven": 7.0}
+
+
+@pytest.mark.parametrize("resume", ["path", "best"])
+@pytest.mark.parametrize("wrong", ["model", "optimizer", "data", "monitor", "own monitor"])
+async def test_a_life_that_is_refused_changes_nothing_on_the_disk(tmp_path: Path, wrong: str, resume: str) -> None:
+    def life(**options: Any) -> Trainer:
+        rule = ModelCheckpoint(every="5steps", keep_last=-1)
+        common = {"seed": SEED, "device": "cpu", "log_every": 1, "run_dir": tmp_path, "validate_every": "5steps"}
+        model = nn.Linear(4, 1) if wrong == "model" and options.pop("change") else network()
+        options.pop("change", None)
+        return Own(model, nn.MSELoss(), **{**common, "callbacks": [rule], **options})
+
+    changes: dict[str, dict[str, Any]] = {
+        "optimizer": {"optimizer": "sgd"},
+        "monitor": {"callbacks": [EarlyStopping("los"), ModelCheckpoint(every="5steps", keep_last=-1)]},
+        "own monitor": {"callbacks": [EarlyStopping("val_eight"), ModelCheckpoint(every="5steps", keep_last=-1)]},
+    }
+    first = life(change=False) if wrong == "model" else life()
+    await first.fit(Samples(), validation=Samples(30, seed=3), max_steps=10)
+    before, path = everything(tmp_path), tmp_path / "checkpoints" / "step-000000005"
+    refused = life(**{"change": True, **changes.get(wrong, {})})
+    data = Samples(seed=1) if wrong == "data" else Samples()
+    with pytest.raises((CheckpointError, ConfigError, DataError)):
+        await refused.fit(
+            data, validation=Samples(30, seed=3), max_steps=20, resume=path if resume == "path" else resume
+        )
+    assert everything(tmp_path) == before
+    last = life(change=False) if wrong == "model" else life()
+    result = await last.fit(Samples(), validation=Samples(30, seed=3), max_steps=11, resume="auto")
+    assert result.step == 11
+
+
 # --- what is refused ---
 
 
