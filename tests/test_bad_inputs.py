@@ -308,6 +308,14 @@ DATA = [
     Row("a chunk cut", cut(X1, 100), FIT, 3, f"array 'x': chunk 1.0 .rows .16:32.*{X1}: it has 100 bytes"),
     Row("a link out of the store", link_out(X1), FIT, 3, f"array 'x': chunk 1.0 .*{X1}: it is a link out"),
     Row("a pipe for a chunk", fifo(X1), FIT, 3, f"array 'x': chunk 1.0 .*{X1}: it is not a regular file"),
+    Row(
+        "a link out by zarr's own way",
+        link_out(X1),
+        [*FIT, "--io", "store"],
+        3,
+        f"array 'x': chunk 1.0 .*{X1}: it is a",
+    ),
+    Row("a pipe by zarr's own way", fifo(X1), [*FIT, "--io", "store"], 3, f"array 'x': chunk 1.0 .*{X1}: it is not a"),
     Row("a chunk too large", larger_chunk, [*FIT, "--data", "z.zarr"], 3, "array 'x': chunk 1.0 .*z.zarr/x/c/1/0: it"),
     Row(
         "a compressed chunk flipped", flip("z.zarr/x/c/1/0", 0), [*FIT, "--data", "z.zarr"], 3, "array 'x': chunk 1.0 "

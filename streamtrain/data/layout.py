@@ -104,9 +104,13 @@ class ArrayLayout:
         """Chunks in a shard along each axis."""
         return tuple(s // c for s, c in zip(self.file_shape, self.chunk_shape, strict=True))
 
+    def file(self, chunk: Sequence[int]) -> tuple[int, ...]:
+        """Number of the file (shard or chunk) that holds this chunk."""
+        return tuple(c // per for c, per in zip(chunk, self.inner, strict=True))
+
     def key(self, chunk: Sequence[int]) -> str:
-        """Key of the file (shard or chunk) that holds this chunk."""
-        parts = [str(c // per) for c, per in zip(chunk, self.inner, strict=True)]
+        """Key of that file."""
+        parts = [str(c) for c in self.file(chunk)]
         if self.prefix:
             parts.insert(0, self.prefix)
         name = self.separator.join(parts) if parts else "0"

@@ -153,7 +153,7 @@ def _readable(
     layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
     why = layout.slow or ("io='store'" if io == "store" else None)
     if why is not None:
-        return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout), why)
+        return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout, files=files), why)
     if far is not None:
         if io != "auto":
             logger.info("io=%r is for folders of this machine; %s is read by ranges of bytes", io, array.store_path)

@@ -41,8 +41,6 @@ from streamtrain.errors import DataError, EnvironmentProblem
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 MADV_POPULATE_READ = 22
 """Linux 5.14: fault all pages in at once, with an error in place of a signal if the file is shorter."""
 INDEX_CACHE_BYTES = 16 << 20
@@ -629,26 +627,31 @@ class ZarrLoop:
 
 
 class ZarrReader:
-    """Chunks of one array by zarr's own API: any codec, layout or store that zarr knows."""
+    """Chunks of one array by zarr's own API: any codec, layout or store that zarr knows.
+
+    `files`: the store's, where it is a folder of this machine: zarr would take a folder for fill, follow a link to
+    anywhere and wait for a pipe, so each file is looked at first.
+    """
 
     lane = "zarr"
 
-    def __init__(self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float) -> None:
-        self.layout, self._array, self._loop, self._timeout = layout, array, loop, timeout
+    def __init__(
+        self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float, files: StoreFiles | None = None
+    ) -> None:
+        self.layout, self._array, self._loop, self._timeout, self._files = layout, array, loop, timeout, files
         self._trust: Trust | None = None
-        self._files: StoreFiles | None = None
 
     def vouch(self, verify: Verify) -> None:
-        root = getattr(self._array.store_path.store, "root", None)
-        if isinstance(root, Path):
-            self._files = StoreFiles(root)
-            self._trust = trust_in(root, self.layout, verify, whole_files=True)
+        if self._files is not None:
+            self._trust = trust_in(self._files.root, self.layout, verify, whole_files=True)
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
         layout = self.layout
         box = layout.box(chunk)
+        if self._files is not None:
+            self._check_file(self._files, chunk)
         if self._trust is not None and self._trust.due(chunk):
             self._check(self._trust, chunk, scratch)
         try:
@@ -685,6 +688,29 @@ class ZarrReader:
         except (ValueError, OSError) as error:
             cause = getattr(error, "strerror", None) or error
             raise chunk_error(layout, chunk, self._files.root / key, cause) from error
+
+    def _check_file(self, files: StoreFiles, chunk: Sequence[int]) -> None:
+        """Raise DataError unless it is a regular file of the store, as it was when first seen, or rightly absent."""
+        key = self._key(chunk)
+        try:
+            try:
+                fd, status = files.open(key)
+            except FileNotFoundError:
+                files.check_absent(key)
+                if self.layout.complete:
+                    raise ValueError("it is missing, and its writer left no chunk out") from None
+                return
+            os.close(fd)
+            files.check_unchanged(key, status)
+        except ValueError as error:
+            raise chunk_error(self.layout, chunk, files.root / key, error) from error
+        except OSError as error:
+            raise chunk_error(self.layout, chunk, files.root / key, error.strerror or error) from error
+
+    def _key(self, chunk: Sequence[int]) -> str:
+        """Key of its file as zarr itself spells it, for it may know encodings that layouts don't."""
+        name = self._array.metadata.encode_chunk_key(self.layout.file(chunk))
+        return f"{self.layout.name}/{name}" if self.layout.name else str(name)
 
     async def _get(self, chunk: Sequence[int], selection: tuple[slice, ...]) -> Any:
         """What zarr reads; it takes a missing file for fill, which it is not where the writer left no chunk out."""

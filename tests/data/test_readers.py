@@ -93,7 +93,7 @@ def loop() -> Iterator[ZarrLoop]:
 def zarr_reader(folder: Path, loop: ZarrLoop, timeout: float = 30.0) -> ZarrReader:
     array = loop.run(zarr_api.open_array(store=str(folder), path="x", mode="r"), 30)
     layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)
-    return ZarrReader(layout, array, loop, timeout=timeout)
+    return ZarrReader(layout, array, loop, timeout=timeout, files=StoreFiles(folder))
 
 
 # The same numbers
@@ -775,6 +775,49 @@ def test_a_damaged_chunk_of_zarrs_lane_gets_a_place(loop: ZarrLoop, tmp_path: Pa
         read(zarr_reader(tmp_path, loop), (1, 0))
 
 
+@pytest.mark.parametrize(("damage", "cause"), DAMAGE[3:], ids=lambda value: getattr(value, "__name__", ""))
+def test_zarrs_lane_reads_nothing_but_regular_files_of_the_store_either(
+    damage: Callable[[Path], None], cause: str, loop: ZarrLoop, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    raw(store)
+    path = store / "x/c/1/0"
+    damage(path)
+    with pytest.raises(DataError) as caught:
+        read(zarr_reader(store, loop), (1, 0))
+    assert str(caught.value).startswith(f"array 'x': chunk 1.0 (rows [2:4, 0:3]) in {path}: {cause}")
+
+
+def test_zarrs_lane_looks_at_the_file_of_the_shard(loop: ZarrLoop, tmp_path: Path) -> None:
+    sharded(tmp_path / "store")
+    _folder(tmp_path / "store/x/c/1/0")
+    with pytest.raises(DataError, match=r"chunk 3.0 \(rows \[6:8, 0:3\]\) in .*/x/c/1/0: it is not a regular file"):
+        read(zarr_reader(tmp_path / "store", loop), (3, 0))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.slow], ids=lambda case: case.name)
+def test_zarrs_lane_knows_the_file_of_each_chunk_of_every_layout(case: Case, loop: ZarrLoop, tmp_path: Path) -> None:
+    write(case, tmp_path)
+    lane = zarr_reader(tmp_path, loop)
+    for path in [path for path in (tmp_path / "x").rglob("*") if path.is_file() and path.name[0] not in ".z"]:
+        _folder(path)
+    for chunk in chunks_of(lane.layout):
+        with pytest.raises(DataError, match="it is not a regular file"):
+            read(lane, chunk)
+
+
+@pytest.mark.parametrize("change", [_cut, _grow, Path.unlink], ids=lambda change: change.__name__)
+def test_zarrs_lane_notices_a_file_that_changes_after_its_first_read(
+    change: Callable[[Path], None], loop: ZarrLoop, tmp_path: Path
+) -> None:
+    raw(tmp_path)
+    lane = zarr_reader(tmp_path, loop)
+    read(lane, (1, 0))
+    change(tmp_path / "x/c/1/0")
+    with pytest.raises(DataError, match=r"chunk 1.0 .* it (changed|was there, and vanished) during the run"):
+        read(lane, (1, 0))
+
+
 FIFO = """
 import sys, time
 from pathlib import Path
@@ -795,7 +838,7 @@ loop.close()
 
 
 def test_a_pipe_in_a_chunks_place_keeps_neither_the_reader_nor_the_process(tmp_path: Path) -> None:
-    """zarr opens it and waits in a thread for ever: that thread must not be waited for."""
+    """Nobody looked first: zarr opens it and waits in a thread for ever, and that thread must not be waited for."""
     raw(tmp_path)
     _fifo(tmp_path / "x/c/1/0")
     done = subprocess.run(
