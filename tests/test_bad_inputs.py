@@ -293,6 +293,13 @@ DATA = [
     Row("zarr.json empty", write("d.zarr/x/zarr.json", ""), FIT, 3, ".*d.zarr/x/zarr.json is empty"),
     Row("zarr.json cut", cut("d.zarr/x/zarr.json", 40), FIT, 3, ".*d.zarr/x/zarr.json is no JSON: .* byte"),
     Row("zarr.json binary", write("d.zarr/zarr.json", b"\x89\xff\0"), FIT, 3, ".*d.zarr/zarr.json is no JSON: .* byte"),
+    Row(
+        "a number of 5,000 digits",
+        write("d.zarr/x/zarr.json", '{"zarr_format": 3, "shape": [' + "9" * 5000 + ", 4]}"),
+        FIT,
+        3,
+        ".*d.zarr/x/zarr.json is no JSON that can be read: a number of 5000 digits at byte 29 of 5034",
+    ),
     Row("array absent", None, [*FIT, "--inputs", "xx"], 3, ".*no array 'xx'.*x, y"),
     Row("array absent and none like it", None, [*FIT, "--inputs", "qq"], 3, ".*'qq'; there are: .*x, y", "name one"),
     Row("row counts differ", None, [*FIT, "--targets", "short"], 3, ".*x: 64, short: 63"),

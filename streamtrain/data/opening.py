@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,6 +304,19 @@ def _check_json(folder: Path) -> None:
             raise DataError(f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=hint) from error
         except RecursionError as error:
             raise DataError(f"{path} is no JSON that can be read: nested too deep", hint=hint) from error
+        except ValueError as error:  # Python reads no integer of more than 4,300 digits
+            digits = _longest_number(text)
+            raise DataError(
+                f"{path} is no JSON that can be read: a number of {len(digits[0])} digits at byte {digits.start()} of "
+                f"{len(text)}",
+                hint=hint,
+            ) from error
+
+
+def _longest_number(text: bytes) -> re.Match[bytes]:
+    """The longest run of digits outside of strings."""
+    found = (match for match in re.finditer(rb'"(?:\\.|[^"\\])*"|[0-9]+', text) if match[0][:1] != b'"')
+    return max(found, key=lambda match: len(match[0]))
 
 
 def string_pairs(pairs: object, name: str) -> dict[str, str] | None:
