@@ -251,16 +251,20 @@ def build_scheduler(
     if spec is None:
         return FixedLearningRate(optimizer)
     if isinstance(spec, Schedule):
+        if spec.total is not None:
+            _total(spec.total, spec.interval)
         return ScheduledLearningRate(optimizer, spec)
     table: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     for key in table:
         if key not in _KEYS:
             raise ConfigError(f"scheduler: unknown key {key!r}", hint=_nearest(str(key), _KEYS))
-    name, interval = table.get("name"), table.get("interval")
+    name, interval, monitor = table.get("name"), table.get("interval"), table.get("monitor")
+    if monitor is not None and not (isinstance(monitor, str) and monitor):
+        raise ConfigError(f"scheduler.monitor must be the name of a metric such as 'val_loss', not {monitor!r}")
     if interval not in (None, "step", "epoch"):
         raise ConfigError(f"scheduler.interval must be 'step' or 'epoch', not {interval!r}")
     if isinstance(name, LRScheduler) or callable(name):
-        return _torch(optimizer, name, interval, table.get("monitor"))
+        return _torch(optimizer, name, interval, monitor)
     if name not in NAMES:
         raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(str(name or ""), NAMES))
     if "monitor" in table:
@@ -301,7 +305,7 @@ def _schedule(
         raise ConfigError(f"scheduler.{key}: {table[key]!r} can't be counted in {interval}s here")
 
     name = table["name"]
-    total = int(table["total"]) if "total" in table else (steps if interval == "step" else epochs)
+    total = _total(table["total"], interval) if "total" in table else (steps if interval == "step" else epochs)
     if name in ("cosine", "linear") and total is None:
         raise ConfigError(
             f"the {name} schedule needs to know how long the run is",
@@ -320,6 +324,12 @@ def _schedule(
         min_lr=number["min_lr"],
         gamma=number["gamma"],
     )
+
+
+def _total(value: object, interval: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"scheduler.total must be a number of {interval}s of at least 1, not {value!r}")
+    return value
 
 
 def _number(value: object, key: str) -> float:

@@ -102,6 +102,7 @@ name = "ModelCheckpoint"
 every = "1epoch"
 """
 FIT = ["fit", "c.toml"]
+COSINE = ["--scheduler", "cosine", "--set"]
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +273,8 @@ USAGE = [
     ),
     Row("unknown optimizer", None, [*FIT, "--optimizer", "adamx"], 2, ".*adamx", ".*adam"),
     Row("unknown scheduler", None, [*FIT, "--scheduler", "cosin"], 2, ".*cosin", ".*cosine"),
+    Row("a schedule of a wrong length", None, [*FIT, *COSINE, "scheduler.total=x"], 2, ".*scheduler.total.*'x'"),
+    Row("a schedule over before it began", None, [*FIT, *COSINE, "scheduler.total=0"], 2, ".*scheduler.total.*not 0"),
     Row("config missing", None, ["fit", "d.toml"], 2, "configuration d.toml does not exist", "Did you mean c.toml"),
     Row("config a folder", None, ["fit", "d.zarr"], 2, "d.zarr is a folder, not a configuration file"),
     Row("config not UTF-8", write("c.toml", b"a = '\xff'"), FIT, 2, "c.toml:1:6: not UTF-8"),
