@@ -33,9 +33,11 @@ class Must:
 
 
 Count = Annotated[int, Field(ge=1), Must("an integer of at least 1")]
+Threads = Annotated[int, Field(ge=1, le=256), Must("an integer from 1 to 256")]
 Natural = Annotated[int, Field(ge=0), Must("an integer of at least 0")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63), Must("an integer of at least 0 and below 2^63")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), Must("a finite number of seconds of at least 0")]
+Timeout = Annotated[float, Field(gt=0, le=1e9), Must("a number of seconds above 0 and up to 1e9")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Must("a finite number above 0")]
 Text = Annotated[str, Field(min_length=1), Must("a text that is not empty")]
 Names = Annotated[Text | list[Text], Must("a name or a list of names")]
@@ -112,9 +114,9 @@ class DataTable(Table):
     memory: Bytes = "1GiB"
     cache: Bytes | Natural = "auto"
     io: Annotated[Literal["auto", "mmap", "pread", "store"], Must('"auto", "mmap", "pread" or "store"')] = "auto"
-    threads: Count | None = None
+    threads: Threads | None = None
     prefetch: Count | None = None
-    read_timeout: Positive = 60.0
+    read_timeout: Timeout = 60.0
     retries: Natural = 3
     storage_options: Annotated[dict[str, Text | bool | int], Must("a table of strings")] | None = None
     verify: Annotated[Literal["once", "always", "never"], Must('"once", "always" or "never"')] = "once"
@@ -279,6 +281,8 @@ def read(path: str) -> Said:
         raise ConfigError(f"{path}: nested too deep to be read", hint=hint) from None
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, text, str(error)) from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise ConfigError(f"{path}: {str(error).partition(';')[0]}", hint=hint) from None
 
 
 def _syntax_error(path: str, text: str, message: str) -> ConfigError:

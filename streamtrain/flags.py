@@ -152,7 +152,7 @@ def parse_value(text: str) -> object:
     """A value as TOML would read it; text that is no TOML value is taken as it is."""
     try:
         value = tomllib.loads(f"x = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or an integer of more digits than Python reads
         return text
     return value["x"] if len(value) == 1 and isinstance(value["x"], str | int | float | bool | list | dict) else text
 

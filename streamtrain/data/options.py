@@ -6,7 +6,7 @@ Its law: each complaint names the argument, what it must be, and what it was.
 from __future__ import annotations
 
 import difflib
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,11 @@ from streamtrain.data.ranks import Ranks
 from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
 
+MOST_THREADS = 256
+"""More threads, tasks or processes than this are a slip of the hand, which the machine may not survive."""
+MOST_SECONDS = 1e9
+"""Clocks of operating systems take no more."""
+
 
 def at_least(value: object, least: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -26,9 +31,16 @@ def at_least(value: object, least: int, name: str) -> int:
     return int(value)
 
 
+def thread_count(value: object, name: str) -> int:
+    count = at_least(value, 1, name)
+    if count > MOST_THREADS:
+        raise ConfigError(f"{name} must be at most {MOST_THREADS}, not {value!r}", hint="one for each core is plenty")
+    return count
+
+
 def seconds_above_zero(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_SECONDS:
+        raise ConfigError(f"{name} must be a number of seconds above 0 and up to {MOST_SECONDS:g}, not {value!r}")
     return float(value)
 
 
@@ -46,10 +58,12 @@ def transform_crew(given: object) -> Crew:
         return Crew()
     if isinstance(given, str):
         kind, colon, count = given.partition(":")
-        if kind in ("thread", "process") and (count.isdecimal() and int(count) >= 1 if colon else kind == "process"):
-            return Crew("process" if kind == "process" else "thread", int(count) if colon else None)
+        known = re.fullmatch("[1-9][0-9]{0,8}", count) if colon else kind == "process"
+        if kind in ("thread", "process") and known:
+            number = thread_count(int(count), "transform_workers") if colon else None
+            return Crew("process" if kind == "process" else "thread", number)
     elif isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= 1:
-        return Crew("thread", int(given))
+        return Crew("thread", thread_count(given, "transform_workers"))
     raise ConfigError(f'transform_workers must be a number, "thread:N" or "process:N" with N above 0, not {given!r}')
 
 

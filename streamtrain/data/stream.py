@@ -44,6 +44,7 @@ from streamtrain.data.options import (
     share_of_one,
     shuffle_mode,
     split_pair,
+    thread_count,
     transform_crew,
 )
 from streamtrain.data.order import EpochOrder, Shuffle
@@ -281,7 +282,7 @@ class ZarrStream:
         self._share = self.budget.join()
         self._cache_bytes = None if cache == "auto" else parse_bytes(cache, "cache")
         self._io: IO = choice(io, ("auto", "mmap", "pread", "store"), "io")
-        self._threads = default_threads() if threads is None else at_least(threads, 1, "threads")
+        self._threads = default_threads() if threads is None else thread_count(threads, "threads")
         self._prefetch = None if prefetch is None else at_least(prefetch, 1, "prefetch")
         self._read_timeout = seconds_above_zero(read_timeout, "read_timeout")
         self._verify: Verify = choice(verify, ("once", "always", "never"), "verify")

@@ -573,8 +573,13 @@ async def test_nothing_follows_a_batch_whose_transform_failed(store: Path) -> No
         ({"transform": 3}, "transform must be a function"),
         ({"dtype": "string"}, "dtype"),
         ({"read_timeout": 0}, "read_timeout"),
+        ({"read_timeout": 1e300}, "read_timeout must be a number of seconds above 0 and up to 1e.09, not 1e.300"),
+        ({"threads": 100_000}, "threads must be at most 256, not 100000"),
+        ({"transform_workers": 100_000}, "transform_workers must be at most 256"),
+        ({"transform_workers": "process:257"}, "transform_workers must be at most 256"),
+        ({"transform_workers": "process:" + "9" * 5000}, "transform_workers must be a number"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_arguments_are_checked_when_given(store: Path, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
