@@ -10,6 +10,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.errors import ConfigError
 from streamtrain.events import EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import direction, no_such_monitor
+from streamtrain.options import count, finite, flag, monitored
 
 
 class Patience:
@@ -70,21 +71,22 @@ class EarlyStopping(Callback):
         condition: Callable[[Mapping[str, float]], bool] | None = None,
         combine: str = "all",
     ) -> None:
-        names = [monitor] if isinstance(monitor, str) else list(monitor or ["val_loss"])
-        if type(patience) is not int or patience < 0:
-            raise ConfigError(f"EarlyStopping: patience must be an integer of at least 0, not {patience!r}")
-        if not math.isfinite(min_delta) or min_delta < 0:
-            raise ConfigError(f"EarlyStopping: min_delta must be a finite number of at least 0, not {min_delta!r}")
-        if reduce_lr is not None and not 0 < reduce_lr < 1:
+        names = monitor if isinstance(monitor, list | tuple) else ["val_loss" if monitor is None else monitor]
+        self.monitors = tuple(monitored(name, "EarlyStopping: monitor") for name in names or ["val_loss"])
+        """The names that must be logged."""
+        count(patience, "EarlyStopping: patience", least=0)
+        min_delta = finite(min_delta, "EarlyStopping: min_delta")
+        if reduce_lr is not None and not 0 < finite(reduce_lr, "EarlyStopping: reduce_lr") < 1:
             raise ConfigError(f"EarlyStopping: reduce_lr must be a factor between 0 and 1, not {reduce_lr!r}")
+        if condition is not None and not callable(condition):
+            raise ConfigError(f"EarlyStopping: condition must be a function of the metrics, not {condition!r}")
         if combine not in ("all", "any"):
             raise ConfigError(f"EarlyStopping: combine must be 'all' or 'any', not {combine!r}")
-        self.monitors = tuple(names)
-        """The names that must be logged."""
         self.rules = {
             name: Patience(patience, min_delta=min_delta, mode=direction(name, mode)) for name in self.monitors
         }
-        self.restore_best, self.reduce_lr, self.condition = restore_best, reduce_lr, condition
+        self.restore_best = flag(restore_best, "EarlyStopping: restore_best")
+        self.reduce_lr, self.condition = reduce_lr, condition
         self._combine = all if combine == "all" else any
         self._at_validations = any(name.startswith("val_") for name in self.monitors)
 

@@ -88,6 +88,27 @@ def number(value: Any, name: str) -> float:
     raise ConfigError(f"{name} must be one number, not {value!r:.80}", hint="Log texts with logging, means of tensors.")
 
 
+def finite(value: object, name: str) -> float:
+    """`value` as a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}")
+    return float(value)
+
+
+def flag(value: object, name: str) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def monitored(value: object, name: str) -> str:
+    """`value` as the name of something that is logged."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be the name of a metric such as 'val_loss', not {value!r}")
+    return value
+
+
 def positive(value: object, name: str) -> float | None:
     """`value` as a finite number above 0, or None."""
     if value is None:

@@ -243,8 +243,13 @@ def changed_data(place: Path) -> None:
     synth(place / "d.zarr", rows=80, columns=4, chunk_rows=16)
 
 
+def stopping(line: str) -> Prepare:
+    return write("c.toml", f'{CONFIG}\n[[callbacks]]\nname = "EarlyStopping"\n{line}\n')
+
+
 X1 = "d.zarr/x/c/1/0"
 """The chunk of x with rows 16 to 32."""
+SAVE = [*FIT, "--set"]
 RESUME = [*FIT, "--set", "fit.max_epochs=3", "--resume"]
 
 USAGE = [
@@ -277,6 +282,10 @@ USAGE = [
     Row("unknown scheduler", None, [*FIT, "--scheduler", "cosin"], 2, ".*cosin", ".*cosine"),
     Row("a schedule of a wrong length", None, [*FIT, *COSINE, "scheduler.total=x"], 2, ".*scheduler.total.*'x'"),
     Row("a schedule over before it began", None, [*FIT, *COSINE, "scheduler.total=0"], 2, ".*scheduler.total.*not 0"),
+    Row("save_top_k no number", None, [*SAVE, "callbacks.0.save_top_k=x"], 2, "c.toml:.*save_top_k='x'", "0 for none"),
+    Row("a monitor no name", None, [*SAVE, "callbacks.0.monitor=5"], 2, "c.toml:.*monitor must be the name of a .*5"),
+    Row("min_delta no number", stopping('min_delta = "x"'), FIT, 2, "c.toml:.*min_delta must be a finite num.*'x'"),
+    Row("restore_best no truth", stopping('restore_best = "x"'), FIT, 2, "c.toml:.*restore_best must be true or fal"),
     Row("config missing", None, ["fit", "d.toml"], 2, "configuration d.toml does not exist", "Did you mean c.toml"),
     Row("config a folder", None, ["fit", "d.zarr"], 2, "d.zarr is a folder, not a configuration file"),
     Row("config not UTF-8", write("c.toml", b"a = '\xff'"), FIT, 2, "c.toml:1:6: not UTF-8"),

@@ -87,8 +87,27 @@ def test_its_state_is_taken_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"patience": -1}, {"patience": 1.5}, {"min_delta": -1.0}, {"reduce_lr": 2.0}, {"combine": "some"}]
+    "options",
+    [
+        {"monitor": 5},
+        {"monitor": ""},
+        {"monitor": ["val_loss", 5]},
+        {"patience": -1},
+        {"patience": 1.5},
+        {"patience": True},
+        {"min_delta": -1.0},
+        {"min_delta": "x"},
+        {"mode": "up"},
+        {"mode": 5},
+        {"restore_best": "no"},
+        {"reduce_lr": 2.0},
+        {"reduce_lr": "x"},
+        {"condition": "val_loss < 1"},
+        {"combine": "some"},
+        {"combine": ["all"]},
+    ],
+    ids=str,
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=next(iter(options))):
         EarlyStopping(**options)

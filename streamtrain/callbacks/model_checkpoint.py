@@ -17,6 +17,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.errors import ConfigError
 from streamtrain.events import CheckpointCommitted, EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import direction, no_such_monitor
+from streamtrain.options import monitored
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +151,16 @@ class ModelCheckpoint(Callback):
         save_top_k: int = 1,
         keep_last: int = 2,
     ) -> None:
-        if save_top_k < -1:
-            raise ConfigError(f"save_top_k={save_top_k}", hint="0 for none, -1 for all")
-        if keep_last < 1 and keep_last != -1:
-            raise ConfigError(f"keep_last={keep_last}", hint="at least 1, or -1 for all: resuming needs the newest")
+        if type(save_top_k) is not int or save_top_k < -1:
+            raise ConfigError(f"save_top_k={save_top_k!r} is no number of checkpoints", hint="0 for none, -1 for all")
+        if type(keep_last) is not int or (keep_last < 1 and keep_last != -1):
+            raise ConfigError(
+                f"keep_last={keep_last!r} is no number of checkpoints",
+                hint="at least 1, or -1 for all: resuming needs the newest",
+            )
         self.every = every
         self.schedule = Schedule.parse(every)
-        self.monitor = monitor or "val_loss"
+        self.monitor = "val_loss" if monitor is None else monitored(monitor, "ModelCheckpoint: monitor")
         self.mode = direction(self.monitor, mode)
         self.keep_last = keep_last
         self.required = () if monitor is None else (monitor,)

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streamtrain.callbacks.base import Callback
+from streamtrain.errors import ConfigError
 from streamtrain.events import (
     BatchEnd,
     EpochBegin,
@@ -121,6 +122,10 @@ class ProgressBar(Callback):
     """
 
     def __init__(self, *, stream: TextIO | None = None, every: float = 10.0) -> None:
+        if stream is not None and not hasattr(stream, "write"):
+            raise ConfigError(f"ProgressBar: stream must be an open text file such as sys.stderr, not {stream!r}")
+        if type(every) not in (int, float) or not 0 < every <= threading.TIMEOUT_MAX:
+            raise ConfigError(f"ProgressBar: every must be a number of seconds above 0, not {every!r}")
         self._given = stream
         self._every = every
         self._standing = Standing()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -160,7 +161,26 @@ def test_a_table_of_another_monitor_starts_anew_and_that_is_said(caplog: pytest.
     assert "starts anew" in caplog.text
 
 
-@pytest.mark.parametrize("bad", [{"save_top_k": -2}, {"keep_last": 0}, {"keep_last": -2}, {"mode": "up"}])
-def test_numbers_without_a_meaning_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        ModelCheckpoint(**bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"save_top_k": -2},
+        {"save_top_k": "x"},
+        {"save_top_k": 1.5},
+        {"save_top_k": True},
+        {"keep_last": 0},
+        {"keep_last": -2},
+        {"keep_last": "x"},
+        {"mode": "up"},
+        {"mode": 5},
+        {"monitor": 5},
+        {"monitor": ""},
+        {"monitor": ["val_loss"]},
+        {"every": 5},
+        {"every": True},
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        ModelCheckpoint(**bad)

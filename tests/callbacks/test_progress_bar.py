@@ -11,12 +11,13 @@ import sys
 import termios
 from collections.abc import Callable
 from fcntl import ioctl
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 
 from streamtrain.callbacks.bus import Bus
 from streamtrain.callbacks.progress_bar import ProgressBar, Standing
+from streamtrain.errors import ConfigError
 from streamtrain.events import BatchEnd, EpochBegin, Event, Log, TrainBegin, TrainEnd, ValidationBegin, ValidationEnd
 
 EVENTS: list[tuple[str, Event]] = [
@@ -159,3 +160,11 @@ async def test_on_a_terminal_one_line_is_drawn_over_and_over(
     assert all(len(bar) < max(columns, 21) for bar in drawn)
     if columns == 100:
         assert "step 1,500/3,000" in drawn[-1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 0}, {"every": "x"}, {"every": True}, {"every": 1e300}, {"stream": "stderr"}], ids=str
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        ProgressBar(**options)
