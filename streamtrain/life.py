@@ -126,7 +126,7 @@ class Life:
 
     def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
-        DataError if its stream is another one."""
+        DataError if the data have changed."""
         state = snapshot.state
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
@@ -134,7 +134,10 @@ class Life:
         told = [*_model_differences(snapshot.model, self.model), *_differences(state["settings"], self.settings)]
         _refuse(told, path)
         if self.stream is not None and state["stream"] is not None:
-            self.stream.load_state_dict(state["stream"])
+            try:
+                self.stream.load_state_dict(state["stream"])
+            except CheckpointError as error:
+                raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
         for difference in _differences(state["habits"], self.habits):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
         self.model.load_state_dict(snapshot.model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamtrain.callbacks.base import Callback
 from streamtrain.data.batch import START, Batch, Cursor
-from streamtrain.errors import DataError
+from streamtrain.errors import CheckpointError
 from streamtrain.events import Event, Log
 
 COLUMNS = 4
@@ -78,7 +78,7 @@ class Samples:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["seed"] != self.seed:
-            raise DataError(f"seed: {state['seed']} then, {self.seed} now")
+            raise CheckpointError(f"seed: {state['seed']} then, {self.seed} now")
         self.cursor = Cursor(state["epoch"], state["position"])
         self.epoch, self._skip = self.cursor
 

@@ -502,3 +502,17 @@ def test_a_full_disk_ends_with_5_and_the_last_checkpoint_stands(place: Path) -> 
     assert "training goes on (failed saves in a row: 1 of 3)" in done.stderr
     assert "Traceback" not in done.stderr
     assert main(["checkpoints", "run"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=5", "shuffle=global", "shuffle_blocks=3", "split=[0.0, 0.5]", "split_by=sample"],
+)
+def test_a_run_of_another_order_is_refused_by_its_checkpoint_too(place: Path, capsys: Capture, change: str) -> None:
+    """The configuration in the run's folder is gone, so that only the checkpoint can tell."""
+    order = ["--set", "data.shuffle=block", "--set", "data.split=[0.0, 0.9]"]
+    assert main([*FIT, *order, "-q", "--set", "fit.max_epochs=2"]) == 0
+    (place / "run/config.toml").unlink()
+    key, _, _ = change.partition("=")
+    again = [*RESUME, "auto", *order, "--set", f"data.{change}"]
+    expect(Row("", None, again, 4, f"checkpoint .*step-0+8 does not fit: .*another order: .*{key}: .* then, "), capsys)

@@ -59,7 +59,7 @@ class Stream(Protocol):
         """The position after the last batch returned, or under `follow` the last one trained; JSON values only."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go there. Raises DataError if it belongs to other data or another order."""
+        """Go there. Raises DataError if it belongs to other data, CheckpointError if to another order."""
 
     def follow(self, driven: bool) -> None:
         """While `driven`, the position that `state_dict` tells is moved by `trained` alone."""

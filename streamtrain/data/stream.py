@@ -64,7 +64,7 @@ from streamtrain.data.trust import Verify
 from streamtrain.data.values import Change, Normalization, Normalize, Wishes, check_normalize
 from streamtrain.data.windows import feed_of
 from streamtrain.data.workers import default_threads
-from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
+from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ LATER = frozenset({"disk_cache"})
 """Keywords that are reserved and not supported yet."""
 FIGURES_SHOWN = 150
 """Characters of figures that a position shows; longer ones as a digest."""
+FRAMED = frozenset({"sample_axes", "window", "stride", "horizon", "target_window", "select"})
+"""Keys of a fingerprint that tell what a sample is."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
 
@@ -706,8 +708,8 @@ class ZarrStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position: the next pass continues there.
 
-        Raises DataError, naming the difference, where it belongs to other data or another order. Batch size, memory,
-        threads and prefetch may differ.
+        Raises DataError where the data have changed since, CheckpointError where the order is another one (seed, split,
+        shuffle, windows, ...); both name the differences. Batch size, memory, threads and prefetch may differ.
         """
         try:
             cursor = Cursor(state["epoch"], state["position"])
@@ -722,9 +724,14 @@ class ZarrStream:
         different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if different:
             table = "; ".join(f"{key}: {theirs.get(key)} then, {mine.get(key)} now" for key in different)
-            raise DataError(
-                f"the saved position belongs to other data or another order: {table}",
-                hint="use the same data, seed, split and shuffle, or start over",
+            if _other_data(theirs, mine, different):
+                raise DataError(
+                    f"the dataset changed since the position was saved: {table}",
+                    hint="bring back the data that it was saved on, or start over",
+                )
+            raise CheckpointError(
+                f"the saved position belongs to another order: {table}",
+                hint="set these back: the same split, shuffle, seed and so on; or start over",
             )
         if not (cursor.epoch >= 0 and 0 <= cursor.position <= self.num_samples):
             raise DataError(f"the saved position {tuple(cursor)} is beyond the {self.num_samples} samples")
@@ -863,6 +870,15 @@ class _FirstPass:
         self.stop()
         if self._pass is not None:
             await self._pass.aclose()
+
+
+def _other_data(theirs: Mapping[str, Any], mine: Mapping[str, Any], different: Sequence[str]) -> bool:
+    """Whether it is the data that differ (arrays, or how they are chunked), and not only what is asked of them."""
+    if FRAMED & set(different):
+        return False  # which makes other cells of the same data
+    one, other = theirs.get("arrays"), mine.get("arrays")
+    same_names = not isinstance(one, dict) or not isinstance(other, dict) or one.keys() == other.keys()
+    return same_names and bool({"arrays", "cells"} & set(different))
 
 
 def _lane(array: OpenArray) -> str:

@@ -23,7 +23,7 @@ from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Pool
 from streamtrain.data.budget import Budget, BudgetHeld
 from streamtrain.data.stream import POISON, ZarrStream
-from streamtrain.errors import ConfigError, DataError, EnvironmentProblem, UserCodeError
+from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserCodeError
 
 torch: Any = None
 with contextlib.suppress(ImportError):  # the room needs none: then its tests see numpy arrays
@@ -202,7 +202,10 @@ async def test_a_state_is_small(store: Path) -> None:
         ({"shuffle": "global"}, "shuffle"),
         ({"shuffle_blocks": 4}, "shuffle_blocks"),
         ({"split": (0.0, 0.5), "split_by": "chunk"}, "split_by"),
-        ({"inputs": "y", "targets": "x"}, "cells"),
+        ({"inputs": "x", "targets": None}, "arrays"),
+        ({"sample_axes": (0, 1), "targets": None}, "sample_axes"),
+        ({"window": 4}, "window"),
+        ({"indices": list(range(10))}, "chosen"),
     ],
     ids=str,
 )
@@ -212,7 +215,22 @@ async def test_a_position_of_another_order_is_refused_by_its_difference(
     source, other = stream(store), stream(store, **change)
     await source.open()
     await other.open()
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(CheckpointError, match=f"another order: .*{named}"):
+        other.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("change", [{"rows": 900}, {"chunks": (50, 6)}, {"dtype": "float64"}], ids=str)
+async def test_a_position_in_data_that_changed_since_is_no_fault_of_the_checkpoint(
+    store: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    rows, chunks = change.get("rows", 1000), change.get("chunks", (64, 6))
+    group = zarr.create_group(tmp_path / "other.zarr")
+    group.create_array("x", data=X[:rows].astype(change.get("dtype", X.dtype)), chunks=chunks)
+    group.create_array("y", data=Y[:rows], chunks=(100,))
+    source, other = stream(store, split=(0.0, 0.9)), stream(tmp_path / "other.zarr", split=(0.0, 0.9))
+    await source.open()
+    await other.open()
+    with pytest.raises(DataError, match=r"the dataset changed since the position was saved: (arrays|cells): .* then, "):
         other.load_state_dict(source.state_dict())
 
 
