@@ -33,21 +33,21 @@ class Training:
         self.task: asyncio.Task[FitResult] | None = None
         self.trainer: Trainer | None = None
 
-    async def run(self) -> FitResult:
+    async def run(self, trainer: Trainer) -> FitResult:
         """Make data up once, and train on it from wherever the last training stopped."""
         data = self.folder / "data.zarr"
         if not data.exists():
             await asyncio.to_thread(synth, data, rows=self.rows, columns=64, chunk_rows=512)
-        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1), nn.Flatten(0))
-        self.trainer = Trainer(model, nn.MSELoss(), lr=1e-3, run_dir=self.folder / "run", seed=0)
         async with ZarrStream(data, inputs="x", targets="y", batch_size=64, shuffle="block", memory="64MiB") as stream:
-            return await self.trainer.fit(stream, max_epochs=1000, resume="auto")
+            return await trainer.fit(stream, max_epochs=1000, resume="auto")
 
     async def start(self, request: Request) -> JSONResponse:
         """202, or 409 while one is running."""
         if self.task is not None and not self.task.done():
             return JSONResponse({"error": "a training is running"}, status_code=409)
-        self.task = asyncio.create_task(self.run())
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1), nn.Flatten(0))
+        self.trainer = Trainer(model, nn.MSELoss(), lr=1e-3, run_dir=self.folder / "run", seed=0)
+        self.task = asyncio.create_task(self.run(self.trainer))
         return JSONResponse({"started": True}, status_code=202)
 
     async def status(self, request: Request) -> JSONResponse:
@@ -56,17 +56,19 @@ class Training:
         if self.trainer is not None:
             told |= {"epoch": self.trainer.state.epoch, "step": self.trainer.state.step}
         if self.task is not None and self.task.done() and not self.task.cancelled():
-            error = self.task.exception()
-            told |= {"error": str(error)} if error else {"reason": self.task.result().reason}
+            if error := self.task.exception():
+                told |= {"error": str(error)}
+            else:
+                told |= {"reason": self.task.result().reason, "checkpoint": str(self.task.result().checkpoint)}
         return JSONResponse(told)
 
     async def cancel(self, request: Request) -> JSONResponse:
-        """End after the current step, save, and say which step that was."""
+        """End after the current step, or before the first, save, and tell where that was."""
         if self.task is None or self.trainer is None:
             return JSONResponse({"error": "no training was started"}, status_code=409)
-        self.trainer.stop("POST /cancel")
-        result = await asyncio.shield(self.task)
-        return JSONResponse({"reason": result.reason, "step": result.step, "checkpoint": str(result.checkpoint)})
+        self.trainer.stop("POST /cancel")  # obeyed by a fit that has not begun, too
+        await asyncio.wait([self.task])
+        return await self.status(request)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:

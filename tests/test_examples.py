@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from examples.service import application
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,6 +31,28 @@ async def test_the_service_starts_tells_cancels_and_goes_on(tmp_path: Path) -> N
     first = await one_life(tmp_path, cancel=True)
     second = await one_life(tmp_path, cancel=False)
     assert 0 < first <= second
+
+
+async def test_the_service_cancels_also_what_has_not_begun_to_train(tmp_path: Path) -> None:
+    """The data are still being made, then (the second time) the run's folder is being opened."""
+    service = httpx.ASGITransport(app=application(tmp_path, rows=2_000))
+    async with httpx.AsyncClient(transport=service, base_url="http://test", timeout=60) as client:
+        for _ in range(2):
+            assert (await client.post("/start")).status_code == 202
+            ended = await client.post("/cancel")
+            assert (ended.status_code, ended.json()["reason"], ended.json()["step"]) == (200, "stopped", 0)
+            assert (await client.get("/status")).json() == ended.json()
+        assert (await client.post("/start")).status_code == 202
+        task = asyncio.gather(client.post("/cancel"), client.post("/cancel"))
+        assert [one.status_code for one in await task] == [200, 200]
+
+
+async def test_the_service_tells_why_a_training_failed(tmp_path: Path) -> None:
+    (tmp_path / "data.zarr").mkdir()
+    service = httpx.ASGITransport(app=application(tmp_path))
+    async with httpx.AsyncClient(transport=service, base_url="http://test", timeout=60) as client:
+        assert (await client.post("/start")).status_code == 202
+        assert "is not a Zarr store" in (await client.post("/cancel")).json()["error"]
 
 
 async def one_life(folder: Path, *, cancel: bool) -> int:
