@@ -39,6 +39,7 @@ Exit codes: 0 done; 1 internal; 2 usage or configuration; 3 data; 4 checkpoint;
 5 environment (disk, memory, device, a read that hangs); 6 not finite; 7 user
 code; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM after saving.
 """
+STANDS = "What was done before stands."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DEBUG = "--debug, with any command, adds the traceback of an error."
 
@@ -118,8 +119,12 @@ def fit(
     if dry_run:
         _print(fit_command.rehearse(resolved, said, level=level))
         return 0
-    code, report = fit_command.run(resolved, said, level=level, quiet=quiet)
-    _print(() if quiet else report)
+    code, report, done = fit_command.run(resolved, said, level=level, quiet=quiet)
+    try:
+        _print(() if quiet else report)
+    except OSError as error:
+        error.add_note(done)
+        raise
     return code
 
 
@@ -229,7 +234,7 @@ def _of_stdout(error: Exception) -> EnvironmentProblem | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EnvironmentProblem(
             f"the output can't be written: {error.strerror or error}",
-            hint="Make room where stdout goes, or send it elsewhere. What was done before stands.",
+            hint=" ".join(getattr(error, "__notes__", ["Make room where stdout goes, or send it elsewhere.", STANDS])),
         )
     return None
 

@@ -46,8 +46,8 @@ def log_level(name: str | None, *, quiet: bool, verbose: bool) -> int:
     return LEVELS[name.lower()]
 
 
-def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, list[str]]:
-    """Train; the exit code, and what to tell the user at the end.
+def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, list[str], str]:
+    """Train; the exit code, what to tell the user at the end, and what to tell where that can't be written.
 
     A SIGINT, SIGTERM or SIGHUP has the step finished and the run saved: the exit code is 128 + its number.
     """
@@ -61,7 +61,7 @@ def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, li
         if quiet:
             job.trainer.callbacks[:] = [each for each in job.trainer.callbacks if not isinstance(each, progress_bar())]
         result = asyncio.run(_train(job, watch))
-    return watch.exit_code(result.reason), report(result, config)
+    return watch.exit_code(result.reason), report(result, config), unreported(result, config)
 
 
 def rehearse(config: Config, said: Said, *, level: int) -> list[str]:
@@ -147,6 +147,12 @@ def report(result: FitResult, config: Config) -> list[str]:
     if folder is not None and result.reason in ("signal", "stopped", "max_time"):
         lines.append(f"  carry on: streamtrain fit {os.path.join(folder, 'config.toml')} --resume auto")
     return lines
+
+
+def unreported(result: FitResult, config: Config) -> str:
+    """The same in one sentence, for an error's hint."""
+    where = f" and saved in {config.trainer.run_dir}" if result.checkpoint is not None else ""
+    return f"The training itself is done ({result.reason}){where}; only its report is lost."
 
 
 class Begun(Callback):

@@ -151,6 +151,26 @@ def test_an_output_that_is_full_is_named_with_what_to_do(command: str, store: Pa
     ]
 
 
+def test_a_fit_whose_report_finds_no_room_says_that_it_is_done(store: Path, tmp_path: Path) -> None:
+    named = ["--data", str(store), "--inputs", "x", "--targets", "y", "--loss", "mse"]
+    model = ["--model", "torch.nn:Linear", "--set", "model.args={in_features=4, out_features=1}"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "streamtrain", "fit", *named, *model, "--run-dir", str(tmp_path / "run")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-2:] == [
+        "error: the output can't be written: No space left on device",
+        f"hint: The training itself is done (completed) and saved in {tmp_path / 'run'}; only its report is lost.",
+    ]
+    assert main(["checkpoints", str(tmp_path / "run")]) == 0
+
+
 SLOW = """
 import signal, threading
 from torch import nn
