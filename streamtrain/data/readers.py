@@ -79,6 +79,8 @@ class Scratch:
         the chunk is absent, or raises why they could not be had."""
         self.damages: list[tuple[int, ChunkDamage]] = []
         """Of the piece in hand, the chunks that are skipped: `chunks` when each was asked for, and why."""
+        self.tainted: list[ChunkDamage] | None = None
+        """Why the rows that are being put are lost (empty: they are not), where the feed tells; else None."""
 
     def take(self, name: str, size: int) -> Bytes:
         """A buffer of `size` bytes, aligned to pages; its last content is undefined."""

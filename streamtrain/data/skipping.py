@@ -98,6 +98,8 @@ class Watch:
         damages = self._scratch.damages
         if not damages:
             return ()
+        if self._scratch.tainted is not None:  # the feed knows which of its samples a bad chunk has touched
+            return self._scratch.tainted
         fresh, self._seen = damages[self._seen :], len(damages)
         last = damages[-1:] if damages[-1][0] == self._scratch.chunks else []
         return [damage for _, damage in fresh or last]

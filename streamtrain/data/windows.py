@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.feed import Box, Change, Feed, Put, Rows, Site
-from streamtrain.data.readers import ChunkReader, Scratch
+from streamtrain.data.readers import ChunkDamage, ChunkReader, Scratch
 
 PIECE_BYTES = 4 << 20
 """Scattered samples of a cell are copied so much at a time."""
@@ -98,6 +98,18 @@ class WindowSite(Site):
                 result[reach.axis] = reach.bounds(first, count)
         return result
 
+    def touching(self, box: Box, chunk: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+        """Which samples of a box cover a place of this chunk."""
+        found = np.ones(box.extent, dtype=bool)
+        for k, (reach, first, count) in enumerate(zip(self.reaches, box.origin, box.extent, strict=True)):
+            if reach.axis is None:
+                continue
+            start = np.arange(first, first + count) * reach.stride + reach.offset
+            low, high = chunk[reach.axis]
+            inside = (start < high) & (start + (reach.length or 1) > low)
+            found &= inside.reshape([-1 if axis == k else 1 for axis in range(len(box.extent))])
+        return found
+
     def view(self, region: NDArray[Any], extent: Sequence[int]) -> NDArray[Any]:
         """A region as its samples: shape (*extent, *row_shape); no copy."""
         steps = [0 if r.axis is None else region.strides[r.axis] * r.stride for r in self.reaches]
@@ -116,12 +128,45 @@ class WindowFeed(Feed):
             put = self.change.around(put, scratch)
         box, rows = _narrowed(box, rows)
         bounds = self.site.bounds(box)
+        bad = len(scratch.damages)
         region = self._region(bounds, scratch)
+        if len(scratch.damages) > bad:
+            damages = [damage for _, damage in scratch.damages[bad:]]
+            self._put_damaged(box, rows, region, bounds, damages, put, scratch)
+            return
         for axis, places in self.site.taken.items():
             region = region.take(places - bounds[axis][0], axis=axis)
         samples = self.site.view(region, box.extent)
         for wanted, values in _samples(samples, box.extent, rows, self.site.row_bytes):
             self._put(put, wanted, values, None, scratch)
+
+    def _put_damaged(
+        self,
+        box: Box,
+        rows: Rows,
+        region: NDArray[Any],
+        bounds: list[tuple[int, int]],
+        damages: list[ChunkDamage],
+        put: Put,
+        scratch: Scratch,
+    ) -> None:
+        """The same where chunks of the region are bad: samples that touch one are put apart, and told as lost."""
+        tainted = np.zeros(box.extent, dtype=bool)
+        for damage in damages:
+            tainted |= self.site.touching(box, self.layout.box(damage.chunk))
+        for axis, places in self.site.taken.items():
+            region = region.take(places - bounds[axis][0], axis=axis)
+        samples = self.site.view(region, box.extent)
+        numbers = np.arange(*rows.indices(math.prod(box.extent))) if isinstance(rows, slice) else rows
+        lost = tainted.reshape(-1)[numbers]
+        for which, reasons in ((~lost, []), (lost, damages)):
+            scratch.tainted = reasons
+            try:
+                wanted = np.flatnonzero(which)
+                for part, values in _samples(samples, box.extent, numbers[wanted], self.site.row_bytes):
+                    self._put(put, wanted[part], values, None, scratch)
+            finally:
+                scratch.tainted = None
 
     def _region(self, bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any]:
         """The part of the array within these bounds, in the order of its axes."""

@@ -11,7 +11,7 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 
 from streamtrain.data import bucket
-from streamtrain.data.decode import Bytes
+from streamtrain.data.filters import Bytes
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, Heading, Range, pause
 from streamtrain.data.zarr_bytes import StoreBytes
 

@@ -244,3 +244,25 @@ def test_every_sample_once_an_epoch_as_numpy_cuts_it(drawn: Drawn) -> None:
 
     with written(drawn) as (folder, data):
         asyncio.run(scenario(folder, data))
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+async def test_only_windows_that_touch_a_bad_chunk_are_skipped(tmp_path: Path, shuffle: Any) -> None:
+    zarr.create_array(tmp_path / "s", data=T, chunks=(7, WIDE), compressors=None)
+    (tmp_path / "s" / "c" / "3" / "0").write_bytes(b"cut short")
+    given: dict[str, Any] = {
+        "window": 4,
+        "batch_size": 5,
+        "shuffle": shuffle,
+        "on_bad_chunk": "skip",
+        "max_skipped": 1.0,
+    }
+    async with ZarrStream(tmp_path / "s", output="numpy", **given) as source:
+        batches = await collect(source)
+        skipped = source.statistics().rows_skipped
+    numbers = np.concatenate([batch.index for batch in batches])
+    touching = {start for start in range(STEPS - 3) if start < 28 and start + 4 > 21}
+    assert sorted(numbers.tolist()) == [n for n in range(STEPS - 3) if n not in touching]
+    assert skipped == len(touching)
+    inputs = np.concatenate([batch.inputs for batch in batches])
+    assert (inputs == T[numbers[:, None] + np.arange(4)]).all()
