@@ -15,7 +15,7 @@ from pathlib import Path
 from data_tools.convert import Codec, Progress, whole_or_nothing
 from data_tools.source import Region, Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
-from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.layout import ALONE, ArrayLayout
 from streamtrain.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def tiles(array: SourceArray, unit: Sequence[int], memory: int) -> Iterator[Regi
     if math.prod(tile) * size > limit:
         least = array.chunk_memory + 4 * math.prod(tile) * size
         raise ConfigError(
-            f"memory={format_bytes(memory)} is too small for array {layout.name or '/'!r}: the least that works is "
+            f"memory={format_bytes(memory)} is too small for array {layout.name or ALONE!r}: the least that works is "
             f"{format_bytes(least)}",
             hint=f"memory={-(-least // 2**20)}MiB, or smaller chunks or shards",
         )

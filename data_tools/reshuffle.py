@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from data_tools.convert import Codec, Progress, whole_or_nothing
 from data_tools.source import Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
+from streamtrain.data.layout import ALONE
 from streamtrain.data.permutation import Ints, Permutation, derive_key
 from streamtrain.data.readers import read_into
 from streamtrain.errors import ConfigError, EnvironmentProblem
@@ -90,8 +91,8 @@ def buckets(array: SourceArray, memory: int) -> tuple[int, int]:
     least = array.chunk_memory + unit * (5 * row + PLACE_BYTES)
     if bucket < unit:
         raise ConfigError(
-            f"memory={format_bytes(memory)} is too small for array {array.layout.name or '/'!r}: the least that works "
-            f"is {format_bytes(least)}",
+            f"memory={format_bytes(memory)} is too small for array {array.layout.name or ALONE!r}: the least that "
+            f"works is {format_bytes(least)}",
             hint=f"memory={-(-least // 2**20)}MiB, or rechunk it to smaller chunks first",
         )
     chunk = array.layout.chunk_shape[0]

@@ -32,7 +32,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.layout import ABSENT, ArrayLayout
+from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout
 from streamtrain.errors import DataError
 
 PLACE = ".streamtrain/manifest"
@@ -169,7 +169,7 @@ class Manifest:
         same = (self.files, self.slots) == (math.prod(file_grid(layout)), inner_slots(layout))
         if not same or metadata_digest(folder) != self.metadata:
             raise DataError(
-                f"the manifest {self.path} was written for other metadata than those of array {layout.name or '/'!r}: "
+                f"the manifest {self.path} was written for other metadata than those of {layout.name or ALONE!r}: "
                 "they are damaged, or the array was resized or written anew",
                 hint=HINT,
             )
@@ -208,7 +208,7 @@ class Draft:
         """For the array in this folder. Raises OSError, or DataError where its files can't be told."""
         why = unaddressable(layout)
         if why is not None:
-            raise DataError(f"array {layout.name or '/'!r} can't have a manifest: {why}", hint="convert it first")
+            raise DataError(f"array {layout.name or ALONE!r} can't have a manifest: {why}", hint="convert it first")
         self._folder, self._target = folder, folder / PLACE
         self.files, self.slots = math.prod(file_grid(layout)), inner_slots(layout)
         count = self.files * (1 + self.slots)

@@ -438,6 +438,8 @@ class ZarrStream:
                 decoded_whole(array.layout) for arrays in stores for array in arrays.values()
             )
             wanted = costs and self._shuffle == "none" and self._crew.kind == "thread"
+        if survey.drawn is not None and survey.drawn.weights is not None:
+            wanted = False  # each epoch draws others
         if wanted and not self._ranks.alone:
             wanted = False
             logger.info("finished batches are not kept where there are several ranks")
@@ -748,7 +750,7 @@ class ZarrStream:
         split = opened.survey.split
         arrays: Any = [
             {name: f"{'x'.join(map(str, a.layout.shape))} {a.layout.native}" for name, a in arrays.items()}
-            for arrays in opened.stores
+            for arrays in ({name: arrays[name] for name in self._fields(arrays)} for arrays in opened.stores)
         ]
         cells = [list(frame.cell) for frame in opened.survey.frames]
         count = len(arrays)

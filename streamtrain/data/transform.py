@@ -49,6 +49,8 @@ def is_async(transform: object) -> bool:
 
 def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
     """The transformed batch: arrays at multiples of 64 bytes. Raises UserCodeError naming the rows."""
+    if not len(batch):
+        return batch  # no row is left to be transformed
     given, rows = _given(batch, seed), rows_of(batch)
     try:
         made = transform(given)
@@ -66,6 +68,8 @@ def apply(transform: Transform, batch: Batch, seed: int) -> Batch:
 
 async def apply_async(transform: Transform, batch: Batch, seed: int) -> Batch:
     """The same of an `async def`; a cancellation goes through."""
+    if not len(batch):
+        return batch
     given, rows = _given(batch, seed), rows_of(batch)
     try:
         made = await transform(given)

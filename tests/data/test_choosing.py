@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamtrain.data.stream import ZarrStream
-from streamtrain.errors import ConfigError, DataError
+from streamtrain.errors import CheckpointError, ConfigError, DataError
 
 ROWS = 60
 quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -128,7 +128,7 @@ async def test_draws_are_the_same_again_and_go_on_in_the_middle(store: Path) -> 
         source.load_state_dict(state)
         assert first + [batch.index.tolist() async for batch in source] == whole
     async with stream(store, weights="weight", seed=5) as source:
-        with pytest.raises(DataError, match="chosen"):
+        with pytest.raises(CheckpointError, match="chosen"):
             source.load_state_dict(state)
 
 

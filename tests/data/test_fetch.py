@@ -11,8 +11,8 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 
 from streamtrain.data import bucket
-from streamtrain.data.filters import Bytes
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, Heading, Range, pause
+from streamtrain.data.filters import Bytes
 from streamtrain.data.zarr_bytes import StoreBytes
 
 

@@ -125,7 +125,7 @@ def test_it_holds_for_the_metadata_that_it_was_written_for(tmp_path: Path) -> No
     manifest.check_fits(layout_of(tmp_path), tmp_path / "x")
     for change in ({"fill_value": 3}, {"shape": [24, 10]}, {"shape": [23, 40]}):
         (tmp_path / "x/zarr.json").write_text(json.dumps(metadata | change))
-        with pytest.raises(DataError, match="was written for other metadata than those of array 'x'"):
+        with pytest.raises(DataError, match="was written for other metadata than those of 'x'"):
             manifest.check_fits(layout_of(tmp_path), tmp_path / "x")
 
 

@@ -81,7 +81,9 @@ async def test_every_damage_is_an_error_that_names_it(damage: Damage, layout: st
     path = store(tmp_path, LAYOUTS[layout])
     assert np.array_equal(await read(path, io=io), DATA)
     damage(path / "c/2/0", path / "c/1/0")
-    with pytest.raises(DataError, match=r"array '/': chunk \d\.0 \(rows \[\d+:\d+, 0:4\]\) in .*/c/[12]/0: .*\bits?\b"):
+    with pytest.raises(
+        DataError, match=r"array 'array': chunk \d\.0 \(rows \[\d+:\d+, 0:4\]\) in .*/c/[12]/0: .*\bits?\b"
+    ):
         await read(path, io=io)
 
 

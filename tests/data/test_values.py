@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from streamtrain import ConfigError, DataError, ZarrStream
 from streamtrain.data import values
 from streamtrain.data.batch import Batch
+from streamtrain.errors import CheckpointError
 
 SHAPE = (23, 3, 5, 4)
 DATA = (np.random.default_rng(0).random(SHAPE) * 200).astype("float32")
@@ -142,10 +143,10 @@ def test_a_position_belongs_to_its_figures(store: Path) -> None:
     assert "normalize" not in plain["of"]
     given: Any
     for given in [(1, 2), (1, 3), ([1, 2, 3], [4, 5, 6])]:
-        with pytest.raises(DataError, match="normalize"):
+        with pytest.raises(CheckpointError, match="normalize"):
             stream(store, normalize={"x": given}).load_state_dict(plain)
         stream(store, normalize={"x": given}).load_state_dict(state(normalize={"x": given}))
-    with pytest.raises(DataError, match=r"normalize: .*1.0.*2.0.* then, .*3.0"):
+    with pytest.raises(CheckpointError, match=r"normalize: .*1.0.*2.0.* then, .*3.0"):
         stream(store, normalize={"x": (1, 3)}).load_state_dict(state(normalize={"x": (1, 2)}))
     big = tuple(np.random.default_rng(1).random((2, 3, 5, 4)) + 1)
     assert len(str(state(normalize={"x": big}))) < 1024

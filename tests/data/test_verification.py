@@ -62,7 +62,7 @@ def test_each_damage_is_one_line(
         assert len(damages(said(path))) == shallow
     found = damages(said(path, deep=True))
     assert len(found) == deep
-    assert "array '/': chunk " in found[0]
+    assert "array 'array': chunk " in found[0]
     assert f"{path}/c/" in found[0]
 
 
