@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,3 +113,77 @@ def decode_room(codecs: Sequence[Codec], size: int) -> int:
     if len(written) < 2:
         return sum(written)
     return 2 * -(-max(written) // ALIGN) * ALIGN
+
+
+class Chain(NamedTuple):
+    """Codecs of Zarr 3 as steps on bytes."""
+
+    codecs: tuple[Codec, ...]
+    dtype: np.dtype[Any]
+    """Of the decoded bytes: its byte order is that of the bytes codec, or of the filters."""
+    axes: tuple[int, ...]
+    slow: str | None
+
+
+def chain_of(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any], ndim: int) -> Chain:
+    """The codecs of an array of Zarr 3 (or of a shard's inner chunks) as steps on bytes."""
+    axes, slow = tuple(range(ndim)), None
+    steps: list[Codec] = []
+    stored: np.dtype[Any] | None = None
+    for codec in codecs:
+        kind, config = str(codec["name"]).removeprefix("numcodecs."), dict(codec.get("configuration") or {})
+        if kind == "transpose" and stored is None and isinstance(config.get("order"), list | tuple):
+            axes = tuple(axes[int(a)] for a in config["order"])
+        elif kind == "bytes" and stored is None:
+            stored = dtype.newbyteorder("<" if endian_of(codec) == "little" else ">")
+            slow = slow or _mixed(steps, dtype, stored, axes)
+        elif stored is None and kind in FILTERS - {"shuffle"}:
+            own = {DEFAULT_DTYPES[kind]: dtype.str} if kind in DEFAULT_DTYPES else {}
+            steps.append(Codec(kind, {**own, **_set(config)}))
+        elif stored is not None and kind not in FILTERS - {"shuffle"}:
+            sizes = {"elementsize": _last_dtype(steps, stored).itemsize} if kind == "shuffle" else {}
+            steps.append(Codec(kind, {**sizes, **_set(config)}))
+        else:
+            slow = slow or f"codec {codec['name']!r}"
+    if stored is None:
+        slow = slow or "no bytes codec"
+    filtered = any(step.name in FILTERS - {"shuffle"} for step in steps)
+    return Chain(tuple(steps), dtype.newbyteorder("<") if filtered else stored or dtype, axes, slow)
+
+
+def _set(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _last_dtype(filters: Sequence[Codec], stored: np.dtype[Any]) -> np.dtype[Any]:
+    """What the bytes codec is given."""
+    typed = [codec for codec in filters if codec.name not in ("bitround", "shuffle")]
+    try:
+        return typed[-1].dtypes[1] if typed else stored
+    except (ValueError, TypeError):
+        return stored
+
+
+def _mixed(filters: Sequence[Codec], dtype: np.dtype[Any], stored: np.dtype[Any], axes: tuple[int, ...]) -> str | None:
+    """Why these filters on arrays of this dtype can't be undone on the stored bytes."""
+    if not filters:
+        return None
+    if axes != tuple(range(len(axes))):
+        return f"codec {filters[-1].name!r} beside a transposition"
+    try:
+        given = [codec.dtypes for codec in filters if codec.name != "bitround"]
+    except (ValueError, TypeError):
+        return None  # whoever asks for the sizes says which
+    expected = dtype.newbyteorder("<")
+    fitting = stored.byteorder != ">"
+    for before, after in given:
+        fitting, expected = fitting and before == expected, after
+    if not fitting:
+        return f"codec {filters[-1].name!r} of another dtype or byte order"
+    return None
+
+
+def endian_of(codec: Mapping[str, Any]) -> str:
+    """`little` or `big`, of a bytes codec."""
+    endian = (codec.get("configuration") or {}).get("endian", "little")
+    return str(getattr(endian, "value", endian) or "little")

@@ -11,14 +11,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.codecs import DEFAULT_DTYPES, FILTERS, Codec, decode_room, slow_codec
+from streamtrain.data.codecs import Codec, chain_of, decode_room, endian_of, slow_codec
 from streamtrain.errors import DataError
 
 MAX_SAMPLES = 1 << 48
@@ -215,21 +215,10 @@ def _parse_v3(
     if metadata.get("storage_transformers"):
         slow = "storage transformers"
     if grid["name"] != "regular":
-        every, boxes = tuple(range(len(shape))), _boxes(shape, grid)
-        return ArrayLayout(
-            name=name,
-            shape=shape,
-            dtype=dtype,
-            chunk_shape=boxes,
-            shard_shape=None,
-            codecs=(),
-            axes=every,
-            separator=separator,
-            prefix=prefix,
-            fill_value=fill_value,
-            slow=f"{grid['name']} chunk grid",
-            attributes=_attributes(metadata),
+        uneven = ArrayLayout(
+            name, shape, dtype, _boxes(shape, grid), None, (), tuple(range(len(shape))), separator, prefix, fill_value
         )
+        return replace(uneven, slow=f"{grid['name']} chunk grid", attributes=_attributes(metadata))
     chunk_shape = tuple(int(c) for c in grid["configuration"]["chunk_shape"])
     shard_shape: tuple[int, ...] | None = None
     codecs: Sequence[Mapping[str, Any]] = metadata["codecs"]
@@ -241,13 +230,13 @@ def _parse_v3(
         at_start = config.get("index_location", "end") == "start"
         if [c["name"] for c in config["index_codecs"]] != ["bytes", "crc32c"]:
             slow = "a shard index that is compressed"
-        elif _endian(config["index_codecs"][0]) != "little":
+        elif endian_of(config["index_codecs"][0]) != "little":
             slow = "a big-endian shard index"
         if any(s % c for s, c in zip(shard_shape, chunk_shape, strict=True) if c):
             raise DataError(
                 f"array {name or ALONE!r}: shards of {shard_shape} don't hold whole chunks of {chunk_shape}"
             )
-    chain = _chain_v3(codecs, dtype, len(shape))
+    chain = chain_of(codecs, dtype, len(shape))
     slow = slow or chain.slow or slow_codec(chain.codecs, math.prod(chunk_shape) * dtype.itemsize)
     return ArrayLayout(
         name=name,
@@ -281,78 +270,6 @@ def _largest(edges: Any) -> int:
     if isinstance(edges, int):
         return edges
     return max((int(e[0] if isinstance(e, list | tuple) else e) for e in edges), default=1)
-
-
-class _Chain(NamedTuple):
-    """Codecs of Zarr 3 as steps on bytes."""
-
-    codecs: tuple[Codec, ...]
-    dtype: np.dtype[Any]
-    """Of the decoded bytes: its byte order is that of the bytes codec, or of the filters."""
-    axes: tuple[int, ...]
-    slow: str | None
-
-
-def _chain_v3(codecs: Sequence[Mapping[str, Any]], dtype: np.dtype[Any], ndim: int) -> _Chain:
-    axes, slow = tuple(range(ndim)), None
-    steps: list[Codec] = []
-    stored: np.dtype[Any] | None = None
-    for codec in codecs:
-        kind, config = str(codec["name"]).removeprefix("numcodecs."), dict(codec.get("configuration") or {})
-        if kind == "transpose" and stored is None and isinstance(config.get("order"), list | tuple):
-            axes = tuple(axes[int(a)] for a in config["order"])
-        elif kind == "bytes" and stored is None:
-            stored = dtype.newbyteorder("<" if _endian(codec) == "little" else ">")
-            slow = slow or _mixed(steps, dtype, stored, axes)
-        elif stored is None and kind in FILTERS - {"shuffle"}:
-            own = {DEFAULT_DTYPES[kind]: dtype.str} if kind in DEFAULT_DTYPES else {}
-            steps.append(Codec(kind, {**own, **_set(config)}))
-        elif stored is not None and kind not in FILTERS - {"shuffle"}:
-            sizes = {"elementsize": _last_dtype(steps, stored).itemsize} if kind == "shuffle" else {}
-            steps.append(Codec(kind, {**sizes, **_set(config)}))
-        else:
-            slow = slow or f"codec {codec['name']!r}"
-    if stored is None:
-        slow = slow or "no bytes codec"
-    filtered = any(step.name in FILTERS - {"shuffle"} for step in steps)
-    return _Chain(tuple(steps), dtype.newbyteorder("<") if filtered else stored or dtype, axes, slow)
-
-
-def _set(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if value is not None}
-
-
-def _last_dtype(filters: Sequence[Codec], stored: np.dtype[Any]) -> np.dtype[Any]:
-    """What the bytes codec is given."""
-    typed = [codec for codec in filters if codec.name not in ("bitround", "shuffle")]
-    try:
-        return typed[-1].dtypes[1] if typed else stored
-    except (ValueError, TypeError):
-        return stored
-
-
-def _mixed(filters: Sequence[Codec], dtype: np.dtype[Any], stored: np.dtype[Any], axes: tuple[int, ...]) -> str | None:
-    """Why these filters on arrays of this dtype can't be undone on the stored bytes."""
-    if not filters:
-        return None
-    if axes != tuple(range(len(axes))):
-        return f"codec {filters[-1].name!r} beside a transposition"
-    try:
-        given = [codec.dtypes for codec in filters if codec.name != "bitround"]
-    except (ValueError, TypeError):
-        return None  # whoever asks for the sizes says which
-    expected = dtype.newbyteorder("<")
-    fitting = stored.byteorder != ">"
-    for before, after in given:
-        fitting, expected = fitting and before == expected, after
-    if not fitting:
-        return f"codec {filters[-1].name!r} of another dtype or byte order"
-    return None
-
-
-def _endian(codec: Mapping[str, Any]) -> str:
-    endian = (codec.get("configuration") or {}).get("endian", "little")
-    return str(getattr(endian, "value", endian) or "little")
 
 
 def _parse_v2(

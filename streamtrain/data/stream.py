@@ -485,7 +485,10 @@ class ZarrStream:
         """What turns transformed batches into what is handed over; checks dtypes at once."""
         if self._output == "numpy":
             return lambda batch: batch
-        from streamtrain.tensors import tensor_batch, to_tensor
+        try:
+            from streamtrain.tensors import tensor_batch, to_tensor
+        except ImportError as error:
+            raise EnvironmentProblem(f"no tensors: {error}", hint='install torch, or give output="numpy"') from error
 
         for column in columns:
             to_tensor(np.empty(0, dtype=column.dtype))

@@ -31,7 +31,7 @@ for name in names:
     importlib.import_module(name)
 
 from data_tools.synth import synth
-from streamtrain import ZarrStream
+from streamtrain import EnvironmentProblem, ZarrStream
 
 async def main():
     store = synth(sys.argv[1], rows=50, columns=3, chunk_rows=8, codec="zstd")
@@ -40,6 +40,12 @@ async def main():
         batches = [(batch.inputs, batch.targets, batch.index) async for batch in stream]
     assert sorted(np.concatenate([index for *_, index in batches]).tolist()) == list(range(50))
     assert all(isinstance(part, np.ndarray) for batch in batches for part in batch)
+    try:
+        await ZarrStream(store, inputs="x", batch_size=7).open()
+    except EnvironmentProblem as error:
+        assert error.hint == 'install torch, or give output="numpy"'
+    else:
+        raise SystemExit("tensors without torch")
 
 asyncio.run(main())
 assert not [name for name in sys.modules if name.partition(".")[0] == "torch"]
