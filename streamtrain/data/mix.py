@@ -1,7 +1,7 @@
 """`mix`: batches of several streams, drawn in a keyed order, resumable from any of them.
 
 Its law: the draws are arithmetic (data.draws), so a position is the number of draws and the position of each source;
-nothing is drawn ahead of what is handed over.
+the sources' own prefetching changes none.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streamtrain.data.batch import START, Batch, Cursor
-from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.draws import Draws, Weights
 from streamtrain.data.iterable import IterableStream, from_iterable
 from streamtrain.data.loader import Loader
+from streamtrain.data.mix_pass import MixPass, at
 from streamtrain.data.options import at_least
 from streamtrain.data.permutation import derive_key
-from streamtrain.data.pulling import Puller
 from streamtrain.data.source import Pass, Stream
 from streamtrain.errors import ConfigError, DataError
-
-AGAIN = 1 << 20
-"""A source that starts over within epoch e goes to its epochs e + AGAIN, e + 2 * AGAIN, ...: no order comes twice."""
 
 
 def mix(
@@ -131,13 +127,13 @@ class Mix:
 
         Draws are counted within an epoch; over all epochs where `stop` is a number.
         """
-        if at_least(from_step, 0, "from_step") < (now := self._step(self._head)):
+        if at_least(from_step, 0, "from_step") < (now := self.step_of(self._head)):
             raise ConfigError(
                 f"set_weights from step {from_step}, but {now} are drawn already", hint="name a later one"
             )
         self.draws.change(from_step, weights)
 
-    def _step(self, cursor: Cursor) -> int:
+    def step_of(self, cursor: Cursor) -> int:
         """The number of the draw at this position."""
         return cursor.position + (cursor.epoch * self.stop if isinstance(self.stop, int) else 0)
 
@@ -161,7 +157,7 @@ class Mix:
         self._untrained.clear()
         self._kept = {}
 
-    def _returned(self, cursor: Cursor, number: int, theirs: Cursor) -> None:
+    def handed(self, cursor: Cursor, number: int, theirs: Cursor) -> None:
         """A pass hands over the batch of this source, which then stands there."""
         self._head = cursor
         self.drawn[number] += 1
@@ -170,7 +166,7 @@ class Mix:
         else:
             self._cursor, self._heads[number] = cursor, theirs
 
-    def _finished(self, epoch: int, heads: Sequence[Cursor], kept: dict[int, Pass]) -> None:
+    def finished(self, epoch: int, heads: Sequence[Cursor], kept: dict[int, Pass]) -> None:
         """A pass has come to its end: the position moves to the next epoch."""
         following = Cursor(epoch + 1, 0)
         self._begins_before = self._begins
@@ -328,152 +324,9 @@ class Mix:
             await source.aclose()
 
 
-def at(state: dict[str, Any], epoch: int, position: int) -> dict[str, Any]:
-    """A source's state with another position; where it has moved on, its own state is not that of this position."""
-    if (state.get("epoch"), state.get("position")) == (epoch, position):
-        return state
-    replayed = {"source_position": 0, "source": None} if "source_position" in state else {}
-    return {**state, **replayed, "epoch": epoch, "position": position}
-
-
 def _as_stream(source: Any) -> Stream:
     """`source` itself if it is a stream, else what `from_iterable` makes of it."""
     if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
         stream: Stream = source
         return stream
     return from_iterable(source)
-
-
-class MixPass:
-    """One epoch's draws from a position on."""
-
-    def __init__(
-        self, mix: Mix, start: Cursor, heads: list[Cursor], kept: dict[int, Pass], before: MixPass | None
-    ) -> None:
-        """`kept`: passes that are live already; `before`: a pass that is to end first."""
-        self._before = before
-        self._mix, self._at, self._heads = mix, start, heads
-        self._passes = kept
-        self._over: list[Pass] = []
-        self._opened = False
-        self._fresh: set[int] = set()
-        """Sources that began an epoch and gave nothing yet."""
-        self._puller: Puller | None = None
-        self._ended = False
-
-    def __aiter__(self) -> MixPass:
-        return self
-
-    async def __anext__(self) -> Batch:
-        """The next batch. Raises what the drawn source raises."""
-        try:
-            if self._before is not None:
-                await self._before.aclose()
-                self._before = None
-            if not self._opened:
-                await self._mix.open()
-                self._opened = True
-            while (batch := self.next_nowait()) is None:
-                number = self._number()
-                try:
-                    batch = await self._pulled(number)
-                except StopAsyncIteration:
-                    self._exhausted(number)
-                else:
-                    return self._taken(number, batch)
-            return batch
-        except BudgetHeld:
-            raise
-        except (StopAsyncIteration, Exception):
-            await self.aclose()
-            raise
-
-    async def _pulled(self, number: int) -> Batch:
-        """The next batch of a source; a synchronous one among others is pulled in a thread of ours."""
-        if not self._mix.sources[number].pulls_inside:
-            return await anext(self._pass(number))
-        if self._puller is None:
-            self._puller = Puller("streamtrain-mix")
-        return await self._puller.pull(self._pass(number))
-
-    def next_nowait(self) -> Batch | None:
-        """The next batch if the drawn source has it ready."""
-        while True:
-            if self._before is not None:
-                return None
-            number = self._number()
-            if self._mix.sources[number].pulls_inside and not self._mix.pulls_inside:
-                return None
-            try:
-                batch = self._pass(number).next_nowait()
-            except StopAsyncIteration:
-                self._exhausted(number)
-                continue
-            return None if batch is None else self._taken(number, batch)
-
-    def _number(self) -> int:
-        """The source of the next batch; StopAsyncIteration at the end."""
-        if not self._ended and self._at.position == self._mix.stop:
-            self._finish()
-        if self._ended:
-            raise StopAsyncIteration
-        return self._mix.draws.source(self._mix._step(self._at))
-
-    def _pass(self, number: int) -> Pass:
-        """The live pass of a source, started where it stands."""
-        if number not in self._passes:
-            source, (epoch, position) = self._mix.sources[number], self._heads[number]
-            if position:
-                source.load_state_dict(at(source.state_dict(), epoch, position))
-            else:
-                source.set_epoch(epoch)
-                self._fresh.add(number)
-            self._passes[number] = aiter(source)
-        return self._passes[number]
-
-    def _taken(self, number: int, batch: Batch) -> Batch:
-        theirs = self._heads[number] = batch.cursor
-        self._fresh.discard(number)
-        self._at = Cursor(self._at.epoch, self._at.position + 1)
-        batch.epoch, batch.cursor = self._at.epoch, self._at
-        self._mix._returned(self._at, number, theirs)
-        return batch
-
-    def _exhausted(self, number: int) -> None:
-        """A drawn source has no further batch: that ends the epoch, or it starts over."""
-        mix, epoch = self._mix, self._at.epoch
-        self._over.append(self._passes.pop(number))
-        if number in self._fresh:
-            raise DataError(f"source {number} of the mix gave no batch", hint="check its split and filters")
-        if mix.stop == "first":
-            return self._finish()
-        self._heads[number] = Cursor(self._heads[number].epoch + (AGAIN if mix.stop == "all" else 1), 0)
-        if mix.stop == "all" and all(
-            head.epoch != epoch for other, head in enumerate(self._heads) if mix.draws.ever(other)
-        ):
-            return self._finish()
-        mix.restarts[number] += 1
-        return None
-
-    def _finish(self) -> None:
-        self._ended = True
-        goes_on = isinstance(self._mix.stop, int)
-        kept = {number: passing for number, passing in self._passes.items() if goes_on and self._mix.foreign(number)}
-        self._passes = {number: passing for number, passing in self._passes.items() if number not in kept}
-        self._mix._finished(self._at.epoch, self._heads, kept)
-
-    def end(self) -> None:
-        """Give nothing any more."""
-        self._ended = True
-
-    async def aclose(self) -> None:
-        """End the passes of all sources."""
-        self._ended = True
-        if self._before is not None:
-            await self._before.aclose()
-            self._before = None
-        passes, self._passes, self._over = [*self._over, *self._passes.values()], {}, []
-        for passing in passes:
-            await passing.aclose()
-        if self._puller is not None:
-            await self._puller.aclose()
