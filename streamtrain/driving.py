@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from streamtrain import own_rng
 from streamtrain.data.batch import Batch
 from streamtrain.evaluation import BURST
 from streamtrain.life import Life
@@ -38,6 +39,12 @@ class Driver:
             limit = 0  # a stream that counts the end of an epoch as the next one's beginning
         elif limit is not None:
             limit = max(0, limit - progress.batch)
+        if life.resumed:
+            await self._thread.run(self._hire)
+            own_rng.restore(self._stream, life.own_rng)
+            life.resumed = False
+        elif not progress.batch:
+            life.own_rng = own_rng.capture(self._stream)
         source = supply(self._stream, limit=limit, runner=self._pull)
         try:
             if self._stream.pulls_inside:
@@ -50,22 +57,42 @@ class Driver:
             try:
                 await self.landed()
             finally:
+                if source.finished_nowait():
+                    life.own_rng = own_rng.capture(self._stream)  # the next epoch begins with it
+                if life.before_ahead is not None:
+                    life.rng.state, life.before_ahead = life.before_ahead, None
                 await source.aclose()
 
+    def _hire(self) -> None:
+        with self._life.rng.swapped_in(keep=False):
+            own_rng.hire(self._stream)
+
     async def _pull(self, fn: Callable[[], Batch | None]) -> Batch | None:
+        """Pull a batch before its burst; until that begins, a life is put down as if it had not been pulled."""
+        life = self._life
+
         def job() -> Batch | None:
-            with self._life.rng.swapped_in():
-                return fn()
+            before = life.rng.state
+            with life.rng.swapped_in():
+                batch = fn()
+            life.before_ahead = None if batch is None else before
+            return batch
 
         return await self._thread.run(job)
 
     async def _replay(self, source: Supply, state: Any) -> None:
-        """Have a source produce again what was trained, with the random numbers that it had then."""
-        now, self._life.rng.state = self._life.rng.state, state
-        try:
-            await source.finished()
-        finally:
-            self._life.rng.state = now
+        """Have a source produce again what was trained, with the random numbers that it had then; no more than that."""
+        rng = self._life.rng
+
+        def job() -> None:
+            now, rng.state = rng.state, state
+            try:
+                with rng.swapped_in():
+                    source.go_there()
+            finally:
+                rng.state = now
+
+        await self._thread.run(job)
 
     async def burst(self, batches: Supply, updates: int | None) -> Report:
         """One burst of `updates` updates at most. Raises the error that ended it, after counting what came before."""
@@ -75,6 +102,7 @@ class Driver:
         remaining, epoch, kernels = self._plan.remaining(progress, step.taken), progress.epoch, self._kernels
 
         def job() -> Report:
+            self._life.before_ahead = None
             with rng.swapped_in(), kernels():
                 return step.run(batches, updates=updates, seconds=BURST, epoch=epoch, remaining=remaining)
 

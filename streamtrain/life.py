@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 KEYS = frozenset(
-    {"version", "step", "progress", "stream", "rng", "epoch_rng", "scheduler", "scaler", "callbacks", "metrics"}
-    | {"window", "means", "settings", "habits", "ended", "restores", "config"}
+    {"version", "step", "progress", "stream", "rng", "epoch_rng", "own_rng", "scheduler", "scaler", "callbacks"}
+    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config"}
 )
 """What the state of this version holds."""
 
@@ -63,6 +63,12 @@ class Life:
     """The last value of each metric."""
     epoch_rng: RngState | None = None
     """Of a source whose order may depend on torch's generator: how that stood when the epoch began."""
+    own_rng: dict[str, Any] = field(default_factory=dict)
+    """The generators that a foreign source keeps for itself: how they stood when the epoch began, or will."""
+    resumed: bool = False
+    """Those are still to be put into the source."""
+    before_ahead: RngState | None = None
+    """How `rng` stood before a batch was pulled that no burst has taken yet."""
     ended: tuple[str, str] | None = None
     """Reason and detail of an end that more epochs don't undo."""
     restores: str | None = None
@@ -79,8 +85,9 @@ class Life:
             "step": self.progress.step,
             "progress": self.progress.state_dict(),
             "stream": None if self.stream is None else self.stream.state_dict(),
-            "rng": self.rng.state,
+            "rng": self.before_ahead or self.rng.state,
             "epoch_rng": self.epoch_rng,
+            "own_rng": self.own_rng,
             "scheduler": self.lr.state_dict(),
             "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
             "callbacks": {name: _state_of(callback) for name, callback in self.callbacks.items()} | self.asked,
@@ -146,6 +153,7 @@ class Life:
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
         self.rng.state, self.epoch_rng = state["rng"], state["epoch_rng"]
+        self.own_rng, self.resumed = state["own_rng"], True
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
         self.step.step = self.progress.step
         self.step.tally.window.load_state_dict(state["window"])

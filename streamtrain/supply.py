@@ -57,6 +57,9 @@ class Supply(Protocol):
     def first(self) -> Batch | None:
         """The next batch, without taking it, if it is there."""
 
+    def go_there(self) -> None:
+        """Have a synchronous source produce again what comes before its position; on the train thread."""
+
     async def aclose(self) -> None:
         """End the pass."""
 
@@ -125,6 +128,9 @@ class Pumped:
 
     def first(self) -> Batch | None:
         return self._ready[0] if self._ready else None
+
+    def go_there(self) -> None:
+        pass  # its pass does that while it waits
 
     async def aclose(self) -> None:
         self._closing = True  # a source of the user's may swallow a cancellation
@@ -212,6 +218,14 @@ class Pulled:
 
     def first(self) -> Batch | None:
         return self._ahead
+
+    def go_there(self) -> None:
+        begin = getattr(self._pass, "begin_nowait", None)
+        if begin is not None:
+            try:
+                begin()
+            except StopAsyncIteration:
+                self.ended = True
 
     async def aclose(self) -> None:
         self._ahead = None

@@ -374,8 +374,7 @@ class Trainer:
         if self.loss is None and self._options.step is None and not self._overrides("training_step"):
             raise ConfigError("there is no loss", hint="Give loss=, step=, or override training_step.")
         for callback in self.callbacks:
-            own = callback.required if isinstance(callback, ModelCheckpoint) else getattr(callback, "monitors", ())
-            name = type(callback).__name__
+            own, name = _watched(callback), type(callback).__name__
             for monitor in own:
                 if monitor.startswith("val_") and not streams:
                     raise ConfigError(f"{name} monitors {monitor!r}, but fit has no validation stream")
@@ -409,11 +408,7 @@ class Trainer:
 
         In a fresh one it is asked of the sanity check, when nothing is there to be lost.
         """
-        watched = [name for callback in self.callbacks for name in getattr(callback, "monitors", ())]
-        watched += [
-            n for callback in self.callbacks if isinstance(callback, ModelCheckpoint) for n in callback.required
-        ]
-        watched = [name for name in watched if name.startswith("val_")]
+        watched = [name for callback in self.callbacks for name in _watched(callback) if name.startswith("val_")]
         if not self._options.sanity or set(watched) <= set(validation_names(streams, self._metrics)):
             return
         values: dict[str, float] = {}
@@ -570,7 +565,7 @@ class Trainer:
                 )
             train.load_state_dict(state)
             if self._lasting is not None:  # the order that a synchronous source drew, and the epoch's sums
-                life.epoch_rng = self._lasting.epoch_rng
+                life.epoch_rng, life.own_rng, life.resumed = self._lasting.epoch_rng, self._lasting.own_rng, True
                 life.step.tally.epoch = self._lasting.step.tally.epoch
                 life.metrics = self._lasting.metrics
         elif self.state.batch:
@@ -845,6 +840,11 @@ def _with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) 
         defaults = [ModelCheckpoint, JSONLogger, CSVLogger, EventLog]
         callbacks += [kind() for kind in defaults if not any(isinstance(callback, kind) for callback in callbacks)]
     return callbacks
+
+
+def _watched(callback: object) -> Sequence[str]:
+    """The names that a callback needs to be logged."""
+    return callback.required if isinstance(callback, ModelCheckpoint) else getattr(callback, "monitors", ())
 
 
 def _loss(loss: Any) -> Callable[..., Any] | None:

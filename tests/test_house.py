@@ -27,7 +27,7 @@ data.vouching data.verification data.crews data.pulling data.loader data.iterabl
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
 data.passes data.finished data.stream blame supply tally step callbacks.base callbacks.bus
-early_stopping evaluation life resume plan telling
+own_rng early_stopping evaluation life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint saving
 keeping driving

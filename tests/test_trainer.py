@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import anyio
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
@@ -140,6 +141,95 @@ async def test_a_shuffling_dataloader_is_resumed_in_its_own_order(tmp_path: Path
     again = trainer(run_dir=tmp_path)
     await again.fit(loader, max_epochs=2, resume="auto")
     assert same(again.model, whole.model)
+
+
+class Augmented(Dataset[Any]):
+    """Adds noise from the process's generator to each sample; `own`: from one that it keeps."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.inputs, self.targets = samples(40)
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[number] + torch.randn(4, generator=self.generator), self.targets[number]
+
+
+class Drawn:
+    """Batches in an order of its own, of unknown length, with noise from the process's generator."""
+
+    def __init__(self, generator: np.random.Generator | random.Random | None = None) -> None:
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[Any]:
+        inputs, targets = samples(40)
+        for _ in range(5):
+            rows = self.rows()
+            yield inputs[rows] + 0.1 * torch.randn(len(rows), 4), targets[rows]
+
+    def rows(self) -> list[int]:
+        if isinstance(self.generator, random.Random):
+            return self.generator.sample(range(40), 8)
+        return [int(row) for row in (self.generator or np.random).permutation(40)[:8]]
+
+
+class DrawnAside:
+    """An asynchronous source with an order of its own."""
+
+    def __init__(self, generator: random.Random | None = None) -> None:
+        self.drawn = Drawn(generator)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        inputs, targets = samples(40)
+        for _ in range(5):
+            rows = self.drawn.rows()
+            yield inputs[rows], targets[rows]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def loader(dataset: Any = None, **options: Any) -> DataLoader[Any]:
+    return DataLoader(dataset or TensorDataset(*samples(40)), **{"batch_size": 8, "shuffle": True, **options})
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 8, 10, 12])
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: loader(Augmented()),
+        lambda: loader(Augmented(seeded())),
+        lambda: loader(generator=seeded()),
+        lambda: loader(shuffle=False, sampler=RandomSampler(range(40), True, generator=seeded())),
+        Drawn,
+        lambda: Drawn(np.random.default_rng(3)),
+        lambda: DrawnAside(random.Random(3)),
+    ],
+    ids=["augmented", "own-noise", "own-order", "own-sampler", "drawn", "drawn-numpy", "aside"],
+)
+async def test_a_source_that_draws_random_numbers_is_resumed_exactly(
+    tmp_path: Path, source: Callable[[], Any], stop: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, rest = trainer(), trainer(run_dir=tmp_path)
+    await whole.fit(source(), max_epochs=3)
+    await trainer(run_dir=tmp_path, callbacks=[ModelCheckpoint(every="2steps")]).fit(source(), max_steps=stop)
+    await rest.fit(source(), max_epochs=3, resume="auto")
+    assert same(whole.model, rest.model)
+    assert "not exact" not in caplog.text
+    twice, given = trainer(), source()
+    await twice.fit(given, max_steps=stop)
+    await twice.fit(given, max_epochs=3)
+    assert same(whole.model, twice.model)
+
+
+async def test_what_can_not_be_resumed_exactly_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    await trainer(run_dir=tmp_path).fit(DrawnAside(), max_steps=7)
+    assert "not exact" not in caplog.text
+    await trainer(run_dir=tmp_path).fit(DrawnAside(), max_epochs=4, resume="auto")
+    assert caplog.text.count("DrawnAside: if it draws random numbers, resuming is not exact") == 1
 
 
 async def test_the_last_line_of_the_log_is_kept_by_the_last_checkpoint(tmp_path: Path) -> None:

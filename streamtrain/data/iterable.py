@@ -222,13 +222,27 @@ class IterablePass:
             return None
         if self._ended:
             raise StopAsyncIteration
+        return self._taken(self._asked(self._next))
+
+    def begin_nowait(self) -> None:
+        """Have a synchronous source produce again what comes before the position, and nothing more."""
+        if not self._begun:
+            self._asked(self._replay)
+
+    def _next(self) -> Any:
+        if not self._begun:
+            self._replay()
+        elif self._stream._stateful and self._stream._trained == (self._epoch, self._position):
+            self._stream._remember(self._position)  # the only moment at which it is the state of a trained position
+        return self._draw()
+
+    def _replay(self) -> None:
+        for _ in range(self._begin(lambda: iter(self._stream.source))):
+            self._draw()
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
         try:
-            if not self._begun:
-                for _ in range(self._begin(lambda: iter(self._stream.source))):
-                    self._draw()
-            elif self._stream._stateful and self._stream._trained == (self._epoch, self._position):
-                self._stream._remember(self._position)  # the only moment at which it is the state of a trained position
-            item = self._draw()
+            return ask()
         except StopIteration:
             self._finish()
             raise StopAsyncIteration from None
@@ -236,7 +250,6 @@ class IterablePass:
             raise
         except Exception as error:
             raise _raised(self._stream.source, error) from error
-        return self._taken(item)
 
     def _draw(self) -> Any:
         return self._stream._again.pop() if self._stream._again else next(self._iterator)
