@@ -56,7 +56,8 @@ class Keeper:
         self._saved = self._mark()
         self._coming: list[Best] = []
         """The best of the last judged step, by monitor, which are named once they are saved."""
-        self._coalesced = False
+        self._joined = 0
+        """Periodic saves that were due while another was under way."""
 
     def _mark(self) -> tuple[int, int, str, bool]:
         """What tells one state that is worth saving from another."""
@@ -85,10 +86,11 @@ class Keeper:
         assert self.saver is not None
         if not self.saver.busy:
             await self.save("periodic")
-        elif not self._coalesced:
-            self._coalesced = True
-            message = "a save is due at step %d while the one before is under way: left out"
+            return
+        if not self._joined:
+            message = "a save is due at step %d while the one before is under way: it is joined with the next"
             logger.warning(message, self._life.progress.step)
+        self._joined += 1
 
     async def judge(self, verdicts: list[Verdict], epoch: int) -> None:
         """Keep what the deciders want kept of this very step, of `epoch`."""
@@ -202,6 +204,9 @@ class Keeper:
         if self._life.progress.step and (self._saved != self._mark() or self.saver.behind):
             await self.save("end")
         await self.saver.wait()
+        if self._joined:
+            logger.warning("%d saves were due while another was under way: joined with later ones", self._joined)
+            self._joined = 0
 
     async def save_after_error(self) -> None:
         """The same where saving itself may be what went wrong."""

@@ -232,6 +232,21 @@ async def test_what_can_not_be_resumed_exactly_is_said_once(tmp_path: Path, capl
     assert caplog.text.count("DrawnAside: if it draws random numbers, resuming is not exact") == 1
 
 
+@pytest.mark.parametrize("stop", [5, 7])
+async def test_the_order_of_persistent_workers_is_resumed_and_said_to_be_all_that_is(
+    tmp_path: Path, stop: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def working() -> DataLoader[Any]:
+        return loader(num_workers=1, persistent_workers=True)
+
+    whole, rest = trainer(), trainer(run_dir=tmp_path)
+    await whole.fit(working(), max_epochs=3)
+    await trainer(run_dir=tmp_path).fit(working(), max_steps=stop)
+    await rest.fit(working(), max_epochs=3, resume="auto")
+    assert same(whole.model, rest.model)
+    assert caplog.text.count("persistent workers carry their random states on") == 1
+
+
 async def test_the_last_line_of_the_log_is_kept_by_the_last_checkpoint(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     await trainer(run_dir=tmp_path, log_every=1000).fit(Samples(), max_steps=5)
@@ -1247,6 +1262,21 @@ async def test_saves_that_fail_let_training_go_on_three_times(tmp_path: Path, ca
         await fitted.fit(Samples(), max_epochs=10)
     assert caplog.text.count("training goes on") == 3
     assert 4 <= fitted.state.epoch < 10
+
+
+async def test_saves_that_are_joined_are_counted_and_the_newest_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted, recorder = trainer(run_dir=tmp_path, callbacks=[ModelCheckpoint(every="1steps", keep_last=3)]), Recorder()
+    fitted.callbacks.append(recorder)
+    result = await fitted.fit(Samples(), max_steps=200)
+    made = [event.step for event in recorder.events("on_checkpoint")]
+    assert steps(tmp_path) == made[-3:]
+    assert made[-1] == result.step == 200
+    joined = 200 - sum(event.kind == "periodic" for event in recorder.events("on_checkpoint"))
+    told = f"{joined} saves were due while another was under way: joined with later ones"
+    assert caplog.text.count("joined with") == (2 if joined else 0)
+    assert (told in caplog.text) == (joined > 0)
 
 
 async def test_an_empty_stream_is_said() -> None:
