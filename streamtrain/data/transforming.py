@@ -102,7 +102,7 @@ class ThreadRunner:
         return sum(scratch.seconds["transform"] for scratch in self._workers.scratches) if self._own else 0.0
 
     def stop(self) -> None:
-        """End its own threads after the group that each has in hand."""
+        """End its own threads after the batch that each has in hand."""
         if self._own:
             self._workers.stop()
 
@@ -123,8 +123,9 @@ class ThreadRunner:
     def _fill(self, made: list[Batch], group: list[Ready]) -> BaseException | None:
         """Transform one after the other; what stopped that."""
         try:
-            while group:
+            while group and not self._workers.stopped():
                 made.append(self._work(group.pop(0)))
+            group.clear()  # the pass ends: nobody wants the rest
         except BaseException as error:
             group.clear()
             return error

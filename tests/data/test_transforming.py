@@ -207,6 +207,32 @@ async def test_threads_of_their_own_transform_beside_those_that_read(store: Path
     assert {name.rpartition("-")[0] for name in names} == {"streamtrain-data"}
 
 
+@pytest.mark.parametrize("workers", [None, 1])
+async def test_a_pass_that_ends_waits_for_the_batch_in_hand_and_for_no_more(store: Path, workers: Any) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    late: list[int] = []
+
+    def slow(batch: Batch) -> Batch:
+        if batch.cursor.position >= 396:  # the first ones come alone, those after them in groups
+            late.append(batch.cursor.position)
+            begun.set()
+            go_on.wait(30)
+        return batch
+
+    async def eat() -> int:
+        return len([batch async for batch in source])
+
+    source = stream(store, shuffle=False, threads=1, transform=slow, transform_workers=workers)
+    eating = asyncio.ensure_future(eat())
+    assert await asyncio.to_thread(begun.wait, 30)
+    assert source._pass is not None
+    source._pass.stop()
+    go_on.set()
+    await source.aclose()
+    assert len(late) == 1
+    assert await eating <= 12
+
+
 @pytest.mark.parametrize(
     ("given", "crew"),
     [
