@@ -54,6 +54,20 @@ Limit = Annotated[
 ]
 
 
+Along = Annotated[
+    Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]],
+    Must("an integer of at least 1, or a table of them by axis, such as {time = 24}"),
+]
+Places = Annotated[
+    dict[str, int | Annotated[list[int], Field(min_length=1)]],
+    Must("a table of places by axis, such as {level = [0, 3]}"),
+]
+Numbers = Annotated[Text | list[int], Must("a list of sample numbers, or the name of a boolean array")]
+Weights = Annotated[
+    Text | list[Annotated[float, Field(allow_inf_nan=False)]], Must("a list of numbers, or the name of an array")
+]
+
+
 class Table(BaseModel):
     """A table whose keys are these and no others."""
 
@@ -108,8 +122,20 @@ class DataTable(Table):
         ]
         | None
     ) = None
+    window: Along | None = None
+    stride: Along | None = None
+    horizon: Natural | None = None
+    target_window: Count | None = None
+    select: Places | None = None
+    stack: Annotated[bool, Must("true or false")] = False
+    groups: Text | None = None
+    indices: Numbers | None = None
+    weights: Weights | None = None
+    balance: Text | None = None
     transform: Target | None = None
-    transform_workers: Annotated[Count | Text, Must('a number, "thread:N" or "process:N"')] | None = None
+    transform_workers: Annotated[Threads | Text, Must('a number from 1 to 256, "thread:N" or "process:N"')] | None = (
+        None
+    )
     cache_transform: Annotated[bool, Must("true or false")] | None = None
     memory: Bytes = "1GiB"
     cache: Bytes | Natural = "auto"
@@ -183,7 +209,8 @@ class Config(Table):
 
     data: DataTable
     validation: DataTable | None = None
-    """Inherits from `[data]` all but shuffle and drop_last (false here), and the split where it names a store."""
+    """Inherits from `[data]` all but shuffle, drop_last, weights and balance (false or unset here), and split and
+    indices where it names a store."""
     model: ModelTable
     loss: Named | None = None
     metrics: dict[str, Named] = Field(default_factory=dict)
@@ -345,10 +372,15 @@ def _listed(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "sample_axes": [axes]} if isinstance(axes, int) and not isinstance(axes, bool) else data
 
 
+NOT_INHERITED = ("shuffle", "drop_last", "weights", "balance")
+"""A validation measures: each sample once, in order, unless told otherwise."""
+
+
 def _inherit(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    inherited = {key: value for key, value in data.items() if key not in ("shuffle", "drop_last")}
+    inherited = {key: value for key, value in data.items() if key not in NOT_INHERITED}
     if "store" in own:
         inherited.pop("split", None)
+        inherited.pop("indices", None)
     return {**inherited, **_listed(own)}
 
 

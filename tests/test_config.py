@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -88,6 +89,49 @@ def test_validation_inherits_the_data_but_neither_shuffles_nor_drops() -> None:
     assert config.validation.inputs == ["a", "b"]
     assert config.validation.split == [0.9, 1.0]
     assert config.validation.shuffle is False
+
+
+SAMPLES = """
+window = { time = 24, 1 = 8 }
+stride = 4
+horizon = 1
+target_window = 2
+select = { level = [0, 3] }
+stack = true
+groups = "g"
+indices = [0, 5]
+weights = [0.5, 1]
+transform_workers = "thread:2"
+"""
+
+
+def test_windows_choices_and_several_stores_are_keys_of_the_data() -> None:
+    text = LEAST.replace('"d.zarr"', f'["a.zarr", "b.zarr"]{SAMPLES}') + "[validation]\nsplit = [0.0, 0.5]\n"
+    config = resolve(said(text))
+    assert config.data.store == ["a.zarr", "b.zarr"]
+    assert config.data.window == {"time": 24, "1": 8}
+    assert config.validation is not None
+    assert (config.validation.indices, config.validation.weights) == ([0, 5], None)
+    assert resolve(said(config.dumps())) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("window = 0", "window must be an integer of at least 1, or a table"),
+        ('window = { time = "x" }', "window.*must be an integer of at least 1, or a table"),
+        ("horizon = -1", "horizon must be an integer of at least 0, got -1"),
+        ("select = [0]", "select must be a table of places by axis"),
+        ("stack = 1", "stack must be true or false"),
+        ("weights = 1", "weights must be a list of numbers, or the name of an array"),
+        ("indices = [0.5]", "indices.*must be a list of sample numbers, or the name"),
+        ("balance = 3", "balance must be a text that is not empty"),
+        ("windows = 3", "unknown key data.windows"),
+    ],
+)
+def test_what_samples_cannot_be_is_said(line: str, told: str) -> None:
+    message, _ = complaint(LEAST.replace('"d.zarr"', f'"d.zarr"\n{line}'))
+    assert re.search(told, message), message
 
 
 def test_a_validation_store_of_its_own_is_not_split_like_the_data() -> None:

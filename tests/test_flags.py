@@ -38,7 +38,9 @@ GOOD = {
     "--precision": "32", "--seed": "1", "--accumulate-grad-batches": "2", "--gradient-clip-norm": "1",
     "--gradient-clip-value": "1.5", "--nonfinite": "skip", "--log-every": "1", "--validate-every": "9steps",
     "--sanity-batches": "0", "--limit-batches": "0.5", "--overfit-batches": "1", "--data": "d", "--model": "m:N",
-    "--step": "m:f", "--device-transform": "m:f",
+    "--step": "m:f", "--device-transform": "m:f", "--window": "{time = 24}", "--stride": "4", "--horizon": "0",
+    "--target-window": "2", "--select": "{level = [0, 3]}", "--groups": "g", "--indices": "0,2,5", "--weights": "w",
+    "--balance": "b", "--transform-workers": "process:2",
 }  # fmt: skip
 
 

@@ -215,7 +215,10 @@ async def test_reading_ahead_never_delays_the_first_batch(proxy: Proxy, url: str
         assert unit < 10
         first = asyncio.create_task(anext(aiter(source)))
         await asyncio.to_thread(proxy.waiting.acquire)
-        chunks = lambda: [path for path, _ in proxy.requests if "/c/" in path]  # noqa: E731
+
+        def chunks() -> list[str]:
+            return [path for path, _ in proxy.requests if "/c/" in path]
+
         await until(lambda: len(chunks()) >= unit and proxy.at_once == 1)  # all but the one that hangs are answered
         assert len(chunks()) == unit
         proxy.ended.set()
