@@ -26,8 +26,11 @@ def folder(tmp_path: Path) -> Path:
     """What the README takes for granted: a store, and a module with a network."""
     rng = np.random.default_rng(0)
     group = zarr.create_group(tmp_path / "era5.zarr")
-    group.create_array("t2m", data=rng.standard_normal((2000, 4, 5), dtype=np.float32), chunks=(100, 4, 5))
-    group.create_array("rain", data=rng.standard_normal(2000, dtype=np.float32), chunks=(200,))
+    field, hours = rng.standard_normal((2000, 4, 5), dtype=np.float32), ("time",)
+    group.create_array("t2m", data=field, chunks=(100, 4, 5), dimension_names=(*hours, "lat", "lon"))
+    group.create_array("rain", data=rng.random(2000, dtype=np.float32), chunks=(200,), dimension_names=hours)
+    group.create_array("good", data=np.arange(2000) % 3 > 0, chunks=(200,), dimension_names=hours)
+    group.create_array("season", data=np.arange(2000) // 90 % 4, chunks=(200,), dimension_names=hours)
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self) -> None:\n"
         "        super().__init__(nn.Flatten(), nn.Linear(20, 1), nn.Flatten(0))\n"
@@ -49,7 +52,7 @@ async def run(folder: Path, *arguments: str) -> str:
     return out.decode()
 
 
-@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream", "mix"])
+@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream", "windows", "samples", "mix"])
 async def test_programs_run(folder: Path, program: str) -> None:
     await run(folder, "-c", program)
 
