@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from streamtrain import assembly
-from streamtrain.config import Named, Said, resolve
+from streamtrain.config import DataTable, Named, Said, resolve
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.optimizers import build_optimizer
 from streamtrain.schedulers import build_scheduler
@@ -222,3 +222,10 @@ def test_the_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     assembly.make_importable(str(tmp_path))
     assert sys.path[0] == str(tmp_path)
+
+
+def test_axes_by_number_are_numbers_also_where_keys_are_texts() -> None:
+    table = DataTable(store="d", inputs="x", window={"time": 3, "1": 2}, select={"2": [0, 3]}, weights="w")
+    made = assembly.stream(table, Said(), "data")
+    assert made._framing.window == {"time": 3, 1: 2}
+    assert made._framing.select == {2: (0, 3)}
