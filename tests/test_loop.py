@@ -100,6 +100,12 @@ async def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
 
 
 async def test_a_best_whose_save_fails_does_not_take_the_place_of_the_one_that_is_kept(tmp_path: Path) -> None:
+    first_is_saved = threading.Event()
+
+    class Saved(Callback):
+        def on_checkpoint(self, event: object) -> None:
+            first_is_saved.set()
+
     class Breaks(Callback):
         """Puts a file in the place of the folder of checkpoints, before the second epoch's validation."""
 
@@ -107,10 +113,11 @@ async def test_a_best_whose_save_fails_does_not_take_the_place_of_the_one_that_i
 
         def on_epoch_end(self, event: EpochEnd) -> None:
             if event.epoch == 1:
+                first_is_saved.wait(60)
                 (tmp_path / "checkpoints").rename(tmp_path / "aside")
                 (tmp_path / "checkpoints").write_text("in the way")
 
-    fitted = trainer(run_dir=tmp_path, callbacks=[Breaks(), ModelCheckpoint(every="1h", keep_last=1)])
+    fitted = trainer(run_dir=tmp_path, callbacks=[Breaks(), Saved(), ModelCheckpoint(every="1h", keep_last=1)])
     with pytest.raises(EnvironmentProblem, match="checkpoint"):
         await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=2)
     values = {row["step"]: row["val_loss"] for row in lines(tmp_path) if row["split"] == "val"}

@@ -77,9 +77,9 @@ class Scratch:
         self.fetched: Mapping[object, Callable[[], Bytes | None]] = {}
         """Of chunks that are elsewhere: what gives the bytes that were fetched ahead for the job in hand, None where
         the chunk is absent, or raises why they could not be had."""
-        self.damages: list[tuple[int, ChunkDamage]] = []
+        self.damages: list[tuple[int, BadChunk]] = []
         """Of the piece in hand, the chunks that are skipped: `chunks` when each was asked for, and why."""
-        self.tainted: list[ChunkDamage] | None = None
+        self.tainted: list[BadChunk] | None = None
         """Why the rows that are being put are lost (empty: they are not), where the feed tells; else None."""
 
     def take(self, name: str, size: int) -> Bytes:
@@ -124,6 +124,18 @@ class ChunkDamage(DataError):
     def __init__(self, array: str, chunk: tuple[int, ...], message: str, *, hint: str) -> None:
         super().__init__(message, hint=hint)
         self.array, self.chunk = array, chunk
+
+
+class ChunkUnreadable(EnvironmentProblem):
+    """A chunk that storage does not give, however often it is asked."""
+
+    def __init__(self, array: str, chunk: tuple[int, ...], message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.array, self.chunk = array, chunk
+
+
+BadChunk = ChunkDamage | ChunkUnreadable
+"""What `on_bad_chunk="skip"` leaves out."""
 
 
 def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: object) -> ChunkDamage:

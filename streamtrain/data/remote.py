@@ -23,9 +23,15 @@ from streamtrain.data.decode import Decoder
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
-from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES, Scratch, ZarrLoop, chunk_error
+from streamtrain.data.readers import (
+    ENCODED_SLACK,
+    INDEX_CACHE_BYTES,
+    ChunkUnreadable,
+    Scratch,
+    ZarrLoop,
+    chunk_error,
+)
 from streamtrain.data.trust import Verify
-from streamtrain.errors import EnvironmentProblem
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""
@@ -115,8 +121,8 @@ class RemoteReader:
             scratch.seconds["decode"] += time.perf_counter() - fetched
             return decoded
         except FetchFailed as error:
-            place = str(chunk_error(layout, chunk, self.url(chunk), error))
-            raise EnvironmentProblem(place, hint=error.hint) from error
+            damage = chunk_error(layout, chunk, self.url(chunk), error)
+            raise ChunkUnreadable(damage.array, damage.chunk, str(damage), hint=error.hint) from error
         except ValueError as error:
             raise chunk_error(layout, chunk, self.url(chunk), error) from error
 

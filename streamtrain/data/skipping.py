@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import ChunkDamage, ChunkReader, Scratch
+from streamtrain.data.readers import BadChunk, ChunkDamage, ChunkReader, ChunkUnreadable, Scratch
 from streamtrain.data.trust import Verify
 from streamtrain.errors import DataError
 
@@ -34,7 +34,7 @@ class SkippingReader:
     def __init__(self, reader: ChunkReader) -> None:
         self.inner = self._reader = reader
         self._lock = threading.Lock()
-        self._bad: dict[tuple[int, ...], ChunkDamage] = {}
+        self._bad: dict[tuple[int, ...], BadChunk] = {}
 
     @property
     def lane(self) -> str:
@@ -53,12 +53,12 @@ class SkippingReader:
         if damage is None:
             try:
                 return self._reader.read(chunk, rows, scratch, few=few)
-            except ChunkDamage as error:
+            except (ChunkDamage, ChunkUnreadable) as error:
                 damage = self._first(where, error)
         scratch.damages.append((scratch.chunks, damage))
         return None
 
-    def _first(self, where: tuple[int, ...], error: ChunkDamage) -> ChunkDamage:
+    def _first(self, where: tuple[int, ...], error: BadChunk) -> BadChunk:
         """Keep the first error of a chunk, and say it."""
         # Kept with them, it would keep the frames, and their buffers, alive.
         error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -74,9 +74,9 @@ class Losses:
     """What one unit's jobs have to leave out; lists grow from several threads."""
 
     positions: list[Ints] = field(default_factory=list)
-    damages: list[ChunkDamage] = field(default_factory=list)
+    damages: list[BadChunk] = field(default_factory=list)
 
-    def add(self, at: slice | Ints, damages: Sequence[ChunkDamage]) -> None:
+    def add(self, at: slice | Ints, damages: Sequence[BadChunk]) -> None:
         """These positions of the epoch, for this reason."""
         self.positions.append(np.arange(at.start, at.stop, dtype=np.int64) if isinstance(at, slice) else at)
         self.damages.extend(damages)
@@ -93,7 +93,7 @@ class Watch:
         self._seen = 0
         scratch.damages.clear()
 
-    def tainted(self) -> Sequence[ChunkDamage]:
+    def tainted(self) -> Sequence[BadChunk]:
         """Why the rows that are put now are to be left out; empty where they are sound."""
         damages = self._scratch.damages
         if not damages:

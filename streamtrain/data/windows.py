@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.feed import Box, Change, Feed, Put, Rows, Site
-from streamtrain.data.readers import ChunkDamage, ChunkReader, Scratch
+from streamtrain.data.readers import BadChunk, ChunkReader, Scratch
 
 PIECE_BYTES = 4 << 20
 """Scattered samples of a cell are copied so much at a time."""
@@ -146,7 +146,7 @@ class WindowFeed(Feed):
         rows: Rows,
         region: NDArray[Any],
         bounds: list[tuple[int, int]],
-        damages: list[ChunkDamage],
+        damages: list[BadChunk],
         put: Put,
         scratch: Scratch,
     ) -> None:
