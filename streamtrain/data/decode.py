@@ -132,6 +132,8 @@ class Decoder:
 
     def __init__(self, layout: ArrayLayout) -> None:
         self.layout = layout
+        self._stored = tuple(layout.chunk_shape[a] for a in layout.axes)
+        self._axes = tuple(int(a) for a in np.argsort(layout.axes))
         self._steps: list[Checksum | _Writer] = []
         start, other = 0, layout.decode_room // 2
         sizes: list[int | None] = [layout.chunk_bytes, *encoded_sizes(layout.codecs, layout.chunk_bytes)]
@@ -164,6 +166,4 @@ class Decoder:
 
     def view(self, data: Bytes) -> NDArray[Any]:
         """Decoded bytes as an array of the chunk's shape: no copy."""
-        layout = self.layout
-        stored = tuple(layout.chunk_shape[a] for a in layout.axes)
-        return data.view(layout.dtype).reshape(stored).transpose(np.argsort(layout.axes))
+        return data.view(self.layout.dtype).reshape(self._stored).transpose(self._axes)
