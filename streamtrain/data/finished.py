@@ -283,30 +283,47 @@ class KeptPass:
 
 
 class Watched:
-    """A transform, and whether it has drawn random numbers: then each epoch is another."""
+    """A transform, and whether it has drawn random numbers or looked at the epoch: then each epoch is another."""
 
     def __init__(self, transform: Callable[[Batch], Any], drew: Callable[[], None]) -> None:
         self._transform, self._drew = transform, drew
 
     def __call__(self, batch: Batch) -> Any:
-        rng = batch.rng
-        before = _state(rng)
-        made = self._transform(batch)
-        if _state(rng) != before:
-            self._drew()
+        given, before = _Telling.of(batch), _state(batch.rng)
+        made = self._transform(given)
+        self._look(given, before)
         return made
+
+    def _look(self, given: _Telling, before: Any) -> None:
+        if given.looked or _state(given.rng) != before:
+            self._drew()
 
 
 class WatchedAsync(Watched):
     """The same of an `async def`."""
 
     async def __call__(self, batch: Batch) -> Any:
-        rng = batch.rng
-        before = _state(rng)
-        made = await self._transform(batch)
-        if _state(rng) != before:
-            self._drew()
+        given, before = _Telling.of(batch), _state(batch.rng)
+        made = await self._transform(given)
+        self._look(given, before)
         return made
+
+
+class _Telling(Batch):
+    """A batch that tells whether its epoch was looked at."""
+
+    __slots__ = ("looked",)
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Telling:
+        given = cls(batch.inputs, batch.targets, batch.index, batch.epoch, batch.cursor, batch.rng)
+        given.looked = False
+        return given
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("epoch", "cursor"):
+            self.looked = True
+        return super().__getattribute__(name)
 
 
 def _state(generator: np.random.Generator | None) -> Any:

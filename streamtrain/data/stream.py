@@ -557,10 +557,12 @@ class ZarrStream:
         return self._pass
 
     def _watched(self, finished: FinishedBatches | None) -> Transform | None:
-        """The transform, watched for random numbers: what draws them is not kept unless it was asked for."""
+        """The transform, watched for what makes each epoch another: then nothing is kept unless it was asked for."""
         if self._transform is None or finished is None or self._cache_transform:
             return self._transform
-        off = partial(finished.stop, "the transform draws random numbers, so that each epoch is another")
+        off = partial(
+            finished.stop, "the transform draws random numbers or looks at the epoch, so that each epoch is another"
+        )
         return (WatchedAsync if is_async(self._transform) else Watched)(self._transform, off)
 
     def _recipe(self, opened: _Opened, pool: Pool) -> Recipe:

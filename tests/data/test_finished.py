@@ -182,3 +182,13 @@ async def test_compressed_data_are_kept_without_a_transform_and_raw_ones_are_not
     raw = plain(small.write(tmp_path / "raw.zarr"), targets=None, inputs="x")
     await raw.open()
     assert raw.statistics().finished is None
+
+
+async def test_a_transform_that_looks_at_the_epoch_is_not_kept(store: Path) -> None:
+    def by_epoch(batch: Batch) -> tuple[Any, Any]:
+        return batch.inputs + batch.epoch, batch.targets
+
+    source, never = plain(store, transform=by_epoch), plain(store, transform=by_epoch, cache_transform=False)
+    for _ in range(2):
+        assert same(await listed(source), await listed(never))
+    await source.aclose()
