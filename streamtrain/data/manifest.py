@@ -158,7 +158,10 @@ class Manifest:
         length, crc = (int(n) for n in self._memory[8:16].view("<u4"))
         if length > HEADER - 16 or crc32c(self._memory[16:HEADER]) != crc:
             raise self._damaged("the checksum of its header does not match")
-        header: dict[str, Any] = json.loads(self._memory[16 : 16 + length].tobytes())
+        try:
+            header: dict[str, Any] = json.loads(self._memory[16 : 16 + length].tobytes())
+        except ValueError as error:  # no checksum covers the length itself
+            raise self._damaged("its header has another length than it says") from error
         return header
 
     def _damaged(self, why: str) -> DataError:

@@ -161,3 +161,13 @@ def test_a_million_files_take_the_memory_of_the_pages_that_are_touched(tmp_path:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_header_that_says_another_length_is_damaged(bit: int, tmp_path: Path) -> None:
+    path = made(tmp_path).path
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1 << bit
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"the manifest .* is damaged"):
+        Manifest(path).check()
