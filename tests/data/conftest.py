@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.data.cloud import Proxy
+
+
+NEED = {
+    "torch": ["finished", "iterable", "loader", "mix", "transform_processes", "transforming"],
+    "obstore": ["cloud", "fetch"],
+}
+"""Files of this folder that do not even load without a package; the others hold what the room itself needs."""
+LEFT_OUT = {package: files for package, files in NEED.items() if find_spec(package) is None}
+collect_ignore = [f"test_{name}.py" for files in LEFT_OUT.values() for name in files]
+
+
+def pytest_report_header() -> list[str]:
+    """What is not run, and why."""
+    return [f"without {package}: no test_{', test_'.join(files)}" for package, files in LEFT_OUT.items()]
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,7 @@ async def test_what_is_no_window_is_refused(store: Path, keywords: dict[str, Any
 async def test_a_chunk_serves_all_windows_of_its_cell_with_one_read(tmp_path: Path) -> None:
     data = np.arange(4096 * 4, dtype=np.float32).reshape(4096, 4)
     zarr.create_array(tmp_path / "one", data=data, chunks=(8, 4))
-    async with ZarrStream(tmp_path / "one", window=24, batch_size=32, shuffle="block", cache=0) as source:
+    async with ZarrStream(tmp_path / "one", window=24, batch_size=32, output="numpy", cache=0) as source:
         async for _ in source:
             pass
         assert source.statistics().chunks <= 1.3 * 4096 / 8
