@@ -156,8 +156,9 @@ def report(name: str, setup: Setup, whole: Trial, trials: list[Trial]) -> Iterat
         name=f"{name} lives that do not say where they go on", values=(sum(t.silent for t in trials),), at_most=0
     )
     if setup.command:
-        wrong = sum(code not in (0, 128 + signal.SIGTERM) for t in trials for code in t.codes)
-        yield Measure(name=f"{name} other exit codes than 0 and 143", values=(wrong,), at_most=0)
+        wrong = [code for t in trials for code in t.codes if code not in (0, 128 + signal.SIGTERM)]
+        which = f" ({', '.join(map(str, wrong))})" if wrong else ""
+        yield Measure(name=f"{name} other exit codes than 0 and 143{which}", values=(len(wrong),), at_most=0)
         return
     yield Measure(
         name=f"{name} updates made twice, of those that may be",
