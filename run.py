@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -170,6 +171,8 @@ NEWEST = ("3.12", "3.13")
 TORCH_FREE = ("tests/data", "tests/data_tools")
 NOT_THERE = ("torch", "pydantic", "cyclopts", "rich", "safetensors", "starlette", "uvicorn")
 """What the room without torch does without."""
+SERVERS = ("moto", "boto3")
+"""Of the packages for tests, those of stores elsewhere, whose tests need obstore."""
 WRITERS = ("tensorstore", "xarray", "dask", "ml-dtypes")
 
 
@@ -179,24 +182,31 @@ def on_newest(options: list[str]) -> int:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups, needed = project["dependency-groups"], project["project"]["dependencies"]
-    wanted = [one for one in needed if not one.startswith(NOT_THERE)] + groups["test"]
+    wanted = [one for one in needed if not one.startswith(NOT_THERE)] + [
+        one for one in groups["test"] if not one.startswith(SERVERS)
+    ]
     wanted += [one for one in groups["writers"] if one.startswith(WRITERS)]
-    code = 0
-    for version in NEWEST:
-        found = interpreter(version)
-        if found is None:
-            say(f"no Python {version} is found: the newest zarr and numpy are not tested on it")
-            continue
-        try:
-            python = environment(found, version, wanted)
-        except subprocess.CalledProcessError as error:
-            return fail(f"pip ended with {error.returncode} for Python {version}", "its output above says why")
-        shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
-        say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
-        tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *TORCH_FREE, *options]
-        ended = subprocess.run(tests, cwd=ROOT, check=False).returncode
-        code = code or ended
-    return code
+    with ThreadPoolExecutor(len(NEWEST)) as pool:  # side by side: each waits for its own pip and tests
+        codes = list(pool.map(lambda version: on_one(version, wanted, options), NEWEST))
+    return next((code for code in codes if code), 0)
+
+
+def on_one(version: str, wanted: list[str], options: list[str]) -> int:
+    """The same on one of them; what its tests print comes at their end."""
+    found = interpreter(version)
+    if found is None:
+        say(f"no Python {version} is found: the newest zarr and numpy are not tested on it")
+        return 0
+    try:
+        python = environment(found, version, wanted)
+    except subprocess.CalledProcessError as error:
+        return fail(f"pip ended with {error.returncode} for Python {version}", "its output above says why")
+    shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
+    say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
+    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *TORCH_FREE, *options]
+    ended = subprocess.run(tests, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(ended.stdout, flush=True)
+    return ended.returncode
 
 
 def interpreter(version: str) -> str | None:
