@@ -204,7 +204,13 @@ def on_one(version: str, wanted: list[str], options: list[str]) -> int:
     shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
     say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *TORCH_FREE, *options]
-    ended = subprocess.run(tests, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    there = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+    }  # for what tests start elsewhere: the project is not installed there
+    ended = subprocess.run(
+        tests, cwd=ROOT, env=there, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     print(ended.stdout, flush=True)
     return ended.returncode
 
