@@ -26,7 +26,8 @@ def to_tensor(array: Any) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     elif not array.flags.writeable:
         array = array.copy()
-    if array.dtype.name == "bfloat16":  # of the package ml_dtypes, which torch does not know
+    # Of the package ml_dtypes, which torch does not know. A name costs more than all else here: the kind comes first.
+    if array.dtype.kind == "V" and array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     try:
         return torch.from_numpy(array)

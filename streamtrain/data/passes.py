@@ -198,7 +198,8 @@ class ZarrPass:
             )
         while True:
             try:
-                await self._after()
+                if self._before is not None:
+                    await self._after()
                 batch = self.next_nowait()
                 if batch is None:
                     await self._wait()
@@ -243,8 +244,9 @@ class ZarrPass:
 
     def _take(self, item: Ready | Made) -> Batch | None:
         if isinstance(item, Ready):
-            lost = self._recipe.ranks.alone and len(item.dropped) == item.rows  # all its rows lay in bad chunks
-            batch: Batch | None = None if lost else _assembled(self._recipe, item)
+            batch: Batch | None = None
+            if item.dropped is None or len(item.dropped) < item.rows or not self._recipe.ranks.alone:
+                batch = _assembled(self._recipe, item)  # else all its rows lay in bad chunks
             self._drained()
         else:
             batch = item.batch
@@ -543,14 +545,17 @@ class ZarrPass:
     def _maker(self, block: Block, first: int, start: int) -> Callable[[int], Ready]:
         """Makes the ready batches from number `start` on, which lie in this block, whose first is number `first`."""
         size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self._epoch
-        ranks, skips = self._recipe.ranks, self.skips  # not the pass itself, which its queue must not keep alive
+        ranks, alone = self._recipe.ranks, self._recipe.ranks.alone
+        skips = self.skips  # not the pass itself, which its queue must not keep alive
 
         def make(number: int) -> Ready:
             position = origin + (start + number) * size
             stop = min(position + size, end)
-            begin, next_ = (ranks.begin(n, origin, size) for n in (start + number, start + number + 1))
-            dropped = skips.within(begin, next_)
-            rows = ranks.count(position, stop)
+            rows = stop - position if alone else ranks.count(position, stop)
+            dropped: Ints | None = None
+            if skips.pending:
+                begin = ranks.begin(start + number, origin, size)
+                dropped = skips.within(begin, begin + ranks.share(size))
             return Ready(block, start + number - first, rows, Cursor(epoch, stop), dropped)
 
         return make

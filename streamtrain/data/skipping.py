@@ -141,10 +141,13 @@ class Skips:
             hint="`streamtrain verify DATA --deep` lists the damage; restore the data, or raise max_skipped",
         )
 
+    @property
+    def pending(self) -> bool:
+        """Whether some of what was lost has not been asked about yet."""
+        return len(self._waiting) > 0
+
     def within(self, start: int, stop: int) -> Ints:
         """Which of these positions are left out, counted from `start`; what lies before is forgotten."""
-        if not len(self._waiting):
-            return self._waiting
         first, last = np.searchsorted(self._waiting, (start, stop))
         found = self._waiting[first:last] - start
         self._waiting = self._waiting[last:]

@@ -40,13 +40,13 @@ class Ready:
     slot: int
     rows: int
     cursor: Cursor
-    dropped: Ints
-    """Rows that are left out, because of bad chunks."""
+    dropped: Ints | None
+    """Rows that are left out, because of bad chunks; None where none is."""
 
     def columns(self) -> list[NDArray[Any]]:
         """What is handed over."""
         columns = list(self.block.batch(self.slot, self.rows))
-        return compact(columns, self.dropped) if len(self.dropped) else columns
+        return columns if self.dropped is None else compact(columns, self.dropped)
 
 
 @dataclass(slots=True)
