@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -142,6 +143,19 @@ class Keeper:
         done = None if request is None else request.done
         self.saver.begin(snapshot, step, kind=kind, told=told, path=path, done=done)
 
+    async def save_all(self, requests: Sequence[Save]) -> None:
+        """Save as often as was asked; where that raises, all who wait for one are told before."""
+        left = deque(requests)
+        try:
+            while left:
+                await self.save("request", left[0])
+                left.popleft()
+        except BaseException as error:
+            for request in left:
+                if request.done is not None:
+                    request.done(None, error if isinstance(error, Exception) else None)
+            raise
+
     async def _save_elsewhere(self, request: Save) -> None:
         """A save that was asked for in a fit without a folder: training waits for it."""
         path, done = request.path, request.done or (lambda path, error: None)
@@ -175,8 +189,7 @@ class Keeper:
         told = asyncio.create_task(telling)
         try:
             while not told.done():
-                for save in () if self._life.step.partial else self._control.take_saves():
-                    await self.save("request", save)
+                await self.save_all(() if self._life.step.partial else self._control.take_saves())
                 knocked = asyncio.create_task(self._control.knocked())
                 await asyncio.wait({told, knocked}, return_when=asyncio.FIRST_COMPLETED)
                 knocked.cancel()

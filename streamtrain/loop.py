@@ -148,7 +148,7 @@ class Wheel:
                 verdicts = verdicts + await self._validate()
             except Stopped:
                 return
-        self._life.lr.after_epoch(self._life.metrics)
+        self._life.lr.after_epoch(self._life.metrics, validated=self._plan.validated(progress))
         ended, progress.owes, progress.verdicts = progress.epoch, "", []
         progress.epoch, progress.batch = ended + 1, 0
         self._step.tally.epoch.reset()
@@ -288,8 +288,7 @@ class Wheel:
                 self._set_lr(requests.lr)
             for call in requests.calls:
                 await self._thread.run(call)
-            for save in requests.saves:
-                await self._keeper.save("request", save)
+            await self._keeper.save_all(requests.saves)
             if requests.stop is not None:
                 if not self._interrupted:
                     self._interrupted = True

@@ -19,6 +19,8 @@ class Plan:
     validates: bool = False
     validate_every: tuple[int, str] = (1, "epoch")
     """A number of epochs or steps."""
+    accumulate: int = 1
+    """Batches of an update."""
     batches: int | None = None
     """Of an epoch, as far as that is known; limits are counted in."""
     limit: int | None = None
@@ -49,6 +51,13 @@ class Plan:
         if unit == "step":
             return progress.step % number == 0
         return epoch_end and (progress.epoch + 1) % number == 0
+
+    def validated(self, progress: Progress) -> bool:
+        """Whether what a validation found last belongs to this epoch, whose last update was just made."""
+        if self.validate_every[1] == "epoch":
+            return self.validation_due(progress, epoch_end=True)
+        number, begun = self.validate_every[0], progress.step - -(-progress.batch // self.accumulate)
+        return self.validates and progress.step // number > begun // number
 
     def next_step(self, step: int) -> int | None:
         """The next step after `step` at which something is due by its number alone."""

@@ -100,8 +100,8 @@ class LearningRate(Protocol):
     def after_update(self) -> None:
         """An update was made."""
 
-    def after_epoch(self, metrics: Mapping[str, float]) -> None:
-        """An epoch and its validation are done; `metrics` holds what can be monitored."""
+    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
+        """An epoch and its validation, if it had one, are done; `metrics` holds what can be monitored."""
 
     def scale(self, factor: float) -> None:
         """Multiply the rates by `factor`, now and for the rest of the schedule."""
@@ -140,7 +140,7 @@ class FixedLearningRate:
     def after_update(self) -> None:
         pass
 
-    def after_epoch(self, metrics: Mapping[str, float]) -> None:
+    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
         pass
 
     def scale(self, factor: float) -> None:
@@ -174,7 +174,7 @@ class ScheduledLearningRate:
     def after_update(self) -> None:
         pass
 
-    def after_epoch(self, metrics: Mapping[str, float]) -> None:
+    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
         pass
 
     def scale(self, factor: float) -> None:
@@ -206,13 +206,15 @@ class TorchLearningRate:
         if not self.by_epoch:
             self.scheduler.step()
 
-    def after_epoch(self, metrics: Mapping[str, float]) -> None:
+    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
         if not self.by_epoch:
             return
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
             return
         assert self.monitor is not None
+        if self.monitor.startswith("val_") and not validated:
+            return  # what it would see is an earlier epoch's
         if self.monitor not in metrics:
             logged = ", ".join(sorted(metrics)) or "nothing"
             raise ConfigError(f"the scheduler monitors {self.monitor!r}, which nothing logs", hint=f"logged: {logged}")

@@ -265,10 +265,9 @@ class Trainer:
         with signals.capture(lambda number: self.control.stop("signal", signal.Signals(number).name)):
             return asyncio.run(fit)
 
-    async def train_epoch(self, stream: Streams) -> dict[str, float]:
-        """Train one more epoch and return its means."""
-        result = await self.fit(stream, max_epochs=self.state.epoch + 1)
-        return {name: value for name, value in result.metrics.items() if not name.startswith("val_")}
+    def train_epoch(self, stream: Streams) -> Coroutine[Any, Any, dict[str, float]]:
+        """Train one more epoch and return its means; a stop or a pause from this call on is meant for it."""
+        return _means_of_training(self.fit(stream, max_epochs=self.state.epoch + 1))
 
     # --- without learning ---
 
@@ -677,6 +676,7 @@ class Trainer:
             max_time=limits.max_time,
             validates=bool(streams),
             validate_every=options.validate_every,
+            accumulate=options.accumulate,
             batches=batches,
             limit=limit,
             overfit=options.overfit is not None,
@@ -801,6 +801,11 @@ class Trainer:
         self.state.load_state_dict(snapshot.state["progress"], path.parent)
         self._rng = Rng(snapshot.state["rng"])
         self._lasting = None
+
+
+async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:
+    result = await fit
+    return {name: value for name, value in result.metrics.items() if not name.startswith("val_")}
 
 
 def _behind(stream: Stream) -> object:

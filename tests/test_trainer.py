@@ -480,6 +480,15 @@ async def test_a_stop_before_the_fits_task_has_begun_ends_it_and_no_other(tmp_pa
     assert (await fitted.fit(Samples())).reason == "completed"
 
 
+async def test_a_stop_before_the_task_of_an_epoch_has_begun_ends_it() -> None:
+    fitted = trainer()
+    await fitted.train_epoch(Samples())
+    task = asyncio.create_task(fitted.train_epoch(Samples()))
+    fitted.stop()
+    await task
+    assert (fitted.state.epoch, fitted.state.step) == (1, 13)
+
+
 async def test_a_stop_before_any_fit_was_called_for_is_the_first_ones() -> None:
     fitted = trainer()
     fitted.stop()
@@ -637,6 +646,25 @@ async def test_a_hook_that_waits_for_a_checkpoint_of_a_fit_that_failed_is_told(t
     with pytest.raises(UserCodeError):
         await fitted.fit(Samples(), max_epochs=10**6)
     assert [str(error) for error in errors] == ["the fit ended before it was saved"]
+
+
+async def test_all_who_wait_for_a_checkpoint_are_told_when_the_first_could_not_be_made(tmp_path: Path) -> None:
+    class Unkept(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            if fitted.state.step >= 3:
+                raise ArithmeticError("no state")
+            return {}
+
+    asked: list[asyncio.Task[Path]] = []
+
+    def ask() -> None:
+        asked.extend(asyncio.create_task(fitted.save_checkpoint(tmp_path / name)) for name in ("one", "other"))
+
+    fitted = trainer(run_dir=tmp_path / "run", callbacks=[Unkept(), AtStep(3, ask)])
+    with pytest.raises(ArithmeticError):
+        await fitted.fit(Samples(), max_epochs=10**6)
+    answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+    assert all(isinstance(answer, ArithmeticError | CheckpointError) for answer in answers)
 
 
 def test_who_waits_for_a_checkpoint_that_no_fit_makes_is_told() -> None:
@@ -1097,6 +1125,19 @@ async def test_a_monitor_that_no_validation_will_log_is_refused(tmp_path: Path) 
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="nothing logs 'val_loss'; logged: val_a_loss, val_b_loss"):
         await trainer(scheduler=PLATEAU).fit(Samples(), validation={"a": Samples(20), "b": Samples(20)})
+
+
+@pytest.mark.parametrize(("every", "seen"), [("1epoch", 6), ("2epochs", 3), ("26steps", 3), ("5steps", 6)])
+async def test_a_plateau_sees_each_validation_that_an_epoch_had_and_none_twice(every: str, seen: int) -> None:
+    made: list[torch.optim.lr_scheduler.ReduceLROnPlateau] = []
+
+    def plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+        made.append(PLATEAU(optimizer))
+        return made[-1]
+
+    fitted = trainer(scheduler=plateau, validate_every=every)
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=6)
+    assert made[-1].last_epoch == seen
 
 
 async def test_a_monitor_that_may_be_logged_by_the_users_own_functions_is_not_refused() -> None:
