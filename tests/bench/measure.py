@@ -90,7 +90,7 @@ class Others:
     def share(self) -> float:
         """Their share since this was made; our children count as ours once they have ended."""
         everything, busy, own = (now - then for now, then in zip(self._times(), self._before, strict=True))
-        return max(0.0, busy - own) / everything if everything else 0.0
+        return min(1.0, max(0.0, busy - own) / everything) if everything else 0.0
 
     @staticmethod
     def _times() -> tuple[float, float, float]:
