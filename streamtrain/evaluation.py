@@ -21,8 +21,9 @@ from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.metrics import Mean, Metric
+from streamtrain.outcome import Compute, Outcome
 from streamtrain.rng import Rng
-from streamtrain.step import Compute, Outcome, autocast
+from streamtrain.step import autocast
 from streamtrain.supply import Supply, supply
 from streamtrain.threads import TrainThread
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,56 +22,11 @@ from streamtrain.blame import explained, non_finite
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import MoveBatch
 from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.outcome import Compute
 from streamtrain.schedulers import FixedLearningRate, LearningRate, get_lr
 from streamtrain.tally import Report, Tally
 
 logger = logging.getLogger(__name__)
-
-
-class Outcome(NamedTuple):
-    """What one batch came to."""
-
-    loss: Any
-    """A tensor of one value, with a graph; None where there is none (prediction, evaluation without a loss)."""
-    outputs: Any = None
-    targets: Any = None
-    logged: Mapping[str, Any] | None = None
-    """More numbers to be logged."""
-
-
-Compute = Callable[[Batch], Outcome]
-
-
-def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Compute:
-    """`loss(model(inputs), targets)`, or `loss(model(inputs), inputs)` where there are no targets."""
-
-    def compute(batch: Batch) -> Outcome:
-        outputs = model(batch.inputs)
-        targets = batch.inputs if batch.targets is None else batch.targets
-        return Outcome(None if loss is None else loss(outputs, targets), outputs, targets)
-
-    return compute
-
-
-def custom(function: Callable[[Batch], Any], *, needs_loss: bool = True) -> Compute:
-    """What a user's function gives for a batch: a loss, or a dict with `loss`, `outputs`, `targets` and more to log."""
-
-    def compute(batch: Batch) -> Outcome:
-        made = function(batch)
-        if needs_loss and (made is None or (isinstance(made, Mapping) and made.get("loss") is None)):
-            raise ConfigError("the step returned no loss", hint="Return the loss, or a dict with a 'loss'.")
-        if not isinstance(made, Mapping):
-            return Outcome(made)
-        rest = {key: value for key, value in made.items() if key not in ("loss", "outputs", "targets")}
-        targets = made.get("targets", batch.targets)
-        return Outcome(made.get("loss"), made.get("outputs"), targets, rest)
-
-    return compute
-
-
-def custom_outputs(function: Callable[[Batch], Any]) -> Compute:
-    """What a user's function gives for a batch, as outputs without a loss."""
-    return lambda batch: Outcome(None, function(batch))
 
 
 class Source(Protocol):

@@ -7,50 +7,41 @@ is left running.
 from __future__ import annotations
 
 import asyncio
-import inspect
-import itertools
 import logging
 import os
 import signal
-import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from streamtrain import checkpoint, resume, signals
-from streamtrain.callbacks.base import HOOKS, Callback, hooks_of
 from streamtrain.callbacks.bus import Bus
-from streamtrain.callbacks.csv_logger import CSVLogger
-from streamtrain.callbacks.event_log import EventLog
+from streamtrain.callbacks.defaults import with_defaults
 from streamtrain.callbacks.json_logger import JSONLogger
 from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
-from streamtrain.callbacks.progress_bar import ProgressBar
+from streamtrain.checks import Checks
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
-from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.data.iterable import as_stream
 from streamtrain.data.source import Stream
-from streamtrain.device import MoveBatch, mover, resolve_device
+from streamtrain.device import resolve_device
 from streamtrain.driving import Driver
-from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, StreamtrainError
-from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem, StreamtrainError
+from streamtrain.evaluation import Evaluator
 from streamtrain.events import Log
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.grace import saving_on_cancel
 from streamtrain.keeping import Keeper
-from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
+from streamtrain.life import Life, first_rng
 from streamtrain.loop import Wheel
-from streamtrain.losses import LOSSES, short_loss
-from streamtrain.metrics import Metric, as_metric
-from streamtrain.monitors import check_monitors, validation_names
-from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
+from streamtrain.optimizers import OptimizerSpec, check_lr
 from streamtrain.options import (
     Limits,
     Options,
@@ -61,31 +52,27 @@ from streamtrain.options import (
     one_of,
     positive,
     refuse_later,
-    refuse_world_size,
     seconds,
     share_or_count,
 )
+from streamtrain.outcome import called, custom_outputs
+from streamtrain.parts import Parts, UserSteps
 from streamtrain.plan import Plan
 from streamtrain.progress import FitResult, Progress
 from streamtrain.resume import Resume
 from streamtrain.rng import Rng
 from streamtrain.run_folder import RunFolder
 from streamtrain.saving import Saver, folder_name
-from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
-from streamtrain.state import Snapshot
+from streamtrain.schedulers import LearningRate, SchedulerSpec
 from streamtrain.status_file import StatusFile
-from streamtrain.step import Compute, TrainStep, custom, custom_outputs, supervised
-from streamtrain.supply import supply
+from streamtrain.streams import Streams, behind, least, length, named_streams, serves_one_epoch
 from streamtrain.telling import Teller
-from streamtrain.threads import TrainThread, train_thread
+from streamtrain.threads import train_thread
 
 __all__ = ["FitResult", "Trainer"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-Streams = Any
-"""A Stream, anything that `from_iterable` takes, or (for validation) a dict of them by name."""
 
 
 class Trainer:
@@ -135,12 +122,10 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         refuse_later(compile=compile, gradient_checkpointing=gradient_checkpointing, ema=ema, strategy=strategy)
-        self.model = model
-        self.loss = _loss(loss)
         self.state = Progress()
         """Where the run stands: epoch, step, samples, best."""
         self.control = Control()
-        self._options = Options(
+        options = self._options = Options(
             step=step,
             precision=one_of(precision, ("32", "bf16", "16"), "precision"),
             accumulate=count(accumulate_grad_batches, "accumulate_grad_batches"),
@@ -160,31 +145,66 @@ class Trainer:
             grace=seconds(grace, "grace"),
             config=config or {},
         )
-        if self._options.precision == "16" and self._options.device.type == "cpu":
+        if options.precision == "16" and options.device.type == "cpu":
             raise ConfigError("precision '16' needs a CUDA device", hint="On the CPU use 'bf16' or '32'.")
-        self._lr, self._optimizer_spec, self._scheduler_spec = check_lr(lr), optimizer, scheduler
-        self._metrics: dict[str, Metric] = {name: as_metric(metric) for name, metric in (metrics or {}).items()}
-        if "loss" in self._metrics:
-            raise ConfigError("a metric can't be named 'loss': the loss itself is", hint="Name it otherwise.")
-        self.run_dir = None if run_dir is None or self._options.dev else Path(os.path.abspath(run_dir))
+        self.run_dir = None if run_dir is None or options.dev else Path(os.path.abspath(run_dir))
         """The run's folder; None where nothing is written."""
-        self.callbacks = _with_defaults(list(callbacks), self.run_dir, dev=bool(self._options.dev))
-        self.optimizer: Optimizer | None = None
-        """None while the model has parameters whose size only the first batch tells."""
-        self.scheduler: LearningRate | None = None
-        """Bound at the beginning of `fit`, which knows how long the run is."""
-        self._settings: dict[str, Any] = {}
+        self.callbacks = with_defaults(list(callbacks), self.run_dir, dev=bool(options.dev))
         self._logged: deque[tuple[str, float]] = deque()
         self._fitting = False
         self._bus: Bus | None = None
         """While the wheel turns."""
-        self._rng: Rng | None = None
         self._lasting: Life | None = None
         self._checkpoint: Path | None = None
         self._position: tuple[Stream, dict[str, Any]] | None = None
-        if not any(map(is_lazy, model.parameters())):
-            self._build()
-        self.evaluator = self._evaluator()
+        self._parts = Parts(
+            model,
+            loss,
+            options,
+            optimizer=optimizer,
+            lr=lr,
+            scheduler=scheduler,
+            metrics=metrics or {},
+            steps=UserSteps(
+                training=self._overridden("training_step") or options.step,
+                validation=self._overridden("validation_step"),
+            ),
+        )
+
+    def _overridden(self, name: str) -> Callable[..., Any] | None:
+        """The method of a subclass in place of ours; None if it has none."""
+        return None if getattr(type(self), name) is getattr(Trainer, name) else getattr(self, name)
+
+    # --- what can be read ---
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self._parts.model
+
+    @property
+    def loss(self) -> Callable[..., Any] | None:
+        """`loss(outputs, targets)`; another one can be set between two fits."""
+        return self._parts.loss
+
+    @loss.setter
+    def loss(self, loss: Callable[..., Any] | str | None) -> None:
+        self._parts.set_loss(loss)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """None while the model has parameters whose size only the first batch tells."""
+        return self._parts.optimizer
+
+    @property
+    def scheduler(self) -> LearningRate | None:
+        """Bound at the beginning of `fit`, which knows how long the run is."""
+        return self._parts.scheduler
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What `validate`, `evaluate` and `predict` compute with."""
+        return self._parts.evaluator
 
     # --- what can be overridden ---
 
@@ -245,10 +265,11 @@ class Trainer:
                 None if steps is None else count(steps, "max_steps"),
                 None if time is None else duration(time, "max_time"),
             )
-            train, streams = as_stream(stream), _named_streams(validation)
-            self._check(train, streams, resume, limits)
+            train, streams = as_stream(stream), named_streams(validation)
+            checks = Checks(self._parts, self.callbacks, streams)
+            checks.arguments(train, limits, resume, self.run_dir)
             self.control.bind()
-            fit = self._fit(train, streams, limits, resume)
+            fit = self._fit(train, streams, limits, resume, checks)
             return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
         finally:
             self.control.unbind()
@@ -327,7 +348,8 @@ class Trainer:
             found = await files(lambda: resume.find(_NOWHERE, path))
             assert found is not None
             where, snapshot = found
-            await thread.run(lambda: self._load(where, snapshot))
+            await thread.run(lambda: self._parts.load(where, snapshot, self.state))
+            self._lasting = None
 
     # --- plain, from any thread ---
 
@@ -362,91 +384,11 @@ class Trainer:
 
     # --- the parts ---
 
-    def _check(self, train: Stream, streams: Mapping[str, Stream], resume_from: Resume, limits: Limits) -> None:
-        """Refuse what can be refused without looking at a disk."""
-        refuse_world_size()
-        if self.run_dir is None and not self._options.dev:
-            if resume_from is not None:
-                raise ConfigError(f"resume={resume_from!r} needs a run_dir")
-            if any(isinstance(callback, ModelCheckpoint) for callback in self.callbacks):
-                raise ConfigError("ModelCheckpoint needs a run_dir", hint="Give run_dir=, or leave it out.")
-        if self.loss is None and self._options.step is None and not self._overrides("training_step"):
-            raise ConfigError("there is no loss", hint="Give loss=, step=, or override training_step.")
-        for callback in self.callbacks:
-            own, name = _watched(callback), type(callback).__name__
-            for monitor in own:
-                if monitor.startswith("val_") and not streams:
-                    raise ConfigError(f"{name} monitors {monitor!r}, but fit has no validation stream")
-            self._check_monitors(name, own, streams)
-        if any(stream is train for stream in streams.values()):
-            raise ConfigError(
-                "the same stream can't be trained and validated on: it has one position",
-                hint="Make a second one of the same store.",
-            )
-        if getattr(train, "one_epoch", False) and limits.max_epochs is not None and limits.max_epochs > 1:
-            raise ConfigError(
-                f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
-                hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
-            )
-
-    def _check_monitors(self, who: str, monitors: Iterable[str], streams: Iterable[str], *, said: bool = False) -> None:
-        """Refuse monitors that nothing will log; `said`: whether `log_metrics` may bring names of training as well."""
-        own = self._options.step is not None or self._overrides("training_step")
-        names = validation_names(streams, self._metrics)
-        any_name = names and (own or self._overrides("validation_step"))
-        check_monitors(
-            who, monitors, training=None if own or said else ["loss"], validation=None if any_name else names
-        )
-
-    def _check_scheduler(self, scheduler: LearningRate, streams: Iterable[str]) -> None:
-        if (monitor := getattr(scheduler, "monitor", None)) is not None:
-            self._check_monitors("the scheduler", [monitor], streams, said=True)
-
-    async def _check_validations(self, streams: Mapping[str, Stream], thread: TrainThread, life: Life) -> None:
-        """Before a life gives up what lies beyond its checkpoint: whether the user's own functions log what is watched.
-
-        In a fresh one it is asked of the sanity check, when nothing is there to be lost.
-        """
-        watched = [name for callback in self.callbacks for name in _watched(callback) if name.startswith("val_")]
-        if not self._options.sanity or set(watched) <= set(validation_names(streams, self._metrics)):
-            return
-        values: dict[str, float] = {}
-        for name, stream in streams.items():
-            if getattr(stream, "one_epoch", False):
-                return  # it could not start over
-            stream.set_epoch(0)
-            means = await self.evaluator.run(stream, thread, life.rng, limit=self._options.sanity)
-            values |= {(f"val_{name}_" if name else "val_") + metric: value for metric, value in means.items()}
-        check_monitors("the resumed fit", watched, training=None, validation=list(values))
-
-    def _check_lengths(self, train: Stream, streams: Mapping[str, Stream], limits: Limits) -> None:
-        """Refuse what can be refused once it is known how long the streams are."""
-        for stream in streams.values():
-            self._options.batches(_length(stream))
-        spec = self._scheduler_spec
-        if isinstance(spec, str | Mapping) and not callable(spec):
-            stand_in = torch.optim.SGD([torch.zeros(1)], lr=self._lr)
-            scheduler = self._bind_schedule(stand_in, self._limited(limits, found=False), train)
-            self._check_scheduler(scheduler, streams)
-
     def _limited(self, limits: Limits, *, found: bool) -> Limits:
         """The limits, or their default: one epoch, or one more within this process."""
         if limits.none or self._options.dev:
             return Limits(max_epochs=1 if found else self.state.epoch + 1)
         return limits
-
-    def _bind_schedule(self, optimizer: Optimizer, limits: Limits, train: Stream | None) -> LearningRate:
-        known = None if train is None else _length(train)
-        batches = _least(known, self._options.batches(known))
-        per_epoch = None if batches is None else -(-batches // self._options.accumulate)
-        total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
-        return build_scheduler(
-            optimizer,
-            self._scheduler_spec,
-            total_steps=_least(total, limits.max_steps),
-            total_epochs=limits.max_epochs,
-            steps_per_epoch=per_epoch,
-        )
 
     def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
         """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet.
@@ -459,7 +401,9 @@ class Trainer:
         else:
             self._bus.hurry(self._options.grace / 2)
 
-    async def _fit(self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume) -> FitResult:
+    async def _fit(
+        self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume, checks: Checks
+    ) -> FitResult:
         """Open, lock, restore, turn the wheel; closed again in the opposite order."""
         async with AsyncExitStack() as stack:
             files = await stack.enter_async_context(file_thread())
@@ -468,13 +412,13 @@ class Trainer:
                 await files(lambda: resume.refuse_unasked(folder.checkpoints))
             for stream in (train, *streams.values()):
                 await stream.open()
-            self._check_lengths(train, streams, limits)
+            checks.lengths(train, limits)
             if folder is not None:
                 stack.push_async_callback(files, folder.release)
                 await files(folder.lock)
                 await files(lambda: (folder.path / "error.json").unlink(missing_ok=True))
             try:
-                return await self._turn(train, streams, limits, resume_from, files, folder)
+                return await self._turn(train, streams, limits, resume_from, files, folder, checks)
             except Exception as error:
                 if folder is not None:
                     failure = error
@@ -490,8 +434,9 @@ class Trainer:
         resume_from: Resume,
         files: Files,
         folder: RunFolder | None,
+        checks: Checks,
     ) -> FitResult:
-        options = self._options
+        options, parts = self._options, self._parts
         checkpoints = None if folder is None else folder.checkpoints
         found = None
         if checkpoints is not None and resume_from is not None:
@@ -501,10 +446,10 @@ class Trainer:
             bus = await stack.enter_async_context(Bus(self.callbacks, grace=options.grace))
             train.follow(True)
             stack.callback(train.follow, False)
-            await self._prepare(train, thread)
+            await parts.prepare(train, thread)
             limits = self._limited(limits, found=found is not None)
-            life = await thread.run(lambda: self._life(train, bus, limits))
-            self._check_scheduler(life.lr, streams)
+            life = await thread.run(lambda: parts.life(train, self.state, bus, self.control, limits))
+            checks.scheduler(life.lr)
             if folder is not None:
                 life.check()
             if found is not None:
@@ -515,7 +460,7 @@ class Trainer:
                     logger.info("it had ended by early stopping (%s): a larger patience lets it go on", life.ended[1])
                 self._checkpoint = path
                 del found, snapshot
-                await self._check_validations(streams, thread, life)
+                await checks.validations(thread, life)
                 if checkpoints is not None and resume_from != "auto":
                     await files(lambda: resume.set_newer_aside(checkpoints, path, self.state.step))
             else:
@@ -531,7 +476,7 @@ class Trainer:
                 life,
                 plan,
                 validation=streams,
-                evaluator=self.evaluator,
+                evaluator=parts.evaluator,
                 control=self.control,
                 thread=thread,
                 driver=Driver(life, plan, thread, deterministic=options.deterministic),
@@ -556,10 +501,10 @@ class Trainer:
         if self._lasting is not None:
             life.restores, life.weights = self._lasting.restores, self._lasting.weights
         last, state = self._position or (None, {})
-        if last is not None and _behind(last) is _behind(train) and self.state.batch:
-            if getattr(train, "one_epoch", False) and not hasattr(_behind(train), "load_state_dict"):
+        if last is not None and behind(last) is behind(train) and self.state.batch:
+            if serves_one_epoch(train) and not hasattr(behind(train), "load_state_dict"):
                 raise ConfigError(
-                    f"this {type(_behind(train)).__name__} was begun by an earlier fit: what it read ahead is gone",
+                    f"this {type(behind(train)).__name__} was begun by an earlier fit: what it read ahead is gone",
                     hint="Give something that can be iterated again, or a new iterator: the epoch begins anew with it.",
                 )
             train.load_state_dict(state)
@@ -575,100 +520,13 @@ class Trainer:
         rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
         return Saver(checkpoints, rule, files)
 
-    async def _prepare(self, train: Stream, thread: TrainThread) -> None:
-        """The fit's random state, and the sizes of lazy parameters from the first batch."""
-        if self._rng is None:
-            self._rng = first_rng(self._options.seed)
-        if self.optimizer is not None:
-            return
-        own = Rng(self._rng.state)
-
-        async def pull(fn: Callable[[], Batch | None]) -> Batch | None:
-            return await thread.run(lambda: _drawing_from(own, fn))
-
-        batches = supply(train, limit=1, runner=pull)
-        try:
-            if await batches.finished():
-                raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
-            batch = batches.take()
-            assert batch is not None
-            await thread.run(lambda: _drawing_from(own, lambda: self._materialise(batch)))
-            if isinstance(train, IterableStream) and train.one_epoch:
-                train.put_back(batch)  # before its pass is closed, and an iterator for good with it
-        finally:
-            await batches.aclose()
-
-    def _materialise(self, batch: Batch) -> None:
-        self.model.to(self._options.device)
-        with evaluating(self.model):
-            self._move(batch)
-            self._compute(self._move(batch))
-        self._build()
-
-    @property
-    def _move(self) -> MoveBatch:
-        return mover(self._options.device, self._options.device_transform)
-
-    def _build(self) -> None:
-        """Bring the model to its device and make the optimizer."""
-        self.model.to(self._options.device)
-        self.optimizer = build_optimizer(self.model, self._optimizer_spec, self._lr)
-        self._settings = settings(self.model, self.optimizer)
-
-    def _life(self, train: Stream | None, bus: Bus, limits: Limits) -> Life:
-        """All live objects of a fit; on the train thread."""
-        options, optimizer = self._options, self.optimizer
-        assert optimizer is not None
-        assert self._rng is not None
-        self.scheduler = self._bind_schedule(optimizer, limits, train)
-        if not self.model.training:
-            self.model.train()
-        step = TrainStep(
-            self.model,
-            optimizer,
-            self._compute,
-            self.scheduler,
-            move=self._move,
-            door=self.control,
-            device=options.device,
-            accumulate=options.accumulate,
-            clip_norm=options.clip_norm,
-            clip_value=options.clip_value,
-            precision=options.precision,
-            skip=options.skip,
-            log_every=options.log_every,
-            moves=options.device_transform is not None,
-        )
-        step.step = self.state.step
-        names = [box.name for box in bus.statistics().mailboxes]
-        fixed = {
-            **self._settings,
-            "scheduler": schedule_name(self.scheduler),
-            "seed": options.seed,
-            "precision": options.precision,
-        }
-        clip = {"gradient_clip_norm": options.clip_norm, "gradient_clip_value": options.clip_value}
-        return Life(
-            model=self.model,
-            optimizer=optimizer,
-            lr=self.scheduler,
-            step=step,
-            stream=train,
-            rng=self._rng,
-            progress=self.state,
-            callbacks=dict(zip(names, self.callbacks, strict=True)),
-            settings=fixed,
-            habits=habits(options.device, accumulate_grad_batches=options.accumulate, **clip),
-            config=options.config,
-        )
-
     def _plan(
         self, limits: Limits, train: Stream, streams: dict[str, Stream], folder: RunFolder | None, path: Path | None
     ) -> Plan:
         options = self._options
-        known = _length(train)
+        known = length(train)
         limit = options.batches(known)
-        batches = _least(known, limit)
+        batches = least(known, limit)
         fresh = path is None and not self.state.step
         return Plan(
             max_epochs=limits.max_epochs,
@@ -680,7 +538,7 @@ class Trainer:
             batches=batches,
             limit=limit,
             overfit=options.overfit is not None,
-            validation_limits={name: options.batches(_length(stream)) for name, stream in streams.items()},
+            validation_limits={name: options.batches(length(stream)) for name, stream in streams.items()},
             sanity=options.sanity if fresh and not options.dev else 0,
             announcement={
                 "run_dir": None if folder is None else str(folder.path),
@@ -693,33 +551,6 @@ class Trainer:
             },
         )
 
-    # --- what a batch comes to ---
-
-    @property
-    def _compute(self) -> Compute:
-        if self._overrides("training_step"):
-            return custom(_called(self.training_step, self.model))
-        if self._options.step is not None:
-            return custom(_called(self._options.step, self.model))
-        return supervised(self.model, self.loss)
-
-    def _evaluator(self) -> Evaluator:
-        compute = self._compute
-        if self._overrides("validation_step"):
-            compute = custom(_called(self.validation_step, self.model), needs_loss=False)
-        options = self._options
-        return Evaluator(
-            self.model,
-            compute,
-            self._metrics,
-            move=self._move,
-            device=options.device,
-            precision=options.precision,
-        )
-
-    def _overrides(self, name: str) -> bool:
-        return getattr(type(self), name) is not getattr(Trainer, name)
-
     def _take_logged(self) -> dict[str, float]:
         values: dict[str, float] = {}
         while self._logged:
@@ -729,15 +560,19 @@ class Trainer:
 
     # --- outside of a fit ---
 
+    def _random(self) -> Rng:
+        """For what draws without training: the fit's state, or what it would begin with."""
+        return self._parts.rng or first_rng(self._options.seed)
+
     async def _evaluate(self, streams: Streams, prefix: str) -> dict[str, float]:
         values: dict[str, float] = {}
         async with train_thread() as thread:
-            rng = self._rng or first_rng(self._options.seed)
-            for name, stream in _named_streams(streams).items():
+            rng = self._random()
+            for name, stream in named_streams(streams).items():
                 await stream.open()
                 stream.set_epoch(0)
                 await thread.run(lambda: self.model.to(self._options.device))
-                limit = self._options.batches(_length(stream))
+                limit = self._options.batches(length(stream))
                 means = await self.evaluator.run(stream, thread, rng, limit=limit)
                 before = f"{prefix}{name}_" if name else prefix
                 values |= {before + metric: value for metric, value in means.items()}
@@ -761,11 +596,11 @@ class Trainer:
                 await files(folder.release)
 
     async def _predict(self, stream: Stream) -> AsyncGenerator[Any, None]:
-        compute = custom_outputs(_called(self.predict_step, self.model))
+        compute = custom_outputs(called(self.predict_step, self.model))
         async with train_thread() as thread:
             await stream.open()
             await thread.run(lambda: self.model.to(self._options.device))
-            rng = self._rng or first_rng(self._options.seed)
+            rng = self._random()
             async with aclosing(self.evaluator.outputs(stream, thread, rng, compute)) as outputs:
                 async for output in outputs:
                     yield output
@@ -773,9 +608,8 @@ class Trainer:
     async def _save_outside(self, target: Path | None) -> Path:
         if self.optimizer is None:
             raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
-        if self._rng is None:
-            self._rng = first_rng(self._options.seed)
-        life = self._lasting or self._life(None, Bus(self.callbacks), Limits(max_steps=1))
+        bus, limits = Bus(self.callbacks), Limits(max_steps=1)
+        life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
         async with file_thread() as files, train_thread() as thread:
             state = life.state()
             snapshot = await thread.run(lambda: life.snapshot(state))
@@ -790,105 +624,10 @@ class Trainer:
             finally:
                 await files(folder.release)
 
-    def _load(self, path: Path, snapshot: Snapshot) -> None:
-        check_model(snapshot, self.model, path)
-        self.model.load_state_dict(snapshot.model)
-        if self.optimizer is None:
-            self._build()
-        assert self.optimizer is not None
-        check_settings(snapshot, self._settings, path)
-        self.optimizer.load_state_dict(snapshot.optimizer)
-        self.state.load_state_dict(snapshot.state["progress"], path.parent)
-        self._rng = Rng(snapshot.state["rng"])
-        self._lasting = None
-
 
 async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:
     result = await fit
     return {name: value for name, value in result.metrics.items() if not name.startswith("val_")}
-
-
-def _behind(stream: Stream) -> object:
-    """What a stream was made of; itself where it was given as one."""
-    return stream.source if isinstance(stream, IterableStream) else stream
-
-
-def as_stream(source: Streams) -> Stream:
-    """`source` itself if it is a stream, else what `from_iterable` makes of it."""
-    if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
-        stream: Stream = source
-        return stream
-    return from_iterable(source)
-
-
-def _named_streams(streams: Streams) -> dict[str, Stream]:
-    if streams is None:
-        return {}
-    if isinstance(streams, Mapping):
-        return {str(name): as_stream(stream) for name, stream in streams.items()}
-    return {"": as_stream(streams)}
-
-
-def _with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -> list[object]:
-    """The callbacks, and the defaults of a run with a folder that nobody replaced."""
-    for callback in callbacks:
-        if inspect.isclass(callback) or not (isinstance(callback, Callback) or hooks_of(callback)):
-            raise ConfigError(
-                f"{callback!r} is no callback",
-                hint=f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
-            )
-    if sys.stderr.isatty() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-        callbacks.append(ProgressBar())
-    if dev:
-        return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-    if run_dir is not None:
-        defaults = [ModelCheckpoint, JSONLogger, CSVLogger, EventLog]
-        callbacks += [kind() for kind in defaults if not any(isinstance(callback, kind) for callback in callbacks)]
-    return callbacks
-
-
-def _watched(callback: object) -> Sequence[str]:
-    """The names that a callback needs to be logged."""
-    return callback.required if isinstance(callback, ModelCheckpoint) else getattr(callback, "monitors", ())
-
-
-def _loss(loss: Any) -> Callable[..., Any] | None:
-    if loss is None or (callable(loss) and not inspect.isclass(loss)):
-        made: Callable[..., Any] | None = loss
-        return made
-    if isinstance(loss, str) and loss in LOSSES:
-        return short_loss(loss, {})
-    raise ConfigError(
-        f"loss must be a function of (outputs, targets), not {loss!r}",
-        hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
-    )
-
-
-def _called(function: Callable[..., Any], model: nn.Module) -> Callable[[Batch], Any]:
-    """A step of the user as a function of the batch: it takes (model, batch), (batch) or (batch, batch_idx)."""
-    names = list(inspect.signature(function).parameters)
-    if names[:1] == ["batch"] and len(names) == 1:
-        return function
-    if names[:1] == ["batch"]:
-        number = itertools.count()
-        return lambda batch: function(batch, next(number))
-    return lambda batch: function(model, batch)
-
-
-def _drawing_from(rng: Rng, fn: Callable[[], T]) -> T:
-    with rng.swapped_in():
-        return fn()
-
-
-def _length(stream: Stream) -> int | None:
-    try:
-        return len(stream)
-    except TypeError:
-        return None
-
-
-def _least(*values: int | None) -> int | None:
-    return min((value for value in values if value is not None), default=None)
 
 
 _NOWHERE = Path(os.devnull, "checkpoints")

@@ -16,7 +16,7 @@ from streamtrain.errors import ConfigError, DataError, UserCodeError
 from streamtrain.evaluation import Evaluator, Stopped, evaluating
 from streamtrain.life import first_rng
 from streamtrain.metrics import MeanAbsoluteError, as_metric
-from streamtrain.step import Compute, Outcome, supervised
+from streamtrain.outcome import Compute, Outcome, supervised
 from streamtrain.threads import train_thread
 from tests.engine import Samples, network, samples
 

@@ -26,11 +26,11 @@ data.options data.transform data.survey data.skipping data.transforming data.tra
 data.vouching data.verification data.crews data.pulling data.loader data.iterable data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
-data.passes data.finished data.stream blame supply tally step callbacks.base callbacks.bus
+data.passes data.finished data.stream streams blame outcome supply tally step callbacks.base callbacks.bus
 own_rng early_stopping evaluation life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
-callbacks.model_checkpoint saving
-keeping driving
+callbacks.model_checkpoint callbacks.defaults saving
+parts checks keeping driving
 loop
 trainer
 config assembly watch inspection peers bench fit_command demo

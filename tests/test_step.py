@@ -21,8 +21,9 @@ from streamtrain.data.batch import Batch
 from streamtrain.device import mover
 from streamtrain.errors import ConfigError, NonFiniteError, UserCodeError
 from streamtrain.optimizers import build_optimizer
+from streamtrain.outcome import Compute, Outcome, supervised
 from streamtrain.schedulers import build_scheduler
-from streamtrain.step import Compute, Outcome, TrainStep, supervised
+from streamtrain.step import TrainStep
 from streamtrain.tally import Report
 from tests.engine import Samples, bare_loop, network, pairs, same
 

@@ -420,6 +420,10 @@ class Bus:
             if box.failure is not None:
                 raise box.failure
 
+    def named(self) -> dict[str, object]:
+        """The callbacks by the names that they have in messages and checkpoints."""
+        return {box.name: box.callback for box in self._boxes}
+
     def statistics(self) -> BusStatistics:
         """How each callback keeps up."""
         return BusStatistics(tuple(box.statistics() for box in self._boxes))

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.loader import Loader
+from streamtrain.data.source import Stream
 from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,14 @@ def from_iterable(source: Any) -> IterableStream:
     `load_state_dict` they are used to resume, `set_epoch` is called where it is defined. Raises ConfigError.
     """
     return IterableStream(source)
+
+
+def as_stream(source: Any) -> Stream:
+    """`source` itself if it is a stream, else what `from_iterable` makes of it."""
+    if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
+        stream: Stream = source
+        return stream
+    return from_iterable(source)
 
 
 @dataclass(frozen=True, slots=True)

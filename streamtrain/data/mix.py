@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.draws import Draws, Weights
-from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.data.iterable import IterableStream, as_stream
 from streamtrain.data.loader import Loader
 from streamtrain.data.mix_pass import MixPass, at
 from streamtrain.data.options import at_least
@@ -71,7 +71,7 @@ class Mix:
             raise ConfigError("a mix of mixes", hint="mix all sources at once: weights multiply")
         if stop not in ("first", "all") and (isinstance(stop, bool) or not isinstance(stop, int) or stop < 1):
             raise ConfigError(f'stop must be "first", "all" or a number of batches above 0, not {stop!r}')
-        self.sources = [_as_stream(source) for source in sources]
+        self.sources = [as_stream(source) for source in sources]
         self.stop, self.seed = stop, at_least(seed, 0, "seed")
         self.draws = Draws(len(sources), weights, self.seed)
         self.pulls_inside = all(source.pulls_inside for source in self.sources)
@@ -322,11 +322,3 @@ class Mix:
             await passing.aclose()
         for source in self.sources:
             await source.aclose()
-
-
-def _as_stream(source: Any) -> Stream:
-    """`source` itself if it is a stream, else what `from_iterable` makes of it."""
-    if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
-        stream: Stream = source
-        return stream
-    return from_iterable(source)

@@ -1,0 +1,43 @@
+"""The callbacks that a run has without being asked; its law: one that is given replaces its default."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamtrain.callbacks.base import HOOKS, Callback, hooks_of
+from streamtrain.callbacks.csv_logger import CSVLogger
+from streamtrain.callbacks.event_log import EventLog
+from streamtrain.callbacks.json_logger import JSONLogger
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.callbacks.progress_bar import ProgressBar
+from streamtrain.errors import ConfigError
+
+WITH_A_FOLDER = (ModelCheckpoint, JSONLogger, CSVLogger, EventLog)
+
+
+def with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -> list[object]:
+    """These callbacks, and the defaults that none of them replaces; `dev`: a run of which nothing is kept.
+
+    Raises ConfigError for what is no callback.
+    """
+    for callback in callbacks:
+        if inspect.isclass(callback) or not (isinstance(callback, Callback) or hooks_of(callback)):
+            raise ConfigError(
+                f"{callback!r} is no callback",
+                hint=f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
+            )
+    if sys.stderr.isatty() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(ProgressBar())
+    if dev:
+        return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    if run_dir is not None:
+        callbacks += [kind() for kind in WITH_A_FOLDER if not any(isinstance(given, kind) for given in callbacks)]
+    return callbacks
+
+
+def watched(callback: object) -> Sequence[str]:
+    """The names that a callback needs to be logged."""
+    return callback.required if isinstance(callback, ModelCheckpoint) else getattr(callback, "monitors", ())

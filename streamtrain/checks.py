@@ -1,0 +1,101 @@
+"""What a fit refuses before anything is written; its law: what can't be known yet is asked again once it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from streamtrain.callbacks.defaults import watched
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.data.source import Stream
+from streamtrain.errors import ConfigError
+from streamtrain.life import Life
+from streamtrain.monitors import check_monitors, validation_names
+from streamtrain.options import Limits, refuse_world_size
+from streamtrain.parts import Parts
+from streamtrain.resume import Resume
+from streamtrain.schedulers import LearningRate
+from streamtrain.streams import length, serves_one_epoch
+from streamtrain.threads import TrainThread
+
+
+class Checks:
+    """The checks of one fit."""
+
+    def __init__(self, parts: Parts, callbacks: Sequence[object], validation: Mapping[str, Stream]) -> None:
+        self._parts, self._callbacks, self._validation = parts, callbacks, validation
+
+    def arguments(self, train: Stream, limits: Limits, resume: Resume, run_dir: Path | None) -> None:
+        """Refuse what can be refused without looking at a disk."""
+        refuse_world_size()
+        if run_dir is None and not self._parts.options.dev:
+            self._without_folder(resume)
+        if self._parts.loss is None and self._parts.steps.training is None:
+            raise ConfigError("there is no loss", hint="Give loss=, step=, or override training_step.")
+        for callback in self._callbacks:
+            self._watched(type(callback).__name__, watched(callback))
+        if any(stream is train for stream in self._validation.values()):
+            raise ConfigError(
+                "the same stream can't be trained and validated on: it has one position",
+                hint="Make a second one of the same store.",
+            )
+        if serves_one_epoch(train) and limits.max_epochs is not None and limits.max_epochs > 1:
+            raise ConfigError(
+                f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
+                hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
+            )
+
+    def _without_folder(self, resume: Resume) -> None:
+        if resume is not None:
+            raise ConfigError(f"resume={resume!r} needs a run_dir")
+        if any(isinstance(callback, ModelCheckpoint) for callback in self._callbacks):
+            raise ConfigError("ModelCheckpoint needs a run_dir", hint="Give run_dir=, or leave it out.")
+
+    def _watched(self, name: str, monitors: Sequence[str]) -> None:
+        for monitor in monitors:
+            if monitor.startswith("val_") and not self._validation:
+                raise ConfigError(f"{name} monitors {monitor!r}, but fit has no validation stream")
+        self._monitors(name, monitors)
+
+    def _monitors(self, who: str, monitors: Iterable[str], *, said: bool = False) -> None:
+        """Refuse monitors that nothing will log; `said`: whether `log_metrics` may bring names of training as well."""
+        steps = self._parts.steps
+        own, names = steps.training is not None, self._logged_names()
+        any_name = names and (own or steps.validation is not None)
+        check_monitors(
+            who, monitors, training=None if own or said else ["loss"], validation=None if any_name else names
+        )
+
+    def _logged_names(self) -> list[str]:
+        return validation_names(self._validation, self._parts.metrics)
+
+    def scheduler(self, scheduler: LearningRate) -> None:
+        """Refuse a schedule that watches what nothing will log."""
+        if (monitor := getattr(scheduler, "monitor", None)) is not None:
+            self._monitors("the scheduler", [monitor], said=True)
+
+    def lengths(self, train: Stream, limits: Limits) -> None:
+        """Refuse what can be refused once it is known how long the streams are."""
+        for stream in self._validation.values():
+            self._parts.options.batches(length(stream))
+        spec = self._parts.scheduler_spec
+        if isinstance(spec, str | Mapping) and not callable(spec):
+            self.scheduler(self._parts.schedule(limits, train))
+
+    async def validations(self, thread: TrainThread, life: Life) -> None:
+        """Before a life gives up what lies beyond its checkpoint: whether the user's own functions log what is watched.
+
+        In a fresh one it is asked of the sanity check, when nothing is there to be lost.
+        """
+        names = [name for callback in self._callbacks for name in watched(callback) if name.startswith("val_")]
+        sanity = self._parts.options.sanity
+        if not sanity or set(names) <= set(self._logged_names()):
+            return
+        values: dict[str, float] = {}
+        for name, stream in self._validation.items():
+            if serves_one_epoch(stream):
+                return  # it could not start over
+            stream.set_epoch(0)
+            means = await self._parts.evaluator.run(stream, thread, life.rng, limit=sanity)
+            values |= {(f"val_{name}_" if name else "val_") + metric: value for metric, value in means.items()}
+        check_monitors("the resumed fit", names, training=None, validation=list(values))

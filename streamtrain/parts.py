@@ -1,0 +1,240 @@
+"""What is trained, and with what: model, loss, optimizer, schedule, metrics, random state, and how they are made.
+
+Its law: nothing here knows of epochs, files or limits of a run beyond what a schedule must be told.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from streamtrain.callbacks.bus import Bus
+from streamtrain.data.batch import Batch
+from streamtrain.data.iterable import IterableStream
+from streamtrain.data.source import Stream
+from streamtrain.device import MoveBatch, mover
+from streamtrain.errors import ConfigError, DataError
+from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
+from streamtrain.losses import LOSSES, short_loss
+from streamtrain.metrics import Metric, as_metric
+from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
+from streamtrain.options import Limits, Options
+from streamtrain.outcome import Compute, called, custom, supervised
+from streamtrain.progress import Progress
+from streamtrain.rng import Rng
+from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
+from streamtrain.state import Snapshot
+from streamtrain.step import Door, TrainStep
+from streamtrain.streams import least, length
+from streamtrain.supply import supply
+from streamtrain.threads import TrainThread
+
+T = TypeVar("T")
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserSteps:
+    """What the user's own functions do in place of the model and the loss; None where they don't."""
+
+    training: Function | None = None
+    validation: Function | None = None
+
+
+class Parts:
+    """The live objects of one trainer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Function | str | None,
+        options: Options,
+        *,
+        optimizer: OptimizerSpec,
+        lr: float,
+        scheduler: SchedulerSpec,
+        metrics: Mapping[str, Any],
+        steps: UserSteps,
+    ) -> None:
+        self.model, self.options, self.steps = model, options, steps
+        self.loss = as_loss(loss)
+        self.lr, self.optimizer_spec, self.scheduler_spec = check_lr(lr), optimizer, scheduler
+        self.metrics: dict[str, Metric] = {name: as_metric(metric) for name, metric in metrics.items()}
+        if "loss" in self.metrics:
+            raise ConfigError("a metric can't be named 'loss': the loss itself is", hint="Name it otherwise.")
+        self.optimizer: Optimizer | None = None
+        """None while the model has parameters whose size only the first batch tells."""
+        self.scheduler: LearningRate | None = None
+        """Bound at the beginning of a fit, which knows how long the run is."""
+        self.rng: Rng | None = None
+        self._settings: dict[str, Any] = {}
+        if not any(map(is_lazy, model.parameters())):
+            self.build()
+        self.evaluator = self._evaluator()
+
+    def build(self) -> None:
+        """Bring the model to its device and make the optimizer."""
+        self.model.to(self.options.device)
+        self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
+        self._settings = settings(self.model, self.optimizer)
+
+    def set_loss(self, loss: Function | str | None) -> None:
+        """Another loss, from the next fit on."""
+        self.loss = as_loss(loss)
+        self.evaluator = self._evaluator()
+
+    # --- what a batch comes to ---
+
+    @property
+    def move(self) -> MoveBatch:
+        """Brings a batch to the device."""
+        return mover(self.options.device, self.options.device_transform)
+
+    @property
+    def compute(self) -> Compute:
+        """What a batch comes to in training."""
+        if self.steps.training is not None:
+            return custom(called(self.steps.training, self.model))
+        return supervised(self.model, self.loss)
+
+    def _evaluator(self) -> Evaluator:
+        compute, options = self.compute, self.options
+        if self.steps.validation is not None:
+            compute = custom(called(self.steps.validation, self.model), needs_loss=False)
+        return Evaluator(
+            self.model, compute, self.metrics, move=self.move, device=options.device, precision=options.precision
+        )
+
+    # --- before the first update ---
+
+    def random(self) -> Rng:
+        """The random state of the trainer, from its first use on."""
+        if self.rng is None:
+            self.rng = first_rng(self.options.seed)
+        return self.rng
+
+    async def prepare(self, train: Stream, thread: TrainThread) -> None:
+        """The random state, and the sizes of lazy parameters from the first batch."""
+        own = Rng(self.random().state)
+        if self.optimizer is not None:
+            return
+
+        async def pull(fn: Callable[[], Batch | None]) -> Batch | None:
+            return await thread.run(lambda: _drawing_from(own, fn))
+
+        batches = supply(train, limit=1, runner=pull)
+        try:
+            if await batches.finished():
+                raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
+            batch = batches.take()
+            assert batch is not None
+            await thread.run(lambda: _drawing_from(own, lambda: self._materialise(batch)))
+            if isinstance(train, IterableStream) and train.one_epoch:
+                train.put_back(batch)  # before its pass is closed, and an iterator for good with it
+        finally:
+            await batches.aclose()
+
+    def _materialise(self, batch: Batch) -> None:
+        self.model.to(self.options.device)
+        with evaluating(self.model):
+            self.compute(self.move(batch))
+        self.build()
+
+    def schedule(self, limits: Limits, train: Stream | None, optimizer: Optimizer | None = None) -> LearningRate:
+        """The learning rate's schedule for a run of this length, bound to the optimizer, or to one that stands in."""
+        known = None if train is None else length(train)
+        batches = least(known, self.options.batches(known))
+        per_epoch = None if batches is None else -(-batches // self.options.accumulate)
+        total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
+        return build_scheduler(
+            optimizer or torch.optim.SGD([torch.zeros(1)], lr=self.lr),
+            self.scheduler_spec,
+            total_steps=least(total, limits.max_steps),
+            total_epochs=limits.max_epochs,
+            steps_per_epoch=per_epoch,
+        )
+
+    # --- a life ---
+
+    def life(self, train: Stream | None, progress: Progress, bus: Bus, door: Door, limits: Limits) -> Life:
+        """All live objects of a fit; on the train thread."""
+        options, optimizer = self.options, self.optimizer
+        assert optimizer is not None
+        self.scheduler = self.schedule(limits, train, optimizer)
+        if not self.model.training:
+            self.model.train()
+        fixed = {"scheduler": schedule_name(self.scheduler), "seed": options.seed, "precision": options.precision}
+        clip = {"gradient_clip_norm": options.clip_norm, "gradient_clip_value": options.clip_value}
+        return Life(
+            model=self.model,
+            optimizer=optimizer,
+            lr=self.scheduler,
+            step=self._step(optimizer, self.scheduler, door, progress.step),
+            stream=train,
+            rng=self.random(),
+            progress=progress,
+            callbacks=bus.named(),
+            settings={**self._settings, **fixed},
+            habits=habits(options.device, accumulate_grad_batches=options.accumulate, **clip),
+            config=options.config,
+        )
+
+    def _step(self, optimizer: Optimizer, lr: LearningRate, door: Door, begin: int) -> TrainStep:
+        options = self.options
+        step = TrainStep(
+            self.model,
+            optimizer,
+            self.compute,
+            lr,
+            move=self.move,
+            door=door,
+            device=options.device,
+            accumulate=options.accumulate,
+            clip_norm=options.clip_norm,
+            clip_value=options.clip_value,
+            precision=options.precision,
+            skip=options.skip,
+            log_every=options.log_every,
+            moves=options.device_transform is not None,
+        )
+        step.step = begin
+        return step
+
+    def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
+        """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
+        check_model(snapshot, self.model, path)
+        self.model.load_state_dict(snapshot.model)
+        if self.optimizer is None:
+            self.build()
+        assert self.optimizer is not None
+        check_settings(snapshot, self._settings, path)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        progress.load_state_dict(snapshot.state["progress"], path.parent)
+        self.rng = Rng(snapshot.state["rng"])
+
+
+def as_loss(loss: Any) -> Function | None:
+    """A loss that is a function of (outputs, targets), or goes by a short name. Raises ConfigError."""
+    if loss is None or (callable(loss) and not inspect.isclass(loss)):
+        made: Function | None = loss
+        return made
+    if isinstance(loss, str) and loss in LOSSES:
+        return short_loss(loss, {})
+    raise ConfigError(
+        f"loss must be a function of (outputs, targets), not {loss!r}",
+        hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
+    )
+
+
+def _drawing_from(rng: Rng, fn: Callable[[], T]) -> T:
+    with rng.swapped_in():
+        return fn()
