@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 from blockbuster import BlockBuster
 from hypothesis import settings
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+"""Before torch is imported: OpenMP's threads that spin at barriers make tests three times slower on busy cores."""
 
 settings.register_profile("quiet", deadline=None)  # how fast an example runs says more about the machine than about us
 settings.load_profile("quiet")

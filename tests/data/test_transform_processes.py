@@ -70,7 +70,7 @@ async def test_several_processes_share_the_work_and_none_is_this_one(store: Path
         (small.leaves_at_99, UserCodeError, r"ended with exit code 3 on samples 66\.\.\.98"),
         (small.killed_at_99, EnvironmentProblem, r"was killed by SIGKILL on samples 66\.\.\.98"),
     ],
-    ids=str,
+    ids=["raises", "leaves", "killed"],
 )
 async def test_what_ends_a_process_is_one_error_after_the_good_batches(
     store: Path, transform: Any, kind: type[Exception], message: str
