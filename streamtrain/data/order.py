@@ -215,7 +215,7 @@ class Lane:
         """Positions in the epoch of the lane's rows start..stop-1."""
         places = self._permutation.span(start, stop)
         if not len(self._spill):
-            return self._first + places * self._step
+            return self._first + (places if self._step == 1 else places * self._step)
         inside = np.minimum(places, self._own - 1)
         outside = np.clip(places - self._own, 0, len(self._spill) - 1)
         return np.where(places < self._own, self._first + inside * self._step, self._spill[outside])

@@ -5,6 +5,7 @@ Its law: the same on every machine and version, whatever else draws random numbe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from functools import cached_property
 
@@ -16,6 +17,10 @@ Ints = NDArray[np.int64]
 TABLE_LIMIT = 1 << 16
 """Permutations up to this size are sorted tables (uniform over all permutations); larger ones are Feistel networks."""
 ROUNDS = 8
+WINDOW = 1 << 12
+"""Images of short spans come from windows of so many, since a call on 16 elements costs as much as one on 2,000."""
+WINDOWS = 4
+"""Windows that a permutation keeps: the few threads that fill a block are at neighbouring places of it."""
 
 
 def derive_key(*parts: int | str) -> int:
@@ -46,6 +51,7 @@ class Permutation:
         self._low_bits = np.uint64(bits // 2)
         self._low_mask = np.uint64((1 << (bits // 2)) - 1)
         self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+        self._windows: dict[int, Ints] = {}
         self._round_keys = [np.uint64(derive_key(key, "round", i)) for i in range(ROUNDS)]
 
     @cached_property
@@ -75,7 +81,22 @@ class Permutation:
         """Images of start, ..., stop - 1."""
         if self.n <= TABLE_LIMIT:
             return self._table[start:stop]
-        return self.forward(np.arange(start, stop, dtype=np.int64))
+        number = start // WINDOW
+        if stop > (number + 1) * WINDOW or 4 * (stop - start) > WINDOW:
+            return self.forward(np.arange(start, stop, dtype=np.int64))
+        return self._window(number)[start - number * WINDOW : stop - number * WINDOW]
+
+    def _window(self, number: int) -> Ints:
+        """The images of one window; two threads that miss it at once make it twice."""
+        window = self._windows.get(number)
+        if window is None:
+            first = number * WINDOW
+            window = self.forward(np.arange(first, min(first + WINDOW, self.n), dtype=np.int64))
+            with contextlib.suppress(KeyError, StopIteration, RuntimeError):  # another thread was faster
+                while len(self._windows) >= WINDOWS:
+                    del self._windows[next(iter(self._windows))]
+            self._windows[number] = window
+        return window
 
     def _walk(self, i: Ints, rounds: range) -> Ints:
         x = self._network(np.asarray(i, dtype=np.int64).astype(np.uint64), rounds)

@@ -24,7 +24,7 @@ from streamtrain.data.order import (
     Shuffle,
     default_cells_per_block,
 )
-from streamtrain.data.permutation import TABLE_LIMIT, Ints, Permutation, derive_key
+from streamtrain.data.permutation import TABLE_LIMIT, WINDOW, Ints, Permutation, derive_key
 from streamtrain.data.splits import Split, SplitBy, split_bounds
 
 SPLITS: tuple[SplitBy, ...] = ("range", "chunk", "sample")
@@ -135,6 +135,17 @@ def test_large_permutations_invert_and_stay_inside(n: int, key: int, data: st.Da
     assert np.array_equal(permutation.forward(permutation.inverse(some)), some)
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 2**64 - 1), st.data())
+def test_short_spans_of_a_large_permutation_are_its_own_images(key: int, data: st.DataObject) -> None:
+    """They come from windows, of which few are kept: asked for in any order, up to the very end."""
+    n = TABLE_LIMIT + data.draw(st.integers(1, 5 * WINDOW))
+    permutation = Permutation(n, key)
+    for start in data.draw(st.lists(st.integers(0, n - 1) | st.integers(n - 9, n - 1), min_size=1, max_size=12)):
+        stop = min(n, start + data.draw(st.sampled_from([0, 1, 7, 64, WINDOW // 4, WINDOW])))
+        assert np.array_equal(permutation.span(start, stop), permutation.forward(np.arange(start, stop)))
+
+
 @pytest.mark.parametrize("n", [1000, TABLE_LIMIT + 1000])
 def test_keys_and_places_decide_where_an_element_goes(n: int) -> None:
     images = np.array([Permutation(n, derive_key(key)).forward(np.arange(64)) for key in range(50)])
@@ -186,6 +197,8 @@ def test_cells_tile_the_samples(grid: CellGrid) -> None:
     assert grid.even == (len(set(sizes.tolist())) == 1)
     origins, extents = grid.boxes(ids)
     assert np.array_equal(np.prod(extents, axis=0), sizes)
+    every = [tuple(tuple(int(a[cell]) for a in axes) for axes in (origins, extents)) for cell in ids]
+    assert [grid.box(cell) for cell in ids.tolist()] == every
     assert all((o + e <= s).all() for o, e, s in zip(origins, extents, grid.shape, strict=True))
 
 
