@@ -94,7 +94,9 @@ class Block:
     def put(self, number: int, at: Places, values: NDArray[Any]) -> None:
         """Copy rows of column `number` to these positions of the epoch, cast to the column's dtype."""
         column, rows = self.columns[number], self._rows[number]
-        plain = values.dtype == column.dtype and values.size and values[0].flags.c_contiguous
+        plain = values.dtype == column.dtype and (
+            values.flags.c_contiguous or (values.size and values[0].flags.c_contiguous)
+        )
         if rows is None:
             slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
             self._slots[number][slot, inside] = values
@@ -129,7 +131,8 @@ class Block:
 def _as_items(values: NDArray[Any], mover: np.dtype[Any]) -> NDArray[Any]:
     """Rows as items of one dtype: no copy, also where rows overlap or lie apart."""
     if values.flags.c_contiguous:
-        return values.reshape(len(values), -1).view(mover).reshape(len(values))
+        flat = values if values.ndim < 3 else values.reshape(len(values), -1)
+        return flat.view(mover).reshape(len(values))
     first = values[:1].reshape(-1).view(mover)  # a view, since a row lies together
     return np.lib.stride_tricks.as_strided(first, shape=(len(values),), strides=values.strides[:1], writeable=False)
 

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
-from streamtrain.data.layout import ALONE, ArrayLayout
+from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import ChunkReader, Scratch
+from streamtrain.data.readers import ChunkName, ChunkReader, Scratch
 
 Rows = slice | Ints
+_EVERY = slice(None)
 Part = tuple[slice | int, ...]
 Put = Callable[[Rows, NDArray[Any], Part | None], None]
 """Called with which of the wanted rows these are, their values (n, *row_shape or a part of it), and that part."""
@@ -46,8 +47,7 @@ class Box:
     @classmethod
     def of(cls, grid: CellGrid, cell: int) -> Box:
         """The box of one cell."""
-        origins, extents = grid.boxes(np.array([cell]))
-        return cls(tuple(int(o[0]) for o in origins), tuple(int(e[0]) for e in extents))
+        return cls(*grid.box(cell))
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,9 @@ class Feed:
         """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
         if self.change is not None:
             put = self.change.around(put, scratch)
+        if self._plain:
+            self._put(put, _EVERY, self._rows_of_one(box, rows, scratch), None, scratch)
+            return
         if self.site.one_chunk:
             where = self._chunk_of(box.origin, (0,) * len(self.site.row_axes))
             values = self._values(where, box.extent, self._reach(rows, box), scratch, few=_few(rows, box.extent))
@@ -148,6 +151,33 @@ class Feed:
         for first, inside, wanted in self._parts(box, rows):
             for part in itertools.product(*self._row_chunks):
                 self._fill_part(first, inside, wanted, part, put, scratch)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether a cell is one chunk along the first axis, and each of its samples is taken whole: the usual case."""
+        plain = self._order == tuple(range(self.layout.ndim)) and self.site.sample_axes == (0,)
+        return plain and self.site.one_chunk and not self.site.taken
+
+    @cached_property
+    def _whole_rows(self) -> tuple[slice, ...]:
+        """The part of a chunk along the axes of a sample that the array has."""
+        return tuple(slice(0, length) for length in self.site.row_shape)
+
+    @cached_property
+    def _first_columns(self) -> tuple[int, ...]:
+        return (0,) * len(self.site.row_axes)
+
+    def _rows_of_one(self, box: Box, rows: Rows, scratch: Scratch) -> NDArray[Any]:
+        """What `_values` gives, in the usual case: of small chunks half of the time was spent on the others."""
+        [first], [count] = box.origin, box.extent
+        chunk = (first // self.layout.chunk_shape[0], *self._first_columns)
+        values = self.chunk(chunk, self._reach(rows, box), scratch, few=_few(rows, box.extent))
+        shape = (count, *self.site.row_shape)
+        if values is None:
+            values = np.broadcast_to(np.asarray(self.layout.fill_value, self.layout.native), shape)
+        elif values.shape != shape:
+            values = values[(slice(0, count), *self._whole_rows)]
+        return values if _whole(rows, count) else values[rows]
 
     def _fill_part(
         self, first: Sequence[int], inside: Rows, wanted: Rows, part: tuple[int, ...], put: Put, scratch: Scratch
@@ -239,7 +269,7 @@ class Feed:
         self, chunk: tuple[int, ...], rows: tuple[int, int], scratch: Scratch, *, few: bool
     ) -> NDArray[Any] | None:
         """A decoded chunk, from the cache if there is one; None if absent. Of its first axis `rows` will be used."""
-        scratch.reading = (f"array {self.layout.name or ALONE!r}: chunk {'.'.join(map(str, chunk))}", time.monotonic())
+        scratch.reading = (ChunkName(self.layout.name, chunk), time.monotonic())
         scratch.chunks += 1
         try:
             if self.cache is None:

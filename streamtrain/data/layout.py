@@ -110,16 +110,31 @@ class ArrayLayout:
 
     def key(self, chunk: Sequence[int]) -> str:
         """Key of that file."""
-        parts = [str(c) for c in self.file(chunk)]
-        if self.prefix:
-            parts.insert(0, self.prefix)
-        name = self.separator.join(parts) if parts else "0"
-        return f"{self.name}/{name}" if self.name else name
+        numbers = chunk if self.shard_shape is None else self.file(chunk)
+        return self._stem + (self.separator.join(map(str, numbers)) if numbers else self._alone)
+
+    @cached_property
+    def _stem(self) -> str:
+        """What the keys of all its files begin with."""
+        name = f"{self.name}/" if self.name else ""
+        return f"{name}{self.prefix}{self.separator}" if self.prefix and self.ndim else name
+
+    @cached_property
+    def _alone(self) -> str:
+        """The rest of the key of a file that no number tells from others."""
+        return self.prefix or "0"
 
     def slot(self, chunk: Sequence[int]) -> int:
         """Which entry of its shard's index belongs to this chunk."""
-        where = tuple(c % per for c, per in zip(chunk, self.inner, strict=True))
-        return int(np.ravel_multi_index(where, self.inner))
+        slot = 0
+        for c, per in zip(chunk, self.inner, strict=True):
+            slot = slot * per + c % per
+        return slot
+
+    @cached_property
+    def index_bytes(self) -> int:
+        """Of a shard's index, its checksum included."""
+        return 16 * math.prod(self.inner) + 4
 
     def box(self, chunk: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """The part of the array that a chunk covers, for messages."""

@@ -41,6 +41,11 @@ class Seen:
         with self._lock:
             return self._find(hash(key)) is not None
 
+    def knows(self, key: str, now: Signature) -> bool:
+        """Whether this file was seen before, and was then what it is now."""
+        with self._lock:
+            return self._find(hash(key)) == now
+
     def first(self, key: str, now: Signature) -> Signature:
         """What this file was when it was first asked about; `now` if that is now, or if the record is full."""
         code = hash(key)

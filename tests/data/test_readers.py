@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -282,6 +283,39 @@ def test_damage_is_named_with_array_chunk_rows_path_and_cause(
         read(reader(store, lane), (1, 0))
     assert str(caught.value).startswith(f"array 'x': chunk 1.0 (rows [2:4, 0:3]) in {path}: {cause}")
     assert caught.value.hint
+
+
+@lanes
+@pytest.mark.parametrize("linked", ["x/c/1", "x/c", "x"])
+def test_a_folder_that_leads_out_of_the_store_is_refused(linked: str, lane: str, tmp_path: Path) -> None:
+    raw(tmp_path / "store")
+    path, outside = tmp_path / "store" / linked, tmp_path / "outside"
+    one = reader(tmp_path / "store", lane)
+    path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(DataError, match=r"chunk 1\.0 .*it is a link out of the store, to .*outside"):
+        read(one, (1, 0))
+
+
+@pytest.mark.parametrize("linked", ["x/c/1/0", "x/c/1"])
+def test_what_turns_into_a_link_out_of_the_store_is_refused_though_it_was_read(linked: str, tmp_path: Path) -> None:
+    data = raw(tmp_path / "store")
+    path, one = tmp_path / "store" / linked, reader(tmp_path / "store")
+    assert np.array_equal(read(one, (1, 0)), data[2:4])
+    shutil.copytree(path, tmp_path / "outside") if path.is_dir() else shutil.copy(path, tmp_path / "outside")
+    settle(tmp_path)
+    path.rename(tmp_path / "away")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match=r"it is a link out of the store, to .*outside"):
+        read(one, (1, 0))
+
+
+@lanes
+def test_a_folder_that_leads_elsewhere_in_the_store_is_followed(lane: str, tmp_path: Path) -> None:
+    data = raw(tmp_path)
+    (tmp_path / "x/c/1").rename(tmp_path / "elsewhere")
+    (tmp_path / "x/c/1").symlink_to(tmp_path / "elsewhere")
+    assert np.array_equal(read(reader(tmp_path, lane), (1, 0)), data[2:4])
 
 
 @lanes
