@@ -25,7 +25,7 @@ from streamtrain.data.bucket import Bucket, Owned, is_url
 from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open_copy, own_metadata
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
-from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local
+from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local, maps_serve
 from streamtrain.data.remote import RemoteReader
 from streamtrain.data.zarr_bytes import StoreBytes
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -160,8 +160,25 @@ def _readable(
             logger.info("io=%r is for folders of this machine; %s is read by ranges of bytes", io, array.store_path)
         return OpenArray(layout, RemoteReader(layout, far, loop), None)
     assert files is not None
-    mapped = io == "mmap" or (io == "auto" and is_local(files.root))
+    mapped = io == "mmap" or (io == "auto" and is_local(files.root) and _mapped(layout, files))
     return OpenArray(layout, LocalReader(layout, files, mapped=mapped), None)
+
+
+def _mapped(layout: ArrayLayout, files: StoreFiles) -> bool:
+    """Whether maps are the better way to this array's files; if not for their number, it is said."""
+    if not maps_serve(layout):
+        return False
+    if files.worth_mapping(layout):
+        return True
+    logger.info(
+        "%s: array %s has %d files, and %d maps can be kept (half of `ulimit -n`): they are read by pread, which is "
+        "quicker than to map small files anew each time",
+        files.root,
+        layout.name or ALONE,
+        layout.num_files,
+        files.max_maps,
+    )
+    return False
 
 
 async def _opened(where: Located, name: str) -> zarr.AsyncGroup | zarr.AsyncArray[Any]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -528,6 +529,14 @@ def test_the_limit_of_maps_is_below_that_of_descriptors(tmp_path: Path) -> None:
         assert StoreFiles(tmp_path).max_maps == 22
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_files_are_mapped_where_all_of_them_can_stay_mapped_or_chunks_are_large(tmp_path: Path) -> None:
+    raw(tmp_path, shape=(20, 3))
+    few, files = layout_of(tmp_path), StoreFiles(tmp_path, maps=25)
+    many, large = replace(few, shape=(32, 3)), replace(few, shape=(1 << 20, 1 << 19), chunk_shape=(2, 1 << 19))
+    assert (few.num_files, many.num_files, large.chunk_bytes) == (10, 16, 4 << 20)
+    assert [files.worth_mapping(layout) for layout in (few, many, few, few, large)] == [True, False, True, False, True]
 
 
 @contextlib.contextmanager
