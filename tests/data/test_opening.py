@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import resource
 import shutil
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 
+from streamtrain.data.block import Pool
+from streamtrain.data.feed import Feed
+from streamtrain.data.passes import ZarrPass
+from streamtrain.data.readers import LocalReader, Map, StoreFiles, ZarrLoop, ZarrReader
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError, DataError
 
@@ -131,3 +138,36 @@ async def test_small_files_are_read_by_pread_where_they_are_more_than_maps_can_b
     said = [record.getMessage() for record in caplog.records if "by pread" in record.getMessage()]
     assert len(said) == (rows == 100)
     assert all("array x has 100 files, and 22 maps can be kept" in text for text in said)
+
+
+def held() -> Counter[str]:
+    """What lives of all that has threads, descriptors, maps or buffers to give back."""
+    kinds = (ZarrStream, ZarrPass, Feed, Pool, StoreFiles, Map, LocalReader, ZarrReader, ZarrLoop)
+    return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, kinds))
+
+
+@pytest.mark.parametrize("io", ["auto", "store"])
+@pytest.mark.parametrize("name", sorted(ARRAYS))
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_stream_leaves_nothing_to_the_garbage_collector(name: str, io: Any, closed: bool, stores: Path) -> None:
+    """A cycle would keep a private thread and its loop until whenever the next collection is."""
+
+    async def three_batches() -> None:
+        source = ZarrStream(str(stores / name), inputs="x", batch_size=2, shuffle="block", output="numpy", io=io)
+        passing = aiter(source)
+        for _ in range(3):
+            await anext(passing)
+        if closed:
+            await source.aclose()
+
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        asyncio.run(three_batches())
+        for thread in threading.enumerate():  # one may still have a job in hand
+            if thread.name.startswith("streamtrain-"):
+                thread.join(5)
+        assert held() == before
+    finally:
+        gc.enable()
