@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from streamtrain.data.chosen import Chosen
-from streamtrain.data.permutation import Ints, Permutation, derive_key
+from streamtrain.data.permutation import Ints, Permutation, Spans, derive_key
 from streamtrain.data.splits import Split
 
 Shuffle = Literal["none", "block", "global"]
@@ -209,11 +209,11 @@ class Lane:
     """
 
     def __init__(self, permutation: Permutation, first: int, step: int, own: int, spill: Ints) -> None:
-        self._permutation, self._first, self._step, self._own, self._spill = permutation, first, step, own, spill
+        self._spans, self._first, self._step, self._own, self._spill = Spans(permutation), first, step, own, spill
 
     def positions(self, start: int, stop: int) -> Ints:
         """Positions in the epoch of the lane's rows start..stop-1."""
-        places = self._permutation.span(start, stop)
+        places = self._spans.span(start, stop)
         if not len(self._spill):
             return self._first + (places if self._step == 1 else places * self._step)
         inside = np.minimum(places, self._own - 1)

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,9 +40,10 @@ from streamtrain.data.ranks import Ranks
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
-from streamtrain.data.survey import Place, Sizes
+from streamtrain.data.survey import Place
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, TransformStage
+from streamtrain.data.units import Sizes, unit_spans
 from streamtrain.data.wants import wants_of
 from streamtrain.data.workers import Job, Workers
 from streamtrain.errors import EnvironmentProblem, UserCodeError
@@ -168,7 +169,7 @@ class ZarrPass:
         first, last = (self._origin, end) if recipe.ranks.alone else (0, self._place(self._batches))
         mine = recipe.ranks.count(0, order.num_samples)
         self.skips = Skips(first, last, mine, recipe.max_skipped or 0.0)
-        self._spans = _unit_spans(order, recipe.sizes, self._origin, self._origin + self._batches * size)
+        self._spans = unit_spans(order, recipe.sizes, self._origin, self._origin + self._batches * size)
         self._next_span: tuple[int, int, list[int]] | None = None
         self._unplanned: collections.deque[tuple[Unit, Sequence[int]]] = collections.deque()
         self._planning = False
@@ -720,22 +721,6 @@ def _assembled(recipe: Recipe, ready: Ready) -> Batch:
     batch = recipe.assemble(ready.columns())
     batch.epoch, batch.cursor = ready.cursor.epoch, ready.cursor
     return batch
-
-
-def _unit_spans(order: EpochOrder, sizes: Sizes, origin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
-    """Start, stop and blocks of the units that are still to come. No method: a generator would keep its pass alive."""
-    end = min(end, order.num_samples)
-    if origin >= end:
-        return
-    if order.scattered:
-        for start in range(origin, end, sizes.unit_rows):
-            yield start, min(start + sizes.unit_rows, order.num_samples), []
-        return
-    block = order.block_of(origin)
-    while block < order.num_blocks and (start := order.block_start(block)) < end:
-        following = min(block + sizes.unit_blocks, order.num_blocks)
-        yield start, order.block_start(following), list(range(block, following))
-        block = following
 
 
 def _count(piece: Piece) -> int:

@@ -21,6 +21,14 @@ from streamtrain.data.layout import decoded_whole
 from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.splits import Split, SplitBy, split_bounds
+from streamtrain.data.units import (
+    MOST_CELLS,
+    PLANNING_BYTES,
+    Sizes,
+    first_blocks,
+    first_rows,
+    rows_of_units,
+)
 from streamtrain.errors import ConfigError, DataError
 
 UNIT_BYTES = 16 << 20
@@ -34,26 +42,6 @@ class Place:
     column: int
     part: tuple[int, ...]
     """The channel of a stack; empty for a column of its own."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a pass takes, worked out before it starts."""
-
-    unit_blocks: int
-    """Blocks of the order that are filled together; of a scattered order 1."""
-    unit_rows: int
-    """Most rows of a unit."""
-    buffer_bytes: int
-    units: int
-    """How many units an epoch has."""
-    scratch_bytes: int
-    """Of one thread."""
-
-    @property
-    def least(self) -> int:
-        """The least memory that works: two buffers (one, if it holds the epoch), and one thread's scratch."""
-        return self.buffer_bytes * (1 if self.units == 1 else 2) + self.scratch_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,14 +280,20 @@ def _sizes(
     row = max(1, block_bytes(columns, 1) // size)
     if order.scattered:
         blocks, wanted = 1, max(1, min(BLOCK_BYTES, most))
-        rows = min(split.num_samples, max(1, wanted // row // size) * size)
+        wanted //= row + PLANNING_BYTES
+        if split.num_cells > MOST_CELLS:
+            wanted = min(wanted, MOST_CELLS)
+        rows = min(split.num_samples, max(1, wanted // size) * size)
         units = -(-split.num_samples // rows)
+        first = first_rows(rows, size, split.num_samples, split.num_cells)
     else:
         full = max(1, min(split.num_samples, rows_of(-(-split.num_cells // order.num_blocks))))
         blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, most) // (full * row)))
         rows = min(split.num_samples, blocks * full)
         units = -(-order.num_blocks // blocks)
+        first = first_blocks(blocks, size, full, order.num_blocks, -(-split.num_cells // order.num_blocks))
     return Sizes(
+        first_unit=first,
         unit_blocks=blocks,
         unit_rows=rows,
         buffer_bytes=block_bytes(columns, -(-rows // size)),
@@ -325,10 +319,11 @@ def chunks_read(site: Site, split: Split | Chosen, shuffle: Shuffle, sizes: Size
     if shuffle == "global":
         rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
         chunks = max(1, round(share * grid.num_samples) // rows_each)
-        units = max(1, -(-split.num_samples // sizes.unit_rows))
-        most = max(1, round(share * min(sizes.unit_rows, split.num_samples)))
-        touched = chunks * (1 - (1 - 1 / chunks) ** most) if chunks > 1 else 1
-        return units * touched * per_row
+        touched = sum(
+            units * (chunks * (1 - (1 - 1 / chunks) ** max(1, round(share * rows))) if chunks > 1 else 1)
+            for rows, units in rows_of_units(sizes, split.num_samples)
+        )
+        return touched * per_row
     return split.num_cells * share * site.chunks_per_cell
 
 

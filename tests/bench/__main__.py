@@ -31,6 +31,7 @@ BENCHES = {
     "shards": "inner chunks of 64 KiB, against zarr's pipeline and zarrs'",
     "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
     "chaos": "1 % damaged chunks and 5 % read errors: whether an epoch ends and every sample is accounted for",
+    "huge": "a billion samples in a million chunks: time to the first batch, position, memory of the order",
     "startup": "--help against an empty cyclopts app",
 }
 

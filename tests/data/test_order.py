@@ -24,7 +24,7 @@ from streamtrain.data.order import (
     Shuffle,
     default_cells_per_block,
 )
-from streamtrain.data.permutation import TABLE_LIMIT, WINDOW, Ints, Permutation, derive_key
+from streamtrain.data.permutation import SPAN_TILE, TABLE_LIMIT, Ints, Permutation, Spans, derive_key
 from streamtrain.data.splits import Split, SplitBy, split_bounds
 
 SPLITS: tuple[SplitBy, ...] = ("range", "chunk", "sample")
@@ -138,12 +138,13 @@ def test_large_permutations_invert_and_stay_inside(n: int, key: int, data: st.Da
 @settings(max_examples=40)
 @given(st.integers(0, 2**64 - 1), st.data())
 def test_short_spans_of_a_large_permutation_are_its_own_images(key: int, data: st.DataObject) -> None:
-    """They come from windows, of which few are kept: asked for in any order, up to the very end."""
-    n = TABLE_LIMIT + data.draw(st.integers(1, 5 * WINDOW))
+    """They come from slices, of which few are kept: asked for in any order, up to the very end."""
+    n = TABLE_LIMIT + data.draw(st.integers(1, 5 * SPAN_TILE))
     permutation = Permutation(n, key)
+    spans = Spans(permutation)
     for start in data.draw(st.lists(st.integers(0, n - 1) | st.integers(n - 9, n - 1), min_size=1, max_size=12)):
-        stop = min(n, start + data.draw(st.sampled_from([0, 1, 7, 64, WINDOW // 4, WINDOW])))
-        assert np.array_equal(permutation.span(start, stop), permutation.forward(np.arange(start, stop)))
+        stop = min(n, start + data.draw(st.sampled_from([0, 1, 7, 64, SPAN_TILE // 4, SPAN_TILE])))
+        assert np.array_equal(spans.span(start, stop), permutation.forward(np.arange(start, stop)))
 
 
 @pytest.mark.parametrize("n", [1000, TABLE_LIMIT + 1000])

@@ -268,7 +268,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     assert left(tmp_path) == {"source.npy"}
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nothing")], ids=["folder", "file", "link"])
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nothing")], ids=["folder", "file", "link"]
+)
 def test_what_exists_is_not_overwritten(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "t")
     with pytest.raises(ConfigError, match="exists already"):

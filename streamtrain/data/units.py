@@ -1,0 +1,106 @@
+"""How much of an epoch is filled together, and where such units begin. Pure.
+
+Its law: the first batch comes early. Where a unit takes many files, the first ones are small and each next one is
+GROWTH times as large; the order of samples knows nothing of units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from streamtrain.data.order import EpochOrder
+
+RAMP_CELLS = 128
+"""The first unit touches about so many cells, each a file or more to open."""
+GROWTH = 4
+MOST_CELLS = 1 << 16
+"""A unit of a scattered order touches at most about so many cells: each is a piece of work of its own."""
+PLANNING_BYTES = 64
+"""What it takes to plan a row of a scattered order, beside the row itself."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a pass takes, worked out before it starts."""
+
+    first_unit: int
+    """Blocks of the first unit; of a scattered order its rows."""
+    unit_blocks: int
+    """Blocks of the order that are filled together; of a scattered order 1."""
+    unit_rows: int
+    """Most rows of a unit."""
+    buffer_bytes: int
+    units: int
+    """How many units an epoch has, if none were small."""
+    scratch_bytes: int
+    """Of one thread."""
+
+    @property
+    def least(self) -> int:
+        """The least memory that works: two buffers (one, if it holds the epoch), and one thread's scratch."""
+        return self.buffer_bytes * (1 if self.units == 1 else 2) + self.scratch_bytes
+
+
+def first_rows(unit_rows: int, batch: int, samples: int, cells: int) -> int:
+    """Rows of a scattered order's first unit, whole batches; all where that is the epoch, or cells are few."""
+    if unit_rows >= samples or cells <= RAMP_CELLS:
+        return unit_rows
+    return min(unit_rows, -(-max(RAMP_CELLS, batch) // batch) * batch)
+
+
+def first_blocks(unit_blocks: int, batch: int, block_rows: int, blocks: int, cells_per_block: int) -> int:
+    """Blocks of the first unit, at least a batch; all where that is the epoch."""
+    if unit_blocks >= blocks:
+        return unit_blocks
+    return min(unit_blocks, max(-(-RAMP_CELLS // cells_per_block), -(-batch // block_rows)))
+
+
+def growing(first: int, most: int) -> Iterator[int]:
+    """The sizes of units one after another, without end."""
+    size = first
+    while True:
+        yield min(size, most)
+        size = min(size * GROWTH, most)
+
+
+def unit_spans(order: EpochOrder, sizes: Sizes, origin: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Start, stop and blocks of the units from a position on. A function, since a generator would keep its pass alive.
+
+    Positions of a scattered order belong to no blocks.
+    """
+    end = min(end, order.num_samples)
+    if origin >= end:
+        return
+    if order.scattered:
+        yield from _runs(sizes, origin, end)
+        return
+    block = order.block_of(origin)
+    for size in growing(sizes.first_unit, sizes.unit_blocks):
+        if block >= order.num_blocks or (start := order.block_start(block)) >= end:
+            return
+        following = min(block + size, order.num_blocks)
+        yield start, order.block_start(following), list(range(block, following))
+        block = following
+
+
+def _runs(sizes: Sizes, start: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
+    for rows in growing(sizes.first_unit, sizes.unit_rows):
+        if start >= end:
+            return
+        yield start, min(start + rows, end), []
+        start += rows
+
+
+def rows_of_units(sizes: Sizes, samples: int) -> Iterator[tuple[int, int]]:
+    """Of a whole epoch in a scattered order: rows of a unit, and how many units have so many. A handful of pairs."""
+    left = samples
+    for rows in growing(sizes.first_unit, sizes.unit_rows):
+        if rows == sizes.unit_rows or left <= rows:
+            if left // rows:
+                yield rows, left // rows
+            if left % rows:
+                yield left % rows, 1
+            return
+        yield rows, 1
+        left -= rows

@@ -1,0 +1,99 @@
+"""What is filled together: small units first, and whatever they are, each position in just one of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamtrain.data.cells import CellGrid
+from streamtrain.data.order import EpochOrder, Shuffle
+from streamtrain.data.permutation import SPAN_TILE, TABLE_LIMIT, Permutation, Spans, derive_key
+from streamtrain.data.splits import Split
+from streamtrain.data.units import (
+    GROWTH,
+    MOST_CELLS,
+    RAMP_CELLS,
+    Sizes,
+    first_blocks,
+    first_rows,
+    growing,
+    rows_of_units,
+    unit_spans,
+)
+
+
+def sizes(first: int, blocks: int, rows: int) -> Sizes:
+    return Sizes(first_unit=first, unit_blocks=blocks, unit_rows=rows, buffer_bytes=1, units=9, scratch_bytes=1)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 400), st.integers(1, 9), st.sampled_from(["none", "block", "global"]), st.data())
+def test_units_follow_each_other_from_any_position_to_the_end(
+    samples: int, cell: int, shuffle: Shuffle, data: st.DataObject
+) -> None:
+    grid = CellGrid((samples,), (cell,))
+    order = EpochOrder(Split(grid, 0, samples), shuffle, data.draw(st.integers(1, 5)), 1, 2)
+    origin = data.draw(st.integers(0, samples))
+    first = data.draw(st.integers(1, 5))
+    made = sizes(first, first * data.draw(st.integers(1, 9)), first * data.draw(st.integers(1, 9)))
+    spans = list(unit_spans(order, made, origin, samples))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    if origin == samples:
+        assert spans == []
+        return
+    assert spans[0][0] <= origin < spans[0][1]
+    assert spans[-1][1] == samples
+    if order.scattered:
+        assert [stop - start for start, stop, _ in spans[:-1]] == list(
+            itertools.islice(growing(first, made.unit_rows), len(spans) - 1)
+        )
+    else:
+        blocks = [block for *_, mine in spans for block in mine]
+        assert blocks == list(range(blocks[0], order.num_blocks))
+        assert max(len(mine) for *_, mine in spans) <= made.unit_blocks
+
+
+def test_units_grow_until_they_are_whole() -> None:
+    assert list(itertools.islice(growing(3, 40), 5)) == [3, 3 * GROWTH, 40, 40, 40]
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 10**9), st.integers(1, 1000), st.integers(1, 1000))
+def test_the_rows_of_all_units_are_the_epoch_and_few_to_tell(samples: int, first: int, times: int) -> None:
+    told = list(rows_of_units(sizes(first, 1, first * times), samples))
+    assert sum(rows * units for rows, units in told) == samples
+    assert len(told) < 16
+    few = list(itertools.islice(unit_spans_of(samples, sizes(first, 1, first * times)), 6))
+    assert few == list(itertools.islice((rows for rows, units in told for _ in range(units)), 6))
+
+
+def unit_spans_of(samples: int, made: Sizes) -> list[int]:
+    order = EpochOrder(Split(CellGrid((samples,), (1,)), 0, samples), "global", 1, 0, 0)
+    return [stop - start for start, stop, _ in itertools.islice(unit_spans(order, made, 0, samples), 6)]
+
+
+def test_the_first_unit_is_small_only_where_many_cells_would_be_opened() -> None:
+    assert first_rows(MOST_CELLS, 100, 10**9, 10**6) == 200
+    assert first_rows(MOST_CELLS, 1000, 10**9, 10**6) == 1000
+    assert first_rows(MOST_CELLS, 100, 10**9, RAMP_CELLS) == MOST_CELLS
+    assert first_rows(MOST_CELLS, 100, MOST_CELLS, 10**6) == MOST_CELLS
+    assert first_blocks(100, 32, 16, 10**6, 16) == RAMP_CELLS // 16
+    assert first_blocks(100, 640, 16, 10**6, 16) == 40
+    assert first_blocks(3, 32, 16, 10**6, 16) == 3
+    assert first_blocks(100, 32, 16, 100, 16) == 100
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(TABLE_LIMIT // 2, TABLE_LIMIT * 3), st.lists(st.tuples(st.integers(0), st.integers(0, 2 * SPAN_TILE)))
+)
+def test_short_spans_are_cut_from_the_same_permutation(n: int, wanted: list[tuple[int, int]]) -> None:
+    permutation = Permutation(n, derive_key("spans"))
+    spans = Spans(permutation)
+    for place, length in wanted:
+        start = place % (n + 1)
+        stop = min(n, start + length)
+        assert np.array_equal(spans.span(start, stop), permutation.forward(np.arange(start, stop)))
