@@ -16,8 +16,8 @@ import streamtrain
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
 errors events spelling flags toml_text log_file
-data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks data.budget data.codecs
-data.layout data.draws
+data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
+data.container data.budget data.codecs data.layout data.draws
 losses schedulers optimizers metrics monitors
 data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
 data.block data.feed data.cf data.values data.windows data.framing data.fetch data.bucket data.zarr_bytes data.remote

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from streamtrain.data.container import OWN, ROOT, memory_limits
 from streamtrain.errors import ConfigError, UserCodeError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -55,17 +56,12 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may use: the container's limit (cgroup v2 or v1) where it is below the host's RAM."""
-    limits = [psutil.virtual_memory().total]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (root / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits)
+def available_memory(root: Path = ROOT, own: Path = OWN) -> int:
+    """Bytes this process may use: the tightest limit of its cgroups and those above, where it is below the host's RAM.
+
+    `root` and `own` are what `memory_limits` takes.
+    """
+    return min([psutil.virtual_memory().total, *memory_limits(root, own)])
 
 
 @dataclass(frozen=True, slots=True)
