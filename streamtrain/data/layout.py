@@ -110,7 +110,14 @@ class ArrayLayout:
 
     def key(self, chunk: Sequence[int]) -> str:
         """Key of that file."""
-        numbers = chunk if self.shard_shape is None else self.file(chunk)
+        return self._key(chunk if self.shard_shape is None else self.file(chunk))
+
+    def file_key(self, number: int) -> str:
+        """Key of the file of this number, in C order."""
+        grid = tuple(-(-s // c) for s, c in zip(self.shape, self.file_shape, strict=True))
+        return self._key(np.unravel_index(number, grid) if grid else ())
+
+    def _key(self, numbers: Sequence[Any]) -> str:
         return self._stem + (self.separator.join(map(str, numbers)) if numbers else self._alone)
 
     @cached_property

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.ranks import Ranks
+from streamtrain.data.readahead import Readahead
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
@@ -160,6 +161,8 @@ class ZarrPass:
         self._workers: Workers | None = None
         self._ahead: Ahead | None = None
         """Fetches for the workers what is elsewhere; None where nothing is."""
+        self._readahead = Readahead.over(feed for feeds in recipe.feeds for feed in feeds)
+        """Tells the kernel what will be read of arrays that memory can't hold; None where there is none."""
         self._pool = recipe.pool
         self._queue: ReadyQueue[Ready | Made] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
         self._slot_bytes = block_bytes(recipe.columns, 1)
@@ -457,10 +460,12 @@ class ZarrPass:
                 pieces = [piece for block in blocks for piece in order.pieces(block)]
             jobs = self._jobs(pieces)
             wants = [self._wants(job) for job in jobs]
+            runs: list[Job] = [partial(self._run, unit, job) for job in jobs]
+            if self._readahead is not None:
+                runs = [self._readahead.around(self._reads(job), run) for job, run in zip(jobs, runs, strict=True)]
         except BaseException as error:
-            unit.error, jobs, wants = error, [], []
+            unit.error, jobs, wants, runs = error, [], [], []
         unit.left = len(jobs)
-        runs: list[Job] = [lambda scratch, job=job: self._run(unit, job, scratch) for job in jobs]  # type: ignore[misc]
         if self._ahead is not None:
             self._ahead.add(list(zip(wants, runs, strict=True)))
         elif workers is not None:
@@ -494,7 +499,11 @@ class ZarrPass:
         """What a job's pieces will read of arrays that are elsewhere."""
         if self._ahead is None:
             return []
-        split, found = self._order.split, []
+        return [want for feed, box, rows in self._reads(pieces) for want in wants_of(feed, box, rows)]
+
+    def _reads(self, pieces: Sequence[Piece]) -> Iterator[tuple[Feed, Box, Rows]]:
+        """The cells that a job's pieces will read from, and which rows, array by array."""
+        split = self._order.split
         for piece in pieces:
             rows = piece.rows if piece.rows is not None else split.rows(piece.cell, piece.lower, piece.upper)
             if not self._recipe.ranks.alone:
@@ -504,8 +513,8 @@ class ZarrPass:
                 rows = mine[0]
             store, cell, grid = split.grid.part(piece.cell)
             box = Box.of(grid, cell)
-            found += [want for feed in self._recipe.feeds[store] for want in wants_of(feed, box, rows)]
-        return found
+            for feed in self._recipe.feeds[store]:
+                yield feed, box, rows
 
     def _unit_done(self, unit: Unit) -> None:
         """The hop: the batches that are complete now become ready."""

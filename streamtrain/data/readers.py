@@ -50,6 +50,8 @@ SPARE_DESCRIPTORS = 256
 LARGE_CHUNK = 4 << 20
 """Chunks of this size cost no more by a map that is made anew each time than by pread; small ones cost twice as much
 (256 KiB: 58 us against 24), and by a map that is kept as much as by pread, or less."""
+LOOKED_AT = 8
+"""Files whose sizes tell about how large all of them are."""
 ENCODED_SLACK = 1 << 16
 """Encoded chunks may be larger than decoded ones by 1/8 and this much; anything beyond is refused unread."""
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -252,8 +254,11 @@ class StoreFiles:
             self._promised += layout.num_files
         return fitting
 
-    def map(self, key: str) -> Map | None:
-        """The file as a kept read-only map; None if it is not settled. Raises OSError or ValueError."""
+    def map(self, key: str, *, scattered: bool = False) -> Map | None:
+        """The file as a kept read-only map; None if it is not settled. Raises OSError or ValueError.
+
+        `scattered`: a fault shall bring its own page alone, for memory can't hold the pages around it.
+        """
         with self._lock:
             kept = self._maps.get(key)
             if kept is not None:
@@ -270,6 +275,8 @@ class StoreFiles:
                     return None
                 self.check_unchanged(key, status)
                 memory = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+                if scattered:
+                    memory.madvise(mmap.MADV_RANDOM)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -405,7 +412,8 @@ def maps_serve(layout: ArrayLayout) -> bool:
 class LocalReader:
     """Chunks of one array in local files, by memory map where that is safe and fast, else by pread."""
 
-    def __init__(self, layout: ArrayLayout, files: StoreFiles, *, mapped: bool) -> None:
+    def __init__(self, layout: ArrayLayout, files: StoreFiles, *, mapped: bool, memory: int | None = None) -> None:
+        """`memory`: bytes that this process may use; None asks the system."""
         assert layout.slow is None
         self.layout, self._files, self._decoder = layout, files, Decoder(layout)
         self._mapped = mapped and maps_serve(layout)
@@ -415,13 +423,63 @@ class LocalReader:
         """Whether a chunk's rows lie one after another in its file, and nothing must be known of all of them."""
         self._most = layout.chunk_bytes + layout.chunk_bytes // 8 + ENCODED_SLACK
         self._exact = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else None
-        large = math.prod(layout.shape) * layout.dtype.itemsize > available_memory() // 2
-        self._touch: Literal["once", "always"] = "always" if large else "once"
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if self._by_rows else 0
+        self.memory = available_memory() if memory is None else memory
+        self.beside(self.decoded_bytes)
         self._trust: Trust | None = None
 
     def vouch(self, verify: Verify) -> None:
         self._trust = trust_in(self._files.root, self.layout, verify)
+
+    def beside(self, total: int) -> None:
+        """All arrays that are read together have so many bytes: pages may not stay, nor even be worth mapping."""
+        self._touch: Literal["once", "always"] = "always" if total > self.memory // 2 else "once"
+        self._beyond = self.layout.raw and total > self.memory
+        """Whether memory can't hold the files: then only scattered rows are read from maps."""
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.layout.shape) * self.layout.dtype.itemsize
+
+    def stored_bytes(self) -> int:
+        """About how many bytes its files have; of encoded ones a few are looked at, and one that is absent has none."""
+        if self.layout.raw:
+            return self.decoded_bytes
+        sizes, step = [], max(1, self.layout.num_files // LOOKED_AT)
+        for number in range(0, self.layout.num_files, step):
+            try:
+                sizes.append(os.stat(os.path.join(self._files.root, self.layout.file_key(number))).st_size)
+            except OSError:
+                sizes.append(0)
+        return sum(sizes) * self.layout.num_files // max(1, len(sizes))
+
+    def advise(self, chunk: Sequence[int], rows: tuple[int, int], advice: int) -> int:
+        """Give the kernel advice (os.POSIX_FADV_...) on what `read` takes of a chunk; how many bytes that is.
+
+        0 where they can't be found: the read will say why.
+        """
+        key = self.layout.key(chunk)
+        try:
+            fd, status = self._files.open(key)
+        except (OSError, ValueError):
+            return 0
+        try:
+            start, size = self._extent(key, chunk, fd, status.st_size)
+            first, last = self._part(size, rows)
+            if last > first:
+                os.posix_fadvise(fd, start + first, last - first, advice)
+            return max(0, last - first)
+        except (OSError, ValueError):
+            return 0
+        finally:
+            os.close(fd)
+
+    def _part(self, size: int, rows: tuple[int, int]) -> tuple[int, int]:
+        """Which of a chunk's bytes hold these rows, as far as it can be read in parts."""
+        if self._by_rows:
+            return rows[0] * self._row_bytes, min(size, rows[1] * self._row_bytes)
+        return 0, size
 
     @property
     def lane(self) -> str:
@@ -462,8 +520,8 @@ class LocalReader:
         self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, few: bool
     ) -> Bytes | None:
         try:
-            if self._mapped:
-                memory = self._files.map(key)
+            if self._mapped and (few or not self._beyond):
+                memory = self._files.map(key, scattered=self._beyond)
                 if memory is not None:
                     start, size = self._extent(key, chunk, None, len(memory))
                     if size < 0:
@@ -488,15 +546,13 @@ class LocalReader:
         self, fd: int, start: int, size: int, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch
     ) -> Bytes:
         buffer = scratch.take("encoded", size)
-        first, last = 0, size
+        first, last = self._part(size, rows)
         due = self._trust is not None and self._trust.due(chunk)
-        if self._by_rows:
-            first, last = rows[0] * self._row_bytes, rows[1] * self._row_bytes
-            if last - first < size and due and self._trust is not None:  # there is memory for the rows alone
-                both = self._trust.both
-                self._trust.check_record(chunk, size, lambda: describe_part(fd, start, size, scratch, both=both))
-                scratch.checked += 1
-                due = False
+        if last - first < size and due and self._trust is not None:  # there is memory for the rows alone
+            both = self._trust.both
+            self._trust.check_record(chunk, size, lambda: describe_part(fd, start, size, scratch, both=both))
+            scratch.checked += 1
+            due = False
         part = buffer if last - first == size else buffer[first:last]
         if read_into(fd, part, start + first) != len(part):
             raise ValueError("it was cut short while it was read")

@@ -1,4 +1,4 @@
-"""What a job will read of arrays that are elsewhere, known before it runs.
+"""What a job will read, known before it runs: of arrays that are elsewhere, and of those too large to stay in memory.
 
 Its law: `Feed.fill` itself is asked, over a reader that reads nothing, so that what is fetched ahead and what is read
 never differ, however rows come to lie in chunks.
@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Part, Rows
-from streamtrain.data.readers import Scratch
+from streamtrain.data.readers import ChunkReader, Scratch
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.trust import Verify
+
+
+class Noted(NamedTuple):
+    """A read that will be made; what `ChunkReader.read` will be asked for."""
+
+    chunk: tuple[int, ...]
+    rows: tuple[int, int]
+    few: bool
 
 
 class _Noting:
@@ -23,9 +31,8 @@ class _Noting:
 
     lane = "none"
 
-    def __init__(self, reader: RemoteReader) -> None:
-        self._reader = reader
-        self.wants: list[Want] = []
+    def __init__(self) -> None:
+        self.reads: list[Noted] = []
 
     def vouch(self, verify: Verify) -> None:
         """There is nothing to be checked."""
@@ -33,24 +40,33 @@ class _Noting:
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
-        self.wants.append(self._reader.want(chunk, rows))
+        self.reads.append(Noted(tuple(chunk), rows, few))
         return None
 
 
-def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
-    """The chunks that `feed.fill` will read for these rows of a cell: it is asked itself, so that both never differ.
+def innermost(reader: ChunkReader) -> ChunkReader:
+    """What reads in the end, under readers that skip bad chunks and the like."""
+    while (inner := getattr(reader, "inner", None)) is not None:
+        reader = inner
+    return reader
 
-    None for an array that is read in another way; nor those that are kept decoded already.
-    """
-    reader = getattr(feed.reader, "inner", feed.reader)  # what a reader that skips bad chunks wraps
-    if not isinstance(reader, RemoteReader):
-        return []
-    dry, noting = copy.copy(feed), _Noting(reader)
+
+def reads_of(feed: Feed, box: Box, rows: Rows) -> list[Noted]:
+    """The reads that `feed.fill` will make for these rows of a cell; none of chunks that are kept decoded already."""
+    dry, noting = copy.copy(feed), _Noting()
     dry.reader, dry.cache = noting, None
     dry.fill(box, rows, _nowhere, Scratch())
     if feed.cache is None:
-        return noting.wants
-    return [want for want in noting.wants if feed.key(want.chunk) not in feed.cache]
+        return noting.reads
+    return [read for read in noting.reads if feed.key(read.chunk) not in feed.cache]
+
+
+def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
+    """The chunks that have to be fetched for these rows; none of an array that is read in another way."""
+    reader = innermost(feed.reader)
+    if not isinstance(reader, RemoteReader):
+        return []
+    return [reader.want(read.chunk, read.rows) for read in reads_of(feed, box, rows)]
 
 
 def _nowhere(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
