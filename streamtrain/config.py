@@ -139,6 +139,8 @@ class DataTable(Table):
     cache_transform: Annotated[bool, Must("true or false")] | None = None
     memory: Bytes = "1GiB"
     cache: Bytes | Natural = "auto"
+    disk_cache: Annotated[Text | Natural, Must('a folder, or a size such as "50GiB"')] | None = None
+    disk_cache_bytes: Bytes | Natural | None = None
     io: Annotated[Literal["auto", "mmap", "pread", "store"], Must('"auto", "mmap", "pread" or "store"')] = "auto"
     threads: Threads | None = None
     prefetch: Count | None = None
@@ -478,7 +480,7 @@ def _similar_file(path: str) -> str:
 MAY_CHANGE = frozenset(
     {f"data.{key}" for key in ("memory", "cache", "io", "threads", "prefetch", "read_timeout", "batch_size")}
     | {"data.retries", "data.storage_options"}
-    | {"data.transform_workers", "data.cache_transform"}
+    | {"data.transform_workers", "data.cache_transform", "data.disk_cache", "data.disk_cache_bytes"}
     | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
     | {"trainer.nonfinite", "data.store"}
     | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume"}

@@ -70,6 +70,8 @@ _STREAM = [
     Flag("--cache-transform", ("data.cache_transform",), "keep what it makes, of shuffled data too", "bool"),
     Flag("--memory", ("data.memory",), "budget of the stream: 1GiB"),
     Flag("--cache", ("data.cache",), "auto, or how much of it keeps decoded chunks"),
+    Flag("--disk-cache", ("data.disk_cache",), "folder for decoded chunks, or a size such as 20GiB"),
+    Flag("--disk-cache-bytes", ("data.disk_cache_bytes",), "how much it may hold: 50GiB"),
     Flag("--io", ("data.io",), "auto, mmap, pread or store", "text"),
     Flag("--threads", ("data.threads",), "threads that read and decode"),
     Flag("--prefetch", ("data.prefetch",), "batches made ahead"),

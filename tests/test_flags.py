@@ -40,7 +40,7 @@ GOOD = {
     "--sanity-batches": "0", "--limit-batches": "0.5", "--overfit-batches": "1", "--data": "d", "--model": "m:N",
     "--step": "m:f", "--device-transform": "m:f", "--window": "{time = 24}", "--stride": "4", "--horizon": "0",
     "--target-window": "2", "--select": "{level = [0, 3]}", "--groups": "g", "--indices": "0,2,5", "--weights": "w",
-    "--balance": "b",
+    "--balance": "b", "--disk-cache": "cache", "--disk-cache-bytes": "9GiB",
 }  # fmt: skip
 
 

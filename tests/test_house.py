@@ -21,7 +21,8 @@ data.container data.budget data.codecs data.layout data.draws
 losses schedulers optimizers metrics monitors
 data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
 data.block data.feed data.cf data.values data.windows data.framing data.fetch data.bucket data.zarr_bytes data.remote
-data.wants data.parcels data.ahead data.readahead data.consolidated data.opening data.stores data.choosing data.units
+data.segments data.disk_cache data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated
+data.opening data.stores data.choosing data.units
 data.options data.transform data.survey data.skipping data.transforming data.transform_child data.transform_processes
 data.vouching data.verification data.crews data.pulling data.loader data.iterable data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint

@@ -28,7 +28,7 @@ from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import RECENT, Account
 from streamtrain.data.filters import Bytes
 from streamtrain.data.parcels import Grants, Group, Haul, Order, Parcel, Request
-from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop
+from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.spans import MIN_REQUESTS, RATE_PER_THREAD, Span, coalesce, requests_at_once
 from streamtrain.data.workers import Job
@@ -70,8 +70,8 @@ class Ahead:
     @classmethod
     def over(cls, feeds: Sequence[Feed], share: Share, submit: Callable[[Job], None], threads: int) -> Ahead | None:
         """For these feeds; None where none of them is elsewhere."""
-        inner = [getattr(feed.reader, "inner", feed.reader) for feed in feeds]
-        readers = [reader for reader in inner if isinstance(reader, RemoteReader)]
+        inner = [under(RemoteReader, feed.reader) for feed in feeds]
+        readers = [reader for reader in inner if reader is not None]
         return cls(readers, share, submit, threads) if readers else None
 
     # ---- from other threads

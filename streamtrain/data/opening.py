@@ -61,6 +61,13 @@ class Located:
             return Owned(self.store.store)
         return StoreBytes(self.store) if isinstance(self.store, Store) and self.root is None else None
 
+    @property
+    def address(self) -> str:
+        """What it is called from one run to the next; of a folder, wherever links lead to it."""
+        if self.root is not None:
+            return os.path.realpath(self.root)
+        return self.bucket.url("") if self.bucket is not None else str(self.store)
+
     def unreachable(self, error: Exception) -> bool:
         """Whether this tells of the way to the store, not of what is in it."""
         return self.bucket is not None and (self.bucket.transient(error) or type(error).__name__ in REFUSALS)

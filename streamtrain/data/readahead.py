@@ -18,8 +18,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from streamtrain.data.feed import Box, Feed, Rows
-from streamtrain.data.readers import LocalReader, Scratch
-from streamtrain.data.wants import innermost, reads_of
+from streamtrain.data.kept_chunks import KeptReader
+from streamtrain.data.readers import LocalReader, Scratch, under
+from streamtrain.data.wants import reads_of
 from streamtrain.data.workers import Job
 
 AHEAD_BYTES = 64 << 20
@@ -63,8 +64,7 @@ class Readahead:
     @classmethod
     def over(cls, feeds: Iterable[Feed]) -> Readahead | None:
         """For these feeds, which are read together; None where memory may hold all arrays, or chunks are small."""
-        found = (innermost(feed.reader) for feed in feeds)
-        readers = {reader for reader in found if isinstance(reader, LocalReader)}
+        readers = {reader for feed in feeds if (reader := _local(feed)) is not None}
         total = sum(reader.decoded_bytes for reader in readers)
         for reader in readers:
             reader.beside(total)
@@ -100,8 +100,8 @@ class Readahead:
         self._measured = True
 
     def _stretches(self, feed: Feed, box: Box, rows: Rows) -> list[Stretch]:
-        reader = innermost(feed.reader)
-        if not isinstance(reader, LocalReader) or reader not in self._readers:
+        reader = _local(feed)
+        if reader is None or reader not in self._readers:
             return []
         return [
             Stretch(reader, read.chunk, read.rows)
@@ -134,6 +134,11 @@ class Readahead:
     def _leave(self, turn: _Turn) -> None:
         if self._leaves_nothing:
             _advise(turn, os.POSIX_FADV_DONTNEED)
+
+
+def _local(feed: Feed) -> LocalReader | None:
+    """What reads the feed's array from files; None where it is elsewhere, or comes from the disk cache."""
+    return None if under(KeptReader, feed.reader) is not None else under(LocalReader, feed.reader)
 
 
 def _advise(turn: _Turn, advice: int) -> int:

@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import itertools
 import logging
 import math
 import mmap
@@ -33,7 +34,7 @@ from streamtrain.data.budget import available_memory
 from streamtrain.data.decode import Decoder
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
-from streamtrain.data.manifest import NOTHING, SLICE, Record, describe
+from streamtrain.data.manifest import NOTHING, SLICE, Record, describe, unaddressable
 from streamtrain.data.seen import Seen, Signature, changed
 from streamtrain.data.trust import Trust, Verify, trust_in
 from streamtrain.errors import DataError, EnvironmentProblem
@@ -114,6 +115,22 @@ class ChunkName(NamedTuple):
         return f"array {self.array or ALONE!r}: chunk {'.'.join(map(str, self.chunk)) or '0'}"
 
 
+class Version(NamedTuple):
+    """What the source of a chunk is: equal as long as nobody has changed it."""
+
+    mark: tuple[int | str | None, ...]
+    """Of a file size, time of the last change in ns and inode; of an object size and ETag."""
+    lasting: bool
+    """Whether a later run may go by it: it tells contents apart, and they were settled when the store was opened."""
+
+
+def under(kind: type[T], reader: object) -> T | None:
+    """The reader of this kind that a reader is, or wraps; None where there is none."""
+    while reader is not None and not isinstance(reader, kind):
+        reader = getattr(reader, "inner", None)
+    return reader
+
+
 class ChunkReader(Protocol):
     """Reads one array's chunks."""
 
@@ -132,6 +149,9 @@ class ChunkReader(Protocol):
 
     def vouch(self, verify: Verify) -> None:
         """Hold chunks against the array's manifest from now on, if it has one. Raises DataError if that is damaged."""
+
+    def version(self, chunk: Sequence[int]) -> Version | None:
+        """What a chunk's source is now; None where nothing is known of it yet. Asks nobody who is far away."""
 
 
 class ChunkDamage(DataError):
@@ -239,6 +259,14 @@ class StoreFiles:
             raise ValueError("it was there, and vanished during the run")
         if os.path.lexists(os.path.join(self.root, key)):
             raise ValueError("it is a link to nothing")
+
+    def version(self, key: str) -> Version:
+        """What a file is now; of one that is not there, that."""
+        try:
+            now = os.stat(os.path.join(self.root, key))
+        except OSError:
+            return Version(("not there",), False)
+        return Version((now.st_size, now.st_mtime_ns, now.st_ino), self.settled(now))
 
     def settled(self, status: os.stat_result) -> bool:
         """Whether the file was not modified since this store was opened."""
@@ -480,6 +508,9 @@ class LocalReader:
         if self._by_rows:
             return rows[0] * self._row_bytes, min(size, rows[1] * self._row_bytes)
         return 0, size
+
+    def version(self, chunk: Sequence[int]) -> Version | None:
+        return self._files.version(self.layout.key(chunk))
 
     @property
     def lane(self) -> str:
@@ -762,6 +793,9 @@ class ZarrLoop:
             logger.error("storage has not answered within %g s; the thread that waits is left behind", CLOSE_SECONDS)
 
 
+_SERIALS = itertools.count()
+
+
 class ZarrReader:
     """Chunks of one array by zarr's own API: any codec, layout or store that zarr knows.
 
@@ -775,11 +809,18 @@ class ZarrReader:
         self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float, files: StoreFiles | None = None
     ) -> None:
         self.layout, self._array, self._loop, self._timeout, self._files = layout, array, loop, timeout, files
+        self._serial = next(_SERIALS)
         self._trust: Trust | None = None
 
     def vouch(self, verify: Verify) -> None:
         if self._files is not None:
             self._trust = trust_in(self._files.root, self.layout, verify, whole_files=True)
+
+    def version(self, chunk: Sequence[int]) -> Version | None:
+        """Of the file that holds it; what is not one file's, or no file's, is never the same as anybody else's."""
+        if self._files is None or unaddressable(self.layout) is not None:
+            return Version(("reader", self._serial), False)
+        return self._files.version(self._key(chunk))
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False

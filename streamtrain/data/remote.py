@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from streamtrain.data.readers import (
     INDEX_CACHE_BYTES,
     ChunkUnreadable,
     Scratch,
+    Version,
     ZarrLoop,
     chunk_error,
+    under,
 )
 from streamtrain.data.trust import Verify
 
@@ -85,6 +88,36 @@ class RemoteReader:
     def vouch(self, verify: Verify) -> None:
         """Manifests are not read from afar: what the codecs' own checksums find is found."""
 
+    def version(self, chunk: Sequence[int]) -> Version | None:
+        """What the object of a chunk was when it was first seen in this run; None where it was not seen."""
+        seen = self._seen.get(self.layout.key(chunk))
+        return None if seen is None else Version(seen, seen[1] is not None)
+
+    def glance(self, chunk: Sequence[int]) -> Want:
+        """The least that tells what the object of a chunk is: a byte of it."""
+        return Want(self, tuple(chunk), (0, 1))
+
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """See to it that its version is known, if it is there. Raises as `read` does."""
+        want = self.glance(chunk)
+        with self._naming(chunk):
+            ahead = scratch.fetched.get(want)
+            if ahead is not None:
+                ahead()
+            if self.version(chunk) is None:
+                self._now(want, scratch)
+
+    @contextlib.contextmanager
+    def _naming(self, chunk: Sequence[int]) -> Iterator[None]:
+        """Failures as errors that name the chunk."""
+        try:
+            yield
+        except FetchFailed as error:
+            damage = chunk_error(self.layout, chunk, self.url(chunk), error)
+            raise ChunkUnreadable(damage.array, damage.chunk, str(damage), hint=error.hint) from error
+        except ValueError as error:
+            raise chunk_error(self.layout, chunk, self.url(chunk), error) from error
+
     @property
     def _most(self) -> int:
         return self.layout.chunk_bytes + self.layout.chunk_bytes // 8 + ENCODED_SLACK
@@ -102,7 +135,7 @@ class RemoteReader:
         """As `ChunkReader.read` says. Raises DataError, or EnvironmentProblem where the bytes can't be had."""
         layout, want = self.layout, self.want(chunk, rows)
         began = time.perf_counter()
-        try:
+        with self._naming(chunk):
             ahead = scratch.fetched.get(want)
             data = ahead() if ahead is not None else self._now(want, scratch)
             if data is None:
@@ -120,11 +153,6 @@ class RemoteReader:
             decoded = self._decoder.view(self._decoder.decode(data, out))
             scratch.seconds["decode"] += time.perf_counter() - fetched
             return decoded
-        except FetchFailed as error:
-            damage = chunk_error(layout, chunk, self.url(chunk), error)
-            raise ChunkUnreadable(damage.array, damage.chunk, str(damage), hint=error.hint) from error
-        except ValueError as error:
-            raise chunk_error(layout, chunk, self.url(chunk), error) from error
 
     def url(self, chunk: Sequence[int]) -> str:
         """What messages call the object that holds a chunk."""
@@ -274,4 +302,5 @@ def _told(version: tuple[int | None, str | None]) -> str:
 
 def fetch_statistics(readers: Iterable[object]) -> FetchStatistics | None:
     """How the requests of these readers do, which share their account; None where none of them makes any."""
-    return next((reader.fetcher.account.statistics() for reader in readers if isinstance(reader, RemoteReader)), None)
+    far = (under(RemoteReader, reader) for reader in readers)
+    return next((reader.fetcher.account.statistics() for reader in far if reader is not None), None)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import BadChunk, ChunkDamage, ChunkReader, ChunkUnreadable, Scratch
+from streamtrain.data.readers import BadChunk, ChunkDamage, ChunkReader, ChunkUnreadable, Scratch, Version
 from streamtrain.data.trust import Verify
 from streamtrain.errors import DataError
 
@@ -43,6 +43,10 @@ class SkippingReader:
     def vouch(self, verify: Verify) -> None:
         """See the reader that it wraps."""
         self._reader.vouch(verify)
+
+    def version(self, chunk: Sequence[int]) -> Version | None:
+        """See the reader that it wraps."""
+        return self._reader.version(chunk)
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False

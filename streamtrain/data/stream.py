@@ -24,10 +24,12 @@ from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
+from streamtrain.data.disk_cache import DiskCacheStatistics, disk_cache_of
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import FetchStatistics
 from streamtrain.data.finished import FinishedBatches, FinishedStatistics, KeptPass, Watched, WatchedAsync
 from streamtrain.data.framing import Axis, Field, row_axes_of
+from streamtrain.data.kept_chunks import kept_reader
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.loader import Loader
 from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
@@ -70,8 +72,6 @@ logger = logging.getLogger(__name__)
 
 OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
-LATER = frozenset({"disk_cache"})
-"""Keywords that are reserved and not supported yet."""
 FIGURES_SHOWN = 150
 """Characters of figures that a position shows; longer ones as a digest."""
 FRAMED = frozenset({"sample_axes", "window", "stride", "horizon", "target_window", "select"})
@@ -86,8 +86,8 @@ class StreamStatistics:
 
     lanes: Mapping[str, str]
     """Which lane reads each array: `mmap`, `pread`, `obstore` (URLs), `store` (another zarr store's own `get`), or
-    `zarr` with the reason why no fast lane can. Where the machine refused maps of the store's files, `mmap` has with it
-    how many were read by `pread` instead, and why."""
+    `zarr` with the reason why no fast lane can; `disk cache over` one of these with `disk_cache`. Where the machine
+    refused maps of the store's files, `mmap` has with it how many were read by `pread` instead, and why."""
     chunks: int
     """Chunks that were asked for. Many more than the dataset has: see `plan().read_amplification`."""
     bytes_read: int
@@ -111,6 +111,8 @@ class StreamStatistics:
     """Requests to a store that is elsewhere; None for a folder."""
     finished: FinishedStatistics | None
     """Batches kept after the transform; None where none are."""
+    disk_cache: DiskCacheStatistics | None
+    """Decoded chunks on the disk; None without `disk_cache`."""
     threads: int
     buffers: int
     """Buffers in use. All of them while `queue.items` is 0: batches are kept by the consumer."""
@@ -186,7 +188,11 @@ class ZarrStream:
     pays where an epoch comes again), by processes, and of transforms that draw from `batch.rng` (an unshuffled stream
     then repeats what its first epoch drew). A transform must depend on its batch's samples alone, not on the epoch.
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
-    cells share, and as many for finished batches (0: neither). `io`: "auto" (memory maps where they are safe), "mmap",
+    cells share, and as many for finished batches (0: neither).
+    `disk_cache`: a folder for decoded chunks, up to `disk_cache_bytes` ("50GiB"), or a size alone ("20GiB") for one
+    where the user's caches lie: compressed and remote data come from memory maps of it from the second epoch on, in
+    later runs too, as long as their sources have not changed. One process at a time; its streams may share it.
+    `io`: "auto" (memory maps where they are safe), "mmap",
     "pread", "store" (zarr's own API).
     `verify`: hold chunks against the manifest that our writers make "once" for each chunk while the stream lives,
     "always", or "never". `on_bad_chunk`: "raise" a DataError, or "skip" its rows, up to `max_skipped` of an epoch.
@@ -235,6 +241,8 @@ class ZarrStream:
         cache_transform: bool | None = None,
         memory: str | int | Budget = "1GiB",
         cache: str | int = "auto",
+        disk_cache: str | int | os.PathLike[str] | None = None,
+        disk_cache_bytes: str | int | None = None,
         io: IO = "auto",
         threads: int | None = None,
         prefetch: int | None = None,
@@ -245,11 +253,9 @@ class ZarrStream:
         on_bad_chunk: OnBadChunk = "raise",
         max_skipped: float = MAX_SKIPPED,
         output: Literal["torch", "numpy"] = "torch",
-        **later: object,
+        **unknown: object,
     ) -> None:
-        for key in later:
-            if key in LATER:
-                raise ConfigError(f"{key}= is not supported yet", hint="leave it out")
+        for key in unknown:
             near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
             raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
         self._retries = at_least(retries, 0, "retries")
@@ -283,6 +289,7 @@ class ZarrStream:
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
         self._share = self.budget.join()
         self._cache_bytes = None if cache == "auto" else parse_bytes(cache, "cache")
+        self._disk = disk_cache_of(disk_cache, disk_cache_bytes)
         self._io: IO = choice(io, ("auto", "mmap", "pread", "store"), "io")
         self._threads = default_threads() if threads is None else thread_count(threads, "threads")
         self._prefetch = None if prefetch is None else at_least(prefetch, 1, "prefetch")
@@ -354,11 +361,21 @@ class ZarrStream:
                 )
 
         self._where = find_stores(self._named)
+        if self._disk is not None:
+            self._disk.open()  # now, so that what is wrong with it is said before anything is read
         stores = await asyncio.gather(*map(one, self._where))
         for arrays in stores:
             for array in arrays.values():
                 array.reader.vouch(self._verify)
+        if self._disk is not None:
+            stores = [self._kept(arrays, where) for arrays, where in zip(stores, self._where, strict=True)]
         return self._settle(stores)
+
+    def _kept(self, arrays: Mapping[str, OpenArray], where: Located) -> dict[str, OpenArray]:
+        """The arrays with the disk cache before them."""
+        assert self._disk is not None
+        with_cache = partial(kept_reader, cache=self._disk, root=where.root, address=where.address, verify=self._verify)
+        return {name: replace(array, reader=with_cache(array.reader, array.layout)) for name, array in arrays.items()}
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
@@ -646,6 +663,8 @@ class ZarrStream:
         if self._opened is not None and self._opened.finished is not None:
             self._opened.finished.clear()
         self._share.active = False
+        if self._disk is not None:
+            await asyncio.wrap_future(self._zarr_loop.submit(_called(self._disk.close)))
         await self._zarr_loop.aclose()
         for where in self._where:
             where.close()
@@ -828,6 +847,7 @@ class ZarrStream:
             cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,
             fetch=fetch_statistics(array.reader for arrays in stores for array in arrays.values()),
             finished=opened.finished.statistics() if opened is not None and opened.finished is not None else None,
+            disk_cache=self._disk.statistics() if self._disk is not None else None,
             threads=self._threads,
             buffers=reading.buffers if reading is not None else 0,
             buffer_bytes=opened.survey.sizes.buffer_bytes if opened is not None else 0,
@@ -902,6 +922,11 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
             living()
 
     return call
+
+
+async def _called(function: Callable[[], None]) -> None:
+    """For a private loop, where it may block."""
+    function()
 
 
 def _same_array(array: NDArray[Any]) -> NDArray[Any]:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Part, Rows
-from streamtrain.data.readers import ChunkReader, Scratch
+from streamtrain.data.kept_chunks import KeptReader
+from streamtrain.data.readers import Scratch, Version, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.trust import Verify
 
@@ -37,18 +38,15 @@ class _Noting:
     def vouch(self, verify: Verify) -> None:
         """There is nothing to be checked."""
 
+    def version(self, chunk: Sequence[int]) -> Version | None:
+        """Nothing is known of it."""
+        return None
+
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
         self.reads.append(Noted(tuple(chunk), rows, few))
         return None
-
-
-def innermost(reader: ChunkReader) -> ChunkReader:
-    """What reads in the end, under readers that skip bad chunks and the like."""
-    while (inner := getattr(reader, "inner", None)) is not None:
-        reader = inner
-    return reader
 
 
 def reads_of(feed: Feed, box: Box, rows: Rows) -> list[Noted]:
@@ -62,11 +60,13 @@ def reads_of(feed: Feed, box: Box, rows: Rows) -> list[Noted]:
 
 
 def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
-    """The chunks that have to be fetched for these rows; none of an array that is read in another way."""
-    reader = innermost(feed.reader)
-    if not isinstance(reader, RemoteReader):
+    """The chunks that have to be fetched for these rows; none of an array that is read in another way, nor those that
+    are kept decoded already, in memory or on the disk."""
+    reader = under(KeptReader, feed.reader) or under(RemoteReader, feed.reader)
+    if reader is None or under(RemoteReader, reader) is None:
         return []
-    return [reader.want(read.chunk, read.rows) for read in reads_of(feed, box, rows)]
+    wants = (reader.want(read.chunk, read.rows) for read in reads_of(feed, box, rows))
+    return [want for want in wants if want is not None]
 
 
 def _nowhere(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
