@@ -30,6 +30,7 @@ BENCHES = {
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "shuffle": "whether shuffling is real",
     "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
+    "diskcache": "zstd batches out of the disk cache against raw ones, and what filling it costs",
     "shards": "inner chunks of 64 KiB, against zarr's pipeline and zarrs'",
     "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
     "cgroup": "data of 8 times a memory limit, cold, against the disk's own rate (needs a cgroup that can be made)",
