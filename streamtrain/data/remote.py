@@ -38,6 +38,8 @@ from streamtrain.data.trust import Verify
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""
+GLANCE = (0, 0)
+"""The part of a chunk that is wanted where only its object's version is."""
 NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 
 
@@ -50,7 +52,7 @@ Sized = Callable[[int], None] | None
 
 
 class Want(NamedTuple):
-    """A chunk that is wanted: all of it, or these bytes of an uncompressed one."""
+    """A chunk that is wanted: all of it, or these bytes of an uncompressed one, or (GLANCE) word of its object."""
 
     reader: RemoteReader
     chunk: tuple[int, ...]
@@ -94,8 +96,8 @@ class RemoteReader:
         return None if seen is None else Version(seen, seen[1] is not None)
 
     def glance(self, chunk: Sequence[int]) -> Want:
-        """The least that tells what the object of a chunk is: a byte of it."""
-        return Want(self, tuple(chunk), (0, 1))
+        """The least that tells what the object of a chunk is: a byte of it, or a shard's index."""
+        return Want(self, tuple(chunk), GLANCE)
 
     def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
         """See to it that its version is known, if it is there. Raises as `read` does."""
@@ -186,12 +188,14 @@ class RemoteReader:
         return self.layout.shard_shape is None or key in self._indexes
 
     def place(self, want: Want) -> Place | None:
-        """Where a want's bytes lie, in an object that is known; None where the chunk is absent.
+        """Where a want's bytes lie, in an object that is known; None where the chunk is absent, or all is told.
 
         Raises ValueError where the index of its shard can't be right.
         """
         layout, key = self.layout, self.layout.key(want.chunk)
         first, last = want.part or (0, self._bound)
+        if want.part == GLANCE:
+            return Place(key, 0, 1, 1) if layout.shard_shape is None else None
         if layout.shard_shape is None:
             return Place(key, first, last if want.part else None, last - first)
         index = self._indexes[key]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NEED = {
     "torch": ["finished", "iterable", "loader", "mix", "transform_processes", "transforming"],
-    "obstore": ["cloud", "fetch"],
+    "obstore": ["cloud", "disk_cache_far", "fetch"],
 }
 """Files of this folder that do not even load without a package; the others hold what the room itself needs."""
 LEFT_OUT = {package: files for package, files in NEED.items() if find_spec(package) is None}
