@@ -319,6 +319,21 @@ def test_no_damage_to_its_files_is_ever_given(
         owner.close()
 
 
+def test_a_record_that_names_another_chunk_is_none(tmp_path: Path) -> None:
+    path = filled(tmp_path / "kept")
+    index = path / "00000001.index"
+    rows = bytearray(index.read_bytes())
+    rows[5 * ROW_BYTES + 8] ^= 1  # the last row, of chunk 5, says 4
+    index.write_bytes(rows)
+    owner = Folder(str(path), 1 << 20)
+    shelf = owner.shelf(1, 6, 6000)
+    assert [owner.holds(shelf, number) for number in range(6)] == [True] * 5 + [False]
+    got = owner.get(shelf, 4, 3, 1000, Scratch(), "once")
+    assert got is not None
+    assert set(got.tolist()) == {4}
+    owner.close()
+
+
 async def test_an_entry_that_rots_is_said_and_decoded_again(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -88,6 +88,17 @@ async def test_an_object_of_another_version_is_fetched_anew(s3: str, proxy: Prox
         assert told(source).misses == 1
 
 
+async def test_what_is_kept_is_asked_after_ahead_of_the_threads(s3: str, proxy: Proxy, tmp_path: Path) -> None:
+    url = put(s3, made({"zstd": {"data": DATA, **LAYOUTS["zstd"]}}))
+    async with stream(url, proxy, tmp_path / "cache") as source:
+        await epoch(source)
+    async with stream(url, proxy, tmp_path / "cache", threads=1) as source:
+        proxy.most_at_once, proxy.fault = 0, lambda path, before: 0.2
+        await epoch(source)
+        assert told(source).misses == 0
+    assert proxy.most_at_once > 1
+
+
 async def test_what_cannot_be_asked_after_is_an_error_not_a_guess(s3: str, proxy: Proxy, tmp_path: Path) -> None:
     url = put(s3, made({"zstd": {"data": DATA, **LAYOUTS["zstd"]}}))
     async with stream(url, proxy, tmp_path / "cache") as source:
