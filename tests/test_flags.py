@@ -41,6 +41,7 @@ GOOD = {
     "--step": "m:f", "--device-transform": "m:f", "--window": "{time = 24}", "--stride": "4", "--horizon": "0",
     "--target-window": "2", "--select": "{level = [0, 3]}", "--groups": "g", "--indices": "0,2,5", "--weights": "w",
     "--balance": "b", "--disk-cache": "cache", "--disk-cache-bytes": "9GiB",
+    "--ragged": '{values = "offsets"}', "--max-length": "16", "--pad-value": "-1",
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Ahead:
     @classmethod
     def over(cls, feeds: Sequence[Feed], share: Share, submit: Callable[[Job], None], threads: int) -> Ahead | None:
         """For these feeds; None where none of them is elsewhere."""
-        inner = [under(RemoteReader, feed.reader) for feed in feeds]
+        inner = [under(RemoteReader, each.reader) for feed in feeds for each in (feed, *feed.beside)]
         readers = [reader for reader in inner if reader is not None]
         return cls(readers, share, submit, threads) if readers else None
 

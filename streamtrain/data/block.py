@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ SPARE = 4096
 POISON = 0xA5
 
 Bytes = NDArray[np.uint8]
+_NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 Places = slice | Ints
 
 
@@ -38,6 +39,11 @@ class Column:
     row_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     batch_size: int
+
+    @property
+    def area_bytes(self) -> int:
+        """Bytes in a block beside its slots: the elements of rows of different lengths (`ragged.RaggedColumn`)."""
+        return 0
 
     @cached_property
     def row_bytes(self) -> int:
@@ -57,15 +63,41 @@ class Column:
         size = self.batch_size * self.row_bytes
         return self.pitch * self.row_bytes if self.pitch else -(-size // ALIGN) * ALIGN
 
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of a batch as it is handed over."""
+        return self.slot_bytes
+
     @cached_property
     def mover(self) -> np.dtype[Any]:
         """A dtype of a row's width whose copies are plain moves of bytes."""
         return np.dtype(f"u{self.row_bytes}" if self.row_bytes in (1, 2, 4, 8) else (np.void, self.row_bytes))
 
 
+class Store(Protocol):
+    """What has a block's rows of one column in a way of its own; places are counted from the block's first."""
+
+    def lay(self, first: int, lengths: Ints) -> None:
+        """Set aside room for rows of these lengths."""
+
+    def put(self, places: Ints, rows: Any) -> None:
+        """Copy rows to their places."""
+
+    def lay_out(self, slot: int, rows: int, out: NDArray[Any]) -> None:
+        """Fill `out` with the first rows of a batch."""
+
+
+@runtime_checkable
+class Storing(Protocol):
+    """A column whose rows are not kept as they are handed over."""
+
+    def store(self, memory: Bytes, slots: int) -> Store:
+        """Its part of a block."""
+
+
 def block_bytes(columns: Sequence[Column], slots: int) -> int:
     """Bytes of a buffer with this many slots of each column."""
-    return slots * sum(column.slot_bytes for column in columns)
+    return sum(slots * column.slot_bytes + column.area_bytes for column in columns)
 
 
 class Block:
@@ -79,10 +111,16 @@ class Block:
         self.batch_size = columns[0].batch_size
         self._slots: list[NDArray[Any]] = []
         self._rows: list[NDArray[Any] | None] = []
+        self._areas: dict[int, Store] = {}
         start = 0
-        for column in columns:
-            part = root[start : start + slots * column.slot_bytes]
-            start += slots * column.slot_bytes
+        for number, column in enumerate(columns):
+            part = root[start : start + block_bytes([column], slots)]
+            start += len(part)
+            if isinstance(column, Storing):
+                self._areas[number] = column.store(part, slots)
+                self._slots.append(_NOTHING)
+                self._rows.append(None)
+                continue
             self._slots.append(_slots(part, column, slots))
             self._rows.append(part.view(column.mover) if column.pitch else None)
 
@@ -91,9 +129,12 @@ class Block:
         """The position after the last slot."""
         return self.first + self.slots * self.batch_size
 
-    def put(self, number: int, at: Places, values: NDArray[Any]) -> None:
+    def put(self, number: int, at: Places, values: Any) -> None:
         """Copy rows of column `number` to these positions of the epoch, cast to the column's dtype."""
         column, rows = self.columns[number], self._rows[number]
+        if number in self._areas:
+            self._areas[number].put(_array(at) - self.first, values)
+            return
         plain = values.dtype == column.dtype and (
             values.flags.c_contiguous or (values.size and values[0].flags.c_contiguous)
         )
@@ -111,9 +152,26 @@ class Block:
         where: tuple[Any, ...] = (slot, inside, *part)
         self._slots[number][where] = values
 
-    def batch(self, slot: int, rows: int) -> Iterator[NDArray[Any]]:
-        """The columns of the first `rows` samples in this slot: views, (rows, *row_shape) each."""
-        return (column[slot, :rows] for column in self._slots)
+    def lay(self, number: int, first: int, lengths: Ints) -> None:
+        """Set aside room for rows of these lengths, at the positions from `first` on."""
+        self._areas[number].lay(first - self.first, lengths)
+
+    def batch(self, slot: int, rows: int, room: Bytes | None = None) -> Iterator[NDArray[Any]]:
+        """The columns of the first `rows` samples in this slot: views, (rows, *row_shape) each.
+
+        Rows of different lengths are laid out in `room`, one such column after another.
+        """
+        start = 0
+        for number, (column, views) in enumerate(zip(self.columns, self._slots, strict=True)):
+            if number not in self._areas:
+                yield views[slot, :rows]
+                continue
+            assert room is not None
+            part = room[start : start + self.batch_size * column.row_bytes]
+            start += column.batch_bytes
+            laid = part.view(column.dtype).reshape(self.batch_size, *column.row_shape)[:rows]
+            self._areas[number].lay_out(slot, rows, laid)
+            yield laid
 
     def _typed(self, number: int) -> NDArray[Any]:
         column, rows = self.columns[number], self._rows[number]
@@ -186,12 +244,18 @@ class Pool:
         self._poison = poison
         self._account = _Account(size, share)
         idle = self._account.returned
-        share.lend = lambda: _give_back(idle, size, share.release)
+        self._lend = lambda: _give_back(idle, size, share.release)
+        share.lend.append(self._lend)
 
     @property
     def out(self) -> int:
         """Buffers that somebody still looks at."""
         return len(self._account.out)
+
+    @property
+    def made(self) -> int:
+        """Buffers that there are, idle ones too."""
+        return len(self._account.out) + len(self._account.returned)
 
     def take(self, *, keep_free: int = 0) -> Bytes | None:
         """The root array of a buffer, its content undefined; None if the budget, less `keep_free`, grants no more."""
@@ -215,6 +279,8 @@ class Pool:
         """Give back what is free now, and the rest when its last views die."""
         self._account.closed = True
         _give_back(self._account.returned, self.size, self._share.release)
+        if self._lend in self._share.lend:
+            self._share.lend.remove(self._lend)
 
     def __del__(self) -> None:
         account = self._account

@@ -141,8 +141,8 @@ class Share:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.lend: Callable[[], None] | None = None
-        """Gives idle bytes back, from any thread; asked where another stream needs them."""
+        self.lend: list[Callable[[], None]] = []
+        """Each gives idle bytes back, from any thread; asked where another stream needs them."""
         self.lend_kept: Callable[[], None] | None = None
         """The same for what is kept only to save work; asked by this stream too, and last."""
         self.active = True
@@ -179,8 +179,8 @@ class Share:
         granted = self.budget.try_acquire(size)
         if not granted and size <= self.budget.total:
             for share in self.budget.shares():
-                if share is not self and share.lend is not None:
-                    share.lend()
+                for lend in list(share.lend) if share is not self else ():
+                    lend()
             granted = self.budget.try_acquire(size)
             for share in self.budget.shares() if not granted else ():
                 if share.lend_kept is not None:

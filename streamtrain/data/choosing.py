@@ -146,13 +146,16 @@ def read_values(arrays: Sequence[OpenArray], frames: Sequence[Frame], name: str)
         layout = array.layout
         if layout.shape != frame.places:
             raise DataError(f"array {name!r} has shape {layout.shape}, not one value for each of {frame.places} places")
-        places = _whole(array)
+        places = whole_array(array)
+        if array.encoding is not None and array.encoding.kind == "nullable" and whole_array(array.beside[0]).any():
+            raise DataError(f"array {name!r} has rows without a value", hint="fill them in, or use another array")
         cut = tuple(slice(0, n * s, s) for n, s in zip(frame.sample_shape, frame.strides, strict=True))
         parts.append(places[cut].reshape(-1))
     return np.concatenate(parts)
 
 
-def _whole(array: OpenArray) -> Values:
+def whole_array(array: OpenArray) -> Values:
+    """All that an array holds. Blocks: off the event loop."""
     layout, scratch = array.layout, Scratch()
     result = np.empty(layout.shape, dtype=layout.native)
     grid = [range(-(-s // c)) for s, c in zip(layout.shape, layout.chunk_shape, strict=True)]

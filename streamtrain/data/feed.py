@@ -26,8 +26,9 @@ from streamtrain.data.readers import ChunkName, ChunkReader, Scratch
 Rows = slice | Ints
 _EVERY = slice(None)
 Part = tuple[slice | int, ...]
-Put = Callable[[Rows, NDArray[Any], Part | None], None]
-"""Called with which of the wanted rows these are, their values (n, *row_shape or a part of it), and that part."""
+Put = Callable[[Rows, Any, Part | None], None]
+"""Called with which of the wanted rows these are, their values (n, *row_shape or a part of it), and that part; rows of
+different lengths as a `ragged.Run`."""
 
 
 class Change(Protocol):
@@ -80,6 +81,11 @@ class Site:
     def row_shape(self) -> tuple[int, ...]:
         return tuple(self.length(a) for a in self.row_axes)
 
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """What numbers are changed in: a sample, or an element of one where samples have different lengths."""
+        return self.row_shape
+
     @cached_property
     def row_bytes(self) -> int:
         """Stored bytes of one sample."""
@@ -111,6 +117,11 @@ class Site:
         return math.prod(sampled) * math.prod(self.chunks_per_row)
 
     @cached_property
+    def rows_per_chunk(self) -> int:
+        """Samples of which a chunk has a part."""
+        return math.prod(min(self.layout.chunk_shape[a], self.layout.shape[a]) for a in self.sample_axes)
+
+    @cached_property
     def one_chunk(self) -> bool:
         """Whether a cell is exactly one chunk, the usual case."""
         chunks, shape = self.layout.chunk_shape, self.layout.shape
@@ -120,6 +131,11 @@ class Site:
 
 class Feed:
     """One array's rows, cell by cell. Thread-safe: what it keeps between calls is the cache, which is."""
+
+    beside: tuple[Feed, ...] = ()
+    """Those of arrays that are read along with it."""
+    checked = True
+    """Whether values are held against what they must be: not where they are only asked for, to know what is read."""
 
     def __init__(
         self, site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int, *, change: Change | None = None
@@ -223,7 +239,7 @@ class Feed:
             yield slice(source, source + 1), slice(place, place + 1)
 
     @staticmethod
-    def _put(put: Put, wanted: Rows, values: NDArray[Any], part: Part | None, scratch: Scratch) -> None:
+    def _put(put: Put, wanted: Rows, values: Any, part: Part | None, scratch: Scratch) -> None:
         began = time.perf_counter()
         put(wanted, values, part)
         scratch.seconds["gather"] += time.perf_counter() - began

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout, decoded_whole
 from streamtrain.data.permutation import derive_key
+from streamtrain.data.ragged_feed import RaggedArray, cell_rows
 from streamtrain.data.windows import Reach, WindowSite
 from streamtrain.errors import ConfigError, DataError
 
@@ -35,6 +36,8 @@ class Field:
     layout: ArrayLayout
     dtype: np.dtype[Any]
     target: bool = False
+    ragged: RaggedArray | None = None
+    """Set where its rows have different lengths: the layout is that of their elements."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def whole(frames: Sequence[Frame], start: int, stop: int) -> tuple[int, int]:
 
 def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
     """Raises DataError or ConfigError where arrays and arguments do not fit together."""
+    if any(each.ragged is not None for each in fields):
+        return _ragged(fields, framing)
     if framing.plain:
         return _plain(fields, framing)
     axes, window = _axes(fields[0].layout, fields[0].name, framing)
@@ -171,6 +176,7 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
 
 def row_axes_of(fields: Sequence[Field], framing: Framing) -> list[tuple[int, ...]]:
     """The axes of one sample of each array."""
+    _check_rows(fields, framing)
     if framing.plain:
         return [tuple(a for a in range(f.layout.ndim) if a not in framing.sample_axes) for f in fields]
     axes, window = _axes(fields[0].layout, fields[0].name, framing)
@@ -193,6 +199,35 @@ def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
     _check_selected(fields, axes, framing.select)
     sites = [Site(each.layout, axes, cell, each.dtype, _selection(each, axes, framing.select)) for each in fields]
     return Frame(shape, cell, sites, ones, ones, shape)
+
+
+def _check_rows(fields: Sequence[Field], framing: Framing) -> None:
+    """Where rows have different lengths, they are the samples."""
+    first = next((each for each in fields if each.ragged is not None), None)
+    if first is not None and (not framing.plain or framing.sample_axes != (0,)):
+        raise ConfigError(
+            f"array {first.name!r} has rows of different lengths: its samples are those rows",
+            hint="leave window= and sample_axes= out",
+        )
+
+
+def _ragged(fields: Sequence[Field], framing: Framing) -> Frame:
+    """Rows of different lengths, perhaps beside others: cells are so many rows, by the first such array."""
+    first = next(each for each in fields if each.ragged is not None)
+    _check_rows(fields, framing)
+    layouts = {f.name: replace(f.layout, shape=(f.ragged.table.rows,)) if f.ragged else f.layout for f in fields}
+    [rows] = sample_shape(layouts, (0,))
+    _check_selected(fields, (0,), framing.select)
+    assert first.ragged is not None
+    cell = (cell_rows(first.layout, first.ragged.columns, rows),)
+    sites: list[Site] = []
+    for each in fields:
+        taken = _selection(each, (0,), framing.select)
+        if each.ragged is None:
+            sites.append(Site(each.layout, (0,), cell, each.dtype, taken))
+        else:
+            sites.append(each.ragged.site(each.layout, cell, each.dtype, taken))
+    return Frame((rows,), cell, sites, (1,), (1,), (rows,))
 
 
 def _selection(

@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.api import asynchronous as zarr_api
@@ -23,6 +24,7 @@ from zarr.storage import LocalStore, ObjectStore
 
 from streamtrain.data.bucket import Bucket, Owned, is_url
 from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open_copy, own_metadata
+from streamtrain.data.encodings import Encoding, encoding_of, old_categories
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
 from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local, maps_serve
@@ -114,6 +116,12 @@ class OpenArray:
     reader: ChunkReader
     fallback: str | None
     """Why zarr's own API reads it and no fast lane does; None where one does."""
+    encoding: Encoding | None = None
+    """Set where the name is of a group: then this is the array of its values."""
+    beside: tuple[OpenArray, ...] = ()
+    """The group's other arrays that are read, in the order of `encoding.members`."""
+    categories: tuple[str, ...] | None = None
+    """What the codes stand for."""
 
 
 async def open_arrays(
@@ -127,6 +135,7 @@ async def open_arrays(
     if where.root is not None:
         _check_folder(where.root, where.path, where.name)
     node = await _opened(where, "")
+    found: dict[str, zarr.AsyncArray[Any] | zarr.AsyncGroup]
     if names is None:
         array = await _only_array(node, where)
         found = {array.path.rpartition("/")[2] or ALONE: array}
@@ -137,7 +146,55 @@ async def open_arrays(
     source = where.source
     far = Fetcher(source, retries=retries, timeout=timeout) if source is not None else None
     files = StoreFiles(where.root) if where.root is not None else None
-    return {name: _readable(array, files, far, io=io, loop=loop, timeout=timeout) for name, array in found.items()}
+
+    def readable(array: zarr.AsyncArray[Any]) -> OpenArray:
+        return _readable(array, files, far, io=io, loop=loop, timeout=timeout)
+
+    result: dict[str, OpenArray] = {}
+    for name, member in found.items():
+        if isinstance(member, zarr.AsyncGroup):
+            result[name] = await _encoded(node, where, name, member, readable)
+        elif (path := old_categories(member.metadata.attributes)) is not None and names is not None:
+            categories = await _array_in(node, where, f"{name.rpartition('/')[0]}/{path}".lstrip("/"))
+            known = await _texts(where, categories)
+            result[name] = replace(readable(member), encoding=Encoding("categorical"), categories=known)
+        else:
+            result[name] = readable(member)
+    return result
+
+
+async def _encoded(
+    node: zarr.AsyncGroup | zarr.AsyncArray[Any],
+    where: Located,
+    name: str,
+    group: zarr.AsyncGroup,
+    readable: Callable[[zarr.AsyncArray[Any]], OpenArray],
+) -> OpenArray:
+    """What AnnData has written as a group. Raises DataError for a group that is no array."""
+    encoding = encoding_of(name, group.metadata.attributes)
+    if encoding is None:
+        raise DataError(f"{where.name}: {name!r} is a group, not an array", hint=f"name an array in it: '{name}/...'")
+    first, *others = [await _array_in(node, where, f"{name}/{member}") for member in encoding.members]
+    if encoding.kind == "categorical":
+        return replace(readable(first), encoding=encoding, categories=await _texts(where, others[0]))
+    return replace(readable(first), encoding=encoding, beside=tuple(readable(array) for array in others))
+
+
+async def _array_in(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Located, name: str) -> zarr.AsyncArray[Any]:
+    """An array of a group."""
+    assert isinstance(node, zarr.AsyncGroup)
+    member = await _member(node, where, name)
+    if isinstance(member, zarr.AsyncGroup):
+        raise DataError(f"{where.name}: {name!r} is a group, not an array", hint=f"name an array in it: '{name}/...'")
+    return member
+
+
+async def _texts(where: Located, array: zarr.AsyncArray[Any]) -> tuple[str, ...]:
+    """What an array of names holds, read whole."""
+    try:
+        return tuple(map(str, np.asarray(await array.getitem(slice(None))).reshape(-1).tolist()))
+    except Exception as error:
+        raise _unusable(where, array.path, error, "restore the file from its source") from error
 
 
 async def list_arrays(where: Located) -> list[str]:
@@ -230,10 +287,10 @@ async def _only_array(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Locat
     if len(names) != 1:
         there = f"holds {', '.join(names)}" if names else "holds no array"
         raise DataError(f"{where.name} {there}", hint="name one: inputs='...'" if names else _NO_STORE)
-    return await _member(node, where, names[0])
+    return await _array_in(node, where, names[0])
 
 
-async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.AsyncArray[Any]:
+async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.AsyncArray[Any] | zarr.AsyncGroup:
     _check_member(where, name)
     member: object = None
     try:
@@ -248,8 +305,9 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
         raise DataError(f"{where.name} has no array {name!r}; {there}", hint=hint) from None
     except Exception as error:
         raise _unusable(where, name, error, _NO_STORE) from error
-    if not isinstance(member, zarr.AsyncArray):
-        raise DataError(f"{where.name}: {name!r} is a group, not an array", hint=f"name an array in it: '{name}/...'")
+    if isinstance(member, zarr.AsyncGroup):
+        return member
+    assert isinstance(member, zarr.AsyncArray)
     return await own_metadata(node, member, name)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from streamtrain.data.choosing import Choice
 from streamtrain.data.framing import Framing
 from streamtrain.data.ranks import Ranks
+from streamtrain.data.scanning import RaggedWish
 from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
 
@@ -174,6 +175,24 @@ def framing_of(
         None if target_window is None else at_least(target_window, 1, "target_window"),
         taken,
     )
+
+
+def ragged_of(ragged: object, max_length: object, pad_value: object) -> RaggedWish:
+    """What is said of rows of different lengths."""
+    if ragged is None:
+        for name, value in (("max_length", max_length), ("pad_value", pad_value)):
+            if value is not None:
+                raise ConfigError(f"{name}= without ragged=", hint="ragged={'values': 'offsets'} names both arrays")
+        return RaggedWish()
+    if not isinstance(ragged, Mapping) or not ragged:
+        raise ConfigError(f"ragged must be a dict of names, not {ragged!r}", hint="ragged={'values': 'offsets'}")
+    for pair in ragged.items():
+        if not all(isinstance(name, str) for name in pair):
+            raise ConfigError(f"ragged must be a dict of names, not of {pair[0]!r} to {pair[1]!r}")
+    if pad_value is not None and (isinstance(pad_value, bool) or not isinstance(pad_value, int | float)):
+        raise ConfigError(f"pad_value must be a number, not {pad_value!r}")
+    longest = None if max_length is None else at_least(max_length, 1, "max_length")
+    return RaggedWish(dict(ragged), longest, pad_value or 0)
 
 
 def _selected(select: object) -> dict[int | str, tuple[int, ...]]:

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 
 from streamtrain.data.ahead import Ahead
 from streamtrain.data.batch import Batch, Cursor
-from streamtrain.data.block import Block, Column, Places, Pool, block_bytes
+from streamtrain.data.block import Block, Column, Places, Pool
 from streamtrain.data.budget import BudgetHeld, Share, format_bytes
 from streamtrain.data.crews import Assignment, runner
 from streamtrain.data.feed import Box, Feed, Part, Rows
+from streamtrain.data.laying import Laid, lay
 from streamtrain.data.options import Crew
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
@@ -43,7 +44,7 @@ from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
 from streamtrain.data.survey import Place
 from streamtrain.data.transform import Transform
-from streamtrain.data.transforming import Made, Ready, TransformStage
+from streamtrain.data.transforming import Made, Ready, Rooms, ThreadRunner, TransformStage
 from streamtrain.data.units import Sizes, unit_spans
 from streamtrain.data.wants import wants_of
 from streamtrain.data.workers import Job, Workers
@@ -94,6 +95,8 @@ class Recipe:
     """Ends what the readers have started: zarr's private loop and its threads."""
     pool: Pool
     """Kept between passes, so that its pages are touched but once."""
+    rooms: Pool | None = None
+    """The same for batches of rows of different lengths, which are laid out when they are made."""
     max_skipped: float | None = None
     """Share of an epoch's samples that bad chunks may cost; None where one of them ends the pass."""
 
@@ -114,7 +117,15 @@ class Unit:
         self.losses = Losses()
         self.error: BaseException | None = None
 
-    def put(self, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
+    def lay(self, number: int, first: int, lengths: Ints) -> None:
+        """Set aside room for rows of these lengths, at the positions from `first` on, in the blocks."""
+        early = max(0, self.edge - first)
+        if self.head is not None and early:
+            self.head.lay(number, first, lengths[:early])
+        if self.block is not None and len(lengths) > early:
+            self.block.lay(number, first + early, lengths[early:])
+
+    def put(self, number: int, at: Places, values: Any, part: Part | None) -> None:
         """Copy rows of one column to their places in the blocks."""
         first = self.edge
         if first > self.begin:
@@ -127,7 +138,7 @@ class Unit:
         _put(self.block, number, at, values, part)
 
 
-def _put(block: Block | None, number: int, at: Places, values: NDArray[Any], part: Part | None) -> None:
+def _put(block: Block | None, number: int, at: Places, values: Any, part: Part | None) -> None:
     if block is None or not len(values):
         return
     if part is None:
@@ -165,7 +176,7 @@ class ZarrPass:
         """Tells the kernel what will be read of arrays that memory can't hold; None where there is none."""
         self._pool = recipe.pool
         self._queue: ReadyQueue[Ready | Made] = ReadyQueue(max_items=None, max_bytes=recipe.share.total)
-        self._slot_bytes = block_bytes(recipe.columns, 1)
+        self._slot_bytes = sum(column.batch_bytes for column in recipe.columns)
         self._lock = threading.Lock()
         self._units: collections.deque[Unit] = collections.deque()
         end = min(self._origin + self._batches * size, order.num_samples)
@@ -233,11 +244,17 @@ class ZarrPass:
                 self._finish()
                 raise
             if item is None:
-                self._pump()
+                self._go_on()
                 return None
             batch = self._take(item)
             if batch is not None:
                 return batch
+
+    def _go_on(self) -> None:
+        """Memory may have come back."""
+        if self._stage is not None and self._stage.starved:
+            self._stage.pump()
+        self._pump()
 
     async def _after(self) -> None:
         """Wait for the end of the pass before."""
@@ -274,7 +291,8 @@ class ZarrPass:
     @property
     def _busy(self) -> bool:
         """Whether something is ready or under way that gives a batch."""
-        return bool(self._filling or len(self._queue) or (self._stage is not None and self._stage.busy))
+        stage = self._stage is not None and self._stage.busy and not self._stage.stuck
+        return bool(self._filling or len(self._queue) or stage)
 
     async def _wait(self) -> None:
         """Wait for something to change. Raises BudgetHeld where nothing is under way that could give the next batch."""
@@ -289,14 +307,17 @@ class ZarrPass:
             if self._loop is None:
                 self._start()
             else:
-                self._pump()
+                self._go_on()
         if not await self._queue.wait(timeout):
             self._check_reads()
 
     def _held(self) -> BudgetHeld:
         """Why the next batch can't be granted."""
-        share, held = self._recipe.share, self._pool.out
-        least = self._recipe.sizes.scratch_bytes if self._loop is None else self._pool.size
+        share, pool = self._recipe.share, self._pool
+        if self._stage is not None and self._stage.starved and self._recipe.rooms is not None:
+            pool = self._recipe.rooms
+        held = pool.out
+        least = self._recipe.sizes.scratch_bytes if self._loop is None else pool.size
         room = f"memory={format_bytes(share.budget.total)} has no {format_bytes(least)} free for the next"
         if share.others_hold:
             return BudgetHeld(
@@ -304,7 +325,7 @@ class ZarrPass:
                 hint="close streams that are not read (aclose), let go of their batches, or raise memory",
             )
         return BudgetHeld(
-            f"you hold batches in {held} buffers of {format_bytes(self._pool.size)}, and {room}",
+            f"you hold batches in {held} buffers of {format_bytes(pool.size)}, and {room}",
             hint="let go of batches, keep clones of them (x.clone()), or raise memory",
         )
 
@@ -335,7 +356,7 @@ class ZarrPass:
             threads -= 1
         if threads < self._recipe.threads:
             logger.info("memory=%s: %d of %d threads", format_bytes(total), threads, self._recipe.threads)
-        granted = threads * sizes.scratch_bytes
+        granted = threads * sizes.scratch_bytes + sizes.kept_bytes
         if not share.try_acquire(granted):
             return False
         self._scratch_granted = granted
@@ -353,7 +374,7 @@ class ZarrPass:
         """What stands between the blocks and the queue: nothing, without a transform."""
         recipe = self._recipe
         if recipe.transform is None:
-            return None
+            return None if recipe.rooms is None else self._layout(workers, recipe.rooms)
         given = Assignment(
             transform=recipe.transform,
             crew=recipe.crew,
@@ -371,6 +392,22 @@ class ZarrPass:
             slot_bytes=self._slot_bytes,
             prefetch=recipe.prefetch,
             keep_empty=not recipe.ranks.alone,
+            rooms=None if recipe.rooms is None else Rooms(recipe.rooms, _left_for_blocks(recipe), False),
+            drained=self._drained,
+            settled=self._end_if_over,
+        )
+
+    def _layout(self, workers: Workers, rooms: Pool) -> TransformStage:
+        """What lays out batches whose rows have different lengths, in the threads that read."""
+        recipe = self._recipe
+        return TransformStage(
+            ThreadRunner(partial(_assembled, recipe), workers, ahead=recipe.threads + 1, own=False),
+            self._queue,
+            recipe.share,
+            slot_bytes=self._slot_bytes,
+            prefetch=recipe.prefetch,
+            keep_empty=not recipe.ranks.alone,
+            rooms=Rooms(rooms, _left_for_blocks(recipe), True),
             drained=self._drained,
             settled=self._end_if_over,
         )
@@ -458,6 +495,8 @@ class ZarrPass:
                 pieces = order.run(unit.start, unit.stop)
             else:
                 pieces = [piece for block in blocks for piece in order.pieces(block)]
+            if self._recipe.rooms is not None:
+                lay(unit, [laid for piece in pieces if (laid := self._laid(piece)) is not None], self._recipe)
             jobs = self._jobs(pieces)
             wants = [self._wants(job) for job in jobs]
             runs: list[Job] = [partial(self._run, unit, job) for job in jobs]
@@ -481,7 +520,11 @@ class ZarrPass:
 
     def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
         """Pieces by the handful: at least JOB_BYTES, but enough jobs for all threads."""
-        row = max(1, self._slot_bytes // self._recipe.columns[0].batch_size)
+        sizes = self._recipe.sizes
+        if self._recipe.rooms is None:
+            row = max(1, self._slot_bytes // self._recipe.columns[0].batch_size)
+        else:
+            row = max(1, sizes.buffer_bytes // sizes.unit_rows)
         rows = sum(_count(piece) for piece in pieces)
         least = min(JOB_BYTES // row + 1, -(-rows // (2 * self._recipe.threads)))
         jobs: list[Sequence[Piece]] = []
@@ -612,6 +655,15 @@ class ZarrPass:
         numbers = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
         return numbers[mine], places
 
+    def _laid(self, piece: Piece) -> Laid | None:
+        """Which of a store's rows the piece's are, and where they go."""
+        mine = self._mine(piece)
+        if mine is None:
+            return None
+        rows, at = mine
+        store, cell, grid = self._order.split.grid.part(piece.cell)
+        return Laid(store, Box.of(grid, cell), rows, at)
+
     def _fill(self, unit: Unit, piece: Piece, scratch: Scratch) -> None:
         mine = self._mine(piece)
         if mine is None:
@@ -622,7 +674,7 @@ class ZarrPass:
         box, watch = Box.of(part_of, cell), Watch(scratch)
         for place, feed in zip(places, self._recipe.feeds[store], strict=False):
 
-            def put(wanted: Rows, values: NDArray[Any], part: Part | None, place: Place = place) -> None:
+            def put(wanted: Rows, values: Any, part: Part | None, place: Place = place) -> None:
                 if place.part:  # a channel of a stack
                     part = (*place.part, *(part or ()))
                 where = _subset(at, wanted)
@@ -723,6 +775,12 @@ class ZarrPass:
         """After `paused` was cleared."""
         if self._loop is not None and not self.closed:
             self._pump()
+
+
+def _left_for_blocks(recipe: Recipe) -> Callable[[], int]:
+    """Bytes that batches must leave, until there are the buffers without which nothing is read."""
+    needed, pool = min(2, recipe.sizes.units), recipe.pool
+    return lambda: max(0, needed - pool.made) * pool.size
 
 
 def _assembled(recipe: Recipe, ready: Ready) -> Batch:

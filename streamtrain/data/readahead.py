@@ -64,7 +64,8 @@ class Readahead:
     @classmethod
     def over(cls, feeds: Iterable[Feed]) -> Readahead | None:
         """For these feeds, which are read together; None where memory may hold all arrays, or chunks are small."""
-        readers = {reader for feed in feeds if (reader := _local(feed)) is not None}
+        found = (_local(each) for feed in feeds for each in (feed, *feed.beside))
+        readers = {reader for reader in found if reader is not None}
         total = sum(reader.decoded_bytes for reader in readers)
         for reader in readers:
             reader.beside(total)
@@ -100,12 +101,13 @@ class Readahead:
         self._measured = True
 
     def _stretches(self, feed: Feed, box: Box, rows: Rows) -> list[Stretch]:
-        reader = _local(feed)
-        if reader is None or reader not in self._readers:
+        if not any(_local(each) in self._readers for each in (feed, *feed.beside)):
             return []
+        reads = ((_local(each), read) for each, read in reads_of(feed, box, rows))
         return [
             Stretch(reader, read.chunk, read.rows)
-            for read in reads_of(feed, box, rows)
+            for reader, read in reads
+            if reader in self._readers and reader is not None
             if not (read.few and reader.layout.raw)  # scattered rows: what lies between them will not be read
         ]
 

@@ -41,6 +41,7 @@ from streamtrain.data.options import (
     choice_of,
     decode_mode,
     framing_of,
+    ragged_of,
     ranks_of,
     seconds_above_zero,
     share_of_one,
@@ -53,8 +54,10 @@ from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.passes import BLOCKS_AHEAD, Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
+from streamtrain.data.ragged_feed import RaggedArray
 from streamtrain.data.readers import ChunkReader, ZarrLoop
 from streamtrain.data.remote import fetch_statistics
+from streamtrain.data.scanning import LENGTHS, feed_for, ragged_arrays, settled
 from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk, SkippingReader
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import Split, SplitBy
@@ -64,7 +67,6 @@ from streamtrain.data.transform import Transform, check_transform, is_async
 from streamtrain.data.transform_processes import pickled
 from streamtrain.data.trust import Verify
 from streamtrain.data.values import Change, Normalization, Normalize, Wishes, check_normalize
-from streamtrain.data.windows import feed_of
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 
@@ -171,6 +173,9 @@ class ZarrStream:
     itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has those that
     lie in it whole. An array without such an axis (by its dimensions' names) is the same for all samples.
     `select`: places that are taken of some axes of a sample, by the axis' number or name: `{"level": [0, 3]}`.
+    `ragged`: `{values: offsets}`, names of arrays: sample i is the values offsets[i] to offsets[i + 1], and a batch has
+    (B, max_length, ...) of them, cut there and padded by `pad_value` (0), beside the lengths (int64, of shape (B,)) as
+    `VALUES.lengths` among the inputs, which are a dict then. `max_length` is that of the longest unless told otherwise.
     `stack`: the inputs become one array, with them as its channels: (B, len(inputs), ...), put together in one gather.
     `decode_cf`: "auto" applies the arrays' `scale_factor`, `add_offset`, `_FillValue` and `missing_value` as xarray
     does (missing ones are NaN), and says so once; False leaves them alone.
@@ -232,6 +237,9 @@ class ZarrStream:
         horizon: int | None = None,
         target_window: int | None = None,
         select: Mapping[Axis, Sequence[int]] | None = None,
+        ragged: Mapping[str, str] | None = None,
+        max_length: int | None = None,
+        pad_value: float | None = None,
         stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         decode_cf: bool | Literal["auto"] = "auto",
@@ -276,6 +284,7 @@ class ZarrStream:
         self._split_seed = at_least(split_seed, 0, "split_seed")
         self._choice = choice_of(indices, groups, weights, balance)
         self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select)
+        self._ragged = ragged_of(ragged, max_length, pad_value)
         self._stack = stack
         self._wishes = Wishes(decode_mode(decode_cf), check_normalize(normalize), cast_dtypes(dtype))
         if self._targets is not None and self._inputs is None:
@@ -301,6 +310,7 @@ class ZarrStream:
         self._opened: _Opened | None = None
         self._zarr_loop = ZarrLoop()
         self._pool: Pool | None = None
+        self._rooms: Pool | None = None
         self._pass: ZarrPass | KeptPass | None = None
         self._first: _FirstPass | None = None
         self._epoch = 0
@@ -342,7 +352,11 @@ class ZarrStream:
 
     async def _read_metadata(self) -> _Opened:
         """All that is known before data is read; runs on a private loop, where it may block."""
-        names = None if self._inputs is None else list(dict.fromkeys([*self._fields(()), *self._choice.names]))
+        used = self._used()
+        said = [*self._choice.names, *(self._ragged.offsets[name] for name in used if name in self._ragged.offsets)]
+        names = None if self._inputs is None else list(dict.fromkeys([*used, *said]))
+        if unknown := [name for name in self._ragged.offsets if name not in used]:
+            raise ConfigError(f"ragged= names {unknown[0]!r}, which is neither an input nor a target")
         if names is None and self._choice.names:
             raise ConfigError(
                 f"the array {self._choice.names[0]!r} beside inputs that have no name", hint="name them: inputs='...'"
@@ -366,21 +380,34 @@ class ZarrStream:
         stores = await asyncio.gather(*map(one, self._where))
         for arrays in stores:
             for array in arrays.values():
-                array.reader.vouch(self._verify)
+                for each in (array, *array.beside):
+                    each.reader.vouch(self._verify)
         if self._disk is not None:
             stores = [self._kept(arrays, where) for arrays, where in zip(stores, self._where, strict=True)]
-        return self._settle(stores)
+        ragged = [ragged_arrays(arrays, self._ragged, self._share.total) for arrays in stores]
+        for arrays in stores:  # lengths come with the values
+            arrays |= {name: arrays[name.removesuffix(LENGTHS)] for name in self._ragged.lengths_of(used)}
+        return self._settle(stores, ragged)
+
+    def _used(self) -> list[str]:
+        """Names of the arrays that make up a batch; none where the only array has no name."""
+        return [*(self._inputs[0] if self._inputs else ()), *(self._targets[0] if self._targets else ())]
 
     def _kept(self, arrays: Mapping[str, OpenArray], where: Located) -> dict[str, OpenArray]:
         """The arrays with the disk cache before them."""
         assert self._disk is not None
         with_cache = partial(kept_reader, cache=self._disk, root=where.root, address=where.address, verify=self._verify)
-        return {name: replace(array, reader=with_cache(array.reader, array.layout)) for name, array in arrays.items()}
+
+        def kept(array: OpenArray, beside: tuple[OpenArray, ...] = ()) -> OpenArray:
+            return replace(array, reader=with_cache(array.reader, array.layout), beside=beside)
+
+        return {name: kept(array, tuple(map(kept, array.beside))) for name, array in arrays.items()}
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
         inputs = tuple(arrays) if self._inputs is None else self._inputs[0]
-        return [*inputs, *(self._targets[0] if self._targets is not None else ())]
+        lengths = self._ragged.lengths_of(self._used())
+        return [*inputs, *lengths, *(self._targets[0] if self._targets is not None else ())]
 
     def _hung(self) -> EnvironmentProblem:
         return EnvironmentProblem(
@@ -392,12 +419,12 @@ class ZarrStream:
     def _num_targets(self) -> int:
         return len(self._targets[0]) if self._targets is not None else 0
 
-    def _settle(self, stores: Sequence[dict[str, OpenArray]]) -> _Opened:
+    def _settle(self, stores: Sequence[dict[str, OpenArray]], ragged: Sequence[Mapping[str, RaggedArray]]) -> _Opened:
         """Everything that follows from metadata and arguments."""
         for name, why in {(name, a.fallback) for arrays in stores for name, a in arrays.items() if a.fallback}:
             logger.info("array %s is read by zarr's own API, which is slower: %s", name, why)
         fields = self._fields(stores[0])
-        parts = [self._parts(fields, arrays) for arrays in stores]
+        parts = [self._parts(fields, arrays, mine) for arrays, mine in zip(stores, ragged, strict=True)]
         changes = self._changes(fields, parts)
         survey = take_survey(
             [
@@ -433,12 +460,13 @@ class ZarrStream:
         cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
         feeds = [
             [
-                feed_of(
+                feed_for(
+                    arrays[part.name],
                     site,
-                    self._tolerant(arrays[part.name]),
-                    cache if decoded_whole(site.layout) else None,
+                    cache,
                     number,
-                    None if change.plain else change.on(site.taken, site.row_axes, site.row_shape),
+                    None if change.plain else change.on(site.taken, site.row_axes, site.inner_shape),
+                    self._tolerant,
                 )
                 for part, site, change in zip(parts[number], frame.sites, changes[number], strict=True)
             ]
@@ -462,7 +490,7 @@ class ZarrStream:
             logger.info("finished batches are not kept where there are several ranks")
         sizes = survey.sizes
         room = self._share.total - BLOCKS_AHEAD * sizes.buffer_bytes - self._threads * sizes.scratch_bytes
-        room -= survey.cache_bytes
+        room -= survey.cache_bytes + sizes.kept_bytes + (self._threads + 3) * sizes.room_bytes
         capacity = room // 2 if self._cache_bytes is None else min(room, self._cache_bytes)
         if not wanted or capacity <= 0:
             return None
@@ -470,11 +498,13 @@ class ZarrStream:
         self._share.lend_kept = _weakly(finished.clear)
         return finished
 
-    def _parts(self, fields: Sequence[str], arrays: Mapping[str, OpenArray]) -> list[Field]:
+    def _parts(
+        self, fields: Sequence[str], arrays: Mapping[str, OpenArray], ragged: Mapping[str, RaggedArray]
+    ) -> list[Field]:
         """The parts of a batch as they lie in one store."""
         targets = len(fields) - self._num_targets
         return [
-            Field(name, arrays[name].layout, arrays[name].layout.native, target=i >= targets)
+            Field(name, arrays[name].layout, _own_dtype(arrays[name]), target=i >= targets, ragged=ragged.get(name))
             for i, name in enumerate(self._fields(arrays))
         ]
 
@@ -488,7 +518,7 @@ class ZarrStream:
         for parts in stores:
             axes = row_axes_of(parts, self._framing)
             mine = [
-                self._wishes.change(part.name, part.layout, axes[number], is_input=not part.target)
+                settled(part, self._wishes.change(part.name, part.layout, axes[number], is_input=not part.target))
                 for number, part in enumerate(parts)
             ]
             first = made[0] if made else mine
@@ -543,7 +573,9 @@ class ZarrStream:
             self._pass.stop()
         self._share.active = True
         if self._pool is None:
-            self._pool = Pool(opened.survey.sizes.buffer_bytes, self._share, poison=bool(os.environ.get(POISON)))
+            poison, sizes = bool(os.environ.get(POISON)), opened.survey.sizes
+            self._pool = Pool(sizes.buffer_bytes, self._share, poison=poison)
+            self._rooms = Pool(sizes.room_bytes, self._share, poison=poison) if sizes.room_bytes else None
         start, self._skip = Cursor(self._epoch, self._skip), 0
         if not self._driven:
             self._cursor = start
@@ -586,7 +618,7 @@ class ZarrStream:
         names = self._fields(opened.stores[0])
         count = len(names) - self._num_targets
         several = (
-            self._inputs is not None and self._inputs[1] and not self._stack,
+            self._inputs is not None and (self._inputs[1] or bool(self._ragged.offsets)) and not self._stack,
             self._targets is not None and self._targets[1],
         )
         first = 1 if self._stack else count  # of the targets' columns
@@ -623,6 +655,7 @@ class ZarrStream:
             finish=opened.finish,
             at_end=self._zarr_loop.aclose,
             pool=pool,
+            rooms=self._rooms,
             max_skipped=self._max_skipped if self._on_bad_chunk == "skip" else None,
         )
 
@@ -658,6 +691,9 @@ class ZarrStream:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        if self._rooms is not None:
+            self._rooms.close()
+            self._rooms = None
         if self._opened is not None and self._opened.cache is not None:
             self._opened.cache.clear()
         if self._opened is not None and self._opened.finished is not None:
@@ -773,7 +809,7 @@ class ZarrStream:
         opened = self._known()
         split = opened.survey.split
         arrays: Any = [
-            {name: f"{'x'.join(map(str, a.layout.shape))} {a.layout.native}" for name, a in arrays.items()}
+            {name: _shape_of(a) for name, a in arrays.items()}
             for arrays in ({name: arrays[name] for name in self._fields(arrays)} for arrays in opened.stores)
         ]
         cells = [list(frame.cell) for frame in opened.survey.frames]
@@ -845,7 +881,9 @@ class ZarrStream:
             queue=reading.queue.statistics() if reading is not None else None,
             budget=self.budget.statistics(),
             cache=opened.cache.statistics() if opened is not None and opened.cache is not None else None,
-            fetch=fetch_statistics(array.reader for arrays in stores for array in arrays.values()),
+            fetch=fetch_statistics(
+                each.reader for arrays in stores for array in arrays.values() for each in (array, *array.beside)
+            ),
             finished=opened.finished.statistics() if opened is not None and opened.finished is not None else None,
             disk_cache=self._disk.statistics() if self._disk is not None else None,
             threads=self._threads,
@@ -910,6 +948,20 @@ def _other_data(theirs: Mapping[str, Any], mine: Mapping[str, Any], different: S
 
 def _lane(array: OpenArray) -> str:
     return array.reader.lane + (f" ({array.fallback})" if array.fallback is not None else "")
+
+
+def _shape_of(array: OpenArray) -> str:
+    """What the fingerprint says of an array."""
+    shape = "x".join(map(str, array.layout.shape))
+    if array.encoding is not None and array.encoding.kind == "csr":
+        shape = f"{'x'.join(map(str, array.encoding.shape))} csr {shape}"
+    return f"{shape} {array.layout.native}"
+
+
+def _own_dtype(array: OpenArray) -> np.dtype[Any]:
+    """The dtype of the array's samples, unless another is asked for."""
+    codes = array.encoding is not None and array.encoding.kind == "categorical"
+    return np.dtype(np.int64) if codes else array.layout.native
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

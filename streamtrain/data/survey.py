@@ -19,6 +19,9 @@ from streamtrain.data.feed import Site
 from streamtrain.data.framing import Field, Frame, Framing, take_frames, whole
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
+from streamtrain.data.ragged import RaggedColumn
+from streamtrain.data.ragged_feed import RaggedSite
+from streamtrain.data.ragged_sizes import Extents, extents_of, fitted, room_bytes, row_cost, table_bytes
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.splits import Split, SplitBy, split_bounds
 from streamtrain.data.units import (
@@ -177,16 +180,19 @@ def take_survey(
             raise DataError(f"array {column.name!r}: samples of shape {column.row_shape} hold nothing")
     columns.append(Column("index", (), np.dtype(np.int64), ranks.share(batch_size)))
     places.append(Place(len(columns) - 1, ()))
+    extents = extents_of(columns, frames, drawn)
     scattered = shuffle == "global" or (shuffle == "none" and grid.scattered)
     cache_bytes = _cache_bytes(sites, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
-    wanted = min(memory // 4, (prefetch or memory) * block_bytes(columns, 1))
+    wanted = min(
+        memory // 4, (prefetch or memory) * (block_bytes(columns, 1) + batch_size * row_cost(columns, extents))
+    )
     ways = [
-        _sizes(order, columns, frames, batch_size, change_bytes, most, (part if drawn is None else drawn).most)
+        _sizes(order, columns, extents, frames, batch_size, change_bytes, most, (part if drawn is None else drawn).most)
         for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)
     ]
-    least = min(way.least for way in ways)
-    sizes = next((way for way in ways if way.least <= memory), ways[-1])
+    least = min(way.least for way, _ in ways)
+    sizes, columns = next((way for way in ways if way[0].least <= memory), ways[-1])
     if least > memory:
         raise ConfigError(
             f"memory={format_bytes(memory)} is too small: a block of {min(k, part.num_cells)} chunks takes "
@@ -204,8 +210,16 @@ def columns_of(
     fields: Sequence[Field], frame: Frame, batch_size: int, *, stack: bool
 ) -> tuple[list[Column], list[Place]]:
     """The columns of a batch, and where each array goes; with `stack` all inputs make one, as its channels."""
-    columns = [Column(f.name, site.row_shape, f.dtype, batch_size) for f, site in zip(fields, frame.sites, strict=True)]
+    columns = [
+        site.column(f.name, batch_size)
+        if isinstance(site, RaggedSite)
+        else Column(f.name, site.row_shape, f.dtype, batch_size)
+        for f, site in zip(fields, frame.sites, strict=True)
+    ]
     inputs = sum(not field.target for field in fields)
+    for column in columns if stack else ():
+        if isinstance(column, RaggedColumn):
+            raise ConfigError(f"stack=True: rows of {column.name!r} have different lengths", hint="leave stack= out")
     if not stack or inputs == len(columns) == 0:
         return columns, [Place(number, ()) for number in range(len(columns))]
     first = columns[0]
@@ -269,15 +283,18 @@ def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int
 def _sizes(
     order: EpochOrder,
     columns: Sequence[Column],
+    extents: Extents,
     frames: Sequence[Frame],
     size: int,
     change_bytes: int,
     most: int,
     rows_of: Callable[[int], int],
-) -> Sizes:
-    """`size`: samples of a batch; `most`: bytes up to which small blocks may be filled together."""
+) -> tuple[Sizes, list[Column]]:
+    """The sizes, and the columns with room for all that may come. `size`: samples of a batch; `most`: bytes up to which
+    small blocks may be filled together."""
     split = order.split
-    row = max(1, block_bytes(columns, 1) // size)
+    row = max(1, block_bytes(columns, 1) // size + row_cost(columns, extents))
+    cells = None
     if order.scattered:
         blocks, wanted = 1, max(1, min(BLOCK_BYTES, most))
         wanted //= row + PLANNING_BYTES
@@ -291,19 +308,26 @@ def _sizes(
         blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, most) // (full * row)))
         rows = min(split.num_samples, blocks * full)
         units = -(-order.num_blocks // blocks)
+        cells = blocks * -(-split.num_cells // order.num_blocks)
         first = first_blocks(blocks, size, full, order.num_blocks, -(-split.num_cells // order.num_blocks))
-    return Sizes(
+    made = fitted(columns, extents, cells, rows)
+    sizes = Sizes(
         first_unit=first,
         unit_blocks=blocks,
         unit_rows=rows,
-        buffer_bytes=block_bytes(columns, -(-rows // size)),
+        buffer_bytes=block_bytes(made, -(-rows // size)),
         units=units,
         scratch_bytes=change_bytes + max(scratch_bytes(site, frame.cell) for frame in frames for site in frame.sites),
+        room_bytes=room_bytes(made),
+        kept_bytes=table_bytes(frames),
     )
+    return sizes, made
 
 
 def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
     """Bytes that one thread takes for reading a cell of this array."""
+    if isinstance(site, RaggedSite):
+        return site.scratch_bytes
     layout = site.layout
     cell = math.prod(cell_shape) * math.prod(site.row_shape) * max(site.dtype.itemsize, layout.dtype.itemsize)
     copies = cell if site.selection or site.dtype != layout.dtype or layout.axes != tuple(range(layout.ndim)) else 0
@@ -314,11 +338,10 @@ def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
 
 def chunks_read(site: Site, split: Split | Chosen, shuffle: Shuffle, sizes: Sizes, share: float) -> float:
     """About how many chunks of an array a pass reads that has this share of the samples."""
-    layout, grid, axes = site.layout, split.grid, site.sample_axes
+    grid = split.grid
     per_row = math.prod(site.chunks_per_row)
     if shuffle == "global":
-        rows_each = math.prod(min(layout.chunk_shape[a], layout.shape[a]) for a in axes)
-        chunks = max(1, round(share * grid.num_samples) // rows_each)
+        chunks = max(1, round(share * grid.num_samples) // site.rows_per_chunk)
         touched = sum(
             units * (chunks * (1 - (1 - 1 / chunks) ** max(1, round(share * rows))) if chunks > 1 else 1)
             for rows, units in rows_of_units(sizes, split.num_samples)

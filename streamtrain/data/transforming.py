@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from streamtrain.data.batch import Batch, Cursor
-from streamtrain.data.block import Block
+from streamtrain.data.block import Block, Bytes, Pool
 from streamtrain.data.budget import Share
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
@@ -42,10 +42,12 @@ class Ready:
     cursor: Cursor
     dropped: Ints | None
     """Rows that are left out, because of bad chunks; None where none is."""
+    room: Bytes | None = None
+    """Where rows of different lengths are laid out; None where there are none."""
 
     def columns(self) -> list[NDArray[Any]]:
         """What is handed over."""
-        columns = list(self.block.batch(self.slot, self.rows))
+        columns = list(self.block.batch(self.slot, self.rows, self.room))
         return columns if self.dropped is None else compact(columns, self.dropped)
 
 
@@ -185,6 +187,28 @@ class TaskRunner:
         return not pending
 
 
+@dataclass(frozen=True)
+class Rooms:
+    """Buffers in which batches are laid out, one each."""
+
+    pool: Pool
+    keep_free: Callable[[], int]
+    """Bytes that must be left for what is read."""
+    handed_over: bool
+    """Whether a batch is handed over as it lies there; else a transform makes others of it."""
+
+    def take(self, most: int) -> list[Bytes | None]:
+        """At most so many of them; none while none is free."""
+        found: list[Bytes | None] = []
+        while len(found) < most and (room := self.pool.take(keep_free=self.keep_free())) is not None:
+            found.append(room)
+        return found
+
+    def missing(self, wanted: int) -> int:
+        """Bytes of those that are still to be made until there are so many."""
+        return max(0, wanted - self.pool.made) * self.pool.size
+
+
 class TransformStage:
     """Groups of batches on their way through the transform; all methods run on the pass's loop."""
 
@@ -197,16 +221,21 @@ class TransformStage:
         slot_bytes: int,
         prefetch: int | None,
         keep_empty: bool,
+        rooms: Rooms | None,
         drained: Callable[[], None],
         settled: Callable[[], None],
     ) -> None:
-        """`keep_empty`: hand on batches without rows too, since other ranks count on them. `drained`: a raw batch was
+        """`keep_empty`: hand on batches without rows too, since other ranks count on them. `rooms`: where batches are
+        laid out, if they are. `drained`: a raw batch was
         taken; `settled`: a group has arrived. Both are methods, and held weakly, so that letting go of a pass ends it
         at once."""
         self.made_bytes = 0
         """Of the largest batch that was made until now; 0 before the first."""
         self._runner, self._out, self._share = runner, out, share
         self._slot_bytes, self._prefetch, self._keep_empty = slot_bytes, prefetch, keep_empty
+        self._rooms = rooms
+        self.starved = False
+        """Whether there was no room for the next batch."""
         self._drained, self._settled = weakref.WeakMethod(drained), weakref.WeakMethod(settled)
         self._raw: ReadyQueue[Ready] = ReadyQueue(max_items=None, max_bytes=share.total)
         self._granted = 0
@@ -220,6 +249,11 @@ class TransformStage:
         """Whether something is on its way to the queue."""
         return bool(len(self._raw) or self._groups)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing is under way, since the consumer keeps all room that there is for batches."""
+        return self.starved and not self._groups
+
     def put_run(self, make: Callable[[int], Ready], count: int) -> None:
         """Append `count` raw batches, made when they are taken; `pump` starts them."""
         self._raw.put_run(make, count, self._slot_bytes)
@@ -231,12 +265,30 @@ class TransformStage:
             size = self._size()
             if len(self._out) >= ahead * size:
                 return
-            granted = size * (self.made_bytes or self._slot_bytes)
+            places = self._places(size)
+            if not places:
+                return
+            size, granted = len(places), len(places) * (self.made_bytes or self._slot_bytes)
+            if self._leased:
+                granted = 0
             if not self._share.try_acquire(granted):
                 if self._groups or len(self._out):
                     return
                 size, granted = 1, 0  # the one batch that the consumer waits for
-            self._launch(size, granted)
+            self._launch(places[:size], granted)
+
+    @property
+    def _leased(self) -> bool:
+        """Whether a batch is handed over as it is laid out, in bytes that are granted already."""
+        return self._rooms is not None and self._rooms.handed_over
+
+    def _places(self, size: int) -> list[Bytes | None]:
+        """Room for so many batches, or for fewer; for none while the consumer keeps it all."""
+        if self._rooms is None:
+            return [None] * size
+        places = self._rooms.take(size)
+        self.starved = not places
+        return places
 
     def _size(self) -> int:
         """Batches of the next group."""
@@ -246,8 +298,11 @@ class TransformStage:
         size = max(1, min(self._runner.most, fit, len(self._raw)))
         return size if self._prefetch is None else min(size, max(1, self._prefetch // self._runner.ahead))
 
-    def _launch(self, size: int, granted: int) -> None:
+    def _launch(self, places: list[Bytes | None], granted: int) -> None:
+        size = len(places)
         group = [ready for ready in (self._raw.get_nowait() for _ in range(size)) if ready is not None]
+        while places:  # what is taken by the group must be kept by nobody else
+            group[len(places) - 1].room = places.pop()
         number = self._number
         self._number += 1
         self._groups[number] = None
@@ -280,6 +335,9 @@ class TransformStage:
 
     def _settle(self, sizes: list[int], granted: int) -> list[int]:
         """Grant what a group really made, in place of the guess; the bytes granted for each of its batches."""
+        if self._leased:
+            self.made_bytes = self._slot_bytes
+            return [0] * len(sizes)
         need = sum(sizes)
         self.made_bytes = max(self.made_bytes, *sizes, 0)
         if need > granted and not self._share.try_acquire(need - granted):
@@ -298,7 +356,8 @@ class TransformStage:
     @property
     def reserve(self) -> int:
         """Bytes that must stay free for transforms to go on."""
-        return self.made_bytes * (self._runner.ahead + 1)
+        laid = self._rooms.missing(self._runner.ahead + 2) if self._rooms is not None else 0
+        return laid + (0 if self._leased else self.made_bytes * (self._runner.ahead + 1))
 
     @property
     def seconds(self) -> float:

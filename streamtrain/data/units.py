@@ -35,11 +35,17 @@ class Sizes:
     """How many units an epoch has, if none were small."""
     scratch_bytes: int
     """Of one thread."""
+    room_bytes: int = 0
+    """Of what is laid out only when a batch is made."""
+    kept_bytes: int = 0
+    """Of offsets that stay in memory."""
 
     @property
     def least(self) -> int:
-        """The least memory that works: two buffers (one, if it holds the epoch), and one thread's scratch."""
-        return self.buffer_bytes * (1 if self.units == 1 else 2) + self.scratch_bytes
+        """The least memory that works: two buffers (one, if it holds the epoch), and one thread's scratch; two batches
+        that are laid out, and what stays in memory."""
+        buffers = self.buffer_bytes * (1 if self.units == 1 else 2)
+        return buffers + self.scratch_bytes + 2 * self.room_bytes + self.kept_bytes
 
 
 def first_rows(unit_rows: int, batch: int, samples: int, cells: int) -> int:

@@ -49,24 +49,42 @@ class _Noting:
         return None
 
 
-def reads_of(feed: Feed, box: Box, rows: Rows) -> list[Noted]:
-    """The reads that `feed.fill` will make for these rows of a cell; none of chunks that are kept decoded already."""
+def reads_of(feed: Feed, box: Box, rows: Rows) -> list[tuple[Feed, Noted]]:
+    """The reads that `feed.fill` will make for these rows of a cell, each with the feed (itself, or one beside it) that
+    makes it; none of chunks that are kept decoded already."""
+    noted: list[tuple[Feed, _Noting]] = []
+    _dry(feed, noted).fill(box, rows, _nowhere, Scratch())
+    return [
+        (each, read)
+        for each, noting in noted
+        for read in noting.reads
+        if each.cache is None or each.key(read.chunk) not in each.cache
+    ]
+
+
+def _dry(feed: Feed, noted: list[tuple[Feed, _Noting]]) -> Feed:
+    """The feed, and those beside it, over readers that note."""
     dry, noting = copy.copy(feed), _Noting()
-    dry.reader, dry.cache = noting, None
-    dry.fill(box, rows, _nowhere, Scratch())
-    if feed.cache is None:
-        return noting.reads
-    return [read for read in noting.reads if feed.key(read.chunk) not in feed.cache]
+    noted.append((feed, noting))
+    dry.reader, dry.cache, dry.checked = noting, None, False
+    dry.beside = tuple(_dry(each, noted) for each in feed.beside)
+    return dry
 
 
 def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
     """The chunks that have to be fetched for these rows; none of an array that is read in another way, nor those that
     are kept decoded already, in memory or on the disk."""
-    reader = under(KeptReader, feed.reader) or under(RemoteReader, feed.reader)
-    if reader is None or under(RemoteReader, reader) is None:
+    if not any(_far(each) for each in (feed, *feed.beside)):
         return []
-    wants = (reader.want(read.chunk, read.rows) for read in reads_of(feed, box, rows))
+    reads = ((_far(each), read) for each, read in reads_of(feed, box, rows))
+    wants = (reader.want(read.chunk, read.rows) for reader, read in reads if reader is not None)
     return [want for want in wants if want is not None]
+
+
+def _far(feed: Feed) -> RemoteReader | KeptReader | None:
+    """What knows which chunks of the feed's array have to be fetched; None where it is not elsewhere."""
+    remote = under(RemoteReader, feed.reader)
+    return remote and (under(KeptReader, feed.reader) or remote)
 
 
 def _nowhere(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
