@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,17 @@ def settled(part: Field, change: Change) -> Change:
             f"normalize= and decode_cf= of the sparse array {part.name!r} would make a number of each of its zeros",
             hint="scale its batches in a transform",
         )
+    _check_fill(part.name, part.ragged.fill, change.dtype)
     return change
+
+
+def _check_fill(name: str, fill: float, dtype: np.dtype[Any]) -> None:
+    with np.errstate(all="ignore"):
+        kept = np.array(fill).astype(dtype)
+    if dtype.kind not in "fc" and kept != fill:
+        raise ConfigError(
+            f"pad_value={fill!r} is no {dtype}, which {name!r} is", hint="give another, or a float dtype="
+        )
 
 
 def feed_for(

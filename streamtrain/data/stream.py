@@ -549,6 +549,17 @@ class ZarrStream:
         found = zip(self._fields(opened.stores[0]), opened.changes, strict=True)
         return {name: change.normal for name, change in found if change.normal is not None}
 
+    def categories(self, name: str) -> tuple[str, ...]:
+        """What the codes of a categorical stand for, by their number; `name` is that of an input, a target, or an array
+        that chooses samples. Before the first use this reads metadata, and may block.
+
+        Raises ConfigError for an array that the stream does not read, or that is no categorical.
+        """
+        found = self._known().stores[0].get(name)
+        if found is None or found.categories is None:
+            raise ConfigError(f"{name!r} is no categorical that this stream reads", hint="name an input or a target")
+        return found.categories
+
     # ---- a pass
 
     def __aiter__(self) -> Pass:

@@ -1,9 +1,10 @@
-"""What streams of sparse rows promise: the dense rows that numpy makes of them, in the order of any other stream."""
+"""What streams of ragged rows promise: padded to one length, their own lengths beside them, whatever reads them."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,330 +15,182 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamtrain.data.block import Block, block_bytes
-from streamtrain.data.ragged import LONG, Piece, RaggedColumn, Run
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError, DataError
-from tests.data.sparse import Sparse, random_sparse, sparse_store, write_arrays, write_sparse
+from tests.data.sparse import write_arrays
 
-WIDTH = 40
-MATRIX = random_sparse(203, WIDTH, 12)
+RAGGED = {"tokens": "ends"}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sparse_store(tmp_path_factory.mktemp("sparse") / "s.zarr", MATRIX)
+def rows_store(path: Path, lengths: Sequence[int], inner: tuple[int, ...] = (), chunk: int = 20) -> Path:
+    """`tokens`, numbered, in rows of these lengths; `ends`, their offsets; `y`, the rows' numbers."""
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    shape = (int(ends[-1]), *inner)
+    root = zarr.open_group(path, mode="w")
+    array = root.create_array("tokens", shape=shape, dtype="int32", chunks=(chunk, *(max(1, n // 2) for n in inner)))
+    array[...] = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    write_arrays(root, {"ends": ends, "y": np.arange(len(lengths))}, 7)
+    return path
+
+
+def padded(path: Path, width: int, pad: float = 0) -> NDArray[Any]:
+    """All rows, by numpy."""
+    root = zarr.open_group(path, mode="r")
+    values, ends = (np.asarray(root[name][...]) for name in ("tokens", "ends"))  # type: ignore[index]
+    out = np.full((len(ends) - 1, width, *values.shape[1:]), pad, dtype=values.dtype)
+    for row, (a, b) in enumerate(itertools.pairwise(ends)):
+        part = values[a:b][:width]
+        out[row, : len(part)] = part
+    return out
 
 
 def stream(path: Path, **options: Any) -> ZarrStream:
-    given: dict[str, Any] = {"inputs": "X", "targets": "y", "batch_size": 16, "memory": "16MiB", "output": "numpy"}
-    return ZarrStream(path, **{**given, **options})
+    usual = {"inputs": "tokens", "ragged": RAGGED, "batch_size": 6, "memory": "16MiB", "output": "numpy"}
+    return ZarrStream(path, **{**usual, **options})
 
 
-def epoch(made: ZarrStream, most: int | None = None) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Copies of the batches' inputs and sample numbers."""
+def epoch(made: ZarrStream, most: int | None = None) -> dict[str, NDArray[Any]]:
+    """The batches of a pass, one after another, by name."""
 
-    async def read() -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    async def read() -> list[dict[str, NDArray[Any]]]:
         found = []
         async with made:
             async for batch in made:
-                found.append((batch.inputs.copy(), batch.index.copy()))
+                found.append({name: part.copy() for name, part in {**batch.inputs, "index": batch.index}.items()})
                 if len(found) == most:
                     break
         return found
 
-    return asyncio.run(read())
+    batches = asyncio.run(read())
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def rows_of(batches: list[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    return np.concatenate([x for x, _ in batches]), np.concatenate([i for _, i in batches])
+LENGTHS = np.random.default_rng(3).integers(0, 15, 101).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 2 * LONG), min_size=1, max_size=40),
-    batch=st.integers(1, 9),
-    cuts=st.lists(st.integers(0, 40), max_size=3),
-    seed=st.integers(0, 99),
-)
-def test_a_block_lays_out_what_was_put_whatever_the_order(
-    lengths: list[int], batch: int, cuts: list[int], seed: int
-) -> None:
-    rng, rows, width = np.random.default_rng(seed), len(lengths), 2 * LONG
-    sizes = np.array(lengths, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    columns = np.concatenate([rng.permutation(width)[:n] for n in lengths]).astype(np.int64)
-    values = rng.random(len(columns)).astype(np.float32)
-    f4 = np.dtype(np.float32)
-    column = RaggedColumn("X", (width,), f4, batch, (Piece(f4), Piece(np.dtype(np.int32))), int(starts[-1]))
-    slots = -(-rows // batch)
-    block = Block(np.full(block_bytes([column], slots), 255, dtype=np.uint8), [column], 7, slots)
-    place = rng.permutation(rows)
-    by_place = np.empty(rows, dtype=np.int64)
-    by_place[place] = sizes
-    for first, last in itertools.pairwise(sorted({0, rows, *(cut for cut in cuts if cut < rows)})):
-        block.lay(0, 7 + first, by_place[first:last])
-    for some in np.array_split(rng.permutation(rows), 3):
-        block.put(0, place[some] + 7, Run((values, columns), starts[some], sizes[some]))
-    expected = np.zeros((rows, width), dtype=np.float32)
-    expected[np.repeat(place, sizes), columns] = values
-    room = np.empty(column.batch_bytes, dtype=np.uint8)
-    for slot in range(slots):
-        count = min(batch, rows - slot * batch)
-        [laid] = block.batch(slot, count, room)
-        assert np.array_equal(laid, expected[slot * batch : slot * batch + count])
-
-
-ORDERS: list[dict[str, Any]] = [
-    {},
-    {"shuffle": True, "shuffle_blocks": 2},
-    {"shuffle": "global"},
-    {"shuffle": True, "split": (0.1, 0.7)},
-    {"shuffle": True, "split": (0.2, 0.9), "split_by": "sample"},
-    {"shuffle": True, "indices": [3, 5, 7, 100, 99, 202, 0]},
-    {"shuffle": True, "weights": np.arange(203.0)},
-]
-
-
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(map(str, order)) or "plain")
-def test_rows_are_those_of_the_dense_matrix_whatever_reads_them(store: Path, order: dict[str, Any]) -> None:
-    first, numbers = rows_of(epoch(stream(store, **order)))
-    assert np.array_equal(first, MATRIX.dense[numbers])
-    others: list[dict[str, Any]] = [
-        {"threads": 1, "batch_size": 7, "cache": 0, "io": "pread"},
-        {"threads": 3, "prefetch": 1, "batch_size": 203, "io": "store"},
-    ]
-    for other in others:
-        again, same = rows_of(epoch(stream(store, **order, **other)))
-        assert np.array_equal(same, numbers)
-        assert np.array_equal(again, first)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    rows=st.integers(1, 60),
-    most=st.integers(0, 30),
-    chunk=st.integers(1, 90),
-    batch=st.integers(1, 70),
-    packed=st.booleans(),
-    v2=st.booleans(),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=40).filter(any),
+    width=st.none() | st.integers(1, 15),
+    inner=st.sampled_from([(), (3,), (2, 4)]),
+    chunk=st.integers(1, 30),
+    batch=st.integers(1, 20),
     shuffle=st.sampled_from([False, "block", "global"]),
-    seed=st.integers(0, 99),
 )
-def test_any_sparse_store_gives_its_dense_rows(
+def test_rows_are_cut_and_padded_as_numpy_would(
     tmp_path_factory: pytest.TempPathFactory,
-    rows: int,
-    most: int,
+    lengths: list[int],
+    width: int | None,
+    inner: tuple[int, ...],
     chunk: int,
     batch: int,
-    packed: bool,
-    v2: bool,
     shuffle: Any,
-    seed: int,
 ) -> None:
-    matrix = random_sparse(rows, 30, most, seed, "int16")
-    options: dict[str, Any] = {"zarr_format": 2} if v2 else {}
-    if not packed:
-        options["compressors"] = None
-    path = sparse_store(tmp_path_factory.mktemp("any") / "s.zarr", matrix, chunk, **options)
-    found, numbers = rows_of(epoch(stream(path, batch_size=batch, shuffle=shuffle, shuffle_blocks=1)))
-    assert sorted(numbers) == list(range(rows))
-    assert found.dtype == np.int16
-    assert np.array_equal(found, matrix.dense[numbers])
-
-
-@pytest.mark.parametrize("taken", [0, 1, 5, 12, 13])
-def test_a_stream_goes_on_where_another_stopped(store: Path, taken: int) -> None:
-    order: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 1}
-    whole = np.concatenate([i for _, i in epoch(stream(store, **order))])
-    first = stream(store, **order)
-    begun = epoch(first, taken) if taken else []
-    rest = stream(store, **order, batch_size=9)
-    rest.load_state_dict(first.state_dict())
-    found, numbers = rows_of([*begun, *epoch(rest)])
-    assert np.array_equal(numbers, whole)
-    assert np.array_equal(found, MATRIX.dense[numbers])
-
-
-@pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("batch", [16, 17])
-def test_ranks_together_have_each_batch(store: Path, lanes: int, batch: int) -> None:
-    options: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 2, "lanes": lanes, "batch_size": batch}
-    alone = epoch(stream(store, **options))
-    ranks = [epoch(stream(store, **options, rank=rank, world_size=3)) for rank in range(3)]
-    for number, (_, index) in enumerate(alone):
-        parts = [batches[number] for batches in ranks]
-        assert sorted(index) == sorted(np.concatenate([i for _, i in parts]))
-        assert all(np.array_equal(x, MATRIX.dense[i]) for x, i in parts)
-
-
-def test_many_stores_are_one_dataset(tmp_path: Path) -> None:
-    parts = [random_sparse(rows, WIDTH, 9, seed=rows) for rows in (31, 5, 77)]
-    paths = [sparse_store(tmp_path / f"{n}.zarr", part) for n, part in enumerate(parts)]
-    dense = np.concatenate([part.dense for part in parts])
-    found, numbers = rows_of(epoch(ZarrStream(paths, inputs="X", batch_size=8, shuffle=True, output="numpy")))
-    assert sorted(numbers) == list(range(113))
-    assert np.array_equal(found, dense[numbers])
-
-
-def test_a_transform_and_a_cast_get_dense_rows(store: Path) -> None:
-    def double(batch: Any) -> Any:
-        assert batch.inputs.dtype == np.float64
-        batch.inputs *= 2
-        return batch
-
-    found, numbers = rows_of(epoch(stream(store, shuffle=True, dtype="float64", transform=double)))
-    assert np.array_equal(found, 2.0 * MATRIX.dense[numbers])
-
-
-def test_batches_are_private_aligned_and_stay_valid(store: Path) -> None:
-    async def read() -> list[Any]:
-        return [batch async for batch in stream(store, shuffle=True, batch_size=10)]
-
-    kept = asyncio.run(read())
-    for batch in kept:
-        assert batch.inputs.ctypes.data % 64 == 0
-        assert np.array_equal(batch.inputs, MATRIX.dense[batch.index])
-        batch.inputs[:] = -1
-
-
-def test_one_budget_holds_blocks_batches_and_offsets(tmp_path: Path) -> None:
-    matrix = random_sparse(4000, 500, 60)
-    path = sparse_store(tmp_path / "s.zarr", matrix, 1000)
-    options: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 1, "batch_size": 50, "threads": 2}
-    least = stream(path, **options).plan().memory_least
-    for memory in (least, 3 * least):
-        made = stream(path, **options, memory=memory)
-        found, numbers = rows_of(epoch(made))
-        assert np.array_equal(found, matrix.dense[numbers])
-        assert made.budget.statistics().peak <= memory
-        assert made.budget.statistics().used == 0
-    with pytest.raises(ConfigError, match="is too small"):
-        epoch(stream(path, **options, memory=least - 1))
-
-
-def test_who_keeps_all_batches_is_told_so_and_can_go_on(tmp_path: Path) -> None:
-    path = sparse_store(tmp_path / "s.zarr", random_sparse(2000, 500, 60), 1000)
-    options: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 1, "batch_size": 50}
-    made = stream(path, **options, memory=stream(path, **options).plan().memory_least)
-
-    async def keep() -> int:
-        kept: list[Any] = []
-        numbers: list[int] = []
-        batches = aiter(made)
-        held = 0
-        while True:
-            try:
-                kept.append(await anext(batches))
-                numbers += kept[-1].index.tolist()
-            except StopAsyncIteration:
-                break
-            except Exception as error:
-                assert "you hold batches" in str(error)  # noqa: PT017
-                held += 1
-                kept.clear()
-        await made.aclose()
-        assert sorted(numbers) == list(range(2000))
-        return held
-
-    assert asyncio.run(keep()) > 0
-
-
-def test_repeated_columns_are_added_up_and_unsorted_ones_find_their_place(tmp_path: Path) -> None:
-    matrix = Sparse(np.array([1, 2, 4, 8, 16], dtype=np.float32), np.array([3, 3, 1, 9, 0]), np.array([0, 2, 2, 5]), 10)
-    found, numbers = rows_of(epoch(stream(sparse_store(tmp_path / "s.zarr", matrix))))
-    assert np.array_equal(found, matrix.dense[numbers])
-    assert found[0, 3] == 3
-
-
-@pytest.mark.parametrize("shuffle", [False, "global"])
-@pytest.mark.parametrize("wrong", [WIDTH, -1])
-def test_a_column_that_is_none_is_named_with_its_row_and_chunk(tmp_path: Path, shuffle: Any, wrong: int) -> None:
-    indices = MATRIX.indices.copy()
-    indices[700] = wrong
-    path = sparse_store(tmp_path / "s.zarr", Sparse(MATRIX.data, indices, MATRIX.indptr, WIDTH))
-    row = int(np.searchsorted(MATRIX.indptr, 700, side="right")) - 1
-    with pytest.raises(DataError, match=rf"'X/indices': row {row} names column {wrong}, in chunk 10; .* 0 to 39"):
-        epoch(stream(path, shuffle=shuffle))
-
-
-def _with_offset(place: int, value: int) -> NDArray[np.int64]:
-    offsets = MATRIX.indptr.copy()
-    offsets[place] = value
-    return offsets
+    path = rows_store(tmp_path_factory.mktemp("rows") / "s.zarr", lengths, inner, chunk)
+    made = stream(path, max_length=width, pad_value=-7, shuffle=shuffle, batch_size=batch)
+    found = epoch(made)
+    width = max(lengths) if width is None else width
+    assert sorted(found["index"]) == list(range(len(lengths)))
+    assert np.array_equal(found["tokens"], padded(path, width, -7)[found["index"]])
+    assert found["tokens.lengths"].dtype == np.int64
+    assert np.array_equal(found["tokens.lengths"], np.minimum(lengths, width)[found["index"]])
 
 
 @pytest.mark.parametrize(
-    ("offsets", "said"),
+    "order",
     [
-        (_with_offset(100, 0), "'X/indptr': chunk 1: row 99 would end at element 0, before its first"),
-        (_with_offset(0, -1), "'X/indptr': chunk 0: row 0 would begin at element -1"),
-        (_with_offset(203, 10**9), "'X/indptr': chunk 3: row 202 would end at element 1000000000, and there are"),
-        (MATRIX.indptr[:-1], r"'X/indptr' has shape \(203,\); for 203 rows there must be 204"),
-        (MATRIX.indptr.astype(np.float64), "must hold whole numbers along one axis; it is float64"),
+        {"shuffle": True, "shuffle_blocks": 1},
+        {"shuffle": True, "split": (0.2, 0.8)},
+        {"shuffle": "global", "indices": [1, 5, 100, 7]},
+        {"weights": np.arange(101.0)},
     ],
+    ids=lambda order: "-".join(map(str, order)),
 )
-def test_offsets_that_can_not_be_are_refused_before_any_row(tmp_path: Path, offsets: Any, said: str) -> None:
-    path = sparse_store(tmp_path / "s.zarr", MATRIX)
-    group = zarr.open_group(path, mode="r+")["X"]
-    assert isinstance(group, zarr.Group)
-    del group["indptr"]
-    write_arrays(group, {"indptr": offsets}, 64)
-    with pytest.raises(DataError, match=said):
-        epoch(stream(path))
+def test_the_order_is_the_same_whatever_reads_it(tmp_path: Path, order: dict[str, Any]) -> None:
+    path = rows_store(tmp_path / "s.zarr", LENGTHS)
+    first = epoch(stream(path, **order))
+    again = epoch(stream(path, **order, threads=1, batch_size=23, prefetch=1, io="pread"))
+    assert np.array_equal(first["tokens"], padded(path, max(LENGTHS))[first["index"]])
+    assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
-def test_bad_chunks_cost_their_rows_alone(tmp_path: Path) -> None:
-    path = sparse_store(tmp_path / "s.zarr", MATRIX)
-    lost: set[int] = set()
-    for name, chunk in (("data", 3), ("indices", 8)):
-        (path / "X" / name / "c" / str(chunk)).write_bytes(b"no chunk")
-        low, high = chunk * 64, (chunk + 1) * 64
-        lost |= {
-            row
-            for row, (a, b) in enumerate(itertools.pairwise(MATRIX.indptr.tolist()))
-            if a < high and b > low and b > a
-        }
-    for shuffle in (False, True, "global"):
-        made = stream(path, shuffle=shuffle, on_bad_chunk="skip", max_skipped=0.5)
-        found, numbers = rows_of(epoch(made))
-        assert set(range(203)) - set(numbers.tolist()) == lost
-        assert np.array_equal(found, MATRIX.dense[numbers])
-        assert made.statistics().rows_skipped == len(lost)
-    with pytest.raises(DataError, match="X/data"):
-        epoch(stream(path))
+@pytest.mark.parametrize("taken", [1, 8])
+def test_a_stream_goes_on_where_another_stopped(tmp_path: Path, taken: int) -> None:
+    path = rows_store(tmp_path / "s.zarr", LENGTHS)
+    whole, first = epoch(stream(path, shuffle=True)), stream(path, shuffle=True)
+    begun = epoch(first, taken)
+    rest = stream(path, shuffle=True, batch_size=5)
+    rest.load_state_dict(first.state_dict())
+    after = epoch(rest)
+    assert all(np.array_equal(whole[name], np.concatenate([begun[name], after[name]])) for name in whole)
 
 
-def test_layers_come_beside_each_other_as_a_dict(tmp_path: Path) -> None:
-    other = random_sparse(203, 7, 5, seed=4, dtype="float64")
-    path = sparse_store(tmp_path / "s.zarr", MATRIX)
-    write_sparse(zarr.open_group(path, mode="r+"), "layers/counts", other)
+def test_places_of_an_elements_axes_are_taken_and_its_numbers_changed_but_not_the_padding(tmp_path: Path) -> None:
+    path = rows_store(tmp_path / "s.zarr", LENGTHS, (4,))
+    found = epoch(stream(path, select={1: [2, 0]}, normalize={"tokens": (10.0, 2.0)}, pad_value=-1, shuffle=True))
+    expected = (padded(path, max(LENGTHS))[:, :, [2, 0]].astype(np.float32) - 10) / 2
+    for row, values in zip(found["index"], found["tokens"], strict=True):
+        assert np.array_equal(values[: LENGTHS[row]], expected[row, : LENGTHS[row]])
+        assert (values[LENGTHS[row] :] == -1).all()
+
+
+def test_bad_chunks_cost_the_rows_that_touch_them(tmp_path: Path) -> None:
+    path = rows_store(tmp_path / "s.zarr", LENGTHS)
+    (path / "tokens" / "c" / "4").write_bytes(b"no chunk")
+    ends = np.concatenate([[0], np.cumsum(LENGTHS)])
+    lost = {row for row in range(101) if ends[row] < 100 and ends[row + 1] > 80 and LENGTHS[row]}
+    found = epoch(stream(path, targets="y", shuffle=True, on_bad_chunk="skip", max_skipped=0.2))
+    assert set(range(101)) - set(found["index"].tolist()) == lost
+    assert np.array_equal(found["tokens"], padded_without(path, LENGTHS, 4)[found["index"]])
+
+
+def padded_without(path: Path, lengths: Sequence[int], chunk: int) -> NDArray[Any]:
+    """All rows, by the numbers that the store was made of."""
+    out, first = np.zeros((len(lengths), max(lengths)), dtype=np.int32), 0
+    for row, length in enumerate(lengths):
+        out[row, :length] = np.arange(first, first + length)
+        first += length
+    return out
+
+
+def test_targets_may_be_ragged_beside_plain_inputs(tmp_path: Path) -> None:
+    path = rows_store(tmp_path / "s.zarr", LENGTHS)
 
     async def read() -> None:
-        made = stream(path, inputs=["X", "layers/counts"], shuffle=True)
-        async for batch in made:
-            assert np.array_equal(batch.inputs["X"], MATRIX.dense[batch.index])
-            assert np.array_equal(batch.inputs["layers/counts"], other.dense[batch.index])
+        async for batch in stream(path, inputs="y", targets="tokens", shuffle=True):
+            assert sorted(batch.inputs) == ["tokens.lengths", "y"]
+            assert np.array_equal(batch.inputs["y"], batch.index)
+            assert np.array_equal(batch.targets, padded(path, max(LENGTHS))[batch.index])
 
     asyncio.run(read())
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error", "said"),
     [
-        ({"window": 3}, "'X' has rows of different lengths: its samples are those rows"),
-        ({"sample_axes": (0, 1)}, "'X' has rows of different lengths"),
-        ({"normalize": {"X": (0.0, 2.0)}}, "of the sparse array 'X' would make a number of each of its zeros"),
-        ({"stack": True}, "rows of 'X' have different lengths"),
+        ({"ragged": None, "max_length": 3}, ConfigError, "max_length= without ragged="),
+        ({"ragged": None, "pad_value": 3}, ConfigError, "pad_value= without ragged="),
+        ({"ragged": "tokens"}, ConfigError, "ragged must be a dict of names"),
+        ({"ragged": {"tokens": 3}}, ConfigError, "ragged must be a dict of names"),
+        ({"max_length": 0}, ConfigError, "max_length must be an integer of at least 1"),
+        ({"pad_value": "x"}, ConfigError, "pad_value must be a number"),
+        ({"ragged": {**RAGGED, "y": "ends"}}, ConfigError, "ragged= names 'y', which is neither"),
+        ({"ragged": {"tokens": "end"}}, DataError, "no array 'end'"),
+        (
+            {"ragged": {"tokens": "falls"}},
+            DataError,
+            "'falls': chunk 1: row 2 would end at element 1, before",
+        ),
+        ({"ragged": {"tokens": "two"}, "targets": "y"}, DataError, "arrays differ in their numbers of samples"),
+        ({"pad_value": 0.5}, ConfigError, "pad_value=0.5 is no int32, which 'tokens' is"),
+        ({"pad_value": float("nan")}, ConfigError, "pad_value=nan is no int32"),
+        ({"window": 3}, ConfigError, "'tokens' has rows of different lengths"),
+        ({"inputs": ["tokens", "two"], "targets": "y"}, DataError, "arrays differ in their numbers of samples"),
     ],
 )
-def test_what_can_not_be_done_to_sparse_rows_is_said(store: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        epoch(stream(store, targets=None, **options))
-
-
-def test_other_elements_are_another_dataset(tmp_path: Path, store: Path) -> None:
-    state = stream(store).state_dict()
-    other = stream(sparse_store(tmp_path / "s.zarr", random_sparse(203, WIDTH, 13)))
-    with pytest.raises(DataError, match="the dataset changed"):
-        other.load_state_dict(state)
+def test_what_can_not_be_is_said(tmp_path: Path, options: dict[str, Any], error: Any, said: str) -> None:
+    path = rows_store(tmp_path / "s.zarr", LENGTHS)
+    falling = np.array([0, 3, 5, 1])
+    write_arrays(zarr.open_group(path, mode="r+"), {"two": np.arange(2), "falls": falling}, 2)
+    with pytest.raises(error, match=said):
+        epoch(stream(path, **options))
