@@ -104,7 +104,7 @@ def stream(table: DataTable, said: Said, name: str, *, output: Literal["torch", 
 
     keywords = table.model_dump(exclude={"store"}, exclude_none=True)
     keywords["sample_axes"] = tuple(table.sample_axes)
-    for key in ("window", "stride", "select"):
+    for key in ("window", "stride", "select", "crop", "jitter"):
         if isinstance(keywords.get(key), dict):
             keywords[key] = {int(k) if k.isdecimal() else k: places for k, places in keywords[key].items()}
     if table.split is not None:

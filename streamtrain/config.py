@@ -58,6 +58,7 @@ Along = Annotated[
     Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]],
     Must("an integer of at least 1, or a table of them by axis, such as {time = 24}"),
 ]
+Cropped = Annotated[dict[str, Annotated[int, Field(ge=1)]], Must("a table of places by axis, such as {lat = 64}")]
 Places = Annotated[
     dict[str, int | Annotated[list[int], Field(min_length=1)]],
     Must("a table of places by axis, such as {level = [0, 3]}"),
@@ -127,6 +128,10 @@ class DataTable(Table):
     horizon: Natural | None = None
     target_window: Count | None = None
     select: Places | None = None
+    crop: Cropped | None = None
+    crop_at: Annotated[Literal["random", "center"], Must('"random" or "center"')] | None = None
+    """None: random in `[data]`, center in `[validation]`."""
+    jitter: Annotated[Natural | dict[str, Natural], Must("0 or more, or a table of that by axis")] | None = None
     stack: Annotated[bool, Must("true or false")] = False
     groups: Text | None = None
     indices: Numbers | None = None
@@ -211,8 +216,8 @@ class Config(Table):
 
     data: DataTable
     validation: DataTable | None = None
-    """Inherits from `[data]` all but shuffle, drop_last, weights and balance (false or unset here), and split and
-    indices where it names a store."""
+    """Inherits from `[data]` all but shuffle, drop_last, weights, balance and jitter (false or unset here), crop_at
+    ("center" here), and split and indices where it names a store."""
     model: ModelTable
     loss: Named | None = None
     metrics: dict[str, Named] = Field(default_factory=dict)
@@ -374,8 +379,8 @@ def _listed(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "sample_axes": [axes]} if isinstance(axes, int) and not isinstance(axes, bool) else data
 
 
-NOT_INHERITED = ("shuffle", "drop_last", "weights", "balance")
-"""A validation measures: each sample once, in order, unless told otherwise."""
+NOT_INHERITED = ("shuffle", "drop_last", "weights", "balance", "crop_at", "jitter")
+"""A validation measures: each sample once, in order, the same each time, unless told otherwise."""
 
 
 def _inherit(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -383,7 +388,8 @@ def _inherit(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     if "store" in own:
         inherited.pop("split", None)
         inherited.pop("indices", None)
-    return {**inherited, **_listed(own)}
+    cropped = {**inherited, **own}.get("crop") is not None
+    return {**({"crop_at": "center"} if cropped else {}), **inherited, **_listed(own)}
 
 
 def _explain(error: ValidationError, said: Said) -> ConfigError:

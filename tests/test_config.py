@@ -91,6 +91,13 @@ def test_validation_inherits_the_data_but_neither_shuffles_nor_drops() -> None:
     assert config.validation.shuffle is False
 
 
+def test_validation_takes_the_middle_where_training_crops_at_random() -> None:
+    config = resolve(said(FULL.replace("[data]", "[data]\ncrop = { lat = 8 }\nwindow = 4\njitter = 2")))
+    assert config.validation is not None
+    assert (config.data.crop_at, config.data.jitter) == (None, 2)
+    assert (config.validation.crop, config.validation.crop_at, config.validation.jitter) == ({"lat": 8}, "center", None)
+
+
 SAMPLES = """
 window = { time = 24, 1 = 8 }
 stride = 4

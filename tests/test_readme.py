@@ -52,7 +52,7 @@ async def run(folder: Path, *arguments: str) -> str:
     return out.decode()
 
 
-@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream", "windows", "samples", "mix"])
+@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream", "windows", "crops", "samples", "mix"])
 async def test_programs_run(folder: Path, program: str) -> None:
     await run(folder, "-c", program)
 

@@ -150,6 +150,10 @@ class Feed:
         """What a chunk is called in the cache."""
         return self._store, self.layout.name, chunk
 
+    def during(self, seed: int, epoch: int) -> Feed:
+        """The same for one epoch: itself, unless its samples lie elsewhere in each."""
+        return self
+
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
         """Hand over these rows of a cell. Raises DataError for chunks that can't be used."""
         if self.change is not None:
@@ -234,9 +238,11 @@ class Feed:
             yield slice(0, last - first), slice(first, last)
             return
         places = self.site.taken[axis]
-        for place in np.flatnonzero((places >= first) & (places < last)).tolist():
-            source = int(places[place]) - first
-            yield slice(source, source + 1), slice(place, place + 1)
+        mine = np.flatnonzero((places >= first) & (places < last))
+        breaks = np.flatnonzero((np.diff(mine) != 1) | (np.diff(places[mine]) != 1)) + 1
+        for run in np.split(mine, breaks):
+            source, place = int(places[run[0]]) - first, int(run[0])
+            yield slice(source, source + len(run)), slice(place, place + len(run))
 
     @staticmethod
     def _put(put: Put, wanted: Rows, values: Any, part: Part | None, scratch: Scratch) -> None:

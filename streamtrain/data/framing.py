@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from streamtrain.data.cropping import CropSite
+from streamtrain.data.crops import CropAt, Shift, axis_of, check_alike, crops_of
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout, decoded_whole
 from streamtrain.data.permutation import derive_key
@@ -55,6 +57,16 @@ class Framing:
     """Places of a target behind a horizon; None is one, whose axis is gone."""
     select: Mapping[Axis, tuple[int, ...]] = field(default_factory=dict)
     """Places that are taken of some axes of a sample, in this order; negative ones count from the end."""
+    crop: Mapping[Axis, int] = field(default_factory=dict)
+    """Places in a row that are taken of some axes of a sample, others of each sample."""
+    crop_at: CropAt = "random"
+    jitter: int | Mapping[Axis, int] = 0
+    """By how many places at most windows begin later."""
+
+    @property
+    def random(self) -> bool:
+        """Whether an epoch's samples lie at other places than those of the one before."""
+        return bool(self.jitter) or (bool(self.crop) and self.crop_at == "random")
 
     def fingerprint(self) -> dict[str, Any]:
         """What of it is part of the order, JSON-able."""
@@ -62,13 +74,16 @@ class Framing:
         if len(str(select)) > 100:
             select = {"digest": [derive_key(str(select))]}
         said: dict[str, Any] = {"select": select} if select else {}
+        if self.crop:
+            said |= {"crop": {str(axis): length for axis, length in self.crop.items()}, "crop_at": self.crop_at}
+        if self.jitter:
+            said["jitter"] = _spelt(self.jitter)
         if self.plain:
             return {"sample_axes": list(self.sample_axes), **said}
-        steps = self.stride if self.stride is None or isinstance(self.stride, int) else {**self.stride}
         return {
             "sample_axes": list(self.sample_axes),
             "window": {str(axis): length for axis, length in self.window.items()},
-            "stride": {str(axis): step for axis, step in steps.items()} if isinstance(steps, dict) else steps,
+            "stride": _spelt(self.stride),
             "horizon": self.horizon,
             "target_window": self.target_window,
             **said,
@@ -78,6 +93,11 @@ class Framing:
     def plain(self) -> bool:
         """Whether each sample is one place along each sample axis."""
         return not self.window
+
+
+def _spelt(given: int | Mapping[Axis, int] | None) -> int | dict[str, int] | None:
+    """A number, or numbers by axis, as JSON."""
+    return {str(axis): number for axis, number in given.items()} if isinstance(given, Mapping) else given
 
 
 @dataclass(frozen=True)
@@ -95,17 +115,23 @@ class Frame:
     """Places that one sample covers along each sample axis, targets included."""
     places: tuple[int, ...]
     """The arrays' lengths along the sample axes."""
+    jitters: tuple[int, ...]
+    """By how many places a sample may begin later along each, where there are so many."""
 
     @property
     def overlaps(self) -> bool:
         """Whether samples share places, so that a split must not cut between just any two."""
-        return any(span > stride for span, stride in zip(self.spans, self.strides, strict=True))
+        return any(
+            span + jitter > stride for span, stride, jitter in zip(self.spans, self.strides, self.jitters, strict=True)
+        )
 
     def whole(self, start: int, stop: int) -> tuple[int, int]:
         """Numbers of the samples that lie whole between these places along the first sample axis."""
         step, span, each = self.strides[0], self.spans[0], math.prod(self.sample_shape[1:])
+        if stop < self.places[0]:
+            span += self.jitters[0]
         first = min(-(-start // step), self.sample_shape[0])
-        last = (stop - span) // step + 1 if stop >= span else 0
+        last = min((stop - span) // step + 1, self.sample_shape[0]) if stop >= span else 0
         return first * each, max(first, last) * each
 
 
@@ -160,18 +186,51 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
             f"a sample covers {spans[short]} places of axis {axes[short]}, and there are {places[short]}",
             hint="take a shorter window or horizon",
         )
-    known = [tuple(r.axis for r in reach if r.axis is not None) for reach in reaches]
+    jitter = _stride(fields[0], axes, window, framing.jitter, "jitter", none=0)
+    jitters = tuple(jitter[axis] for axis in axes)
+    shifts = tuple(Shift(most, n - span) for most, n, span in zip(jitters, places, spans, strict=True))
+    _check_selected(fields, axes, framing.select)
+    sites = _reaching(fields, framing, reaches, shifts, shape)
+    reached = tuple(span + most for span, most in zip(spans, jitters, strict=True))
+    cell = _window_cell(fields[0].layout, axes, shape, steps, reached, sites)
+    return Frame(shape, cell, sites(cell), steps, spans, places, jitters)
+
+
+def _reaching(
+    fields: Sequence[Field],
+    framing: Framing,
+    reaches: Sequence[tuple[Reach, ...]],
+    shifts: tuple[Shift, ...],
+    shape: tuple[int, ...],
+) -> Callable[[tuple[int, ...]], list[Site]]:
+    """What makes the sites of cells of a given size."""
+    first = fields[0].layout
+    crops = [
+        crops_of(f.layout, first, framing.crop, framing.crop_at, framing.select, [reach.axis for reach in mine])
+        for f, mine in zip(fields, reaches, strict=True)
+    ]
+    check_alike([(f.name, mine) for f, mine in zip(fields, crops, strict=True)], framing.crop)
+    own = [tuple(r.axis for r in mine if r.axis is not None) for mine in reaches]
+    uncropped = {axis: places for axis, places in framing.select.items() if not _among(axis, framing.crop, first)}
+    taken = [_selection(each, mine, uncropped) for each, mine in zip(fields, own, strict=True)]
 
     def sites(cell: tuple[int, ...]) -> list[Site]:
+        if not framing.crop and not framing.jitter:
+            return [
+                WindowSite(each.layout, axes, cell, each.dtype, places, mine)
+                for each, axes, places, mine in zip(fields, own, taken, reaches, strict=True)
+            ]
         return [
-            WindowSite(each.layout, mine, cell, each.dtype, _selection(each, axes, framing.select), reach)
-            for each, mine, reach in zip(fields, known, reaches, strict=True)
+            CropSite(each.layout, axes, cell, each.dtype, places, mine, crop, shifts, shape)
+            for each, axes, places, mine, crop in zip(fields, own, taken, reaches, crops, strict=True)
         ]
 
-    _check_selected(fields, axes, framing.select)
+    return sites
 
-    cell = _window_cell(fields[0].layout, axes, shape, steps, spans, sites)
-    return Frame(shape, cell, sites(cell), steps, spans, places)
+
+def _among(axis: Axis, others: Mapping[Axis, int], first: ArrayLayout) -> bool:
+    """Whether an axis is one of these, by number or name."""
+    return axis in others or axis_of(axis, first, first) in {axis_of(other, first, first) for other in others}
 
 
 def row_axes_of(fields: Sequence[Field], framing: Framing) -> list[tuple[int, ...]]:
@@ -196,18 +255,24 @@ def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
     shape = sample_shape({each.name: each.layout for each in fields}, axes)
     cell = cell_shape(fields[0].layout, axes)
     ones = (1,) * len(axes)
+    zeros = (0,) * len(axes)
     _check_selected(fields, axes, framing.select)
+    if framing.crop:
+        still = (Shift(),) * len(axes)
+        make = _reaching(fields, framing, [tuple(map(Reach, axes))] * len(fields), still, shape)
+        cell = _bounded(cell, make)
+        return Frame(shape, cell, make(cell), ones, ones, shape, zeros)
     sites = [Site(each.layout, axes, cell, each.dtype, _selection(each, axes, framing.select)) for each in fields]
-    return Frame(shape, cell, sites, ones, ones, shape)
+    return Frame(shape, cell, sites, ones, ones, shape, zeros)
 
 
 def _check_rows(fields: Sequence[Field], framing: Framing) -> None:
     """Where rows have different lengths, they are the samples."""
     first = next((each for each in fields if each.ragged is not None), None)
-    if first is not None and (not framing.plain or framing.sample_axes != (0,)):
+    if first is not None and (not framing.plain or framing.crop or framing.sample_axes != (0,)):
         raise ConfigError(
             f"array {first.name!r} has rows of different lengths: its samples are those rows",
-            hint="leave window= and sample_axes= out",
+            hint="leave window=, crop= and sample_axes= out",
         )
 
 
@@ -227,7 +292,7 @@ def _ragged(fields: Sequence[Field], framing: Framing) -> Frame:
             sites.append(Site(each.layout, (0,), cell, each.dtype, taken))
         else:
             sites.append(each.ragged.site(each.layout, cell, each.dtype, taken))
-    return Frame((rows,), cell, sites, (1,), (1,), (rows,))
+    return Frame((rows,), cell, sites, (1,), (1,), (rows,), (0,))
 
 
 def _selection(
@@ -294,16 +359,23 @@ def _axis(axis: Axis, layout: ArrayLayout, name: str, what: str) -> int:
 
 
 def _stride(
-    first: Field, axes: tuple[int, ...], window: dict[int, int], given: int | Mapping[Axis, int] | None
+    first: Field,
+    axes: tuple[int, ...],
+    window: dict[int, int],
+    given: int | Mapping[Axis, int] | None,
+    what: str = "stride",
+    *,
+    none: int = 1,
 ) -> dict[int, int]:
+    """Places by sample axis; `none` for those of which nothing is said."""
     if given is None:
         given = {} if len(window) == 1 else dict[Axis, int](window.items())
     if isinstance(given, int):
-        return {axis: given if axis in window else 1 for axis in axes}
-    steps = {_axis(axis, first.layout, first.name, "stride"): step for axis, step in (given or {}).items()}
+        return {axis: given if axis in window else none for axis in axes}
+    steps = {_axis(axis, first.layout, first.name, what): step for axis, step in (given or {}).items()}
     if unknown := sorted(steps.keys() - set(axes)):
-        raise ConfigError(f"stride= names axis {unknown[0]}, along which samples are not numbered")
-    return {axis: steps.get(axis, 1) for axis in axes}
+        raise ConfigError(f"{what}= names axis {unknown[0]}, along which samples are not numbered")
+    return {axis: steps.get(axis, none) for axis in axes}
 
 
 def _own_axes(each: Field, first: ArrayLayout, axes: tuple[int, ...]) -> list[int | None]:
@@ -352,6 +424,12 @@ def _window_cell(
         chunk = min(layout.chunk_shape[axis], layout.shape[axis])
         wanted = chunk if span <= stride else -(-max(chunk, SPANS * span) // chunk) * chunk
         cell.append(max(1, min(count, wanted // stride)))
+    return _bounded(tuple(cell), sites)
+
+
+def _bounded(given: tuple[int, ...], sites: Callable[[tuple[int, ...]], list[Site]]) -> tuple[int, ...]:
+    """A cell with no more than RAW_CELL bytes of samples, unless one sample is larger."""
+    cell = list(given)
 
     def size() -> int:
         return math.prod(cell) * sum(site.row_bytes for site in sites(tuple(cell)))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streamtrain.data.choosing import Choice
+from streamtrain.data.crops import CropAt
 from streamtrain.data.framing import Framing
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.scanning import RaggedWish
@@ -148,15 +149,30 @@ def choice_of(indices: Any, groups: str | None, weights: Any, balance: str | Non
 
 
 def framing_of(
-    sample_axes: object, window: object, stride: object, horizon: int | None, target_window: int | None, select: object
+    sample_axes: object,
+    window: object,
+    stride: object,
+    horizon: int | None,
+    target_window: int | None,
+    select: object,
+    crop: object = None,
+    crop_at: object = "random",
+    jitter: object = None,
 ) -> Framing:
     """What a sample is, as far as that is known without the arrays."""
     axes, taken = axis_numbers(sample_axes), _selected(select)
+    cropped = _cropped(crop)
+    at: CropAt = choice(crop_at, ("random", "center"), "crop_at")
     if window is None:
-        for name, value in (("stride", stride), ("horizon", horizon), ("target_window", target_window)):
+        for name, value in (
+            ("stride", stride),
+            ("horizon", horizon),
+            ("target_window", target_window),
+            ("jitter", jitter),
+        ):
             if value is not None:
                 raise ConfigError(f"{name}= without window=", hint="for example window={'time': 24}")
-        return Framing(axes, select=taken)
+        return Framing(axes, select=taken, crop=cropped, crop_at=at)
     if target_window is not None and horizon is None:
         raise ConfigError("target_window= without horizon=", hint="horizon=1 is the place right after the window")
     lengths = _by_axis(window, "window", axes[0])
@@ -174,6 +190,9 @@ def framing_of(
         None if horizon is None else at_least(horizon, 0, "horizon"),
         None if target_window is None else at_least(target_window, 1, "target_window"),
         taken,
+        cropped,
+        at,
+        _jitter(jitter, axes[0]),
     )
 
 
@@ -195,6 +214,20 @@ def ragged_of(ragged: object, max_length: object, pad_value: object) -> RaggedWi
     return RaggedWish(dict(ragged), longest, pad_value or 0)
 
 
+def _cropped(crop: object) -> dict[int | str, int]:
+    if crop is None:
+        return {}
+    if not isinstance(crop, Mapping):
+        raise ConfigError(f"crop must be a dict of places by axis, not {crop!r}", hint="crop={'lat': 64, 'lon': 64}")
+    return _by_axis(crop, "crop", 0)
+
+
+def _jitter(jitter: object, first: int) -> int | dict[int | str, int]:
+    if jitter is None:
+        return 0
+    return _by_axis(jitter, "jitter", first, 0) if isinstance(jitter, Mapping) else at_least(jitter, 0, "jitter")
+
+
 def _selected(select: object) -> dict[int | str, tuple[int, ...]]:
     if select is None:
         return {}
@@ -211,15 +244,15 @@ def _selected(select: object) -> dict[int | str, tuple[int, ...]]:
     return taken
 
 
-def _by_axis(given: object, name: str, first: int) -> dict[int | str, int]:
+def _by_axis(given: object, name: str, first: int, least: int = 1) -> dict[int | str, int]:
     if not isinstance(given, Mapping):
-        return {first: at_least(given, 1, name)}
+        return {first: at_least(given, least, name)}
     if not given:
         raise ConfigError(f"{name}= is empty", hint=f"{name}={{'time': 24}}")
     for axis in given:
         if not isinstance(axis, str):
             at_least(axis, 0, f"an axis of {name}")
-    return {axis: at_least(length, 1, f"{name}[{axis!r}]") for axis, length in given.items()}
+    return {axis: at_least(length, least, f"{name}[{axis!r}]") for axis, length in given.items()}
 
 
 def decode_mode(decode_cf: object) -> bool:

@@ -38,6 +38,12 @@ def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def keyed(key: int, numbers: Ints) -> NDArray[np.uint64]:
+    """64 bits for each of these numbers that depend on it and the key alone: the terms of SplitMix64."""
+    with np.errstate(over="ignore"):
+        return _scramble(numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
+
+
 class Permutation:
     """A keyed permutation of range(n): `forward` and `inverse` on int64 arrays.
 

@@ -14,6 +14,7 @@ import numpy as np
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.choosing import whole_array
+from streamtrain.data.cropping import feed_of
 from streamtrain.data.feed import Feed, Site
 from streamtrain.data.framing import Field
 from streamtrain.data.layout import decoded_whole
@@ -31,7 +32,7 @@ from streamtrain.data.ragged_feed import (
 )
 from streamtrain.data.readers import ChunkReader
 from streamtrain.data.values import Change
-from streamtrain.data.windows import WindowSite, feed_of
+from streamtrain.data.windows import ReachingSite
 from streamtrain.errors import ConfigError, DataError
 
 LENGTHS = ".lengths"
@@ -191,8 +192,8 @@ def feed_for(
         return ragged
     if array.encoding is None:
         return feed_of(site, reader, kept, store, change)
-    if isinstance(site, WindowSite):
-        raise ConfigError(f"array {site.layout.name!r} is no plain array, over which windows could move")
+    if isinstance(site, ReachingSite):
+        raise ConfigError(f"array {site.layout.name!r} is no plain array, over which windows and crops could move")
     if array.encoding.kind == "categorical":
         codes = CodesFeed(site, reader, kept, store, change=change)
         codes.categories = len(array.categories or ())

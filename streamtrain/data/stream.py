@@ -24,6 +24,7 @@ from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
+from streamtrain.data.crops import CropAt
 from streamtrain.data.disk_cache import DiskCacheStatistics, disk_cache_of
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import FetchStatistics
@@ -76,7 +77,7 @@ OPEN_TOGETHER = 16
 """Stores whose metadata are read at the same time."""
 FIGURES_SHOWN = 150
 """Characters of figures that a position shows; longer ones as a digest."""
-FRAMED = frozenset({"sample_axes", "window", "stride", "horizon", "target_window", "select"})
+FRAMED = frozenset({"sample_axes", "window", "stride", "horizon", "target_window", "select", "crop", "jitter"})
 """Keys of a fingerprint that tell what a sample is."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
@@ -172,6 +173,10 @@ class ZarrStream:
     target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover the window
     itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has those that
     lie in it whole. An array without such an axis (by its dimensions' names) is the same for all samples.
+    `jitter`: windows begin up to so many places later, a number or by axis, as far as there are places.
+    `crop`: so many places in a row are taken of some axes of each sample, `{axis number or name: length}`: arrays that
+    have the axis are cropped alike, and only chunks that crops touch are read. They begin at places keyed by seed,
+    epoch and sample number (`crop_at="random"`) or lie in the middle ("center").
     `select`: places that are taken of some axes of a sample, by the axis' number or name: `{"level": [0, 3]}`.
     `ragged`: `{values: offsets}`, names of arrays: sample i is the values offsets[i] to offsets[i + 1], and a batch has
     (B, max_length, ...) of them, cut there and padded by `pad_value` (0), beside the lengths (int64, of shape (B,)) as
@@ -240,6 +245,9 @@ class ZarrStream:
         ragged: Mapping[str, str] | None = None,
         max_length: int | None = None,
         pad_value: float | None = None,
+        crop: Mapping[Axis, int] | None = None,
+        crop_at: CropAt = "random",
+        jitter: int | Mapping[Axis, int] | None = None,
         stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         decode_cf: bool | Literal["auto"] = "auto",
@@ -283,7 +291,7 @@ class ZarrStream:
         self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
         self._split_seed = at_least(split_seed, 0, "split_seed")
         self._choice = choice_of(indices, groups, weights, balance)
-        self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select)
+        self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select, crop, crop_at, jitter)
         self._ragged = ragged_of(ragged, max_length, pad_value)
         self._stack = stack
         self._wishes = Wishes(decode_mode(decode_cf), check_normalize(normalize), cast_dtypes(dtype))
@@ -483,8 +491,10 @@ class ZarrStream:
                 decoded_whole(array.layout) for arrays in stores for array in arrays.values()
             )
             wanted = costs and self._shuffle == "none" and self._crew.kind == "thread"
-        if survey.drawn is not None and survey.drawn.weights is not None:
-            wanted = False  # each epoch draws others
+        if self._framing.random or (survey.drawn is not None and survey.drawn.weights is not None):
+            if self._cache_transform:
+                logger.info("finished batches are not kept: each epoch has others (crops, jitter or weights)")
+            wanted = False
         if wanted and not self._ranks.alone:
             wanted = False
             logger.info("finished batches are not kept where there are several ranks")
@@ -646,7 +656,7 @@ class ZarrStream:
             return Batch(inputs, targets, wrapped[-1])
 
         return Recipe(
-            feeds=opened.feeds,
+            feeds=[[feed.during(self._seed, self._epoch) for feed in feeds] for feeds in opened.feeds],
             columns=opened.survey.columns,
             places=opened.survey.places,
             ranks=self._ranks,
@@ -831,7 +841,7 @@ class ZarrStream:
             digest = derive_key(str(arrays), str(cells))
             arrays = f"{count} stores of {len(opened.stores[0])} arrays, digest {digest:016x}"
             cells = cells if count == 1 else []
-        keyed = self._shuffle != "none"
+        keyed = self._shuffle != "none" or self._framing.random
         return {
             "arrays": arrays,
             **self._framing.fingerprint(),

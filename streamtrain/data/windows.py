@@ -17,9 +17,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from streamtrain.data.cache import ChunkCache
-from streamtrain.data.feed import Box, Change, Feed, Put, Rows, Site
-from streamtrain.data.readers import BadChunk, ChunkReader, Scratch
+from streamtrain.data.feed import Box, Feed, Put, Rows, Site
+from streamtrain.data.readers import BadChunk, Scratch
 
 PIECE_BYTES = 4 << 20
 """Scattered samples of a cell are copied so much at a time."""
@@ -48,8 +47,8 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class WindowSite(Site):
-    """How an array lies under cells of windows."""
+class ReachingSite(Site):
+    """How an array lies under cells of samples that cover more than one place, or places of their own."""
 
     reaches: tuple[Reach, ...] = ()
     """One for each sample axis."""
@@ -66,12 +65,18 @@ class WindowSite(Site):
         return tuple(lengths.get(axis) or self.length(axis) for axis in self.row_axes)
 
     @cached_property
-    def cell_holds_chunks(self) -> bool:
-        """Never: neighbouring cells overlap, or chunks reach over them."""
+    def one_chunk(self) -> bool:
+        """Never: samples are put together."""
         return False
 
+
+@dataclass(frozen=True)
+class WindowSite(ReachingSite):
+    """How an array lies under cells of windows."""
+
     @cached_property
-    def one_chunk(self) -> bool:
+    def cell_holds_chunks(self) -> bool:
+        """Never: neighbouring cells overlap, or chunks reach over them."""
         return False
 
     @cached_property
@@ -222,10 +227,3 @@ def _samples(
     for start in range(0, len(numbers), step):
         where = np.unravel_index(numbers[start : start + step], extent)
         yield slice(start, start + len(where[0])), samples[where]
-
-
-def feed_of(
-    site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int = 0, change: Change | None = None
-) -> Feed:
-    """What reads an array that lies so in the store of this number."""
-    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache, store, change=change)
