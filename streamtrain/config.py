@@ -59,9 +59,10 @@ Along = Annotated[
     Must("an integer of at least 1, or a table of them by axis, such as {time = 24}"),
 ]
 Cropped = Annotated[dict[str, Annotated[int, Field(ge=1)]], Must("a table of places by axis, such as {lat = 64}")]
+Value = int | float | Text
 Places = Annotated[
-    dict[str, int | Annotated[list[int], Field(min_length=1)]],
-    Must("a table of places by axis, such as {level = [0, 3]}"),
+    dict[str, Value | Annotated[list[Value], Field(min_length=1)] | dict[Literal["start", "stop", "step"], Value]],
+    Must('a table of places by axis, such as {level = [0, 3]}, or values: {time = {start = "2000", stop = "2010"}}'),
 ]
 Numbers = Annotated[Text | list[int], Must("a list of sample numbers, or the name of a boolean array")]
 Weights = Annotated[

@@ -56,7 +56,7 @@ _STREAM = [
     Flag("--stride", ("data.stride",), "places from one sample to the next, likewise"),
     Flag("--horizon", ("data.horizon",), "places from a window's last one to the first of its target"),
     Flag("--target-window", ("data.target_window",), "places of that target"),
-    Flag("--select", ("data.select",), "places taken of an axis: '{level = [0, 3]}'"),
+    Flag("--select", ("data.select",), "places or values of an axis: '{lat = {start = 60, stop = 30}}'"),
     Flag("--crop", ("data.crop",), "places in a row taken of some axes of a sample: '{lat = 64, lon = 64}'"),
     Flag("--crop-at", ("data.crop_at",), "random or center", "text"),
     Flag("--jitter", ("data.jitter",), "by how many places at most windows begin later"),

@@ -20,10 +20,10 @@ data.batch data.source data.permutation data.cells data.splits data.chosen data.
 data.container data.budget data.codecs data.layout data.draws
 losses schedulers optimizers metrics monitors
 data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
-data.block data.ragged data.feed data.ragged_feed data.cf data.values data.crops data.windows data.cropping data.framing
-data.fetch data.bucket data.zarr_bytes data.remote data.segments data.disk_cache data.kept_chunks data.wants
-data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening data.stores data.choosing
-data.units data.ragged_sizes data.scanning
+data.block data.ragged data.feed data.ragged_feed data.cf data.values data.times data.crops data.selecting data.windows
+data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote data.segments data.disk_cache
+data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening
+data.stores data.columns data.places data.selected data.choosing data.units data.ragged_sizes data.scanning
 data.options data.transform data.survey data.laying data.skipping data.transforming data.transform_child
 data.transform_processes data.vouching data.verification data.crews data.pulling data.loader data.iterable
 data.mix_pass data.mix

@@ -7,7 +7,6 @@ place, and a window has that of its first.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,11 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cells import Cells
 from streamtrain.data.chosen import Chosen, Floats, Weighted, balancing, part_by_group, part_of
+from streamtrain.data.columns import Labels, whole
 from streamtrain.data.framing import Frame
 from streamtrain.data.opening import OpenArray
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import Scratch
+from streamtrain.data.places import lying, parted, places_in_all
 from streamtrain.data.splits import SplitBy, split_bounds
 from streamtrain.errors import ConfigError, DataError
 
@@ -73,7 +73,25 @@ class Draw:
         return self.chosen if self.weights is None else Weighted(self.chosen, self.weights, seed, epoch)
 
 
-def draw(
+@dataclass(frozen=True)
+class Picked:
+    """The samples of a split."""
+
+    numbers: Ints
+    """In any order."""
+    cut: int = 0
+    """Samples that lie in the split's places, but not whole."""
+
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """The first and the one after the last, where they are all in between; else None."""
+        if not len(self.numbers):
+            return None
+        lower, upper = int(self.numbers.min()), int(self.numbers.max()) + 1
+        return (lower, upper) if upper - lower == len(self.numbers) else None
+
+
+def pick(
     choice: Choice,
     values: Mapping[str, Values],
     grid: Cells,
@@ -81,27 +99,61 @@ def draw(
     split: Sequence[float] | None,
     by: SplitBy,
     seed: int,
-) -> Draw:
-    """The samples of a split, chosen and weighted. `values`: one for each sample, by the name of their array.
+) -> Picked:
+    """The samples of a split. `values`: one for each sample, by the name of their array.
 
     Raises ConfigError or DataError for what can't be.
     """
-    if split is not None and frames[0].overlaps:
+    try:
+        if split is not None and frames[0].overlaps:
+            picked = _parted(choice, frames, split, by, seed)
+        else:
+            picked = Picked(_divided(choice, values, grid, frames, split, by, seed))
+    except ValueError as error:
+        raise DataError(str(error), hint="split=(0.0, 0.9), or two numbers of chosen samples") from error
+    if not len(picked.numbers):
+        raise DataError(f"no samples are chosen (split {split})", hint="choose a wider split, or more of them")
+    return picked
+
+
+def _parted(choice: Choice, frames: Sequence[Frame], split: Sequence[float], by: SplitBy, seed: int) -> Picked:
+    """Of samples that overlap: a split divides places, and has those that lie in its own whole."""
+    if choice.indices is not None or choice.groups is not None:
         raise ConfigError(
             "a split of chosen windows that overlap would put the same places into both parts",
             hint="take a stride of at least what a sample covers, or leave split= out and choose the parts by indices=",
         )
-    numbers = _numbers(choice.indices, values, grid.num_samples)
-    try:
-        lower, upper = split_bounds(split, len(numbers))
-    except ValueError as error:
-        raise DataError(str(error), hint="split=(0.0, 0.9), or two numbers of chosen samples") from error
+    if by == "sample":
+        raise ConfigError(
+            f"split_by={by!r} of windows that overlap would put the same places into both parts",
+            hint="split_by='range' or 'chunk', or a stride of at least what a sample covers",
+        )
+    lower, upper = split_bounds(split, places_in_all(frames))
+    mine, cut = parted(frames, lower, upper, by, seed)
+    return Picked(np.flatnonzero(mine).astype(np.int64), cut)
+
+
+def _divided(
+    choice: Choice,
+    values: Mapping[str, Values],
+    grid: Cells,
+    frames: Sequence[Frame],
+    split: Sequence[float] | None,
+    by: SplitBy,
+    seed: int,
+) -> Ints:
+    """Of samples that share no places: a split divides the chosen ones."""
+    numbers, kept = _numbers(choice.indices, values, grid.num_samples), lying(frames)
+    if kept is not None:
+        numbers = numbers[kept[numbers]]
+    lower, upper = split_bounds(split, len(numbers))
     if choice.groups is not None:
-        numbers = part_by_group(numbers, values[choice.groups][numbers], lower, upper, seed)
-    else:
-        numbers = part_of(numbers, grid, lower, upper, by, seed)
-    if not len(numbers):
-        raise DataError(f"no samples are chosen (split {split})", hint="choose a wider split, or more of them")
+        return part_by_group(numbers, values[choice.groups][numbers], lower, upper, seed)
+    return part_of(numbers, grid, lower, upper, by, seed)
+
+
+def draw(choice: Choice, values: Mapping[str, Values], grid: Cells, numbers: Ints, by: SplitBy) -> Draw:
+    """These samples, weighted. Raises DataError for weights that can't be."""
     chosen = Chosen(grid, numbers, by)
     weights = _weights(choice, values, chosen.numbers, grid.num_samples)
     digest = hashlib.blake2b(numbers.tobytes(), digest_size=8)
@@ -133,36 +185,29 @@ def _weights(choice: Choice, values: Mapping[str, Values], numbers: Ints, count:
     given = values[choice.weights] if isinstance(choice.weights, str) else choice.weights
     if len(given) != count:
         raise DataError(f"weights= has {len(given)} numbers for {count} samples")
+    if given.dtype.kind not in "biuf":
+        raise DataError(f"weights={choice.weights!r}: the array is {given.dtype}, no numbers")
     weights: Floats = given[numbers].astype(np.float64)
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise DataError("weights= must be finite, not negative, and not all 0")
     return weights
 
 
-def read_values(arrays: Sequence[OpenArray], frames: Sequence[Frame], name: str) -> Values:
+def read_values(arrays: Sequence[OpenArray | Labels], frames: Sequence[Frame], name: str) -> Values:
     """A value for each sample, store by store. Blocks: off the event loop. Raises DataError."""
     parts = []
     for array, frame in zip(arrays, frames, strict=True):
-        layout = array.layout
-        if layout.shape != frame.places:
-            raise DataError(f"array {name!r} has shape {layout.shape}, not one value for each of {frame.places} places")
-        places = whole_array(array)
-        if array.encoding is not None and array.encoding.kind == "nullable" and whole_array(array.beside[0]).any():
-            raise DataError(f"array {name!r} has rows without a value", hint="fill them in, or use another array")
+        shape = array.values.shape if isinstance(array, Labels) else array.layout.shape
+        if shape != frame.places:
+            raise DataError(f"array {name!r} has shape {shape}, not one value for each of {frame.places} places")
+        places = array.values if isinstance(array, Labels) else _known(array, name)
         cut = tuple(slice(0, n * s, s) for n, s in zip(frame.sample_shape, frame.strides, strict=True))
         parts.append(places[cut].reshape(-1))
     return np.concatenate(parts)
 
 
-def whole_array(array: OpenArray) -> Values:
-    """All that an array holds. Blocks: off the event loop."""
-    layout, scratch = array.layout, Scratch()
-    result = np.empty(layout.shape, dtype=layout.native)
-    grid = [range(-(-s // c)) for s, c in zip(layout.shape, layout.chunk_shape, strict=True)]
-    for chunk in itertools.product(*grid):
-        box = layout.box(chunk)
-        place = tuple(slice(a, b) for a, b in box)
-        data = array.reader.read(chunk, (0, layout.chunk_shape[0]), scratch)
-        inside = tuple(slice(0, b - a) for a, b in box)
-        result[place] = layout.fill_value if data is None else data[inside]
-    return result
+def _known(array: OpenArray, name: str) -> Values:
+    """All values of an array of which none is missing."""
+    if array.encoding is not None and array.encoding.kind == "nullable" and whole(array.beside[0]).any():
+        raise DataError(f"array {name!r} has rows without a value", hint="fill them in, or use another array")
+    return whole(array)

@@ -66,7 +66,7 @@ def crops_of(
     first: ArrayLayout,
     wanted: Mapping[Axis, int],
     at: CropAt,
-    select: Mapping[Axis, Sequence[int]],
+    select: Mapping[Axis, Ints],
     sampled: Sequence[int | None],
 ) -> tuple[Crop, ...]:
     """What is cropped of an array; `first` is the one whose axes are numbered, `sampled` are this one's sample axes.
@@ -108,13 +108,13 @@ def _name(axis: Axis, first: ArrayLayout) -> str:
     return str(axis)
 
 
-def _bounds(axis: Axis, layout: ArrayLayout, number: int, places: Sequence[int] | None) -> tuple[int, int]:
+def _bounds(axis: Axis, layout: ArrayLayout, number: int, places: Ints | None) -> tuple[int, int]:
     """Between which places a crop lies: those that `select` takes, where it takes some in a row."""
     length = layout.shape[number]
     if places is None:
         return 0, length
-    low, high = places[0] % length, places[-1] % length + 1
-    if [place % length for place in places] != list(range(low, high)):
+    low, high = int(places[0]), int(places[-1]) + 1
+    if places.tolist() != list(range(low, high)):
         raise ConfigError(
             f"crop= takes places in a row of axis {axis!r}, of which select= takes some that are not",
             hint="select a range of places there, or crop other axes",

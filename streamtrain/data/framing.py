@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamtrain.data.cropping import CropSite
 from streamtrain.data.crops import CropAt, Shift, axis_of, check_alike, crops_of
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout, decoded_whole
-from streamtrain.data.permutation import derive_key
+from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged_feed import RaggedArray, cell_rows
+from streamtrain.data.selecting import Wanted
 from streamtrain.data.windows import Reach, WindowSite
 from streamtrain.errors import ConfigError, DataError
 
@@ -55,8 +57,10 @@ class Framing:
     """Places from the window's last one to the target's first; None: targets cover the window itself."""
     target_window: int | None = None
     """Places of a target behind a horizon; None is one, whose axis is gone."""
-    select: Mapping[Axis, tuple[int, ...]] = field(default_factory=dict)
-    """Places that are taken of some axes of a sample, in this order; negative ones count from the end."""
+    select: Mapping[Axis, Wanted] = field(default_factory=dict)
+    """What is taken of some axes, as it was given."""
+    taken: Mapping[Axis, Ints] = field(default_factory=dict)
+    """The same as places, in their order: of one store."""
     crop: Mapping[Axis, int] = field(default_factory=dict)
     """Places in a row that are taken of some axes of a sample, others of each sample."""
     crop_at: CropAt = "random"
@@ -68,12 +72,9 @@ class Framing:
         """Whether an epoch's samples lie at other places than those of the one before."""
         return bool(self.jitter) or (bool(self.crop) and self.crop_at == "random")
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What of it is part of the order, JSON-able."""
-        select = {str(axis): list(places) for axis, places in self.select.items()}
-        if len(str(select)) > 100:
-            select = {"digest": [derive_key(str(select))]}
-        said: dict[str, Any] = {"select": select} if select else {}
+    def fingerprint(self, select: Mapping[str, Any]) -> dict[str, Any]:
+        """What of it is part of the order, JSON-able; `select` tells what is taken in all stores."""
+        said: dict[str, Any] = {**select}
         if self.crop:
             said |= {"crop": {str(axis): length for axis, length in self.crop.items()}, "crop_at": self.crop_at}
         if self.jitter:
@@ -117,6 +118,8 @@ class Frame:
     """The arrays' lengths along the sample axes."""
     jitters: tuple[int, ...]
     """By how many places a sample may begin later along each, where there are so many."""
+    kept: tuple[NDArray[np.bool_] | None, ...]
+    """Which places along each may be had; None: all."""
 
     @property
     def overlaps(self) -> bool:
@@ -124,6 +127,11 @@ class Frame:
         return any(
             span + jitter > stride for span, stride, jitter in zip(self.spans, self.strides, self.jitters, strict=True)
         )
+
+    @property
+    def cut_out(self) -> bool:
+        """Whether some places along a sample axis can't be had."""
+        return any(kept is not None for kept in self.kept)
 
     def whole(self, start: int, stop: int) -> tuple[int, int]:
         """Numbers of the samples that lie whole between these places along the first sample axis."""
@@ -135,9 +143,9 @@ class Frame:
         return first * each, max(first, last) * each
 
 
-def take_frames(stores: Sequence[Sequence[Field]], framing: Framing) -> list[Frame]:
+def take_frames(stores: Sequence[Sequence[Field]], framings: Sequence[Framing]) -> list[Frame]:
     """One for each store; all must have samples of one kind. Raises DataError or ConfigError."""
-    frames = [take_frame(fields, framing) for fields in stores]
+    frames = [take_frame(fields, framing) for fields, framing in zip(stores, framings, strict=True)]
     for number, (fields, frame) in enumerate(zip(stores, frames, strict=True)):
         for each, site, mine in zip(fields, frame.sites, frames[0].sites, strict=True):
             if site.row_shape != mine.row_shape or site.dtype != mine.dtype:
@@ -189,11 +197,10 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
     jitter = _stride(fields[0], axes, window, framing.jitter, "jitter", none=0)
     jitters = tuple(jitter[axis] for axis in axes)
     shifts = tuple(Shift(most, n - span) for most, n, span in zip(jitters, places, spans, strict=True))
-    _check_selected(fields, axes, framing.select)
     sites = _reaching(fields, framing, reaches, shifts, shape)
     reached = tuple(span + most for span, most in zip(spans, jitters, strict=True))
     cell = _window_cell(fields[0].layout, axes, shape, steps, reached, sites)
-    return Frame(shape, cell, sites(cell), steps, spans, places, jitters)
+    return Frame(shape, cell, sites(cell), steps, spans, places, jitters, _kept(fields, axes, places, framing.taken))
 
 
 def _reaching(
@@ -206,13 +213,13 @@ def _reaching(
     """What makes the sites of cells of a given size."""
     first = fields[0].layout
     crops = [
-        crops_of(f.layout, first, framing.crop, framing.crop_at, framing.select, [reach.axis for reach in mine])
+        crops_of(f.layout, first, framing.crop, framing.crop_at, framing.taken, [reach.axis for reach in mine])
         for f, mine in zip(fields, reaches, strict=True)
     ]
     check_alike([(f.name, mine) for f, mine in zip(fields, crops, strict=True)], framing.crop)
     own = [tuple(r.axis for r in mine if r.axis is not None) for mine in reaches]
-    uncropped = {axis: places for axis, places in framing.select.items() if not _among(axis, framing.crop, first)}
-    taken = [_selection(each, mine, uncropped) for each, mine in zip(fields, own, strict=True)]
+    uncropped = {axis: places for axis, places in framing.taken.items() if not _among(axis, framing.crop, first)}
+    taken = [_selection(each, first, mine, uncropped) for each, mine in zip(fields, own, strict=True)]
 
     def sites(cell: tuple[int, ...]) -> list[Site]:
         if not framing.crop and not framing.jitter:
@@ -256,14 +263,17 @@ def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
     cell = cell_shape(fields[0].layout, axes)
     ones = (1,) * len(axes)
     zeros = (0,) * len(axes)
-    _check_selected(fields, axes, framing.select)
+    kept = _kept(fields, axes, shape, framing.taken)
     if framing.crop:
         still = (Shift(),) * len(axes)
         make = _reaching(fields, framing, [tuple(map(Reach, axes))] * len(fields), still, shape)
         cell = _bounded(cell, make)
-        return Frame(shape, cell, make(cell), ones, ones, shape, zeros)
-    sites = [Site(each.layout, axes, cell, each.dtype, _selection(each, axes, framing.select)) for each in fields]
-    return Frame(shape, cell, sites, ones, ones, shape, zeros)
+        return Frame(shape, cell, make(cell), ones, ones, shape, zeros, kept)
+    sites = [
+        Site(each.layout, axes, cell, each.dtype, _selection(each, fields[0].layout, axes, framing.taken))
+        for each in fields
+    ]
+    return Frame(shape, cell, sites, ones, ones, shape, zeros, kept)
 
 
 def _check_rows(fields: Sequence[Field], framing: Framing) -> None:
@@ -282,54 +292,56 @@ def _ragged(fields: Sequence[Field], framing: Framing) -> Frame:
     _check_rows(fields, framing)
     layouts = {f.name: replace(f.layout, shape=(f.ragged.table.rows,)) if f.ragged else f.layout for f in fields}
     [rows] = sample_shape(layouts, (0,))
-    _check_selected(fields, (0,), framing.select)
+    if any(axis == 0 or any(f.layout.dims[:1] == (axis,) for f in fields) for axis in framing.select):
+        raise ConfigError(
+            f"select= along the axis that numbers the rows of {first.name!r}, which have different lengths",
+            hint="indices= takes some of the rows",
+        )
     assert first.ragged is not None
     cell = (cell_rows(first.layout, first.ragged.columns, rows),)
     sites: list[Site] = []
     for each in fields:
-        taken = _selection(each, (0,), framing.select)
+        taken = _selection(each, first.layout, (0,), framing.taken)
         if each.ragged is None:
             sites.append(Site(each.layout, (0,), cell, each.dtype, taken))
         else:
             sites.append(each.ragged.site(each.layout, cell, each.dtype, taken))
-    return Frame((rows,), cell, sites, (1,), (1,), (rows,), (0,))
+    return Frame((rows,), cell, sites, (1,), (1,), (rows,), (0,), (None,))
 
 
 def _selection(
-    each: Field, sample_axes: tuple[int, ...], select: Mapping[Axis, tuple[int, ...]]
+    each: Field, first: ArrayLayout, sampled: Sequence[int], taken: Mapping[Axis, Ints]
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """What is taken of this array's own axes."""
-    layout, found = each.layout, []
-    for axis, places in select.items():
-        if isinstance(axis, str) and axis not in layout.dims:
+    """What is taken of this array's own axes, those that number samples left out."""
+    found = []
+    for axis, places in taken.items():
+        number = axis_of(axis, each.layout, first)
+        if number is None or number in sampled:
             continue
-        number = layout.dims.index(axis) if isinstance(axis, str) else axis
-        if number >= layout.ndim:
-            continue
-        length = layout.shape[number]
-        if not all(-length <= place < length for place in places):
-            raise DataError(f"select= takes {list(places)} of axis {axis!r}; array {each.name!r} has {length} there")
-        found.append((number, tuple(place % length for place in places)))
+        length = each.layout.shape[number]
+        if len(places) and int(places.max()) >= length:
+            raise DataError(
+                f"select= takes place {int(places.max())} of axis {axis!r}; array {each.name!r} has {length} there"
+            )
+        found.append((number, tuple(places.tolist())))
     return tuple(found)
 
 
-def _check_selected(
-    fields: Sequence[Field], sample_axes: tuple[int, ...], select: Mapping[Axis, tuple[int, ...]]
-) -> None:
-    """Each axis is one of a sample, of at least one array."""
-    for axis in select:
-        having = [
-            f.layout for f in fields if (axis in f.layout.dims if isinstance(axis, str) else axis < f.layout.ndim)
-        ]
-        if not having:
-            there = ", ".join(repr(dim) for f in fields for dim in f.layout.dims if dim) or "no names"
-            raise DataError(f"select= names the axis {axis!r}; the arrays' axes have {there}")
-        number = having[0].dims.index(axis) if isinstance(axis, str) else axis
-        if number in sample_axes:
-            raise ConfigError(
-                f"select= takes places of axis {axis!r}, along which samples are numbered",
-                hint="indices= chooses samples",
-            )
+def _kept(
+    fields: Sequence[Field], axes: tuple[int, ...], lengths: tuple[int, ...], taken: Mapping[Axis, Ints]
+) -> tuple[NDArray[np.bool_] | None, ...]:
+    """Which places along each sample axis are taken."""
+    first = fields[0].layout
+    by_number = {axis_of(axis, first, first): places for axis, places in taken.items()}
+    return tuple(
+        np.bincount(by_number[axis], minlength=length).astype(bool) if axis in by_number else None
+        for axis, length in zip(axes, lengths, strict=True)
+    )
+
+
+def sample_axes_of(fields: Sequence[Field], framing: Framing) -> tuple[int, ...]:
+    """The axes of the first array along which samples are numbered."""
+    return framing.sample_axes if framing.plain else _axes(fields[0].layout, fields[0].name, framing)[0]
 
 
 def _axes(layout: ArrayLayout, name: str, framing: Framing) -> tuple[tuple[int, ...], dict[int, int]]:

@@ -197,6 +197,20 @@ async def _texts(where: Located, array: zarr.AsyncArray[Any]) -> tuple[str, ...]
         raise _unusable(where, array.path, error, "restore the file from its source") from error
 
 
+async def array_at(where: Located, name: str) -> zarr.AsyncArray[Any] | None:
+    """An array of any dtype, None where none has this name. Raises as `open_arrays` does."""
+    node = await _opened(where, "")
+    if not isinstance(node, zarr.AsyncGroup):
+        return None
+    try:
+        member = await node.getitem(name)
+    except KeyError:
+        return None
+    except Exception as error:
+        raise _unusable(where, name, error, _NO_STORE) from error
+    return await own_metadata(node, member, name) if isinstance(member, zarr.AsyncArray) else None
+
+
 async def list_arrays(where: Located) -> list[str]:
     """The names of all arrays below this root. Runs on a loop of its own, like `open_arrays`."""
     if where.root is not None:
@@ -298,7 +312,7 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
     except KeyError:
         names = await _names(node, where)
         if name in names:  # an array of the other Zarr format within a group
-            return await _array_at(where, name)
+            return await _other_format(where, name)
         near = difflib.get_close_matches(name, names, 1)
         there = f"there are: {', '.join(names)}" if names else "there is none"
         hint = f"did you mean {near[0]!r}?" if near else "name one of those" if names else _NO_STORE
@@ -311,7 +325,7 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
     return await own_metadata(node, member, name)
 
 
-async def _array_at(where: Located, name: str) -> zarr.AsyncArray[Any]:
+async def _other_format(where: Located, name: str) -> zarr.AsyncArray[Any]:
     node = await _opened(where, name)
     assert isinstance(node, zarr.AsyncArray)
     return node

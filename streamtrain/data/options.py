@@ -18,6 +18,7 @@ from streamtrain.data.crops import CropAt
 from streamtrain.data.framing import Framing
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.scanning import RaggedWish
+from streamtrain.data.selecting import Wanted, wanted_of
 from streamtrain.data.splits import split_bounds
 from streamtrain.errors import ConfigError
 
@@ -189,10 +190,10 @@ def framing_of(
         steps,
         None if horizon is None else at_least(horizon, 0, "horizon"),
         None if target_window is None else at_least(target_window, 1, "target_window"),
-        taken,
-        cropped,
-        at,
-        _jitter(jitter, axes[0]),
+        select=taken,
+        crop=cropped,
+        crop_at=at,
+        jitter=_jitter(jitter, axes[0]),
     )
 
 
@@ -228,19 +229,14 @@ def _jitter(jitter: object, first: int) -> int | dict[int | str, int]:
     return _by_axis(jitter, "jitter", first, 0) if isinstance(jitter, Mapping) else at_least(jitter, 0, "jitter")
 
 
-def _selected(select: object) -> dict[int | str, tuple[int, ...]]:
+def _selected(select: object) -> dict[int | str, Wanted]:
     if select is None:
         return {}
     if not isinstance(select, Mapping):
         raise ConfigError(f"select must be a dict by axis, not {select!r}", hint="select={'level': [0, 3]}")
-    taken: dict[int | str, tuple[int, ...]] = {}
-    for axis, places in select.items():
-        given = [places] if isinstance(places, int) else places
-        if not isinstance(given, list | tuple | range | np.ndarray) or not len(given):
-            raise ConfigError(f"select[{axis!r}] must be places such as [0, 3], not {places!r}")
-        if not all(isinstance(place, int | np.integer) and not isinstance(place, bool) for place in given):
-            raise ConfigError(f"select[{axis!r}] must be whole numbers, the places along the axis, not {places!r}")
-        taken[axis if isinstance(axis, str) else at_least(axis, 0, "an axis of select")] = tuple(map(int, given))
+    taken: dict[int | str, Wanted] = {}
+    for axis, given in select.items():
+        taken[axis if isinstance(axis, str) else at_least(axis, 0, "an axis of select")] = wanted_of(axis, given)
     return taken
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cache import ChunkCache
-from streamtrain.data.choosing import whole_array
+from streamtrain.data.columns import whole
 from streamtrain.data.cropping import feed_of
 from streamtrain.data.feed import Feed, Site
 from streamtrain.data.framing import Field
@@ -76,7 +76,7 @@ def read_offsets(offsets: OpenArray, elements: int, memory: int) -> Ints:
             f"{format_bytes(size)}",
             hint="raise memory=: 8 bytes a row stay in it",
         )
-    found: Ints = whole_array(offsets).astype(np.int64)
+    found: Ints = whole(offsets).astype(np.int64)
     if not len(found):
         raise DataError(f"array {layout.name!r} holds no offsets: there must be one more than rows", hint=MENDED)
     falls = np.diff(found) < 0

@@ -24,6 +24,7 @@ from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
+from streamtrain.data.columns import Labels, read_coordinate, read_labels
 from streamtrain.data.crops import CropAt
 from streamtrain.data.disk_cache import DiskCacheStatistics, disk_cache_of
 from streamtrain.data.feed import Feed
@@ -59,6 +60,8 @@ from streamtrain.data.ragged_feed import RaggedArray
 from streamtrain.data.readers import ChunkReader, ZarrLoop
 from streamtrain.data.remote import fetch_statistics
 from streamtrain.data.scanning import LENGTHS, feed_for, ragged_arrays, settled
+from streamtrain.data.selected import named, resolved, told
+from streamtrain.data.selecting import Coordinate
 from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk, SkippingReader
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import Split, SplitBy
@@ -142,6 +145,8 @@ class _Opened:
     """What is done to the rows of each part of a batch."""
     finished: FinishedBatches | None
     """Batches kept after the transform; None where they are not."""
+    select: Mapping[str, Any]
+    """What the position says of the places that are taken."""
 
 
 class ZarrStream:
@@ -177,7 +182,10 @@ class ZarrStream:
     `crop`: so many places in a row are taken of some axes of each sample, `{axis number or name: length}`: arrays that
     have the axis are cropped alike, and only chunks that crops touch are read. They begin at places keyed by seed,
     epoch and sample number (`crop_at="random"`) or lie in the middle ("center").
-    `select`: places that are taken of some axes of a sample, by the axis' number or name: `{"level": [0, 3]}`.
+    `select`: what is taken of some axes. By an axis' number, positions: `{1: [0, 3]}`, `{1: slice(0, 4)}`. By its name,
+    values of the 1-D array of that name, numbers exactly and ranges with both ends: `{"time": slice("2000", "2010"),
+    "lat": slice(30.0, 60.0), "level": [500.0, 850.0]}`; whole numbers in a list may be positions too, and where both
+    can be meant, that is an error. Of axes that number samples, those places are left; no window crosses what is not.
     `ragged`: `{values: offsets}`, names of arrays: sample i is the values offsets[i] to offsets[i + 1], and a batch has
     (B, max_length, ...) of them, cut there and padded by `pad_value` (0), beside the lengths (int64, of shape (B,)) as
     `VALUES.lengths` among the inputs, which are a dict then. `max_length` is that of the longest unless told otherwise.
@@ -241,7 +249,7 @@ class ZarrStream:
         stride: int | Mapping[Axis, int] | None = None,
         horizon: int | None = None,
         target_window: int | None = None,
-        select: Mapping[Axis, Sequence[int]] | None = None,
+        select: Mapping[Axis, Any] | None = None,
         ragged: Mapping[str, str] | None = None,
         max_length: int | None = None,
         pad_value: float | None = None,
@@ -365,27 +373,31 @@ class ZarrStream:
         names = None if self._inputs is None else list(dict.fromkeys([*used, *said]))
         if unknown := [name for name in self._ragged.offsets if name not in used]:
             raise ConfigError(f"ragged= names {unknown[0]!r}, which is neither an input nor a target")
+        wanted = [name for name in self._choice.names if name not in used]
         if names is None and self._choice.names:
             raise ConfigError(
                 f"the array {self._choice.names[0]!r} beside inputs that have no name", hint="name them: inputs='...'"
             )
         many = asyncio.Semaphore(OPEN_TOGETHER)
 
-        async def one(where: Located) -> dict[str, OpenArray]:
+        async def one(where: Located) -> tuple[dict[str, OpenArray], dict[str, Labels], dict[str, Coordinate]]:
             async with many:
-                return await open_arrays(
+                columns = await read_labels(where, wanted)
+                arrays = await open_arrays(
                     where,
-                    names,
+                    None if names is None else [name for name in names if name not in columns],
                     io=self._io,
                     loop=self._zarr_loop,
                     timeout=self._read_timeout,
                     retries=self._retries,
                 )
+                return arrays, columns, await self._coordinates(where, arrays, named(self._framing))
 
         self._where = find_stores(self._named)
         if self._disk is not None:
             self._disk.open()  # now, so that what is wrong with it is said before anything is read
-        stores = await asyncio.gather(*map(one, self._where))
+        read = await asyncio.gather(*map(one, self._where))
+        stores = [arrays for arrays, _, _ in read]
         for arrays in stores:
             for array in arrays.values():
                 for each in (array, *array.beside):
@@ -395,7 +407,7 @@ class ZarrStream:
         ragged = [ragged_arrays(arrays, self._ragged, self._share.total) for arrays in stores]
         for arrays in stores:  # lengths come with the values
             arrays |= {name: arrays[name.removesuffix(LENGTHS)] for name in self._ragged.lengths_of(used)}
-        return self._settle(stores, ragged)
+        return self._settle(stores, ragged, [columns for _, columns, _ in read], [known for _, _, known in read])
 
     def _used(self) -> list[str]:
         """Names of the arrays that make up a batch; none where the only array has no name."""
@@ -410,6 +422,28 @@ class ZarrStream:
             return replace(array, reader=with_cache(array.reader, array.layout), beside=beside)
 
         return {name: kept(array, tuple(map(kept, array.beside))) for name, array in arrays.items()}
+
+    async def _coordinates(
+        self, where: Located, arrays: Mapping[str, OpenArray], dims: Sequence[str]
+    ) -> dict[str, Coordinate]:
+        """Those of the dimensions that have any, by dimension."""
+        found: dict[str, Coordinate] = {}
+        for dim in dims:
+            beside = next((a.layout.name for a in arrays.values() if dim in a.layout.dims), None)
+            coordinate = None
+            if beside is not None:
+                coordinate = await read_coordinate(
+                    where,
+                    dim,
+                    beside,
+                    loop=self._zarr_loop,
+                    timeout=self._read_timeout,
+                    retries=self._retries,
+                    verify=self._verify,
+                )
+            if coordinate is not None:
+                found[dim] = coordinate
+        return found
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
@@ -427,23 +461,31 @@ class ZarrStream:
     def _num_targets(self) -> int:
         return len(self._targets[0]) if self._targets is not None else 0
 
-    def _settle(self, stores: Sequence[dict[str, OpenArray]], ragged: Sequence[Mapping[str, RaggedArray]]) -> _Opened:
+    def _settle(
+        self,
+        stores: Sequence[dict[str, OpenArray]],
+        ragged: Sequence[Mapping[str, RaggedArray]],
+        labels: Sequence[Mapping[str, Labels]],
+        coordinates: Sequence[Mapping[str, Coordinate]],
+    ) -> _Opened:
         """Everything that follows from metadata and arguments."""
         for name, why in {(name, a.fallback) for arrays in stores for name, a in arrays.items() if a.fallback}:
             logger.info("array %s is read by zarr's own API, which is slower: %s", name, why)
         fields = self._fields(stores[0])
         parts = [self._parts(fields, arrays, mine) for arrays, mine in zip(stores, ragged, strict=True)]
         changes = self._changes(fields, parts)
+        framings = resolved(self._framing, parts, coordinates)
         survey = take_survey(
             [
                 [replace(part, dtype=change.dtype) for part, change in zip(mine, made, strict=True)]
                 for mine, made in zip(parts, changes, strict=True)
             ],
-            framing=self._framing,
+            framings=framings,
             stack=self._stack,
             choice=self._choice,
             values=lambda frames: {
-                name: read_values([arrays[name] for arrays in stores], frames, name) for name in self._choice.names
+                name: read_values([c.get(name) or a[name] for a, c in zip(stores, labels, strict=True)], frames, name)
+                for name in self._choice.names
             },
             batch_size=self._batch_size,
             ranks=self._ranks,
@@ -459,6 +501,12 @@ class ZarrStream:
             store=self._name,
             change_bytes=max((c.scratch_bytes for made in changes for c in made if not c.plain), default=0),
         )
+        if survey.cut:
+            logger.info(
+                "split_by='chunk': %d windows cross a border of this part and are left out; larger chunks, or "
+                "split_by='range', cut fewer",
+                survey.cut,
+            )
         if self.budget.total > available_memory():
             logger.warning(
                 "memory=%s is more than this machine or container has (%s)",
@@ -481,7 +529,9 @@ class ZarrStream:
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
         finished = self._finished(stores, survey)
-        return _Opened(stores, survey, feeds, cache, self._finisher(survey.columns), changes[0], finished)
+        return _Opened(
+            stores, survey, feeds, cache, self._finisher(survey.columns), changes[0], finished, told(framings)
+        )
 
     def _finished(self, stores: Sequence[Mapping[str, OpenArray]], survey: Survey) -> FinishedBatches | None:
         """The cache of finished batches: where epochs are the same and cost more than a copy, or as it was told."""
@@ -844,7 +894,7 @@ class ZarrStream:
         keyed = self._shuffle != "none" or self._framing.random
         return {
             "arrays": arrays,
-            **self._framing.fingerprint(),
+            **self._framing.fingerprint(opened.select),
             "cells": cells,
             "shuffle": self._shuffle,
             "seed": self._seed if keyed else None,

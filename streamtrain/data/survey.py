@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from streamtrain.data.block import Column, block_bytes
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cells import CellGrid, Cells, joined
-from streamtrain.data.choosing import Choice, Draw, draw
+from streamtrain.data.choosing import Choice, Draw, draw, pick
 from streamtrain.data.chosen import Chosen
 from streamtrain.data.feed import Site
 from streamtrain.data.framing import Field, Frame, Framing, take_frames, whole
@@ -71,6 +71,8 @@ class Plan:
     memory_least: int
     """The least `memory` that works."""
     memory: int
+    samples_cut: int
+    """Windows that cross a border between splits by chunk, and are in none: the fewer, the larger the chunks."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Survey:
     batches: int
     batch_size: int
     memory: int
+    cut: int
+    """Samples that cross a border between splits."""
 
     def epoch(self, seed: int, epoch: int) -> Split | Chosen:
         """What this epoch goes through."""
@@ -125,13 +129,14 @@ class Survey:
             buffer_bytes=self.sizes.buffer_bytes,
             memory_least=self.memory_least,
             memory=self.memory,
+            samples_cut=self.cut,
         )
 
 
 def take_survey(
     stores: Sequence[Sequence[Field]],
     *,
-    framing: Framing,
+    framings: Sequence[Framing],
     stack: bool,
     choice: Choice,
     values: Callable[[list[Frame]], Mapping[str, NDArray[Any]]],
@@ -155,16 +160,24 @@ def take_survey(
     to rows on their way.
     Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
     """
-    frames = take_frames(stores, framing)
+    frames = take_frames(stores, framings)
     fields, sites = stores[0], [site for frame in frames for site in frame.sites]
     grid = joined([CellGrid(frame.sample_shape, frame.cell) for frame in frames])
     drawn: Draw | None = None
     part: Split | Chosen
-    if choice.all:
+    cut = 0
+    overlaps = split is not None and frames[0].overlaps
+    if choice.all and not any(frame.cut_out for frame in frames) and not (overlaps and split_by == "chunk"):
         part = cut_split(grid, frames, split, split_by, split_seed, store, ascending=shuffle == "none")
     else:
-        drawn = draw(choice, values(frames), grid, frames, split, split_by, split_seed)
-        part = drawn.chosen
+        found = values(frames)
+        picked = pick(choice, found, grid, frames, split, split_by, split_seed)
+        cut, run = picked.cut, picked.run if choice.all else None
+        if run is None:
+            drawn = draw(choice, found, grid, picked.numbers, split_by)
+            part = drawn.chosen
+        else:  # arithmetic does, without a table
+            part = Split(grid, *run)
     count = part.num_samples
     if drop_last and count < batch_size:
         raise DataError(
@@ -202,7 +215,7 @@ def take_survey(
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.least)
     return Survey(
-        frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, batch_size, memory
+        frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, batch_size, memory, cut
     )
 
 
@@ -253,7 +266,7 @@ def cut_split(
     if overlaps and by != "range":
         raise ConfigError(
             f"split_by={by!r} of windows that overlap would put the same places into both parts",
-            hint="split_by='range', or a stride of at least what a sample covers",
+            hint="split_by='range' or 'chunk', or a stride of at least what a sample covers",
         )
     try:
         if overlaps:

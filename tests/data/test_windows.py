@@ -133,9 +133,9 @@ async def test_a_window_belongs_to_a_split_only_whole_horizon_included(store: Pa
     assert not seen[0] & seen[1]
 
 
-async def test_overlapping_windows_cannot_be_split_by_chunk(store: Path) -> None:
+async def test_overlapping_windows_cannot_be_split_by_sample(store: Path) -> None:
     with pytest.raises(ConfigError, match="both parts"):
-        await samples(store, window=8, split=(0.0, 0.5), split_by="chunk")
+        await samples(store, window=8, split=(0.0, 0.5), split_by="sample")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""What `select=` comes to in each store: places of its arrays' axes, by position or by its own coordinates. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from streamtrain.data.crops import Axis, axis_of
+from streamtrain.data.framing import Field, Framing, sample_axes_of
+from streamtrain.data.permutation import Ints, derive_key
+from streamtrain.data.selecting import Coordinate, Wanted, missing_error, places_of
+from streamtrain.errors import DataError
+
+SHOWN = 100
+"""Characters of places that a position shows; more of them as a digest."""
+
+
+def resolved(
+    framing: Framing, stores: Sequence[Sequence[Field]], coordinates: Sequence[Mapping[str, Coordinate]]
+) -> list[Framing]:
+    """The framing of each store, its selection as places. Raises DataError or ConfigError for what can't be."""
+    taken: list[dict[Axis, Ints]] = [{} for _ in stores]
+    for axis, wanted in framing.select.items():
+        for mine, places in zip(taken, _resolved(axis, wanted, framing, stores, coordinates), strict=True):
+            mine[axis] = places
+    return [replace(framing, taken=mine) for mine in taken]
+
+
+def _resolved(
+    axis: Axis,
+    wanted: Wanted,
+    framing: Framing,
+    stores: Sequence[Sequence[Field]],
+    coordinates: Sequence[Mapping[str, Coordinate]],
+) -> list[Ints]:
+    found: list[Ints] = []
+    nowhere: set[Any] | None = None
+    for fields, known in zip(stores, coordinates, strict=True):
+        number, length = _axis(axis, fields)
+        places, missing = places_of(axis, wanted, length, known.get(str(axis)))
+        sampled = number in sample_axes_of(fields, framing)
+        if missing and not sampled:
+            raise missing_error(axis, missing, known[str(axis)])
+        if not len(places) and not sampled:
+            raise DataError(f"select= takes nothing of axis {axis!r}: {wanted}", hint="choose a wider range")
+        nowhere = {*missing} if nowhere is None else nowhere & {*missing}
+        found.append(places)
+    if nowhere:
+        raise missing_error(axis, sorted(nowhere), coordinates[0][str(axis)])
+    return found
+
+
+def _axis(axis: Axis, fields: Sequence[Field]) -> tuple[int | None, int]:
+    """The first array's number of an axis, None where it has no such, and its length. Raises DataError for none."""
+    first = fields[0].layout
+    for each in fields:
+        number = axis_of(axis, each.layout, first)
+        if number is not None:
+            return (number if each is fields[0] else None), each.layout.shape[number]
+    there = ", ".join(repr(dim) for f in fields for dim in f.layout.dims if dim) or "no names"
+    raise DataError(f"select= names the axis {axis!r}; the arrays' axes have {there}")
+
+
+def told(framings: Sequence[Framing]) -> dict[str, Any]:
+    """What a position says of it, JSON-able; nothing where nothing is selected."""
+    if not framings[0].taken:
+        return {}
+    each = [{str(axis): places.tolist() for axis, places in framing.taken.items()} for framing in framings]
+    same = all(mine == each[0] for mine in each)
+    text = str(each[0] if same else each)
+    return {"select": each[0] if same and len(text) <= SHOWN else {"digest": [derive_key(text)]}}
+
+
+def named(framing: Framing) -> list[str]:
+    """The axes whose coordinates must be known."""
+    return [axis for axis in framing.select if isinstance(axis, str)]

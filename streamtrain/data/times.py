@@ -1,0 +1,111 @@
+"""Times: numbers of a unit since a date, as CF spells them, and what people type. Pure.
+
+Its law: a time is decoded exactly or refused by name: only calendars and units that numpy's datetime64 has.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.errors import DataError
+
+CALENDARS = frozenset({"standard", "gregorian", "proleptic_gregorian"})
+MICROSECONDS = {"d": 86_400_000_000, "h": 3_600_000_000, "m": 60_000_000, "s": 1_000_000, "ms": 1_000, "us": 1}
+UNITS = {
+    "d": ("days", "day", "d"),
+    "h": ("hours", "hour", "hr", "hrs", "h"),
+    "m": ("minutes", "minute", "min", "mins"),
+    "s": ("seconds", "second", "sec", "secs", "s"),
+    "ms": ("milliseconds", "millisecond", "msec", "msecs", "millisec", "millisecs", "ms"),
+    "us": ("microseconds", "microsecond", "microsec", "microsecs", "us"),
+    "ns": ("nanoseconds", "nanosecond", "nanosec", "nanosecs", "ns"),
+}
+NOT_A_TIME = np.iinfo(np.int64).min
+REFORM = np.datetime64("1582-10-15", "D")
+"""Before this day the standard calendar is the Julian one."""
+_SINCE = re.compile(r"\s*(\w+)\s+since\s+(.+?)\s*", re.IGNORECASE)
+_DATE = re.compile(
+    r"(\d{1,4})-(\d{1,2})-(\d{1,2})(?:[T\s]+(\d{1,2})(?::(\d{1,2})(?::(\d{1,2})(\.\d*)?)?)?)?"
+    r"\s*(?:Z|UTC|GMT|[+-]00(?::?00)?|[+-]0?0:00)?",
+    re.IGNORECASE,
+)
+_TYPED = re.compile(r"\d{4}(-\d{2}(-\d{2}([T ]\d{2}(:\d{2}(:\d{2}(\.\d{1,9})?)?)?)?)?)?")
+
+
+def is_since(units: object) -> bool:
+    """Whether an attribute `units` makes times of numbers."""
+    return isinstance(units, str) and _SINCE.fullmatch(units) is not None
+
+
+def decode_times(values: NDArray[Any], units: str, calendar: object, name: str) -> NDArray[Any]:
+    """Numbers of `units` ("days since 2000-01-01") as datetime64, of microseconds (or nanoseconds); NaN as NaT.
+
+    Raises DataError for a calendar, unit or date that is not decoded, naming it.
+    """
+    where = f"array {name!r}: its times"
+    given = "standard" if calendar is None else calendar
+    if not isinstance(given, str) or given.lower() not in CALENDARS:
+        raise DataError(
+            f"{where} are of the calendar {given!r}; decoded are {', '.join(sorted(CALENDARS))}",
+            hint="take places by the axis' number: select={0: slice(0, 365)}",
+        )
+    found = _SINCE.fullmatch(units)
+    assert found is not None
+    unit = next((short for short, names in UNITS.items() if found[1].lower() in names), None)
+    if unit is None:
+        raise DataError(f"{where} count {found[1]!r}, a unit that is not decoded", hint="days, hours, seconds, ... are")
+    start, whole = _date(found[2], where), unit if unit == "ns" else "us"
+    if values.dtype.kind == "f":
+        missing = ~np.isfinite(values)
+        scaled = np.where(missing, 0, values).astype(np.float64) * MICROSECONDS.get(unit, 1)
+        ticks = np.rint(scaled).astype(np.int64)
+    else:
+        missing, ticks = None, values.astype(np.int64) * MICROSECONDS.get(unit, 1)
+    result: NDArray[Any] = start.astype(f"datetime64[{whole}]") + ticks.astype(f"timedelta64[{whole}]")
+    if missing is not None:
+        result.view(np.int64)[missing] = NOT_A_TIME
+    if given.lower() != "proleptic_gregorian" and len(result) and (start < REFORM or bool((result < REFORM).any())):
+        raise DataError(f"{where} go back before 1582-10-15, where the calendar {given!r} is another")
+    return result
+
+
+def _date(text: str, where: str) -> np.datetime64:
+    found = _DATE.fullmatch(text)
+    if found is None:
+        raise DataError(
+            f"{where} count from {text!r}, which is no date of universal time", hint="correct the attribute"
+        )
+    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
+    fraction = (found[7] or "").rstrip(".")
+    try:
+        return np.datetime64(
+            f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}{fraction}", "us"
+        )  # "2000-1-1" is common, and numpy wants two digits
+    except ValueError as error:
+        raise DataError(f"{where} count from {text!r}: {error}", hint="correct the attribute") from error
+
+
+def is_time(given: object) -> bool:
+    """Whether this is a date or time, or a text that spells one: "2000", "2000-01-31", "2000-01-31T06:00"."""
+    if isinstance(given, str):
+        return _TYPED.fullmatch(given) is not None
+    return isinstance(given, datetime.date | np.datetime64)
+
+
+def moment(given: Any) -> np.datetime64:
+    """What `is_time` knows, in the unit that it was given in ("2000": a year). Raises ValueError for no such day."""
+    if isinstance(given, datetime.datetime) and given.tzinfo is not None:
+        given = given.astimezone(datetime.UTC).replace(tzinfo=None)
+    return np.datetime64(given)
+
+
+def period(given: Any) -> tuple[np.datetime64, np.datetime64]:
+    """The first moment of it and the one after its last: "2000" is a year, "2000-01-31" a day, a datetime a point."""
+    start = moment(given)
+    whole = isinstance(given, str) or type(given) is datetime.date
+    return start, (start.astype(np.int64) + 1).astype(start.dtype) if whole else start
