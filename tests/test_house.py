@@ -23,7 +23,8 @@ data.spans data.seen data.filters data.decode data.manifest data.trust data.read
 data.block data.ragged data.feed data.ragged_feed data.cf data.values data.times data.crops data.selecting data.windows
 data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote data.segments data.disk_cache
 data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening
-data.stores data.columns data.places data.selected data.choosing data.units data.ragged_sizes data.scanning
+data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes
+data.scanning
 data.options data.transform data.survey data.laying data.skipping data.transforming data.transform_child
 data.transform_processes data.vouching data.verification data.crews data.pulling data.loader data.iterable
 data.mix_pass data.mix

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -34,6 +34,7 @@ from streamtrain.data.framing import Axis, Field, row_axes_of
 from streamtrain.data.kept_chunks import kept_reader
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.loader import Loader
+from streamtrain.data.locating import Location, Locator, coordinates_at, sample_numbers
 from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
 from streamtrain.data.options import (
     array_names,
@@ -324,6 +325,7 @@ class ZarrStream:
         self._max_skipped = share_of_one(max_skipped, "max_skipped")
         self._output = choice(output, ("torch", "numpy"), "output")
         self._opened: _Opened | None = None
+        self._locator: Locator | None = None
         self._zarr_loop = ZarrLoop()
         self._pool: Pool | None = None
         self._rooms: Pool | None = None
@@ -968,6 +970,31 @@ class ZarrStream:
     def plan(self) -> Plan:
         """What a pass costs, without reading data. Before the first use this reads metadata, and may block."""
         return self._known().survey.plan()
+
+    @overload
+    def locate(self, index: int, *, epoch: int | None = None) -> Location: ...
+
+    @overload
+    def locate(self, index: Sequence[int] | NDArray[Any], *, epoch: int | None = None) -> list[Location]: ...
+
+    def locate(self, index: Any, *, epoch: int | None = None) -> Location | list[Location]:
+        """Where a sample lies, or each of some: `index` is a number, or several, as in `batch.index` (of the unsplit
+        samples of all stores). `epoch`: crops and jitter of that epoch are told too.
+
+        Metadata before the first use, and coordinates when they are first asked for, are read, which may block for up
+        to `read_timeout`: on an event loop, `await asyncio.to_thread(stream.locate, batch.index)`.
+        Raises ConfigError for what is no sample's number, DataError for coordinates that can't be read.
+        """
+        survey = self._known().survey
+        numbers = sample_numbers(index, survey.split.grid.num_samples)
+        if self._locator is None:
+            read = coordinates_at(self._read_timeout, self._retries, self._verify)
+            self._locator = Locator(self._where, survey.frames, [feeds[0] for feeds in self._known().feeds], read)
+        try:
+            found = self._locator.locate(numbers, self._seed, None if epoch is None else at_least(epoch, 0, "epoch"))
+        except TimeoutError:
+            raise self._hung() from None
+        return found[0] if np.ndim(index) == 0 else found
 
 
 class _FirstPass:
