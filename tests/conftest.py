@@ -19,6 +19,7 @@ settings.load_profile("quiet")
 JOINS = [
     ("streamtrain/callbacks/bus.py", {"join"}),
     ("streamtrain/callbacks/lines.py", {"close"}),
+    ("streamtrain/data/handing.py", {"_end"}),
     ("streamtrain/data/readers.py", {"aclose"}),
     ("streamtrain/data/workers.py", {"joined"}),
     ("streamtrain/file_thread.py", {"_end"}),

@@ -52,6 +52,7 @@ class IterableStream:
 
     def __init__(self, source: Any) -> None:
         self.pulls_inside = not hasattr(source, "__aiter__")
+        self.needs_loop = not self.pulls_inside
         if self.pulls_inside and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
             raise ConfigError(
                 f"a stream must be iterable, got {type(source).__name__}",

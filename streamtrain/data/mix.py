@@ -75,6 +75,8 @@ class Mix:
         self.stop, self.seed = stop, at_least(seed, 0, "seed")
         self.draws = Draws(len(sources), weights, self.seed)
         self.pulls_inside = all(source.pulls_inside for source in self.sources)
+        self.needs_loop = any(getattr(source, "needs_loop", True) or source.pulls_inside for source in self.sources)
+        """Whether something of it gets on only while its loop turns."""
         self.drawn, self.restarts = [0] * len(sources), [0] * len(sources)
         self._cursor = START
         """After the last batch returned, or (driven) trained."""

@@ -807,6 +807,11 @@ class ZarrStream:
         return self._known().survey.split.num_samples
 
     @property
+    def needs_loop(self) -> bool:
+        """Whether something of it gets on only while its loop turns: an async transform."""
+        return self._transform is not None and is_async(self._transform)
+
+    @property
     def drop_last(self) -> bool:
         """Whether a short last batch is left out."""
         return self._drop_last
