@@ -21,6 +21,7 @@ from tests.bench.measure import Measure, Options, Others
 
 BENCHES = {
     "rates": "batches a second from raw and zstd chunks, against the least that must be done, and against zarr",
+    "copying": "shuffled batches from raw, zstd and blosc chunks, against copying and decoding in two threads",
     "loader": "as_loader against async for over the same stream",
     "overhead": "time per step of fit over a bare loop",
     "heartbeat": "how late a task on the loop runs beside fit, against one beside a bare loop in a thread",
