@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
 errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
-data.container data.budget data.codecs data.layout data.draws
+data.container data.budget data.codecs data.layout data.draws data.entropy
 losses schedulers optimizers metrics monitors
 data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_feed data.cf data.values data.times data.crops data.selecting data.windows

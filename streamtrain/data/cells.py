@@ -42,6 +42,10 @@ class Cells(Protocol):
     def scattered(self) -> bool:
         """Whether a run of sample numbers goes back and forth between cells."""
 
+    @property
+    def run(self) -> int:
+        """Samples with following numbers that lie in one cell; of the first store where there are several."""
+
     def sizes(self, ids: Ints) -> Ints:
         """Samples in each of these cells."""
 
@@ -100,6 +104,10 @@ class CellGrid:
     @property
     def scattered(self) -> bool:
         return len(self.shape) > 1
+
+    @property
+    def run(self) -> int:
+        return min(self.cell[-1], self.shape[-1])
 
     def part(self, cell: int) -> tuple[int, int, CellGrid]:
         return 0, cell, self
@@ -199,6 +207,7 @@ class JoinedCells:
         self.even = all(part.even and part.full == self.full for part in parts)
         self.line = False
         self.scattered = any(part.scattered for part in parts)
+        self.run = parts[0].run
 
     def part(self, cell: int) -> tuple[int, int, CellGrid]:
         """Which store a cell belongs to, its number there, and that store's cells."""

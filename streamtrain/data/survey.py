@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamtrain.data import entropy
 from streamtrain.data.block import Column, block_bytes
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cells import CellGrid, Cells, joined
@@ -66,7 +67,9 @@ class Plan:
     read_amplification: float
     """`bytes_read / bytes_used`: above 1 where chunks are read for a part of their rows, or more than once."""
     shuffle_quality: float
-    """From 0 (rows as they lie) to 1 (a full shuffle): entropy of a batch's cells over that of a full shuffle's."""
+    """From 0 (a batch lies in one cell) to 1 (a full shuffle): how evenly a batch's rows come from the cells. Expected
+    entropy over that of a full shuffle; more `shuffle_blocks` raise it. It takes each cell for a kind of its own: where
+    cells are alike (a few classes, say), batches are better than this."""
     buffer_bytes: int
     memory_least: int
     """The least `memory` that works."""
@@ -364,9 +367,15 @@ def chunks_read(site: Site, split: Split | Chosen, shuffle: Shuffle, sizes: Size
 
 
 def shuffle_quality(shuffle: Shuffle, split: Split | Chosen, k: int, batch: int) -> float:
-    """Entropy of the cells that a batch draws from, over that of a full shuffle."""
-    if shuffle == "global" or split.num_cells == 1:
+    """Expected entropy of the cells that a batch's rows come from, over that of a full shuffle."""
+    cells, batch = split.num_cells, min(batch, split.num_samples)
+    rows = split.num_samples / max(1, cells)
+    full = entropy.drawn(batch, cells, rows)
+    blocks = max(1, cells // k)
+    if full <= 0 or (shuffle == "block" and blocks == 1):
         return 0.0 if shuffle == "none" else 1.0
+    if shuffle == "global":
+        return 1.0
     if shuffle == "none":
-        return 0.0
-    return math.log(max(1, min(k, batch, split.num_cells))) / math.log(max(2, min(batch, split.num_cells)))
+        cells, blocks, rows = 1, 1, rows if split.grid.line else split.grid.run
+    return min(1.0, entropy.of_blocks(batch, cells / blocks, rows, split.num_samples // max(1, batch)) / full)

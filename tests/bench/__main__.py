@@ -29,6 +29,7 @@ BENCHES = {
     "equal": "weights after fit against a bare loop with the same batches",
     "memory": "memory over that of an open stream, for a pass over 4 GiB in 256 MiB",
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
+    "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
     "shuffle": "whether shuffling is real",
     "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
     "diskcache": "zstd batches out of the disk cache against raw ones, and what filling it costs",

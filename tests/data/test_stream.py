@@ -711,4 +711,5 @@ async def test_a_plan_tells_what_a_pass_costs(store: Path) -> None:
         await other.open()
         qualities.append(other.plan().shuffle_quality)
     assert qualities == sorted(qualities)
-    assert (qualities[0], qualities[2]) == (0.0, 1.0)
+    assert 0 < qualities[0] < 0.2  # a batch of 33 lies in one or two of the 16 cells
+    assert qualities[2] == 1
