@@ -28,6 +28,7 @@ BENCHES = {
     "waiting": "time that steps wait for data",
     "equal": "weights after fit against a bare loop with the same batches",
     "memory": "memory over that of an open stream, for a pass over 4 GiB in 256 MiB",
+    "passes": "200 passes in one process: descriptors, threads, tasks and memory",
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
     "shuffle": "whether shuffling is real",

@@ -110,7 +110,8 @@ async def trained(stream: ZarrStream, valid: Path, seed: int, epochs: int) -> fl
         for _ in range(epochs):
             async for batch in stream:
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(batch.inputs), batch.targets).backward()
+                loss: Any = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+                loss.backward()
                 optimizer.step()
                 schedule.step()
     return _validated(model, valid)
