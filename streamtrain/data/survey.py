@@ -31,6 +31,7 @@ from streamtrain.data.units import (
     Sizes,
     first_blocks,
     first_rows,
+    least_buffers,
     rows_of_units,
 )
 from streamtrain.errors import ConfigError, DataError
@@ -319,6 +320,7 @@ def _sizes(
         rows = min(split.num_samples, max(1, wanted // size) * size)
         units = -(-split.num_samples // rows)
         first = first_rows(rows, size, split.num_samples, split.num_cells)
+        buffers = 2
     else:
         full = max(1, min(split.num_samples, rows_of(-(-split.num_cells // order.num_blocks))))
         blocks = max(1, min(order.num_blocks, min(UNIT_BYTES, most) // (full * row)))
@@ -326,6 +328,7 @@ def _sizes(
         units = -(-order.num_blocks // blocks)
         cells = blocks * -(-split.num_cells // order.num_blocks)
         first = first_blocks(blocks, size, full, order.num_blocks, -(-split.num_cells // order.num_blocks))
+        buffers = least_buffers(split, blocks * (split.num_cells // order.num_blocks), size)
     made = fitted(columns, extents, cells, rows)
     sizes = Sizes(
         first_unit=first,
@@ -333,6 +336,7 @@ def _sizes(
         unit_rows=rows,
         buffer_bytes=block_bytes(made, -(-rows // size)),
         units=units,
+        buffers=buffers,
         scratch_bytes=change_bytes + max(scratch_bytes(site, frame.cell) for frame in frames for site in frame.sites),
         room_bytes=room_bytes(made),
         kept_bytes=table_bytes(frames),

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from streamtrain.data.chosen import Chosen
 from streamtrain.data.order import EpochOrder
+from streamtrain.data.splits import Split
 
 RAMP_CELLS = 128
 """The first unit touches about so many cells, each a file or more to open."""
@@ -39,13 +41,27 @@ class Sizes:
     """Of what is laid out only when a batch is made."""
     kept_bytes: int = 0
     """Of offsets that stay in memory."""
+    buffers: int = 2
+    """How many must be there at the least, if there are so many units."""
 
     @property
     def least(self) -> int:
-        """The least memory that works: two buffers (one, if it holds the epoch), and one thread's scratch; two batches
-        that are laid out, and what stays in memory."""
-        buffers = self.buffer_bytes * (1 if self.units == 1 else 2)
+        """The least memory that works: two buffers or three (one, if it holds the epoch), and one thread's scratch; two
+        batches that are laid out, and what stays in memory."""
+        buffers = self.buffer_bytes * min(self.units, self.buffers)
         return buffers + self.scratch_bytes + 2 * self.room_bytes + self.kept_bytes
+
+
+def least_buffers(split: Split | Chosen, unit_cells: int, batch: int) -> int:
+    """Two: one that is consumed, one that is filled. Three where a unit of so many cells may hold no whole batch.
+
+    Then all that it holds goes on in the next unit, and waits for that, while the batch before is still looked at.
+    """
+    short = split.exceptions
+    rows = unit_cells * split.num_samples // max(1, 2 * split.num_cells)  # of uneven cells at least half the mean
+    if short is not None:
+        rows = unit_cells * split.grid.full - sum(short.values())
+    return 2 if rows >= 2 * batch - 1 else 3
 
 
 def first_rows(unit_rows: int, batch: int, samples: int, cells: int) -> int:
@@ -56,10 +72,10 @@ def first_rows(unit_rows: int, batch: int, samples: int, cells: int) -> int:
 
 
 def first_blocks(unit_blocks: int, batch: int, block_rows: int, blocks: int, cells_per_block: int) -> int:
-    """Blocks of the first unit, at least a batch; all where that is the epoch."""
+    """Blocks of the first unit, at least two batches; all where that is the epoch."""
     if unit_blocks >= blocks:
         return unit_blocks
-    return min(unit_blocks, max(-(-RAMP_CELLS // cells_per_block), -(-batch // block_rows)))
+    return min(unit_blocks, max(-(-RAMP_CELLS // cells_per_block), -(-2 * batch // block_rows)))
 
 
 def growing(first: int, most: int) -> Iterator[int]:

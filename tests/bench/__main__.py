@@ -37,6 +37,7 @@ BENCHES = {
     "shards": "inner chunks of 64 KiB, against zarr's pipeline and zarrs'",
     "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
     "cgroup": "data of 8 times a memory limit, cold, against the disk's own rate (needs a cgroup that can be made)",
+    "windows": "windows of 8 and 24 steps, against xbatcher + DataLoader and insitubatch",
     "chaos": "1 % damaged chunks and 5 % read errors: whether an epoch ends and every sample is accounted for",
     "huge": "a billion samples in a million chunks: time to the first batch, position, memory of the order",
     "startup": "--help against an empty cyclopts app",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from pathlib import Path
 
 import numpy as np
+import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +16,7 @@ from streamtrain.data.cells import CellGrid
 from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.permutation import SPAN_TILE, TABLE_LIMIT, Permutation, Spans, derive_key
 from streamtrain.data.splits import Split
+from streamtrain.data.stream import ZarrStream
 from streamtrain.data.units import (
     GROWTH,
     MOST_CELLS,
@@ -81,7 +86,7 @@ def test_the_first_unit_is_small_only_where_many_cells_would_be_opened() -> None
     assert first_rows(MOST_CELLS, 100, 10**9, RAMP_CELLS) == MOST_CELLS
     assert first_rows(MOST_CELLS, 100, MOST_CELLS, 10**6) == MOST_CELLS
     assert first_blocks(100, 32, 16, 10**6, 16) == RAMP_CELLS // 16
-    assert first_blocks(100, 640, 16, 10**6, 16) == 40
+    assert first_blocks(100, 640, 16, 10**6, 16) == 80
     assert first_blocks(3, 32, 16, 10**6, 16) == 3
     assert first_blocks(100, 32, 16, 100, 16) == 100
 
@@ -97,3 +102,33 @@ def test_short_spans_are_cut_from_the_same_permutation(n: int, wanted: list[tupl
         start = place % (n + 1)
         stop = min(n, start + length)
         assert np.array_equal(spans.span(start, stop), permutation.forward(np.arange(start, stop)))
+
+
+@pytest.mark.parametrize(("rows", "window", "blocks", "batch"), [(900, 4, 1, 33), (900, 4, 2, 33), (900, 24, 1, 50)])
+def test_the_least_memory_works_while_the_last_batch_is_held(
+    tmp_path: Path, rows: int, window: int, blocks: int, batch: int
+) -> None:
+    """Blocks that hold hardly more than a batch: most batches go on in the next one."""
+    data = np.arange(rows * 8, dtype=np.float32).reshape(rows, 8)
+    zarr.create_group(tmp_path).create_array("x", data=data, chunks=(8, 8), compressors=None)
+
+    def made(memory: int) -> ZarrStream:
+        return ZarrStream(
+            tmp_path,
+            inputs="x",
+            window={0: window},
+            batch_size=batch,
+            shuffle="block",
+            shuffle_blocks=blocks,
+            memory=memory,
+            cache=0,
+            output="numpy",
+        )
+
+    async def read(stream: ZarrStream) -> list[int]:
+        async with stream:
+            return [int(number) for _ in range(2) async for batch in stream for number in batch.index]
+
+    least = made(1 << 30).plan().memory_least
+    found = asyncio.run(read(made(least)))
+    assert sorted(found) == sorted([*range(rows - window + 1)] * 2)
