@@ -208,7 +208,7 @@ def by_xbatcher(task: Task) -> Loading:
 
 
 def by_annbatch(task: Task) -> Loading:
-    """Its Loader over the zarr array, with the zarrs pipeline that it recommends."""
+    """Its Loader over the array, with the zarrs pipeline that it recommends; sparse batches are made dense, as ours."""
     import warnings
 
     import zarr
@@ -219,6 +219,11 @@ def by_annbatch(task: Task) -> Loading:
     if fast:
         zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
     [array, *others] = opened(task)
+    sparse = isinstance(array, zarr.Group)
+    if sparse:
+        from anndata.io import sparse_dataset
+
+        array = sparse_dataset(array)
     rows, slices = _whole_batches(task)
     options: dict[str, Any] = {"chunk_size": rows, "preload_nchunks": slices, "batch_size": task.batch_size}
     loader: Any = Loader(**options, shuffle=task.shuffle, preload_to_gpu=False, to=None).add_dataset(array)
@@ -226,7 +231,7 @@ def by_annbatch(task: Task) -> Loading:
     def batches() -> Iterator[tuple[Any, ...]]:
         while True:
             for batch in loader:
-                yield (batch["X"],)
+                yield (batch["X"].toarray() if sparse else batch["X"],)
 
     beside = "; the first array alone, since it reads one" if others else ""
     return batches(), f"{slices} slices of {rows} rows ahead, {'zarrs' if fast else 'no zarrs'}{beside}"

@@ -7,6 +7,7 @@ padding cost memory in the batch alone, never in a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,8 @@ LONG = 128
 """Rows of at least so many elements (on average) are copied one by one, shorter ones all together by their places."""
 TILE = 1 << 15
 """Elements that are laid out together: their places stay in the processor's cache."""
-TILE_BYTES = 512 << 10
-"""Bytes of a batch that are filled together, so that they are in the cache still when elements are put there."""
+TILE_BYTES = 2 << 20
+"""Bytes of a batch that are filled together, so that they are in a cache still when elements are put there."""
 SCRATCH_BYTES = 4 * TILE * 8
 """What a thread takes for that."""
 
@@ -41,11 +42,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Run:
-    """Some rows by their elements: row i is the elements `starts[i]` to `starts[i] + lengths[i]` of each array."""
+    """A part of some rows: of row i `lengths[i]` of elements, from number `skipped[i]` on; in each array they
+    lie together from `starts[i]` on."""
 
-    arrays: tuple[NDArray[Any], ...]
+    arrays: Mapping[int, NDArray[Any]]
+    """Values (0) and columns (1), or one of them."""
     starts: Ints
     lengths: Ints
+    skipped: Ints
     repeated: bool = False
     """Whether a row may name a column twice."""
 
@@ -53,7 +57,7 @@ class Run:
         return len(self.starts)
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> Run:
-        return Run(self.arrays, self.starts[rows], self.lengths[rows], self.repeated)
+        return Run(self.arrays, self.starts[rows], self.lengths[rows], self.skipped[rows], self.repeated)
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,11 @@ class Area:
     def put(self, places: Ints, rows: Run) -> None:
         """Copy rows to their places; from several threads, since no two rows share one."""
         slot, inside = np.divmod(places, self.column.batch_size)
-        to = self._starts[slot, inside]
+        to = self._starts[slot, inside] + rows.skipped
         if rows.repeated:
             self._repeated = True
-        for out, source in zip(self._arrays, rows.arrays, strict=True):
-            copy_runs(out, to, source, rows.starts, rows.lengths)
+        for number, source in rows.arrays.items():
+            copy_runs(self._arrays[number], to, source, rows.starts, rows.lengths)
 
     def elements(self, slot: int, rows: int) -> tuple[list[NDArray[Any]], Ints]:
         """Of the first rows of a batch: their elements, and where each begins among them, the end of the last too."""
@@ -190,24 +194,12 @@ def copy_runs(out: NDArray[Any], to: Ints, source: NDArray[Any], starts: Ints, l
             out[where] = source[np.repeat(starts[first:last] - before[first:last], here) + count]
 
 
-def compact_run(rows: Run) -> Run:
-    """The same rows with their elements one after another, and nothing between."""
-    before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(rows.lengths)])
-    arrays = []
-    for source in rows.arrays:
-        out = np.empty((int(before[-1]), *source.shape[1:]), dtype=source.dtype)
-        copy_runs(out, before[:-1], source, rows.starts, rows.lengths)
-        arrays.append(out)
-    return Run(tuple(arrays), before[:-1], rows.lengths, rows.repeated)
-
-
-def strictly_rising(columns: NDArray[Any], starts: Ints, lengths: Ints) -> bool:
-    """Whether each row's columns rise, none named twice; rows lie one after another in `columns`."""
+def strictly_rising(columns: NDArray[Any], ends: Ints) -> bool:
+    """Whether the columns of each row rise, none named twice; the rows lie one after another, and end there."""
     if len(columns) < 2:
         return True
     rises = columns[1:] > columns[:-1]
-    borders = (starts + lengths)[:-1] - int(starts[0])
-    rises[borders[(borders > 0) & (borders < len(columns))] - 1] = True
+    rises[ends[:-1] - 1] = True
     return bool(rises.all())
 
 

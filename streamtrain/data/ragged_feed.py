@@ -27,16 +27,15 @@ from streamtrain.data.ragged import (
     RaggedColumn,
     Run,
     Table,
-    compact_run,
     copy_runs,
     strictly_rising,
 )
 from streamtrain.data.readers import Scratch
 from streamtrain.errors import DataError
 
-SPANS = 4
-"""Chunks that are decoded whole make up a cell by so many, so that at most a quarter of what is decoded is so twice."""
-CELL_BYTES = 256 << 10
+SPANS = 8
+"""Chunks that are decoded whole make up a cell by so many, so that an eighth of what is decoded is so twice."""
+CELL_BYTES = 1 << 20
 """A cell has at least so many bytes of elements, and at most MOST_CELL_BYTES."""
 MOST_CELL_BYTES = 16 << 20
 Selection = tuple[tuple[int, tuple[int, ...]], ...]
@@ -125,10 +124,10 @@ class RaggedSite(Site):
 
     @cached_property
     def scratch_bytes(self) -> int:
-        """Bytes that one thread takes: the elements of a cell, twice where they are changed, and the chunks' own."""
-        region = self.table.span(self.cell[0]) * (self.element_bytes + math.prod(self.inner_shape) * 8)
+        """Bytes that one thread takes: for the elements of a cell (of sparse ones the columns), and the chunks' own."""
         layouts = [self.layout, *([self.columns] if self.columns is not None else [])]
-        return 2 * region + max(_reading(layout) for layout in layouts) + SCRATCH_BYTES
+        each = 8 if self.columns is not None else 2 * (self.element_bytes + math.prod(self.inner_shape) * 8)
+        return each * self.table.span(self.cell[0]) + max(_reading(layout) for layout in layouts) + SCRATCH_BYTES
 
     def column(self, name: str, batch_size: int) -> Column:
         """Its part of a batch; a block's room for it is settled later."""
@@ -170,61 +169,42 @@ def cell_rows(layout: ArrayLayout, columns: ArrayLayout | None, rows: int) -> in
 
 
 class RaggedFeed(Feed):
-    """One array's rows of different lengths, cell by cell."""
+    """One array's rows of different lengths, cell by cell; beside it is the feed of sparse rows' columns."""
 
     site: RaggedSite
 
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
-        """Hand over these rows of a cell, as a `Run`. Raises DataError for what can't be used."""
-        numbers = numbers_of(box, rows)
-        starts, lengths = self.site.table.of(numbers)
-        before, lost = len(scratch.damages), np.zeros(len(starts), dtype=bool)
-        run = self._run(numbers, starts, lengths, scratch, lost)
-        damages = [damage for _, damage in scratch.damages[before:]]
+        """Hand over these rows of a cell, as `Run`s. Raises DataError for what can't be used."""
+        wanted = Wanted.of(self.site.table, numbers_of(box, rows))
+        before = len(scratch.damages)
+        scratch.tainted = []
         try:
-            for which, why in ((~lost, []), (lost, damages)):
-                if which.all() and not why:
-                    self._put_sound(put, slice(None), run, numbers, starts, scratch)
-                elif which.any():
-                    wanted = np.flatnonzero(which)
-                    if why:
-                        scratch.tainted = why
-                        put(wanted, self._nothing(lengths[wanted]), None)
-                    else:
-                        mine = _array(numbers)[wanted]
-                        self._put_sound(put, wanted, compact_run(run[wanted]), mine, starts[wanted], scratch)
+            self._put_parts(0, wanted, put, scratch, self._values(wanted, scratch))
+            for columns in self.beside:
+                self._put_parts(1, wanted, put, scratch, _parts(columns, wanted, scratch))
+            if wanted.bad:
+                scratch.tainted = [damage for _, damage in scratch.damages[before:]]
+                lost = np.flatnonzero(wanted.lost)
+                put(lost, self._nothing(wanted.lengths[lost]), None)
         finally:
             scratch.tainted = None
             del scratch.damages[before:]  # their rows are told: nobody else's are lost for them
 
-    def _put_sound(
-        self, put: Put, wanted: Rows, run: Run, numbers: slice | Ints, starts: Ints, scratch: Scratch
-    ) -> None:
-        scratch.tainted = []
-        if self.site.columns is not None and self.checked:
-            run = self._with_checked_columns(run, numbers, starts)
-        self._put(put, wanted, run, None, scratch)
+    def _put_parts(self, number: int, wanted: Wanted, put: Put, scratch: Scratch, parts: Iterator[Stretch]) -> None:
+        """Hand over all parts of the rows' values (0) or columns (1)."""
+        for part in parts:
+            repeated = number == 1 and self.checked and self._check_columns(part, wanted)
+            run = Run({number: part.elements}, part.starts, part.lengths, part.skipped, repeated)
+            self._put(put, wanted.rows(part.rows), run, None, scratch)
 
-    def _run(
-        self, numbers: slice | Ints, starts: Ints, lengths: Ints, scratch: Scratch, lost: NDArray[np.bool_]
-    ) -> Run:
-        """The elements of these rows; `lost` becomes true of those that a bad chunk has touched."""
-        together = isinstance(numbers, slice) and len(starts) > 0
-        if together:
-            first, last = int(starts[0]), int(self.site.table.offsets[numbers.stop])  # type: ignore[union-attr]
-            parts, sizes = np.array([first]), np.array([last - first])
-            begin = starts - first
-        else:
-            parts, sizes = starts, lengths
-            begin = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])[:-1]
-        arrays = []
-        for feed in (self, *self.beside):
-            out, bad = _gathered(feed, parts, sizes, scratch)
-            for low, high in bad:
-                lost |= (starts < high) & (starts + lengths > low) & (lengths > 0)
-            arrays.append(out)
-        arrays[0] = self._changed(arrays[0], scratch)
-        return Run(tuple(arrays), begin, lengths)
+    def _values(self, wanted: Wanted, scratch: Scratch) -> Iterator[Stretch]:
+        """The rows' values as they are handed over."""
+        if self.layout.ndim == 1 and self.change is None:
+            yield from _parts(self, wanted, scratch)
+            return
+        elements = self._changed(_gathered(self, wanted, scratch), scratch)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(wanted.lengths)])[:-1]
+        yield Stretch(slice(0, len(starts)), elements, starts, wanted.lengths, np.zeros(len(starts), dtype=np.int64), 0)
 
     def _changed(self, values: NDArray[Any], scratch: Scratch) -> NDArray[Any]:
         """Elements as they are handed over: the taken places of their axes, and what is done to numbers."""
@@ -243,35 +223,45 @@ class RaggedFeed(Feed):
 
     def _nothing(self, lengths: Ints) -> Run:
         """Rows of zeros, in place of lost ones."""
-        starts = np.zeros(len(lengths), dtype=np.int64)
-        most = int(lengths.max(initial=0))
-        return Run(tuple(np.zeros((most, *p.shape), dtype=p.dtype) for p in self.site.pieces), starts, lengths)
+        zeros, most = np.zeros(len(lengths), dtype=np.int64), int(lengths.max(initial=0))
+        arrays = {n: np.zeros((most, *piece.shape), dtype=piece.dtype) for n, piece in enumerate(self.site.pieces)}
+        return Run(arrays, zeros, lengths, zeros)
 
-    def _with_checked_columns(self, run: Run, numbers: slice | Ints, starts: Ints) -> Run:
-        """The rows, when each of their columns is one of the array's. Raises DataError."""
-        columns, width = run.arrays[1], self.site.width
-        some = run.lengths > 0
-        first, last = run.starts[some], (run.starts + run.lengths)[some] - 1
+    def _check_columns(self, part: Stretch, wanted: Wanted) -> bool:
+        """Whether a row may name a column twice. Raises DataError where a column is none of the array's."""
+        some = part.lengths > 0
+        first, ends, columns = part.starts[some], (part.starts + part.lengths)[some], part.elements
         if not len(first):
-            return run
-        rising = strictly_rising(columns, run.starts, run.lengths)
-        low, high = (columns[first], columns[last]) if rising else (columns, columns)
-        if int(low.min()) < 0 or int(high.max()) >= width:
-            self._refuse(run, _array(numbers), starts)
-        return run if rising else Run(run.arrays, run.starts, run.lengths, True)
+            return False
+        if (first[1:] == ends[:-1]).all():
+            columns = columns[int(first[0]) : int(ends[-1])]
+            ends = ends - int(first[0])
+        else:
+            ends = np.cumsum(part.lengths[some])
+            columns = np.empty(int(ends[-1]), dtype=columns.dtype)
+            copy_runs(columns, ends - part.lengths[some], part.elements, first, part.lengths[some])
+        rising = strictly_rising(columns, ends)
+        first_ones, last_ones = columns[ends - part.lengths[some]], columns[ends - 1]
+        low, high = (first_ones, last_ones) if rising else (columns, columns)
+        if int(low.min()) < 0 or int(high.max()) >= self.site.width:
+            raise self._wrong(part, wanted)
+        before = wanted.last_columns[part.rows][some]
+        wanted.last_columns[_array(part.rows)[some]] = last_ones
+        return not rising or bool((first_ones <= before).any())
 
-    def _refuse(self, run: Run, numbers: Ints, starts: Ints) -> None:
-        """Name the first column that is none."""
+    def _wrong(self, part: Stretch, wanted: Wanted) -> DataError:
+        """Names the first column of a row that is none."""
         assert self.site.columns is not None
-        columns, layout = run.arrays[1], self.site.columns
-        element = int(np.flatnonzero((columns < 0) | (columns >= self.site.width))[0])
-        row = int(np.searchsorted(run.starts, element, side="right")) - 1
-        chunk = (int(starts[row]) + element - int(run.starts[row])) // layout.chunk_shape[0]
-        raise DataError(
-            f"array {layout.name!r}: row {numbers[row]} names column {columns[element]}, in chunk {chunk}; there are "
-            f"columns 0 to {self.site.width - 1}",
-            hint="restore the file from its source, or convert the data again",
-        )
+        columns, layout = part.elements, self.site.columns
+        for row, start, length in zip(wanted.numbers_at(part.rows), part.starts, part.lengths, strict=True):
+            mine = columns[start : start + length]
+            if len(found := np.flatnonzero((mine < 0) | (mine >= self.site.width))):
+                return DataError(
+                    f"array {layout.name!r}: row {row} names column {mine[found[0]]}, in chunk {part.chunk}; there are "
+                    f"columns 0 to {self.site.width - 1}",
+                    hint="restore the file from its source, or convert the data again",
+                )
+        raise AssertionError("each column is one of the array's")
 
 
 class LengthsFeed(Feed):
@@ -338,35 +328,109 @@ class NullableFeed(Feed):
         super().fill(box, rows, put, scratch)
 
 
-def _gathered(feed: Feed, starts: Ints, lengths: Ints, scratch: Scratch) -> tuple[NDArray[Any], list[tuple[int, int]]]:
-    """The elements of these runs one after another, and the bounds of the chunks that could not be used."""
+@dataclass
+class Wanted:
+    """The rows that a piece wants: where their elements lie, and which of them bad chunks have touched."""
+
+    numbers: slice | Ints
+    starts: Ints
+    lengths: Ints
+    bad: list[tuple[int, int]] = field(default_factory=list)
+    """Bounds of the chunks that could not be used."""
+
+    @cached_property
+    def last_columns(self) -> Ints:
+        """Of each row the last column that was seen; -1 before the first."""
+        return np.full(len(self.starts), -1, dtype=np.int64)
+
+    @classmethod
+    def of(cls, table: Table, numbers: slice | Ints) -> Wanted:
+        """These rows of an array."""
+        return cls(numbers, *table.of(numbers))
+
+    @cached_property
+    def rising(self) -> bool:
+        """Whether the rows follow one another, so that those of a chunk are a run of them."""
+        return isinstance(self.numbers, slice)
+
+    def within(self, low: int, high: int) -> slice | Ints:
+        """Which of them have elements between these bounds."""
+        if self.rising:
+            first = int(np.searchsorted(self.starts, low, side="right")) - 1
+            return slice(max(0, first), int(np.searchsorted(self.starts, high, side="left")))
+        return np.flatnonzero((self.starts < high) & (self.starts + self.lengths > low))
+
+    def rows(self, which: slice | Ints) -> Rows:
+        """The same for a put; a slice without bounds stands for all."""
+        everything = isinstance(which, slice) and (which.start, which.stop) == (0, len(self.starts))
+        return slice(None) if everything else which
+
+    def numbers_at(self, which: slice | Ints) -> Ints:
+        """Numbers of the rows, in their store."""
+        return _array(self.numbers)[which]
+
+    @property
+    def lost(self) -> NDArray[np.bool_]:
+        """Which rows a bad chunk has touched."""
+        lost = np.zeros(len(self.starts), dtype=bool)
+        for low, high in self.bad:
+            lost |= (self.starts < high) & (self.starts + self.lengths > low) & (self.lengths > 0)
+        return lost
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What one chunk has of the wanted rows."""
+
+    rows: slice | Ints
+    """Which of them."""
+    elements: NDArray[Any]
+    starts: Ints
+    """In `elements`."""
+    lengths: Ints
+    skipped: Ints
+    """Elements of each row before these."""
+    chunk: int
+
+
+def _parts(
+    feed: Feed, wanted: Wanted, scratch: Scratch, inner: tuple[int, ...] = (), cut: tuple[slice, ...] = ()
+) -> Iterator[Stretch]:
+    """What each chunk has of the wanted rows; `inner`, `cut`: which part of an element's axes, and the places of it."""
+    layout, size, shape = feed.layout, feed.layout.chunk_shape[0], tuple(c.stop - c.start for c in cut)
+    for number in _chunks(wanted.starts, wanted.lengths, size):
+        low, high = number * size, min((number + 1) * size, layout.shape[0])
+        which = wanted.within(low, high)
+        starts, lengths = wanted.starts[which], wanted.lengths[which]
+        first = np.maximum(starts, low)
+        counts = np.maximum(np.minimum(starts + lengths, high) - first, 0)
+        inside = first - low
+        reach = int(inside.min()), int((inside + counts).max())
+        damages = len(scratch.damages)
+        data = feed.chunk((number, *inner), reach, scratch, few=4 * int(counts.sum()) < high - low)
+        if len(scratch.damages) > damages:
+            wanted.bad.append((low, high))
+            continue
+        if data is None:
+            data = np.broadcast_to(np.asarray(layout.fill_value, layout.native), (high - low, *shape))
+        data = data[(slice(None), *(slice(0, length) for length in shape))]
+        yield Stretch(which, data, inside, counts, first - starts, number)
+
+
+def _gathered(feed: Feed, wanted: Wanted, scratch: Scratch) -> NDArray[Any]:
+    """The elements of the wanted rows one after another."""
     layout = feed.layout
-    inner, total = layout.shape[1:], int(lengths.sum())
+    inner, total = layout.shape[1:], int(wanted.lengths.sum())
     size = total * math.prod(inner) * layout.dtype.itemsize
     out = scratch.take(f"ragged {layout.name}", size).view(layout.native).reshape(total, *inner)
-    to = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])[:-1]
-    bad: list[tuple[int, int]] = []
-    for number in _chunks(starts, lengths, layout.chunk_shape[0]):
-        low = number * layout.chunk_shape[0]
-        high = min(low + layout.chunk_shape[0], layout.shape[0])
-        mine = np.flatnonzero((starts < high) & (starts + lengths > low))
-        first = np.maximum(starts[mine], low)
-        counts = np.minimum(starts[mine] + lengths[mine], high) - first
-        places, inside = to[mine] + (first - starts[mine]), first - low
-        reach = int(inside.min()), int((inside + counts).max())
-        few = 4 * int(counts.sum()) < high - low
-        for chunk, part in _inner_chunks(layout):
-            damages = len(scratch.damages)
-            data = feed.chunk((number, *chunk), reach, scratch, few=few)
-            if len(scratch.damages) > damages:
-                bad.append((low, high))
-            if data is None:
-                data = np.broadcast_to(np.asarray(layout.fill_value, layout.native), (high - low, *_shape(part)))
-            cut = (slice(None), *(slice(0, p.stop - p.start) for p in part))
+    to = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(wanted.lengths)])[:-1]
+    for chunk, cut in _inner_chunks(layout):
+        for part in _parts(feed, wanted, scratch, chunk, cut):
             began = time.perf_counter()
-            copy_runs(out[(slice(None), *part)], places, data[cut], inside, counts)
+            places = to[part.rows] + part.skipped
+            copy_runs(out[(slice(None), *cut)], places, part.elements, part.starts, part.lengths)
             scratch.seconds["gather"] += time.perf_counter() - began
-    return out, bad
+    return out
 
 
 def _chunks(starts: Ints, lengths: Ints, size: int) -> Iterator[int]:
@@ -375,8 +439,6 @@ def _chunks(starts: Ints, lengths: Ints, size: int) -> Iterator[int]:
     if not some.any():
         return iter(())
     first, last = starts[some] // size, (starts[some] + lengths[some] - 1) // size
-    if len(first) == 1:
-        return iter(range(int(first[0]), int(last[0]) + 1))
     low = int(first.min())
     edges = np.zeros(int(last.max()) - low + 2, dtype=np.int64)
     np.add.at(edges, first - low, 1)
@@ -389,10 +451,6 @@ def _inner_chunks(layout: ArrayLayout) -> Iterator[tuple[tuple[int, ...], tuple[
     counts = [range(-(-s // c)) for s, c in zip(layout.shape[1:], layout.chunk_shape[1:], strict=True)]
     for chunk in itertools.product(*counts):
         yield chunk, tuple(slice(a, b) for a, b in layout.box((0, *chunk))[1:])
-
-
-def _shape(part: tuple[slice, ...]) -> tuple[int, ...]:
-    return tuple(p.stop - p.start for p in part)
 
 
 def numbers_of(box: Box, rows: Rows) -> slice | Ints:

@@ -38,6 +38,7 @@ BENCHES = {
     "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
     "cgroup": "data of 8 times a memory limit, cold, against the disk's own rate (needs a cgroup that can be made)",
     "windows": "windows of 8 and 24 steps, against xbatcher + DataLoader and insitubatch",
+    "csr": "shuffled batches of sparse rows, dense, against annbatch on the same AnnData store",
     "chaos": "1 % damaged chunks and 5 % read errors: whether an epoch ends and every sample is accounted for",
     "huge": "a billion samples in a million chunks: time to the first batch, position, memory of the order",
     "startup": "--help against an empty cyclopts app",

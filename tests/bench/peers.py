@@ -41,17 +41,21 @@ def run(options: Options) -> Iterator[Measure]:
         for files in FILES:
             with options.room() as room:
                 store = synth(room / "s.zarr", rows=rows, columns=COLUMNS, chunk_rows=rows // files, codec=codec)
-                yield from _measured(store, str(python), f"{codec}, {files} files", bar, seconds, options.rounds)
+                name = f"{codec}, {files} files"
+                yield from measured(store, "x", str(python), name, bar, seconds, options.rounds)
 
 
-def _measured(store: Path, python: str, name: str, bar: float, seconds: float, rounds: int) -> Iterator[Measure]:
-    task = _task(store, seconds)
+def measured(
+    store: Path, array: str, python: str, name: str, bar: float, seconds: float, rounds: int
+) -> Iterator[Measure]:
+    """Both over the same array, in turn."""
+    task = _task(store, array, seconds)
     rates: dict[str, list[float]] = {"ours": [], "annbatch": []}
     setup = ""
     for number in range(rounds + 1):
         for each in ("ours", "annbatch") if number % 2 else ("annbatch", "ours"):
             if each == "ours":
-                rate = _ours(store, seconds)
+                rate = _ours(store, array, seconds)
             else:
                 [peer] = compare(["annbatch"], task, python=python)
                 rate, setup = _rate(peer), peer.setup
@@ -62,11 +66,11 @@ def _measured(store: Path, python: str, name: str, bar: float, seconds: float, r
     yield Measure(name=f"  annbatch, {setup}", values=tuple(rates["annbatch"]), unit=" GB/s")
 
 
-def _task(store: Path, seconds: float) -> Task:
-    plan = ZarrStream(store, inputs="x", batch_size=BATCH, shuffle="block", memory=BUDGET, output="numpy").plan()
+def _task(store: Path, array: str, seconds: float) -> Task:
+    plan = ZarrStream(store, inputs=array, batch_size=BATCH, shuffle="block", memory=BUDGET, output="numpy").plan()
     return Task(
         store=str(store),
-        arrays=("x",),
+        arrays=(array,),
         batch_size=BATCH,
         shuffle=True,
         run_rows=plan.samples // plan.cells,
@@ -81,9 +85,9 @@ def _rate(peer: Peer) -> float:
     return peer.bytes_per_s
 
 
-def _ours(store: Path, seconds: float) -> float:
+def _ours(store: Path, array: str, seconds: float) -> float:
     """Bytes a second, by the command that measures the loader alone."""
-    command = [sys.executable, "-m", "streamtrain", "bench", str(store), "--inputs", "x", "--shuffle", "--json"]
+    command = [sys.executable, "-m", "streamtrain", "bench", str(store), "--inputs", array, "--shuffle", "--json"]
     command += ["--batch-size", str(BATCH), "--memory", BUDGET, "--cache", "0", "--seconds", str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["bytes_per_s"])

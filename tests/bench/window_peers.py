@@ -136,8 +136,8 @@ async def measured_ours(ask: Ask, seconds: float) -> float:
 
 def main(name: str, store: str, *given: str) -> None:
     """Measure one, and say how it did."""
-    *numbers, memory, seconds = given
-    ask = Ask(store, *map(int, numbers), memory)  # type: ignore[arg-type]
+    window, batch, cells, chunks, memory, seconds = given
+    ask = Ask(store, int(window), int(batch), int(cells), int(chunks), memory)
     rate = asyncio.run(measured_ours(ask, float(seconds))) if name == "ours" else measured(name, ask, float(seconds))
     package = "streamtrain" if name == "ours" else name.partition(",")[0]
     print(json.dumps({"rate": rate, "version": importlib.metadata.version(package)}))

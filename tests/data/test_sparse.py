@@ -75,10 +75,11 @@ def test_a_block_lays_out_what_was_put_whatever_the_order(
     place = rng.permutation(rows)
     by_place = np.empty(rows, dtype=np.int64)
     by_place[place] = sizes
+    none = np.zeros(rows, dtype=np.int64)
     for first, last in itertools.pairwise(sorted({0, rows, *(cut for cut in cuts if cut < rows)})):
         block.lay(0, 7 + first, by_place[first:last])
     for some in np.array_split(rng.permutation(rows), 3):
-        block.put(0, place[some] + 7, Run((values, columns), starts[some], sizes[some]))
+        block.put(0, place[some] + 7, Run({0: values, 1: columns}, starts[some], sizes[some], none[some]))
     expected = np.zeros((rows, width), dtype=np.float32)
     expected[np.repeat(place, sizes), columns] = values
     room = np.empty(column.batch_bytes, dtype=np.uint8)
