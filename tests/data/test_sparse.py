@@ -13,10 +13,13 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from zarr.storage import MemoryStore
 
 from streamtrain.data.block import Block, block_bytes
+from streamtrain.data.feed import Box
 from streamtrain.data.ragged import LONG, Piece, RaggedColumn, Run
 from streamtrain.data.stream import ZarrStream
+from streamtrain.data.wants import wants_of
 from streamtrain.errors import ConfigError, DataError
 from tests.data.sparse import Sparse, random_sparse, sparse_store, write_arrays, write_sparse
 
@@ -342,3 +345,46 @@ def test_other_elements_are_another_dataset(tmp_path: Path, store: Path) -> None
     other = stream(sparse_store(tmp_path / "s.zarr", random_sparse(203, WIDTH, 13)))
     with pytest.raises(DataError, match="the dataset changed"):
         other.load_state_dict(state)
+
+
+def test_a_store_elsewhere_gives_the_same_rows_fetched_ahead(store: Path) -> None:
+    far = MemoryStore()
+    root = zarr.open_group(far, mode="w")
+    write_sparse(root, "X", MATRIX)
+    write_arrays(root, {"y": np.arange(203)}, 50)
+    order: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 1}
+    made = ZarrStream(far, inputs="X", targets="y", batch_size=16, output="numpy", **order)
+    near, numbers = rows_of(epoch(stream(store, **order)))
+    found, same = rows_of(epoch(made))
+    assert np.array_equal(same, numbers)
+    assert np.array_equal(found, near)
+    fetch = made.statistics().fetch
+    assert fetch is not None
+    assert fetch.requests > 0
+
+
+@pytest.mark.parametrize("rows", [slice(20, 31), np.array([3, 90, 91])])
+def test_what_is_fetched_ahead_is_what_the_rows_lie_in(rows: Any) -> None:
+    far = MemoryStore()
+    write_sparse(zarr.open_group(far, mode="w"), "X", MATRIX)
+    made = ZarrStream(far, inputs="X", batch_size=16, output="numpy")
+    made.open_blocking()
+    opened = made._known()  # white box: what a pass hands to the threads
+    numbers = np.arange(203)[rows]
+    wanted = wants_of(opened.feeds[0][0], Box((0,), (203,)), rows)
+    chunks = {place // 64 for row in numbers for place in range(MATRIX.indptr[row], MATRIX.indptr[row + 1])}
+    assert sorted((want.reader.layout.name, *want.chunk) for want in wanted) == sorted(
+        (name, chunk) for name in ("X/data", "X/indices") for chunk in chunks
+    )
+    asyncio.run(made.aclose())
+
+
+def test_an_unshuffled_epoch_comes_again_from_what_is_kept(store: Path) -> None:
+    made = stream(store)
+
+    async def read() -> list[list[NDArray[Any]]]:
+        return [[batch.inputs async for batch in made] for _ in range(2)]
+
+    first, second = asyncio.run(read())
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    assert np.array_equal(np.concatenate(first), MATRIX.dense)
