@@ -170,4 +170,6 @@ def peak_rss() -> int:
 def _bytes(part: Any) -> int:
     if isinstance(part, dict):
         return sum(map(_bytes, part.values()))
+    if isinstance(part, tuple):  # sparse rows
+        return sum(int(getattr(each, "nbytes", 0)) for each in part)
     return 0 if part is None else int(part.nbytes)

@@ -5,6 +5,7 @@ Only what torch can't take as it is gets copied: foreign byte order and memory t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from streamtrain.data.batch import Batch
+from streamtrain.data.ragged import SparseRows
 from streamtrain.errors import DataError
 
 
@@ -35,6 +37,19 @@ def to_tensor(array: Any) -> Tensor:
         raise DataError(
             f"torch has no dtype for {array.dtype}", hint="Cast it: dtype=..., or select it away in a transform."
         ) from error
+
+
+def to_sparse(rows: SparseRows) -> Tensor:
+    """A tensor of layout `sparse_csr` over the memory of these rows."""
+    indptr, indices, data = (to_tensor(array) for array in (rows.indptr, rows.indices, rows.data))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(indptr, indices, data, rows.shape, check_invariants=False)
+
+
+def any_tensor(part: Any) -> Tensor:
+    """A tensor of an array, or of sparse rows."""
+    return to_sparse(part) if isinstance(part, SparseRows) else to_tensor(part)
 
 
 def map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:
@@ -60,6 +75,10 @@ def _leaf(value: Any) -> Any:
 
 def tensors(tree: Any) -> Any:
     """Nested dicts, lists and tuples with each numpy array as a tensor; all else as it is."""
+    if isinstance(tree, SparseRows):
+        return to_sparse(tree)
+    if isinstance(tree, dict):
+        return {key: tensors(value) for key, value in tree.items()}
     return tree if isinstance(tree, Tensor) or tree is None else map_tree(_leaf, tree)
 
 

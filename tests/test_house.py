@@ -20,7 +20,8 @@ data.batch data.source data.permutation data.cells data.splits data.chosen data.
 data.container data.budget data.codecs data.layout data.draws data.entropy
 losses schedulers optimizers metrics monitors
 data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
-data.block data.ragged data.feed data.ragged_feed data.cf data.values data.times data.crops data.selecting data.windows
+data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
+data.values data.times data.crops data.selecting data.windows
 data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote data.segments data.disk_cache
 data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes

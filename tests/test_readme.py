@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import zarr
 
+from tests.data.sparse import random_sparse, sparse_store, write_arrays
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -31,6 +33,12 @@ def folder(tmp_path: Path) -> Path:
     group.create_array("rain", data=rng.random(2000, dtype=np.float32), chunks=(200,), dimension_names=hours)
     group.create_array("good", data=np.arange(2000) % 3 > 0, chunks=(200,), dimension_names=hours)
     group.create_array("season", data=np.arange(2000) // 90 % 4, chunks=(200,), dimension_names=hours)
+    sparse_store(tmp_path / "cells.zarr", random_sparse(203, 40, 12))
+    kind = zarr.open_group(tmp_path / "cells.zarr", mode="r+").create_group("obs/kind")
+    kind.attrs["encoding-type"] = "categorical"
+    write_arrays(kind, {"codes": np.arange(203) % 3, "categories": np.arange(3)}, 50)
+    ends = np.arange(101) ** 2
+    write_arrays(zarr.create_group(tmp_path / "texts.zarr"), {"tokens": np.arange(10_000), "ends": ends}, 500)
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self) -> None:\n"
         "        super().__init__(nn.Flatten(), nn.Linear(20, 1), nn.Flatten(0))\n"
@@ -52,7 +60,9 @@ async def run(folder: Path, *arguments: str) -> str:
     return out.decode()
 
 
-@pytest.mark.parametrize("program", blocks("python"), ids=["fit", "stream", "windows", "crops", "samples", "mix"])
+@pytest.mark.parametrize(
+    "program", blocks("python"), ids=["fit", "stream", "windows", "crops", "ragged", "samples", "mix"]
+)
 async def test_programs_run(folder: Path, program: str) -> None:
     await run(folder, "-c", program)
 

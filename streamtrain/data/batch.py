@@ -45,7 +45,8 @@ class Batch:
         """Number of samples in this batch (rows of the first input where there is no index)."""
         if self.index is not None:
             return len(self.index)
-        first = self.inputs
-        while isinstance(first, dict | list | tuple):
+        first: Any = self.inputs
+        while isinstance(first, dict | list | tuple) and not hasattr(first, "shape"):
             first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-        return len(first)
+        sparse = isinstance(first, tuple)
+        return int(getattr(first, "shape", (0,))[0]) if sparse else len(first)

@@ -86,6 +86,9 @@ class Store(Protocol):
     def lay_out(self, slot: int, rows: int, out: NDArray[Any]) -> None:
         """Fill `out` with the first rows of a batch."""
 
+    def sparse(self, slot: int, rows: int) -> Any:
+        """The first rows of a batch, where they are not to be laid out."""
+
 
 @runtime_checkable
 class Storing(Protocol):
@@ -156,7 +159,7 @@ class Block:
         """Set aside room for rows of these lengths, at the positions from `first` on."""
         self._areas[number].lay(first - self.first, lengths)
 
-    def batch(self, slot: int, rows: int, room: Bytes | None = None) -> Iterator[NDArray[Any]]:
+    def batch(self, slot: int, rows: int, room: Bytes | None = None) -> Iterator[Any]:
         """The columns of the first `rows` samples in this slot: views, (rows, *row_shape) each.
 
         Rows of different lengths are laid out in `room`, one such column after another.
@@ -165,6 +168,9 @@ class Block:
         for number, (column, views) in enumerate(zip(self.columns, self._slots, strict=True)):
             if number not in self._areas:
                 yield views[slot, :rows]
+                continue
+            if getattr(column, "kept_sparse", False):
+                yield self._areas[number].sparse(slot, rows)
                 continue
             assert room is not None
             part = room[start : start + self.batch_size * column.row_bytes]

@@ -18,7 +18,7 @@ from streamtrain.data.crops import CropAt, Shift, axis_of, check_alike, crops_of
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout, decoded_whole
 from streamtrain.data.permutation import Ints
-from streamtrain.data.ragged_feed import RaggedArray, cell_rows
+from streamtrain.data.ragged_site import RaggedArray, cell_rows
 from streamtrain.data.selecting import Wanted
 from streamtrain.data.windows import Reach, WindowSite
 from streamtrain.errors import ConfigError, DataError

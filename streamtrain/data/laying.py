@@ -15,7 +15,7 @@ from streamtrain.data.block import Column, Places
 from streamtrain.data.feed import Box, Feed, Rows
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import RaggedColumn
-from streamtrain.data.ragged_feed import RaggedSite, numbers_of
+from streamtrain.data.ragged_site import RaggedSite, numbers_of
 from streamtrain.data.survey import Place
 
 

@@ -197,13 +197,13 @@ def framing_of(
     )
 
 
-def ragged_of(ragged: object, max_length: object, pad_value: object) -> RaggedWish:
+def ragged_of(ragged: object, max_length: object, pad_value: object, sparse: object) -> RaggedWish:
     """What is said of rows of different lengths."""
     if ragged is None:
         for name, value in (("max_length", max_length), ("pad_value", pad_value)):
             if value is not None:
                 raise ConfigError(f"{name}= without ragged=", hint="ragged={'values': 'offsets'} names both arrays")
-        return RaggedWish()
+        return RaggedWish(kept_sparse=bool(sparse))
     if not isinstance(ragged, Mapping) or not ragged:
         raise ConfigError(f"ragged must be a dict of names, not {ragged!r}", hint="ragged={'values': 'offsets'}")
     for pair in ragged.items():
@@ -212,7 +212,7 @@ def ragged_of(ragged: object, max_length: object, pad_value: object) -> RaggedWi
     if pad_value is not None and (isinstance(pad_value, bool) or not isinstance(pad_value, int | float)):
         raise ConfigError(f"pad_value must be a number, not {pad_value!r}")
     longest = None if max_length is None else at_least(max_length, 1, "max_length")
-    return RaggedWish(dict(ragged), longest, pad_value or 0)
+    return RaggedWish(dict(ragged), longest, pad_value or 0, bool(sparse))
 
 
 def _cropped(crop: object) -> dict[int | str, int]:

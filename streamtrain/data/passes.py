@@ -100,6 +100,11 @@ class Recipe:
     max_skipped: float | None = None
     """Share of an epoch's samples that bad chunks may cost; None where one of them ends the pass."""
 
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of some array have different lengths."""
+        return any(column.area_bytes for column in self.columns)
+
 
 class Unit:
     """Consecutive positions that are filled together; `left` counts its unfinished jobs."""
@@ -495,7 +500,7 @@ class ZarrPass:
                 pieces = order.run(unit.start, unit.stop)
             else:
                 pieces = [piece for block in blocks for piece in order.pieces(block)]
-            if self._recipe.rooms is not None:
+            if self._recipe.ragged:
                 lay(unit, [laid for piece in pieces if (laid := self._laid(piece)) is not None], self._recipe)
             jobs = self._jobs(pieces)
             wants = [self._wants(job) for job in jobs]
@@ -521,7 +526,7 @@ class ZarrPass:
     def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
         """Pieces by the handful: at least JOB_BYTES, but enough jobs for all threads."""
         sizes = self._recipe.sizes
-        if self._recipe.rooms is None:
+        if not self._recipe.ragged:
             row = max(1, self._slot_bytes // self._recipe.columns[0].batch_size)
         else:
             row = max(1, sizes.buffer_bytes // sizes.unit_rows)

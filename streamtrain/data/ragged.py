@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,36 @@ class Run:
         return Run(self.arrays, self.starts[rows], self.lengths[rows], self.skipped[rows], self.repeated)
 
 
+class SparseRows(NamedTuple):
+    """Rows as their numbers that are not zero: those of row i are `indptr[i]` to `indptr[i + 1]` of `data`, each in the
+    column that `indices` has for it, as in a CSR matrix."""
+
+    data: NDArray[Any]
+    indices: NDArray[Any]
+    indptr: NDArray[Any]
+    shape: tuple[int, int]
+
+    def added_up(self) -> SparseRows:
+        """The same with rising columns in each row, numbers of one column added up."""
+        rows = np.repeat(np.arange(self.shape[0], dtype=np.int64), np.diff(self.indptr))
+        places, where = np.unique(rows * self.shape[1] + self.indices, return_inverse=True)
+        data = np.zeros(len(places), dtype=self.data.dtype)
+        np.add.at(data, where, self.data)
+        counts = np.bincount(places // self.shape[1], minlength=self.shape[0])
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(self.indptr.dtype)
+        return SparseRows(data, (places % self.shape[1]).astype(self.indices.dtype), indptr, self.shape)
+
+    def take(self, keep: Ints) -> SparseRows:
+        """Some of the rows, copied."""
+        starts, lengths = self.indptr[keep].astype(np.int64), np.diff(self.indptr)[keep].astype(np.int64)
+        ends = np.cumsum(lengths)
+        data, indices = (np.empty(int(lengths.sum()), dtype=array.dtype) for array in (self.data, self.indices))
+        for out, source in ((data, self.data), (indices, self.indices)):
+            copy_runs(out, ends - lengths, source, starts, lengths)
+        indptr = np.concatenate([[0], ends]).astype(self.indptr.dtype)
+        return SparseRows(data, indices, indptr, (len(keep), self.shape[1]))
+
+
 @dataclass(frozen=True)
 class RaggedColumn(Column):
     """A column whose rows have different lengths: `row_shape` is that of a row laid out."""
@@ -70,6 +100,8 @@ class RaggedColumn(Column):
     """Elements that a block has room for."""
     fill: float = 0
     """What lies where a row has no element."""
+    kept_sparse: bool = False
+    """Whether batches have `SparseRows`, which are not laid out."""
 
     @property
     def sparse(self) -> bool:
@@ -88,8 +120,8 @@ class RaggedColumn(Column):
 
     @property
     def batch_bytes(self) -> int:
-        """Of a batch, laid out."""
-        return _aligned(self.batch_size * self.row_bytes)
+        """Of a batch, laid out, where it is."""
+        return self.slot_bytes if self.kept_sparse else _aligned(self.batch_size * self.row_bytes)
 
     def store(self, memory: Bytes, slots: int) -> Area:
         """The column's part of a block."""
@@ -141,6 +173,12 @@ class Area:
         starts = self._starts[slot, : rows + 1]
         first, last = int(starts[0]), int(starts[-1])
         return [array[first:last] for array in self._arrays], starts - first
+
+    def sparse(self, slot: int, rows: int) -> SparseRows:
+        """The first rows of a batch: views of the block, but for their offsets."""
+        (values, columns), starts = self.elements(slot, rows)
+        found = SparseRows(values, columns, starts.astype(columns.dtype), (rows, self.column.row_shape[0]))
+        return found.added_up() if self._repeated else found
 
     def lay_out(self, slot: int, rows: int, out: NDArray[Any]) -> None:
         """Fill `out` (rows, *row_shape) with the first rows of a batch."""

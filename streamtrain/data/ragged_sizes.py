@@ -16,7 +16,7 @@ from streamtrain.data.choosing import Draw
 from streamtrain.data.framing import Frame
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import RaggedColumn
-from streamtrain.data.ragged_feed import RaggedSite
+from streamtrain.data.ragged_site import RaggedSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,4 +124,5 @@ def table_bytes(frames: Sequence[Frame]) -> int:
 
 def room_bytes(columns: Sequence[Column]) -> int:
     """Bytes of a batch's columns that are laid out only when it is made."""
-    return sum(column.batch_bytes for column in columns if isinstance(column, RaggedColumn))
+    laid = (column for column in columns if isinstance(column, RaggedColumn) and not column.kept_sparse)
+    return sum(column.batch_bytes for column in laid)

@@ -13,6 +13,7 @@ import numpy as np
 
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.cache import ChunkCache
+from streamtrain.data.coded_feed import CodesFeed, NullableFeed
 from streamtrain.data.columns import whole
 from streamtrain.data.cropping import feed_of
 from streamtrain.data.feed import Feed, Site
@@ -21,15 +22,8 @@ from streamtrain.data.layout import decoded_whole
 from streamtrain.data.opening import OpenArray
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import Table
-from streamtrain.data.ragged_feed import (
-    CodesFeed,
-    LengthsFeed,
-    LengthsSite,
-    NullableFeed,
-    RaggedArray,
-    RaggedFeed,
-    RaggedSite,
-)
+from streamtrain.data.ragged_feed import LengthsFeed, RaggedFeed
+from streamtrain.data.ragged_site import LengthsSite, RaggedArray, RaggedSite
 from streamtrain.data.readers import ChunkReader
 from streamtrain.data.values import Change
 from streamtrain.data.windows import ReachingSite
@@ -114,6 +108,8 @@ class RaggedWish:
     """The array of each values array's offsets."""
     max_length: int | None = None
     pad_value: float = 0
+    kept_sparse: bool = False
+    """Whether batches have sparse rows as they are."""
 
     def lengths_of(self, names: Iterable[str]) -> list[str]:
         """What the lengths of these arrays' rows are called among the inputs."""
@@ -128,10 +124,12 @@ def ragged_arrays(arrays: Mapping[str, OpenArray], wish: RaggedWish, memory: int
     found: dict[str, RaggedArray] = {}
     for name, array in arrays.items():
         if array.encoding is not None and array.encoding.kind == "csr":
-            found[name] = sparse_rows(array, name, memory)
+            found[name] = replace(sparse_rows(array, name, memory), kept_sparse=wish.kept_sparse)
         elif name in wish.offsets:
             found[name] = _padded_rows(array, arrays[wish.offsets[name]], wish, memory)
             found[f"{name}{LENGTHS}"] = replace(found[name], lengths=True)
+    if wish.kept_sparse and all(rows.columns is None for rows in found.values()):
+        raise ConfigError("sparse=True, and no array of the stream is sparse", hint="leave sparse= out")
     return found
 
 

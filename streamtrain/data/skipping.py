@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.permutation import Ints
+from streamtrain.data.ragged import SparseRows
 from streamtrain.data.readers import BadChunk, ChunkDamage, ChunkReader, ChunkUnreadable, Scratch, Version
 from streamtrain.data.trust import Verify
 from streamtrain.errors import DataError
@@ -158,11 +159,14 @@ class Skips:
         return found
 
 
-def compact(columns: Sequence[NDArray[Any]], dropped: Ints) -> list[NDArray[Any]]:
+def compact(columns: Sequence[Any], dropped: Ints) -> list[Any]:
     """The columns without these rows: the others move up in place, so that nothing is granted and addresses stay."""
-    keep = np.delete(np.arange(len(columns[0])), dropped)
+    keep = np.delete(np.arange(len(columns[-1])), dropped)
     result = []
     for column in columns:
+        if isinstance(column, SparseRows):
+            result.append(column.take(keep))
+            continue
         column[: len(keep)] = column[keep]
         result.append(column[: len(keep)])
     return result

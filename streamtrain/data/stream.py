@@ -57,7 +57,7 @@ from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.passes import BLOCKS_AHEAD, Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
 from streamtrain.data.queue import QueueStatistics
-from streamtrain.data.ragged_feed import RaggedArray
+from streamtrain.data.ragged_site import RaggedArray
 from streamtrain.data.readers import ChunkReader, ZarrLoop
 from streamtrain.data.remote import fetch_statistics
 from streamtrain.data.scanning import LENGTHS, feed_for, ragged_arrays, settled
@@ -190,6 +190,9 @@ class ZarrStream:
     `ragged`: `{values: offsets}`, names of arrays: sample i is the values offsets[i] to offsets[i + 1], and a batch has
     (B, max_length, ...) of them, cut there and padded by `pad_value` (0), beside the lengths (int64, of shape (B,)) as
     `VALUES.lengths` among the inputs, which are a dict then. `max_length` is that of the longest unless told otherwise.
+    A group that AnnData writes is an array as well: sparse rows (csr_matrix) come dense, or with `sparse` as tensors of
+    torch's layout `sparse_csr` (numpy: as `(data, indices, indptr, shape)`); a categorical as its codes (int64; see
+    `categories`). A row without a category, or whose value is masked, is refused by its number.
     `stack`: the inputs become one array, with them as its channels: (B, len(inputs), ...), put together in one gather.
     `decode_cf`: "auto" applies the arrays' `scale_factor`, `add_offset`, `_FillValue` and `missing_value` as xarray
     does (missing ones are NaN), and says so once; False leaves them alone.
@@ -257,6 +260,7 @@ class ZarrStream:
         crop: Mapping[Axis, int] | None = None,
         crop_at: CropAt = "random",
         jitter: int | Mapping[Axis, int] | None = None,
+        sparse: bool = False,
         stack: bool = False,
         dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
         decode_cf: bool | Literal["auto"] = "auto",
@@ -301,12 +305,14 @@ class ZarrStream:
         self._split_seed = at_least(split_seed, 0, "split_seed")
         self._choice = choice_of(indices, groups, weights, balance)
         self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select, crop, crop_at, jitter)
-        self._ragged = ragged_of(ragged, max_length, pad_value)
+        self._ragged = ragged_of(ragged, max_length, pad_value, sparse)
         self._stack = stack
         self._wishes = Wishes(decode_mode(decode_cf), check_normalize(normalize), cast_dtypes(dtype))
         if self._targets is not None and self._inputs is None:
             raise ConfigError("targets= without inputs=", hint="name the inputs too")
         self._crew = transform_crew(transform_workers)
+        if sparse and self._crew.kind == "process":
+            raise ConfigError("sparse=True: processes get no sparse rows", hint="transform_workers=N threads")
         check_transform(transform, self._crew)
         self._transform = transform
         self._cache_transform = None if cache_transform is None else bool(cache_transform)
@@ -697,7 +703,9 @@ class ZarrStream:
         first = 1 if self._stack else count  # of the targets' columns
         wrap: Any = _same_array
         if self._output == "torch" and self._transform is None:
-            from streamtrain.tensors import to_tensor as wrap
+            from streamtrain.tensors import any_tensor, to_tensor
+
+            wrap = any_tensor if self._ragged.kept_sparse else to_tensor
 
         def assemble(arrays: Sequence[NDArray[Any]]) -> Batch:
             wrapped = [wrap(array) for array in arrays]

@@ -21,7 +21,7 @@ from streamtrain.data.framing import Field, Frame, Framing, take_frames, whole
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.order import BLOCK_BYTES, EpochOrder, Shuffle, default_cells_per_block
 from streamtrain.data.ragged import RaggedColumn
-from streamtrain.data.ragged_feed import RaggedSite
+from streamtrain.data.ragged_site import RaggedSite
 from streamtrain.data.ragged_sizes import Extents, extents_of, fitted, room_bytes, row_cost, table_bytes
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.splits import Split, SplitBy, split_bounds

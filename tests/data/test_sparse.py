@@ -388,3 +388,62 @@ def test_an_unshuffled_epoch_comes_again_from_what_is_kept(store: Path) -> None:
     first, second = asyncio.run(read())
     assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
     assert np.array_equal(np.concatenate(first), MATRIX.dense)
+
+
+def dense_of(rows: Any) -> NDArray[Any]:
+    """Sparse rows of a batch as numpy writes them out; none of their columns comes twice."""
+    data, indices, indptr, shape = rows
+    out = np.zeros(shape, dtype=data.dtype)
+    places = np.repeat(np.arange(shape[0]), np.diff(indptr)), indices
+    assert len(set(zip(*(place.tolist() for place in places), strict=True))) == len(data)
+    out[places] = data
+    return out
+
+
+@pytest.mark.parametrize("shuffle", [False, True, "global"])
+def test_sparse_rows_come_as_they_are_where_that_is_wished(store: Path, shuffle: Any) -> None:
+    async def read(made: ZarrStream) -> None:
+        async for batch in made:
+            assert batch.inputs.shape == (len(batch.index), WIDTH)
+            assert np.array_equal(dense_of(batch.inputs), MATRIX.dense[batch.index])
+            batch.inputs.data[:] = 0
+
+    asyncio.run(read(stream(store, sparse=True, shuffle=shuffle)))
+
+
+def test_sparse_rows_of_bad_chunks_are_left_out_and_repeated_columns_added_up(tmp_path: Path) -> None:
+    matrix = Sparse(MATRIX.data, MATRIX.indices // 2, MATRIX.indptr, WIDTH)
+    path = sparse_store(tmp_path / "s.zarr", matrix)
+    (path / "X" / "data" / "c" / "3").write_bytes(b"no chunk")
+
+    async def read() -> int:
+        rows = 0
+        async for batch in stream(path, sparse=True, shuffle=True, on_bad_chunk="skip", max_skipped=0.5):
+            assert np.array_equal(dense_of(batch.inputs), matrix.dense[batch.index])
+            rows += len(batch.index)
+        return rows
+
+    assert 150 < asyncio.run(read()) < 203
+
+
+def test_sparse_rows_are_torchs_sparse_tensors(store: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    async def read(made: ZarrStream) -> int:
+        count = 0
+        async for batch in made:
+            assert batch.inputs.layout == torch.sparse_csr
+            assert np.array_equal(batch.inputs.to_dense().numpy(), MATRIX.dense[batch.index.numpy()])
+            assert batch.inputs.matmul(torch.ones(WIDTH, 1)).shape == (len(batch.index), 1)
+            count += len(batch.index)
+        return count
+
+    assert asyncio.run(read(stream(store, sparse=True, shuffle=True, output="torch"))) == 203
+    given: dict[str, Any] = {"sparse": True, "output": "torch", "inputs": ["X"]}
+    tree = stream(store, **given, transform=lambda batch: (batch.inputs["X"], batch.targets))
+    assert asyncio.run(read(tree)) == 203
+
+
+def test_sparse_of_plain_arrays_is_refused(store: Path) -> None:
+    with pytest.raises(ConfigError, match="no array of the stream is sparse"):
+        epoch(stream(store, inputs="y", sparse=True))
