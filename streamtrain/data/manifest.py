@@ -109,7 +109,12 @@ def metadata_digest(folder: Path) -> str:
     path = folder / "zarr.json"
     if not path.exists():
         path = folder / ".zarray"
-    metadata = json.loads(path.read_bytes())
+    return digest_of(path.read_bytes())
+
+
+def digest_of(text: bytes) -> str:
+    """The same of the metadata's own bytes. Raises ValueError."""
+    metadata = json.loads(text)
     metadata.pop("attributes", None)
     return hashlib.sha256(_canonical(metadata)).hexdigest()
 
@@ -122,44 +127,46 @@ def _records_at(records: int) -> int:
     return -(-(HEADER + 4 * -(-records // PAGE)) // 64) * 64
 
 
-class Manifest:
-    """A manifest that was opened. Thread-safe: what it keeps are pages known to be sound."""
+class Pages:
+    """The records of a manifest, page by page: what is common to one that is mapped and one that is elsewhere."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DataError where it is damaged."""
-        self.path = path
-        self._sound: set[int] = set()
-        try:
-            with path.open("rb") as file:
-                self._memory: Bytes = np.frombuffer(
-                    mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED), dtype=np.uint8
-                )
-        except (OSError, ValueError) as error:
-            raise self._damaged(getattr(error, "strerror", None) or "it is empty") from error
-        header = self._header()
+    path: Path | str
+    """What messages call it."""
+
+    def _begin(self, head: Bytes) -> None:
+        """Take in its first HEADER bytes. Raises DataError where they are damaged."""
+        header = self._header(head)
         try:
             self.files, self.slots, self.bytes = int(header["files"]), int(header["slots"]), int(header["bytes"])
             """Files; inner chunks with records of their own in each; bytes of all files."""
             self.metadata, table_crc = str(header["metadata"]), int(header["table"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("its header lacks what it must have") from error
-        count = self.files * (1 + self.slots)
-        start = _records_at(count)
-        if len(self._memory) != start + count * RECORD.itemsize:
-            raise self._damaged(f"it has {len(self._memory)} bytes, expected {start + count * RECORD.itemsize}")
-        self._table = self._memory[HEADER : HEADER + 4 * -(-count // PAGE)].view("<u4")
-        if crc32c(self._memory[HEADER:start]) != table_crc:
-            raise self._damaged("the checksum of its table does not match")
-        self._records: NDArray[np.void] = self._memory[start:].view(RECORD)
+        self._table_crc = table_crc
+        self.count = self.files * (1 + self.slots)
+        """Records."""
+        self.start = _records_at(self.count)
+        """The byte where they begin."""
 
-    def _header(self) -> dict[str, Any]:
-        if len(self._memory) < HEADER or self._memory[:8].tobytes() != MAGIC:
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return self.start + self.count * RECORD.itemsize
+
+    def _tabled(self, table: Bytes) -> None:
+        """Take in the bytes from HEADER to `start`. Raises DataError where they are damaged."""
+        self._table = table[: 4 * -(-self.count // PAGE)].view("<u4")
+        if crc32c(table) != self._table_crc:
+            raise self._damaged("the checksum of its table does not match")
+
+    def _header(self, head: Bytes) -> dict[str, Any]:
+        if len(head) < HEADER or head[:8].tobytes() != MAGIC:
             raise self._damaged("it does not begin as a manifest does")
-        length, crc = (int(n) for n in self._memory[8:16].view("<u4"))
-        if length > HEADER - 16 or crc32c(self._memory[16:HEADER]) != crc:
+        length, crc = (int(n) for n in head[8:16].view("<u4"))
+        if length > HEADER - 16 or crc32c(head[16:HEADER]) != crc:
             raise self._damaged("the checksum of its header does not match")
         try:
-            header: dict[str, Any] = json.loads(self._memory[16 : 16 + length].tobytes())
+            header: dict[str, Any] = json.loads(head[16 : 16 + length].tobytes())
         except ValueError as error:  # no checksum covers the length itself
             raise self._damaged("its header has another length than it says") from error
         return header
@@ -167,10 +174,10 @@ class Manifest:
     def _damaged(self, why: str) -> DataError:
         return DataError(f"the manifest {self.path} is damaged: {why}", hint=HINT)
 
-    def check_fits(self, layout: ArrayLayout, folder: Path) -> None:
-        """Raise DataError if it was written for other metadata than this array has now."""
+    def check_same(self, layout: ArrayLayout, digest: str) -> None:
+        """Raise DataError if it was written for other metadata than this array has now, whose digest this is."""
         same = (self.files, self.slots) == (math.prod(file_grid(layout)), inner_slots(layout))
-        if not same or metadata_digest(folder) != self.metadata:
+        if not same or digest != self.metadata:
             raise DataError(
                 f"the manifest {self.path} was written for other metadata than those of {layout.name or ALONE!r}: "
                 "they are damaged, or the array was resized or written anew",
@@ -186,22 +193,57 @@ class Manifest:
         return self._record(self.files + number * self.slots + slot)
 
     def _record(self, at: int) -> Record:
-        self._check_page(at // PAGE)
-        record = self._records[at]
+        record = self._page(at // PAGE)[at % PAGE]
         return Record(int(record["size"]), int(record["crc32c"]), int(record["crc32"]))
 
-    def _check_page(self, page: int) -> None:
-        if page in self._sound:
-            return
-        start = page * PAGE
-        if crc32c(self._records[start : start + PAGE].view(np.uint8)) != int(self._table[page]):
+    def _page(self, page: int) -> NDArray[np.void]:
+        """The records of a page that is sound."""
+        raise NotImplementedError
+
+    def _sound_page(self, page: int, records: Bytes) -> NDArray[np.void]:
+        """These bytes as the records of a page. Raises DataError where they are damaged."""
+        if crc32c(records) != int(self._table[page]):
             raise self._damaged(f"the checksum of its page {page} does not match")
-        self._sound.add(page)
+        return records.view(RECORD)
+
+
+class Manifest(Pages):
+    """A manifest that was opened. Thread-safe: what it keeps are pages known to be sound."""
+
+    path: Path
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where it is damaged."""
+        self.path = path
+        self._sound: set[int] = set()
+        try:
+            with path.open("rb") as file:
+                self._memory: Bytes = np.frombuffer(
+                    mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED), dtype=np.uint8
+                )
+        except (OSError, ValueError) as error:
+            raise self._damaged(getattr(error, "strerror", None) or "it is empty") from error
+        self._begin(self._memory[:HEADER])
+        if len(self._memory) != self.size:
+            raise self._damaged(f"it has {len(self._memory)} bytes, expected {self.size}")
+        self._tabled(self._memory[HEADER : self.start])
+        self._records: NDArray[np.void] = self._memory[self.start :].view(RECORD)
+
+    def check_fits(self, layout: ArrayLayout, folder: Path) -> None:
+        """Raise DataError if it was written for other metadata than this array, in this folder, has now."""
+        self.check_same(layout, metadata_digest(folder))
+
+    def _page(self, page: int) -> NDArray[np.void]:
+        records = self._records[page * PAGE : (page + 1) * PAGE]
+        if page not in self._sound:
+            self._sound_page(page, records.view(np.uint8))
+            self._sound.add(page)
+        return records
 
     def check(self) -> None:
         """Read it whole. Raises DataError where it is damaged."""
         for page in range(len(self._table)):
-            self._check_page(page)
+            self._page(page)
 
 
 class Draft:

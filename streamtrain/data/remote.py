@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import math
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +35,8 @@ from streamtrain.data.readers import (
     chunk_error,
     under,
 )
-from streamtrain.data.trust import Verify
+from streamtrain.data.remote_manifest import open_manifest
+from streamtrain.data.trust import Trust, Verify
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""
@@ -86,9 +88,27 @@ class RemoteReader:
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if plain else 0
         self._bound = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else self._most
         self._index_bytes = 16 * math.prod(layout.inner) + 4
+        self._lock = threading.Lock()
+        self._verify: Verify = "never"
+        self._trust: Trust | None = None
 
     def vouch(self, verify: Verify) -> None:
-        """Manifests are not read from afar: what the codecs' own checksums find is found."""
+        """Hold chunks against the array's manifest, if it has one: that is asked for with the first chunk."""
+        with self._lock:
+            self._verify, self._trust = verify, None
+
+    def _trusted(self) -> Trust | None:
+        """What chunks are held against. In a worker's thread. Raises DataError, or EnvironmentProblem."""
+        if self._verify == "never":
+            return None
+        with self._lock:
+            if self._trust is None:
+                manifest = open_manifest(self.layout, self.fetcher, self.loop)
+                if manifest is None:
+                    self._verify = "never"
+                else:
+                    self._trust = Trust(self.layout, manifest, self._verify)
+            return self._trust
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """What the object of a chunk was when it was first seen in this run; None where it was not seen."""
@@ -125,9 +145,10 @@ class RemoteReader:
         return self.layout.chunk_bytes + self.layout.chunk_bytes // 8 + ENCODED_SLACK
 
     def want(self, chunk: Sequence[int], rows: tuple[int, int]) -> Want:
-        """What has to be fetched for these rows (of the first axis) of a chunk."""
-        part = None
-        if self._row_bytes and rows != (0, self.layout.chunk_shape[0]):
+        """What has to be fetched for these rows (of the first axis) of a chunk; all of it where it is to be checked."""
+        part, trust = None, self._trusted()
+        due = trust is not None and trust.due(chunk)
+        if self._row_bytes and not due and rows != (0, self.layout.chunk_shape[0]):
             part = (rows[0] * self._row_bytes, rows[1] * self._row_bytes)
         return Want(self, tuple(chunk), part)
 
@@ -139,11 +160,19 @@ class RemoteReader:
         began = time.perf_counter()
         with self._naming(chunk):
             ahead = scratch.fetched.get(want)
+            if ahead is None and (all_of_it := want._replace(part=None)) in scratch.fetched:
+                want = all_of_it  # it was still to be checked when it was asked for
+                ahead = scratch.fetched[want]
             data = ahead() if ahead is not None else self._now(want, scratch)
             if data is None:
                 if layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out")
+                if self._trust is not None:
+                    self._trust.check_absent(chunk)
                 return None
+            if self._trust is not None and want.part is None and self._trust.due(chunk):
+                self._trust.check(chunk, data)
+                scratch.checked += 1
             fetched = time.perf_counter()
             scratch.seconds["read"] += fetched - began
             scratch.bytes_read += len(data)

@@ -19,6 +19,7 @@ from streamtrain.data.manifest import (
     PLACE,
     Bytes,
     Manifest,
+    Pages,
     Record,
     describe,
     doubly,
@@ -55,7 +56,7 @@ def trust_in(root: Path, layout: ArrayLayout, verify: Verify, *, whole_files: bo
 class Trust:
     """Checks chunks of one array. Thread-safe: a bit that two threads set at once costs one more check."""
 
-    def __init__(self, layout: ArrayLayout, manifest: Manifest, verify: Verify, *, whole_files: bool = False) -> None:
+    def __init__(self, layout: ArrayLayout, manifest: Pages, verify: Verify, *, whole_files: bool = False) -> None:
         self.manifest = manifest
         self._always = verify == "always"
         self._slots = 0 if whole_files else inner_slots(layout)

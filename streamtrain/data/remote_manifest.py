@@ -1,0 +1,150 @@
+"""The manifest of an array that is elsewhere: its header and table are read once, its records a page at a time.
+
+Its law: as that of manifests; and an array that has none costs one request.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.fetch import REFUSALS, Fetcher, FetchFailed, Heading
+from streamtrain.data.filters import Bytes
+from streamtrain.data.layout import ALONE, ArrayLayout
+from streamtrain.data.manifest import HEADER, HINT, PAGE, PLACE, RECORD, Pages, digest_of
+from streamtrain.data.readers import ZarrLoop
+from streamtrain.errors import DataError, EnvironmentProblem
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+SMALL = 1 << 20
+"""A manifest up to this size is read whole at once."""
+KEPT_PAGES = 256
+"""Pages that are kept, 64 KiB each: those of the last million chunks."""
+
+Fetch = Callable[[int, int], Bytes]
+"""The bytes of the manifest from one to before another. Raises DataError or EnvironmentProblem."""
+
+
+class RemoteManifest(Pages):
+    """A manifest whose pages are fetched when a record of theirs is asked for. Thread-safe."""
+
+    def __init__(self, url: str, head: Bytes, fetch: Fetch) -> None:
+        """Raises DataError where it is damaged."""
+        self.path = url
+        self._fetch = fetch
+        self._lock = threading.Lock()
+        self._pages: OrderedDict[int, NDArray[np.void]] = OrderedDict()
+        self._begin(head)
+        if self.size > SMALL:
+            self._tabled(fetch(HEADER, self.start))
+            return
+        rest = fetch(HEADER, self.size)
+        self._tabled(rest[: self.start - HEADER])
+        for page in range(len(self._table)):
+            first, last = self._extent(page)
+            self._pages[page] = self._sound_page(page, rest[first - HEADER : last - HEADER])
+
+    def _extent(self, page: int) -> tuple[int, int]:
+        size = PAGE * RECORD.itemsize
+        return self.start + page * size, min(self.start + (page + 1) * size, self.size)
+
+    def _page(self, page: int) -> NDArray[np.void]:
+        with self._lock:
+            known = self._pages.get(page)
+            if known is None:
+                known = self._sound_page(page, self._fetch(*self._extent(page)))
+                self._pages[page] = known
+                while len(self._pages) > KEPT_PAGES:
+                    self._pages.popitem(last=False)
+            self._pages.move_to_end(page)
+            return known
+
+
+def open_manifest(layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop) -> RemoteManifest | None:
+    """The manifest of this array; None where there is none. Blocks: in a worker's thread.
+
+    Raises DataError where it is damaged or belongs to other metadata, EnvironmentProblem where it can't be had.
+    """
+    prefix = f"{layout.name}/" if layout.name else ""
+    key = prefix + PLACE
+    url = fetcher.source.url(key)
+    versions: set[str] = set()
+
+    def headed(start: int, stop: int, heading: Heading) -> None:
+        versions.add(str(heading.version))
+        if len(versions) > 1:
+            raise ValueError("it changed during the run")
+        if heading.length != stop - start:
+            raise ValueError(f"it ends after {heading.length} of the bytes from {start} to {stop}")
+
+    async def part(start: int, stop: int) -> Bytes:
+        return _own(await fetcher.fetch(key, (start, stop), lambda heading: headed(start, stop, heading)))
+
+    def fetch(start: int, stop: int) -> Bytes:
+        return _had(url, loop, lambda: part(start, stop), fetcher.longest * 2)
+
+    async def beginning() -> Bytes | None:
+        try:
+            return await part(0, HEADER)
+        except FileNotFoundError:
+            return None
+        except FetchFailed as error:
+            if not _refused(error):
+                raise
+            logger.info("array %s: %s: %s", layout.name or ALONE, url, error)
+            return None
+
+    head = _had(url, loop, beginning, fetcher.longest * 2)
+    if head is None:
+        if layout.manifest:
+            name = layout.name or ALONE
+            logger.warning("array %s: its manifest is gone (%s), so that damage may go unseen", name, url)
+        return None
+    manifest = RemoteManifest(url, head, fetch)
+    text = _had(url, loop, lambda: _metadata(fetcher, prefix), fetcher.longest * 2)
+    manifest.check_same(layout, digest_of(text))
+    return manifest
+
+
+async def _metadata(fetcher: Fetcher, prefix: str) -> bytes:
+    try:
+        return (await fetcher.fetch(f"{prefix}zarr.json", None, _any)).tobytes()
+    except FileNotFoundError:
+        return (await fetcher.fetch(f"{prefix}.zarray", None, _any)).tobytes()
+
+
+def _any(heading: Heading) -> None:
+    """Any answer will do."""
+
+
+def _own(data: Bytes) -> Bytes:
+    """A copy that is aligned, and keeps nothing else alive."""
+    return np.array(data)
+
+
+def _refused(error: FetchFailed) -> bool:
+    """Whether the store says no: many do, of names that begin with a dot, or of what is not there."""
+    return isinstance(error.__cause__, PermissionError) or type(error.__cause__).__name__ in REFUSALS
+
+
+def _had(url: str, loop: ZarrLoop, ask: Callable[[], Coroutine[Any, Any, T]], timeout: float) -> T:
+    """What a coroutine on the private loop gives, its failures told as those of the manifest."""
+    try:
+        return loop.run(ask(), timeout)
+    except FetchFailed as error:
+        raise EnvironmentProblem(f"the manifest {url} can't be read: {error}", hint=error.hint) from error
+    except TimeoutError as error:
+        raise EnvironmentProblem(f"the manifest {url} was not read in time", hint="check the storage") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise DataError(f"the manifest {url} is damaged: {error}", hint=HINT) from error
+    except concurrent.futures.CancelledError as error:
+        raise DataError(f"the reading of the manifest {url} was ended", hint="") from error

@@ -1,0 +1,182 @@
+"""What a manifest gives a store elsewhere: no damage of any object goes unseen, and a good chunk is checked once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from data_tools.convert import Layout, convert
+from streamtrain.data import remote_manifest
+from streamtrain.data.manifest import PLACE
+from streamtrain.data.stream import ZarrStream
+from streamtrain.data.vouching import vouch
+from streamtrain.errors import DataError
+
+Objects = dict[str, bytes]
+Damage = Callable[[Objects, str, str], None]
+DATA: NDArray[np.float32] = np.arange(64 * 4, dtype="float32").reshape(64, 4)
+LAYOUTS = {
+    "raw": Layout(chunks=(4, 4), codec="raw"),
+    "zstd": Layout(chunks=(4, 4), codec="zstd"),
+    "shards of raw": Layout(chunks=(4, 4), shards=(8, 4), codec="raw"),
+    "shards of blosc": Layout(chunks=(4, 4), shards=(8, 4), codec="blosc"),
+}
+FIRST, SECOND = "c/2/0", "c/1/0"
+
+
+def objects(folder: Path, layout: str = "raw") -> Objects:
+    """A store with a manifest, as keys and bytes."""
+    np.save(folder / "x.npy", DATA)
+    return content(convert(folder / "x.npy", folder / "x.zarr", layout=LAYOUTS[layout]))
+
+
+def content(root: Path) -> Objects:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def in_memory(found: Objects) -> MemoryStore:
+    buffer = default_buffer_prototype().buffer
+    return MemoryStore({key: buffer.from_bytes(value) for key, value in found.items()})
+
+
+def stream(store: Any, **keywords: Any) -> ZarrStream:
+    return ZarrStream(store, **{"batch_size": 8, "output": "numpy", "memory": "8MiB", **keywords})
+
+
+async def read(store: Any, **keywords: Any) -> Any:
+    async with stream(store, **keywords) as source:
+        return np.concatenate([batch.inputs.copy() async for batch in source])
+
+
+def flip(found: Objects, key: str, other: str) -> None:
+    found[key] = found[key][:5] + bytes([found[key][5] ^ 4]) + found[key][6:]
+
+
+def cut(found: Objects, key: str, other: str) -> None:
+    found[key] = found[key][:-3]
+
+
+def lose(found: Objects, key: str, other: str) -> None:
+    del found[key]
+
+
+def replace(found: Objects, key: str, other: str) -> None:
+    found[key] = found[other]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("damage", [flip, cut, lose, replace], ids=lambda damage: damage.__name__)
+async def test_every_damage_is_an_error_that_names_it(damage: Damage, layout: str, tmp_path: Path) -> None:
+    found = objects(tmp_path, layout)
+    assert (await read(in_memory(found)) == DATA).all()
+    damage(found, FIRST, SECOND)
+    with pytest.raises(DataError, match=r"array 'array': chunk \d+\.0 \(rows \[\d+:\d+, 0:4\]\) in .*/?c/2/0: .*it"):
+        await read(in_memory(found))
+
+
+@pytest.mark.parametrize("layout", ["raw", "shards of blosc"])
+async def test_damage_in_a_bucket_is_seen(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("obstore")
+    from tests.data.cloud import options, put
+
+    server = request.getfixturevalue("s3")
+    found = objects(tmp_path, layout)
+    given: dict[str, Any] = {"storage_options": options(server), "shuffle": "block"}
+    url = put(server, in_memory(found))
+    async with stream(url, **given) as source:
+        for checked in (16, 0):
+            async for batch in source:
+                assert (batch.inputs == DATA[batch.index]).all()
+            assert source.statistics().chunks_checked == checked
+    replace(found, FIRST, SECOND)
+    with pytest.raises(DataError, match=r"its checksum .* is .*, its manifest says"):
+        await read(put(server, in_memory(found)), **given)
+    assert len(await read(put(server, in_memory(found)), **given, verify="never")) == len(DATA)
+
+
+async def test_rows_of_a_chunk_are_checked_with_all_of_it(tmp_path: Path) -> None:
+    found = objects(tmp_path)
+    flip(found, FIRST, SECOND)  # in its first row
+    with pytest.raises(DataError, match=r"chunk 2\.0"):
+        await read(in_memory(found), split=(10, 12))
+    assert (await read(in_memory(found), split=(10, 12), verify="never") == DATA[10:12]).all()
+
+
+async def test_bad_chunks_can_be_skipped(tmp_path: Path) -> None:
+    found = objects(tmp_path)
+    replace(found, FIRST, SECOND)
+    rows = await read(in_memory(found), on_bad_chunk="skip", max_skipped=0.1)
+    assert (rows == np.delete(DATA, range(8, 12), axis=0)).all()
+
+
+async def test_absent_chunks_are_fill_where_the_manifest_says_so(tmp_path: Path) -> None:
+    array: Any = zarr.create_array(str(tmp_path), name="x", shape=(8,), chunks=(2,), dtype="int32", fill_value=9)
+    array[2:6] = 7
+    vouch(tmp_path)
+    found = content(tmp_path)
+    assert (await read(in_memory(found), inputs="x")).tolist() == [9, 9, 7, 7, 7, 7, 9, 9]
+    lose(found, "x/c/1", "")
+    with pytest.raises(DataError, match="it is missing; its manifest says"):
+        await read(in_memory(found), inputs="x")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-1], "is damaged: it ends after"),
+        (lambda text: b"X" + text[1:], "does not begin as a manifest does"),
+        (lambda text: text[:20] + b"!" + text[21:], "the checksum of its header"),
+        (lambda text: text[:-1] + bytes([text[-1] ^ 1]), "the checksum of its page 0"),
+        (lambda text: text[:100], "is damaged: it ends after 100"),
+    ],
+    ids=["short", "magic", "header", "page", "cut"],
+)
+@pytest.mark.parametrize("small", [1 << 20, 0], ids=["whole", "by pages"])
+async def test_a_damaged_manifest_is_an_error(
+    damage: Any, message: str, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_manifest, "SMALL", small)
+    found = objects(tmp_path)
+    assert (await read(in_memory(found)) == DATA).all()
+    found[PLACE] = damage(found[PLACE])
+    with pytest.raises(DataError, match=message):
+        await read(in_memory(found))
+
+
+async def test_a_manifest_of_other_metadata_is_refused(tmp_path: Path) -> None:
+    found = objects(tmp_path)
+    found["zarr.json"] = found["zarr.json"].replace(b'"fill_value": 0.0', b'"fill_value": 1.0')
+    with pytest.raises(DataError, match="was written for other metadata"):
+        await read(in_memory(found))
+
+
+async def test_a_manifest_that_is_gone_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = objects(tmp_path)
+    del found[PLACE]
+    with caplog.at_level(logging.WARNING):
+        assert (await read(in_memory(found)) == DATA).all()
+    assert [record.message for record in caplog.records if "its manifest is gone" in record.message]
+
+
+def test_a_store_without_one_is_asked_once(tmp_path: Path) -> None:
+    class Counting(MemoryStore):
+        asked: list[str] = []
+
+        async def get(self, key: str, *arguments: Any, **keywords: Any) -> Any:
+            self.asked.append(key)
+            return await super().get(key, *arguments, **keywords)
+
+    store = Counting()
+    zarr.create_array(store, data=DATA, chunks=(4, 4))
+    asyncio.run(read(store, threads=4))
+    assert Counting.asked.count(PLACE) == 1
