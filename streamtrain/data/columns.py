@@ -75,7 +75,7 @@ async def read_coordinate(
 
     Its values are numbers (unpacked as CF says), times (datetime64) or texts. Raises DataError where it can't be used.
     """
-    group = beside.rpartition("/")[0]
+    group = beside.removeprefix(f"{where.path}/").rpartition("/")[0]
     for name in dict.fromkeys([f"{group}/{dim}" if group else dim, dim]):
         array = await array_at(where, name)
         if array is None or len(array.shape) != 1:
