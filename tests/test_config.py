@@ -112,6 +112,14 @@ transform_workers = "thread:2"
 """
 
 
+def test_values_are_selected_by_lists_and_tables_of_start_and_stop() -> None:
+    spelt = 'select = { time = { start = "2000", stop = "2010" }, level = [500.0], 1 = [0, 3], name = ["a"] }'
+    config = resolve(said(FULL.replace("[data]", f"[data]\n{spelt}")))
+    assert config.data.select == {
+        "time": {"start": "2000", "stop": "2010"}, "level": [500.0], "1": [0, 3], "name": ["a"],
+    }  # fmt: skip
+
+
 def test_windows_choices_and_several_stores_are_keys_of_the_data() -> None:
     text = LEAST.replace('"d.zarr"', f'["a.zarr", "b.zarr"]{SAMPLES}') + "[validation]\nsplit = [0.0, 0.5]\n"
     config = resolve(said(text))

@@ -87,7 +87,8 @@ async def read_coordinate(
             return Coordinate(dim, column.values)
         opened = (await open_arrays(where, [name], io="auto", loop=loop, timeout=timeout, retries=retries))[name]
         opened.reader.vouch(verify)
-        return Coordinate(dim, _decoded(opened.layout, whole(opened)))
+        values = await asyncio.get_running_loop().run_in_executor(None, whole, opened)  # the private loop's own threads
+        return Coordinate(dim, _decoded(opened.layout, values))
     return None
 
 

@@ -148,6 +148,19 @@ async def test_windows_split_by_chunk_lie_in_one_part_whole_and_the_others_are_c
     assert cut > 0
 
 
+async def test_places_of_each_sample_axis_are_cut_out(store: Path) -> None:
+    given: dict[str, Any] = {"sample_axes": (0, 2), "targets": None, "shuffle": "block"}
+    found = await samples(store, select={"time": "1999", 2: [1, 4]}, **given)
+    days = np.flatnonzero(YEARS == 1999).tolist()
+    assert sorted(found) == [day * LATS + lat for day in days for lat in (1, 4)]
+    assert all((value == X[divmod(number, LATS)[0], :, number % LATS]).all() for number, value in found.items())
+
+
+async def test_patches_lie_in_what_is_left(store: Path) -> None:
+    found = await samples(store, targets=None, select={"lat": slice(60, -30)}, window={"lat": 3}, stride=2)
+    assert sorted(found) == [day * 6 + n for day in range(DAYS) for n in range(6) if 2 <= 2 * n <= 6]
+
+
 async def test_a_range_of_samples_is_arithmetic_without_a_table(store: Path) -> None:
     async with stream(store, select={"time": slice("1999-06", "2000")}) as source:
         await source.open()
