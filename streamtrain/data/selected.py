@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from streamtrain.data.crops import Axis, axis_of
 from streamtrain.data.framing import Field, Framing, sample_axes_of
-from streamtrain.data.permutation import Ints, derive_key
+from streamtrain.data.permutation import Ints
 from streamtrain.data.selecting import Coordinate, Wanted, missing_error, places_of
 from streamtrain.errors import DataError
 
-SHOWN = 100
-"""Characters of places that a position shows; more of them as a digest."""
+SHOWN = 24
+"""Places that a position shows; more of them, or those of several stores, as a digest."""
 
 
 def resolved(
@@ -66,10 +67,14 @@ def told(framings: Sequence[Framing]) -> dict[str, Any]:
     """What a position says of it, JSON-able; nothing where nothing is selected."""
     if not framings[0].taken:
         return {}
-    each = [{str(axis): places.tolist() for axis, places in framing.taken.items()} for framing in framings]
-    same = all(mine == each[0] for mine in each)
-    text = str(each[0] if same else each)
-    return {"select": each[0] if same and len(text) <= SHOWN else {"digest": [derive_key(text)]}}
+    if len(framings) == 1 and sum(map(len, framings[0].taken.values())) <= SHOWN:
+        return {"select": {str(axis): places.tolist() for axis, places in framings[0].taken.items()}}
+    digest = hashlib.blake2b(digest_size=8)
+    for framing in framings:
+        for axis, places in framing.taken.items():
+            digest.update(f"/{axis}/{len(places)}/".encode())
+            digest.update(places.astype("<i8").tobytes())
+    return {"select": f"digest {digest.hexdigest()}"}
 
 
 def named(framing: Framing) -> list[str]:

@@ -35,6 +35,7 @@ BENCHES = {
     "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
     "diskcache": "zstd batches out of the disk cache against raw ones, and what filling it costs",
     "shards": "inner chunks of 64 KiB, against zarr's pipeline and zarrs'",
+    "crops": "random crops of large fields, against cutting them in a transform, and zarr's slices",
     "peers": "shuffled raw, zstd and blosc batches, against annbatch in an environment of its own",
     "cgroup": "data of 8 times a memory limit, cold, against the disk's own rate (needs a cgroup that can be made)",
     "windows": "windows of 8 and 24 steps, against xbatcher + DataLoader and insitubatch",

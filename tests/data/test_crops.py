@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
 
 from streamtrain.data.crops import drawn
 from streamtrain.data.stream import ZarrStream
@@ -175,6 +176,17 @@ async def test_only_chunks_that_a_crop_touches_are_read_each_once(store: Path) -
         # rows 7 to 12 lie in 2 of 4 chunks along lat, columns 5 to 9 in 2 of 4 along lon, for 4 cells of 3 samples
         assert source.statistics().chunks == 4 * 2 * 2
         assert source.plan().chunks <= 4 * 16
+
+
+async def test_of_a_store_elsewhere_those_chunks_alone_are_asked_for() -> None:
+    memory = MemoryStore()
+    zarr.create_array(memory, data=X, chunks=(3, 5, 4), compressors=None)
+    async with stream(memory, inputs=None, crop={1: 5, 2: 4}, crop_at="center", verify="never") as source:
+        async for batch in source:
+            assert (batch.inputs == X[batch.index, 7:12, 5:9]).all()
+        told = source.statistics().fetch
+    assert told is not None
+    assert told.requests == 4 * 2 * 2
 
 
 async def test_windows_are_cropped_too(store: Path) -> None:
