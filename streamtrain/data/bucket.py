@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +68,11 @@ class Bucket:
     def zarr_store(self) -> Store:
         """The same objects for zarr's own API, which reads metadata, and what our lanes don't know."""
         return LateStore(lambda: self._made(self.retries))
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for those that ask the same server, in the same way, for the same objects."""
+        return self._url, tuple(sorted(self._options.items()))
 
     def close(self) -> None:
         """Drop the clients and their connections."""

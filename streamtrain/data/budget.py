@@ -85,6 +85,8 @@ class Budget:
         self._used = self._peak = 0
         self._returned: deque[int] = deque()
         self._shares: weakref.WeakSet[Share] = weakref.WeakSet()
+        self.cache: Callable[[], object] | None = None
+        """Gives what its streams keep together, as long as that lives."""
 
     def join(self) -> Share:
         """An account of one stream's bytes; the budget is divided by their number."""
@@ -147,6 +149,8 @@ class Share:
         """The same for what is kept only to save work; asked by this stream too, and last."""
         self.active = True
         """Whether its stream counts among those that divide the budget: it is not closed."""
+        self.keeps = False
+        """Whether it is no stream's, but what streams keep together: it stays as long as they do."""
         self._lock = threading.Lock()
         self._used = 0
         self._returned: deque[int] = deque()
@@ -171,8 +175,10 @@ class Share:
 
     @property
     def others_hold(self) -> bool:
-        """Whether another stream has bytes that may come back."""
-        return any(share.used for share in self.budget.shares() if share is not self)
+        """Whether another stream has bytes that may come back, or a part in those that are kept together."""
+        others = [share for share in self.budget.shares() if share is not self]
+        several = any(share.active for share in others)
+        return any(share.used and (several or not share.keeps) for share in others)
 
     def try_acquire(self, size: int) -> bool:
         """Grant `size` bytes, or say no and change nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,13 +132,15 @@ class CropFeed(Feed):
 
     site: CropSite
     epoch_key = 0
+    number = 0
+    """Of the store among those of the stream."""
 
     def during(self, seed: int, epoch: int) -> Feed:
         """The same for one epoch, whose samples lie at places of their own."""
         if not self.site.random:
             return self
         mine = copy.copy(self)
-        mine.epoch_key = derive_key(seed, epoch, "crops", self._store)
+        mine.epoch_key = derive_key(seed, epoch, "crops", self.number)
         return mine
 
     def fill(self, box: Box, rows: Rows, put: Put, scratch: Scratch) -> None:
@@ -281,8 +283,11 @@ def _gather_whole(data: NDArray[Any], low: Ints, mine: Ints, region: NDArray[Any
 
 
 def feed_of(
-    site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int = 0, change: Change | None = None
+    site: Site, reader: ChunkReader, cache: ChunkCache | None, store: Hashable, change: Change | None, *, number: int
 ) -> Feed:
-    """What reads an array that lies so in the store of this number."""
-    kind = CropFeed if isinstance(site, CropSite) else WindowFeed if isinstance(site, WindowSite) else Feed
-    return kind(site, reader, cache, store, change=change)
+    """What reads an array that lies so, in a stream's store of this number; `store` names it in the cache."""
+    if isinstance(site, CropSite):
+        crops = CropFeed(site, reader, cache, store, change=change)
+        crops.number = number
+        return crops
+    return (WindowFeed if isinstance(site, WindowSite) else Feed)(site, reader, cache, store, change=change)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
-from streamtrain.data.layout import ArrayLayout
+from streamtrain.data.layout import ArrayLayout, essence
 from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import ChunkName, ChunkReader, Scratch
 
@@ -138,17 +138,23 @@ class Feed:
     """Whether values are held against what they must be: not where they are only asked for, to know what is read."""
 
     def __init__(
-        self, site: Site, reader: ChunkReader, cache: ChunkCache | None, store: int, *, change: Change | None = None
+        self,
+        site: Site,
+        reader: ChunkReader,
+        cache: ChunkCache | None,
+        store: Hashable,
+        *,
+        change: Change | None = None,
     ) -> None:
-        """`store`: its number; together with array and chunk it names what is kept in the cache. `change`: what is
-        done to rows before they are put."""
-        self._store, self.change = store, change
+        """`store`: which it is, among all whose chunks the cache keeps; with array and chunk it names what is kept.
+        `change`: what is done to rows before they are put."""
+        self._kept_as, self.change = (store, repr(essence(site.layout))), change
         self.site, self.layout, self.reader, self.cache = site, site.layout, reader, cache
         self._order = site.sample_axes + site.row_axes
 
     def key(self, chunk: tuple[int, ...]) -> Hashable:
         """What a chunk is called in the cache."""
-        return self._store, self.layout.name, chunk
+        return *self._kept_as, chunk
 
     def during(self, seed: int, epoch: int) -> Feed:
         """The same for one epoch: itself, unless its samples lie elsewhere in each."""
@@ -297,7 +303,11 @@ class Feed:
             if self.cache is None:
                 return self.reader.read(chunk, rows, scratch, few=few)
             everything = (0, self.layout.chunk_shape[0])
-            return self.cache.get(self.key(chunk), lambda: self.reader.read(chunk, everything, scratch))
+            return self.cache.get(
+                self.key(chunk),
+                lambda: self.reader.read(chunk, everything, scratch),
+                lambda: self.reader.version(chunk),
+            )
         finally:
             scratch.reading = None
 

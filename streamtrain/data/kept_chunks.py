@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from streamtrain.data.budget import available_memory
 from streamtrain.data.disk_cache import DiskCache, Folder, Shelf
 from streamtrain.data.filters import Bytes
-from streamtrain.data.layout import ALONE, ArrayLayout, decoded_whole
+from streamtrain.data.layout import ALONE, ArrayLayout, decoded_whole, essence
 from streamtrain.data.manifest import unaddressable
 from streamtrain.data.readers import ChunkReader, Scratch, Version, is_local, under
 from streamtrain.data.remote import RemoteReader, Want
@@ -41,7 +41,7 @@ class KeptReader:
         """`store` names where it is, whoever asks; `inodes`: its files keep their numbers from one run to the next."""
         self.inner, self.layout, self._cache = reader, layout, cache
         self._far = under(RemoteReader, reader)
-        self._array = _digest(FORMAT, store, *_what(layout))
+        self._array = _digest(FORMAT, store, *essence(layout))
         self._grid = tuple(-(-s // c) for s, c in zip(layout.shape, layout.chunk_shape, strict=True))
         self._total = math.prod(layout.shape) * layout.dtype.itemsize
         self._every = (0, layout.chunk_shape[0]) if layout.ndim else (0, 1)
@@ -174,12 +174,6 @@ def kept_reader(
         logger.info("array %s is not kept in the disk cache: %s", layout.name or ALONE, why)
         return reader
     return KeptReader(reader, layout, cache, address, verify=verify, inodes=near)
-
-
-def _what(layout: ArrayLayout) -> tuple[object, ...]:
-    """What of an array's metadata makes its decoded bytes."""
-    grid = (layout.name, layout.shape, layout.chunk_shape, layout.shard_shape, layout.axes, layout.index_at_start)
-    return *grid, layout.separator, layout.prefix, layout.dtype.str, layout.dtype.name, layout.codecs, layout.slow
 
 
 def _digest(*parts: object) -> int:

@@ -149,6 +149,12 @@ class ArrayLayout:
         return tuple((c * size, min((c + 1) * size, length)) for c, size, length in pairs)
 
 
+def essence(layout: ArrayLayout) -> tuple[object, ...]:
+    """What of an array's metadata makes the bytes of its decoded chunks."""
+    grid = (layout.name, layout.shape, layout.chunk_shape, layout.shard_shape, layout.axes, layout.index_at_start)
+    return *grid, layout.separator, layout.prefix, layout.dtype.str, layout.dtype.name, layout.codecs, layout.slow
+
+
 def decoded_whole(layout: ArrayLayout) -> bool:
     """Whether its chunks can only be had whole."""
     return layout.slow is not None or not layout.raw

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,19 @@ _NO_STORE = "give the folder of a Zarr store; `python -m data_tools convert` mak
 StoreLike = str | os.PathLike[str] | zarr.Group | zarr.Array[Any] | Store
 
 
+class _Itself:
+    """Stands for a thing, and keeps it: equal for that very one alone, whatever its own class calls equal."""
+
+    def __init__(self, thing: object) -> None:
+        self._thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other._thing is self._thing
+
+    def __hash__(self) -> int:
+        return id(self._thing)
+
+
 @dataclass(frozen=True)
 class Located:
     """A store, and where in it the user's root lies."""
@@ -62,6 +75,13 @@ class Located:
         if isinstance(self.store, ObjectStore):
             return Owned(self.store.store)
         return StoreBytes(self.store) if isinstance(self.store, Store) and self.root is None else None
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for those that read the same store, in this process and while they live."""
+        if self.root is not None:
+            return self.address
+        return self.bucket.identity if self.bucket is not None else _Itself(self.store)
 
     @property
     def address(self) -> str:

@@ -261,12 +261,14 @@ class StoreFiles:
             raise ValueError("it is a link to nothing")
 
     def version(self, key: str) -> Version:
-        """What a file is now; of one that is not there, that."""
+        """What a file is now; of one that is not there, that. It counts as seen: a change from now on is one."""
         try:
             now = os.stat(os.path.join(self.root, key))
         except OSError:
             return Version(("not there",), False)
-        return Version((now.st_size, now.st_mtime_ns, now.st_ino), self.settled(now))
+        signature = (now.st_size, now.st_mtime_ns, now.st_ino)
+        self._seen.first(key, signature)
+        return Version(signature, self.settled(now))
 
     def settled(self, status: os.stat_result) -> bool:
         """Whether the file was not modified since this store was opened."""

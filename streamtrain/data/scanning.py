@@ -5,7 +5,7 @@ Its law: an offset that can't be is an error that names array, row and chunk, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,11 +175,13 @@ def feed_for(
     array: OpenArray,
     site: Site,
     cache: ChunkCache | None,
-    store: int,
+    number: int,
+    store: Hashable,
     change: Change | None,
     tolerant: Callable[[OpenArray], ChunkReader],
 ) -> Feed:
-    """What reads this array; `tolerant` gives the reader that is to be used."""
+    """What reads this array of store `number`; `tolerant` gives the reader that is to be used, `store` is its part of
+    what chunks are called in the cache."""
     reader = tolerant(array)
     if isinstance(site, LengthsSite):
         return LengthsFeed(site, reader, None, store)
@@ -189,7 +191,7 @@ def feed_for(
         ragged.beside = tuple(_beside(each, cache, store, tolerant) for each in array.beside[:1])
         return ragged
     if array.encoding is None:
-        return feed_of(site, reader, kept, store, change)
+        return feed_of(site, reader, kept, store, change, number=number)
     if isinstance(site, ReachingSite):
         raise ConfigError(f"array {site.layout.name!r} is no plain array, over which windows and crops could move")
     if array.encoding.kind == "categorical":
@@ -204,7 +206,7 @@ def feed_for(
 
 
 def _beside(
-    array: OpenArray, cache: ChunkCache | None, store: int, tolerant: Callable[[OpenArray], ChunkReader]
+    array: OpenArray, cache: ChunkCache | None, store: Hashable, tolerant: Callable[[OpenArray], ChunkReader]
 ) -> Feed:
     """What reads the columns of sparse rows, chunk by chunk."""
     site = Site(array.layout, (0,), (1,), array.layout.native)

@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, overload
@@ -113,7 +113,7 @@ class StreamStatistics:
     """What is ready; its `wait_seconds` is how long the consumer waited for data."""
     budget: BudgetStatistics
     cache: CacheStatistics | None
-    """Decoded chunks kept because several cells share them; None where none do."""
+    """Decoded chunks kept for other cells, epochs and streams of the budget; None where none are."""
     fetch: FetchStatistics | None
     """Requests to a store that is elsewhere; None for a folder."""
     finished: FinishedStatistics | None
@@ -209,8 +209,9 @@ class ZarrStream:
     copy (they are transformed or decompressed) and memory is left; False: never; True: of shuffled streams too (which
     pays where an epoch comes again), by processes, and of transforms that draw from `batch.rng` (an unshuffled stream
     then repeats what its first epoch drew). A transform must depend on its batch's samples alone, not on the epoch.
-    `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks that several
-    cells share, and as many for finished batches (0: neither).
+    `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks, and as many
+    for finished batches (0: neither); "auto" keeps chunks that several cells share, and all where a quarter of the
+    memory holds them. Streams that share a `Budget` decode and keep a chunk of one store once for all of them.
     `disk_cache`: a folder for decoded chunks, up to `disk_cache_bytes` ("50GiB"), or a size alone ("20GiB") for one
     where the user's caches lie: compressed and remote data come from memory maps of it from the second epoch on, in
     later runs too, as long as their sources have not changed. One process at a time; its streams may share it.
@@ -328,6 +329,7 @@ class ZarrStream:
         self._read_timeout = seconds_above_zero(read_timeout, "read_timeout")
         self._verify: Verify = choice(verify, ("once", "always", "never"), "verify")
         self._on_bad_chunk: OnBadChunk = choice(on_bad_chunk, ("raise", "skip"), "on_bad_chunk")
+        self._alone = object()
         self._max_skipped = share_of_one(max_skipped, "max_skipped")
         self._output = choice(output, ("torch", "numpy"), "output")
         self._opened: _Opened | None = None
@@ -529,6 +531,7 @@ class ZarrStream:
                     site,
                     cache,
                     number,
+                    self._kept_as(self._where[number]),
                     None if change.plain else change.on(site.taken, site.row_axes, site.inner_shape),
                     self._tolerant,
                 )
@@ -575,6 +578,10 @@ class ZarrStream:
             Field(name, arrays[name].layout, _own_dtype(arrays[name]), target=i >= targets, ragged=ragged.get(name))
             for i, name in enumerate(self._fields(arrays))
         ]
+
+    def _kept_as(self, where: Located) -> Hashable:
+        """What a store is called among those whose chunks are kept in memory; what was skipped is nobody else's."""
+        return where.identity, self._verify, self._alone if self._on_bad_chunk == "skip" else None
 
     def _tolerant(self, array: OpenArray) -> ChunkReader:
         return SkippingReader(array.reader) if self._on_bad_chunk == "skip" else array.reader
@@ -776,7 +783,7 @@ class ZarrStream:
             self._rooms.close()
             self._rooms = None
         if self._opened is not None and self._opened.cache is not None:
-            self._opened.cache.clear()
+            self._opened.cache.close()
         if self._opened is not None and self._opened.finished is not None:
             self._opened.finished.clear()
         self._share.active = False

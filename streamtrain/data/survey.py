@@ -199,7 +199,7 @@ def take_survey(
     places.append(Place(len(columns) - 1, ()))
     extents = extents_of(columns, frames, drawn)
     scattered = shuffle == "global" or (shuffle == "none" and grid.scattered)
-    cache_bytes = _cache_bytes(sites, scattered, memory, cache)
+    cache_bytes = _cache_bytes(sites, shuffle, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
     wanted = min(
         memory // 4, (prefetch or memory) * (block_bytes(columns, 1) + batch_size * row_cost(columns, extents))
@@ -286,15 +286,22 @@ def cut_split(
     return Split(grid, lower, upper, by, seed, ascending=ascending)
 
 
-def _cache_bytes(sites: Sequence[Site], scattered: bool, memory: int, given: int | None) -> int:
-    """Bytes for decoded chunks that are read for more than one cell; they come out of the budget."""
-    shared = [site for site in sites if decoded_whole(site.layout) and (scattered or not site.cell_holds_chunks)]
-    if not shared or given == 0:
-        return 0
+def _cache_bytes(sites: Sequence[Site], shuffle: Shuffle, scattered: bool, memory: int, given: int | None) -> int:
+    """Bytes for decoded chunks, out of the budget: as many as were asked for; or enough for those that are read for
+    more than one cell, and for all where a quarter holds them (of an unshuffled epoch finished batches are kept)."""
+    whole = [site for site in sites if decoded_whole(site.layout)]
     if given is not None:
-        return min(given, memory // 2)
-    whole = sum(math.prod(site.layout.shape) * site.layout.dtype.itemsize for site in shared)
-    return min(whole * 2, memory // (4 if scattered else 8))
+        return min(given, memory // 2) if whole else 0
+    shared = [site for site in whole if scattered or not site.cell_holds_chunks]
+    part = min(2 * sum(map(_decoded_bytes, shared)), memory // (4 if scattered else 8))
+    every = sum(map(_decoded_bytes, whole))
+    return max(part, every) if every <= memory // 4 and shuffle != "none" else part
+
+
+def _decoded_bytes(site: Site) -> int:
+    """Of all chunks of an array."""
+    layout = site.layout
+    return math.prod(-(-s // c) for s, c in zip(layout.shape, layout.chunk_shape, strict=True)) * layout.chunk_bytes
 
 
 def _sizes(

@@ -52,7 +52,7 @@ def test_it_holds_what_fits_least_recently_used_out_first(keys: list[int], capac
         else:
             expected.append(key)
         model = [*model, key][-(capacity // 10) :] if capacity >= 10 else []
-        assert list(cache._kept) == model
+        assert list(cache._shared.kept) == model
         assert cache.statistics().bytes == 10 * len(model) <= capacity
     assert loads.made == expected
     now = cache.statistics()
@@ -138,7 +138,7 @@ def test_many_threads_and_evictions_give_the_right_chunks() -> None:
             job.result(60)
     now = cache.statistics()
     assert now.hits + now.misses == 2400
-    assert now.misses == len(loads.made) == now.evictions + len(cache._kept)
+    assert now.misses == len(loads.made) == now.evictions + len(cache._shared.kept)
 
 
 def test_each_byte_kept_is_granted_before_and_given_back_with_the_cache() -> None:
@@ -146,7 +146,7 @@ def test_each_byte_kept_is_granted_before_and_given_back_with_the_cache() -> Non
     cache, loads = cache_of(100, budget), Loads()
     for key in range(5):
         cache.get(key, loads(key))
-    assert list(cache._kept) == [3, 4]
+    assert list(cache._shared.kept) == [3, 4]
     assert budget.statistics().used == 20
     del cache
     assert budget.statistics().used == 0

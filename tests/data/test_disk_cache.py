@@ -28,7 +28,7 @@ from streamtrain.data.opening import locate, open_arrays
 from streamtrain.data.readers import Scratch, ZarrLoop, under
 from streamtrain.data.segments import ROW_BYTES
 from streamtrain.data.stream import ZarrStream
-from streamtrain.errors import ConfigError, EnvironmentProblem
+from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data import small
 from tests.data.stores import CASES, Case, chunks_of, part, within, write
 
@@ -189,8 +189,19 @@ async def test_a_chunk_that_changes_during_the_run_is_an_error_kept_or_not(tmp_p
         await rows_of(source)
         file = path / "c" / "3" / "0"
         os.utime(file, ns=(1, 1))
-        with pytest.raises(Exception, match=r"chunk 3\.0 .*changed during the run"):
+        with pytest.raises(DataError, match=r"chunk 3\.0 .*changed during the run"):
             await rows_of(source)
+
+
+async def test_a_file_that_vanishes_after_it_was_given_from_the_cache_is_an_error(tmp_path: Path, folder: Path) -> None:
+    path = store(tmp_path / "s.zarr")
+    for life in range(2):
+        async with stream(path, folder) as source:
+            await rows_of(source)
+            if life:
+                os.unlink(path / "c" / "3" / "0")
+                with pytest.raises(DataError, match=r"chunk 3\.0 .*vanished during the run"):
+                    await rows_of(source)
 
 
 async def test_the_same_chunks_of_another_store_are_others(tmp_path: Path, folder: Path) -> None:
