@@ -85,7 +85,13 @@ def stream(url: str, name: str) -> ZarrStream:
     """What is measured."""
     given: Any = {"endpoint": url, **CREDENTIALS}
     return ZarrStream(
-        "s3://bucket/bench", inputs=name, batch_size=BATCH, shuffle="block", memory=MEMORY, storage_options=given
+        "s3://bucket/bench",
+        inputs=name,
+        batch_size=BATCH,
+        shuffle="block",
+        memory=MEMORY,
+        cache=0,
+        storage_options=given,
     )
 
 

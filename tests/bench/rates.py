@@ -87,7 +87,7 @@ async def _measured(stores: dict[str, Path], chunks: int, rounds: int) -> dict[s
 
 
 def _stream(store: Path) -> ZarrStream:
-    return ZarrStream(store, inputs="x", batch_size=BATCH, shuffle="block", threads=THREADS)
+    return ZarrStream(store, inputs="x", batch_size=BATCH, shuffle="block", threads=THREADS, cache=0)
 
 
 async def _pass(stream: ZarrStream) -> None:
