@@ -139,6 +139,8 @@ class ChunkCache:
             now = version()
             with shared.lock:
                 self._join()
+                if shared.left:
+                    shared.fit()
                 found = shared.find(key, now)
                 if found is not None:
                     self._hits += 1

@@ -173,11 +173,13 @@ async def test_what_was_kept_of_a_file_that_changed_is_not_given(tmp_path: Path)
 
 
 async def test_a_stream_that_is_dropped_leaves_nothing(store: Path) -> None:
-    budget = Budget("8MiB")
-    train, valid = (stream(store, budget, shuffle="block") for _ in range(2))
+    budget, size = Budget("8MiB"), CHUNK * WIDTH * 4
+    train, valid = (stream(store, budget, shuffle="block", cache=12 * size) for _ in range(2))
     assert await epoch(train) == await epoch(valid) == ROWS
+    assert told(valid).bytes == CHUNKS * size
     del train
     assert await epoch(valid) == ROWS
+    assert told(valid).bytes <= 12 * size
     del valid
     assert budget.statistics().used == 0
 
