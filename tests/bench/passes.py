@@ -39,7 +39,7 @@ class Stock:
 
 def run(options: Options) -> Iterator[Measure]:
     """Growth of each from early on to the end."""
-    passes = 30 if options.quick else PASSES
+    passes = 12 if options.quick else PASSES
     with options.room() as room:
         store = synth(
             room / "s.zarr", rows=1 << (12 if options.quick else 15), columns=64, chunk_rows=256, codec="zstd"

@@ -34,7 +34,7 @@ def by_xbatcher(ask: Ask, workers: int) -> Iterator[Any]:
     import xbatcher
     from torch.utils.data import DataLoader, Dataset
 
-    dataset = xarray.open_zarr(ask.store, chunks=None)
+    dataset = xarray.open_zarr(ask.store, chunks=None, consolidated=False)
     dims = {"time": ask.window, "y": dataset.sizes["y"], "z": dataset.sizes["z"]}
     windows = xbatcher.BatchGenerator(dataset, dims, input_overlap={"time": ask.window - 1}, preload_batch=False)
 
@@ -136,9 +136,9 @@ async def measured_ours(ask: Ask, seconds: float) -> float:
 
 def main(name: str, store: str, *given: str) -> None:
     """Measure one, and say how it did."""
-    window, batch, cells, chunks, memory, seconds = given
-    ask = Ask(store, int(window), int(batch), int(cells), int(chunks), memory)
-    rate = asyncio.run(measured_ours(ask, float(seconds))) if name == "ours" else measured(name, ask, float(seconds))
+    window, batch, cells, chunks = map(int, given[:4])
+    ask, seconds = Ask(store, window, batch, cells, chunks, given[4]), float(given[5])
+    rate = asyncio.run(measured_ours(ask, seconds)) if name == "ours" else measured(name, ask, seconds)
     package = "streamtrain" if name == "ours" else name.partition(",")[0]
     print(json.dumps({"rate": rate, "version": importlib.metadata.version(package)}))
 
