@@ -30,7 +30,7 @@ PYTHON = VENV / "bin" / "python"
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "demo": (["-m", "streamtrain", "demo"], ("demo",)),
-    "test": (["-m", "pytest"], ("demo", "cloud", "test", "lint", "writers", "peers")),
+    "test": (["-m", "pytest", "-n", "2", "--dist", "worksteal"], ("demo", "cloud", "test", "lint", "writers", "peers")),
     "setup": ([], ("demo", "cloud", "test", "lint", "writers", "peers")),
 }
 """Command: what the environment's Python is given, and the extras and dependency groups that it needs."""
@@ -47,7 +47,7 @@ sys.exit(bool({same(name) for name in sys.argv[1:]} - {same(one.name) for one in
 """Run in the environment: fails where a package that was asked for, or the root of any package, is gone."""
 
 USAGE = """usage: python3 run.py demo [options of `streamtrain demo`]   learn the world map from disk
-       python3 run.py test [options of pytest]               run the tests
+       python3 run.py test [options of pytest]               run the tests, in two processes (-n 0: in one)
        python3 run.py setup                                  only make .venv, with all that developing needs
        python3 run.py newest [options of pytest]             run the tests that need no torch on newer Pythons
 Each makes the environment in .venv first, or reuses it."""
