@@ -151,15 +151,17 @@ class Decoder:
         self.room = layout.decode_room
         """Bytes that `out` should have; what it lacks is taken from the heap."""
 
-    def decode(self, data: Bytes, out: Bytes) -> Bytes:
+    def decode(self, data: Bytes, out: Bytes, *, sound: bool = False) -> Bytes:
         """The decoded bytes of one chunk: the beginning of `out`, or (where nothing is written) a part of `data`.
 
+        `sound`: a manifest vouches for these bytes, and they were decoded before: then their own crc32c is not worked
+        out again, which takes an eighth of the time that blosc takes.
         Raises ValueError with the cause if the data is damaged.
         """
         if len(out) < self.room:
             out = np.empty(self.room, dtype=np.uint8)
         for step in self._steps:
-            data = step.verify(data) if isinstance(step, Checksum) else step.run(data, out)
+            data = step.verify(data, sound=sound) if isinstance(step, Checksum) else step.run(data, out)
         if len(data) != self.layout.chunk_bytes:
             raise ValueError(f"it has {len(data)} bytes, expected {self.layout.chunk_bytes}")
         return data

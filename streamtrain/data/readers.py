@@ -524,19 +524,23 @@ class LocalReader:
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
-        layout = self.layout
+        layout, trust = self.layout, self._trust
         key = layout.key(chunk)
+        due = trust is not None and trust.due(chunk)
         began = time.perf_counter()
         try:
-            data = self._encoded(key, chunk, rows, scratch, few)
+            data = self._encoded(key, chunk, rows, scratch, few=few, due=due)
             if data is None:
                 if layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out")
-                if self._trust is not None:
-                    self._trust.check_absent(chunk)
+                if trust is not None:
+                    trust.check_absent(chunk)
                 return None
             fetched = time.perf_counter()
-            decoded = self._decoder.view(self._decoder.decode(data, self._out(scratch)))
+            sound = trust is not None and not due
+            decoded = self._decoder.view(self._decoder.decode(data, self._out(scratch), sound=sound))
+            if trust is not None and due:
+                trust.found_good(chunk)
             scratch.seconds["read"] += fetched - began
             scratch.seconds["decode"] += time.perf_counter() - fetched
             scratch.bytes_read += len(data)
@@ -550,8 +554,9 @@ class LocalReader:
         return scratch.take("decoded", self._decoder.room) if self._decoder.compressed else _NOTHING
 
     def _encoded(
-        self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, few: bool
+        self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool, due: bool
     ) -> Bytes | None:
+        """The chunk's bytes as they are stored, held against the manifest where that is `due`; None if absent."""
         try:
             if self._mapped and (few or not self._beyond):
                 memory = self._files.map(key, scattered=self._beyond)
@@ -559,7 +564,6 @@ class LocalReader:
                     start, size = self._extent(key, chunk, None, len(memory))
                     if size < 0:
                         return None
-                    due = self._trust is not None and self._trust.due(chunk)
                     data = memory.view(start, size, "no" if few and not due else self._touch)
                     return self._held_good(chunk, data, scratch) if due else data
             fd, status = self._files.open(key)
@@ -571,16 +575,23 @@ class LocalReader:
             start, size = self._extent(key, chunk, fd, status.st_size)
             if size < 0:
                 return None
-            return self._pread(fd, start, size, chunk, rows, scratch)
+            return self._pread(fd, start, size, chunk, rows, scratch, due=due)
         finally:
             os.close(fd)
 
     def _pread(
-        self, fd: int, start: int, size: int, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch
+        self,
+        fd: int,
+        start: int,
+        size: int,
+        chunk: Sequence[int],
+        rows: tuple[int, int],
+        scratch: Scratch,
+        *,
+        due: bool,
     ) -> Bytes:
         buffer = scratch.take("encoded", size)
         first, last = self._part(size, rows)
-        due = self._trust is not None and self._trust.due(chunk)
         if last - first < size and due and self._trust is not None:  # there is memory for the rows alone
             both = self._trust.both
             self._trust.check_record(chunk, size, lambda: describe_part(fd, start, size, scratch, both=both))
@@ -855,6 +866,7 @@ class ZarrReader:
             try:
                 size = status.st_size
                 trust.check_record(chunk, size, lambda: describe_part(fd, 0, size, scratch, both=trust.both))
+                trust.found_good(chunk)
                 scratch.checked += 1
             finally:
                 os.close(fd)

@@ -99,6 +99,9 @@ class Trust:
     def check_record(self, chunk: Sequence[int], size: int, look: Callable[[], Record]) -> None:
         """The same where the bytes are not at hand; `look` is called if the size is right."""
         check_same(self._record(chunk), size, look)
+
+    def found_good(self, chunk: Sequence[int]) -> None:
+        """It was checked and decoded: not before, for a manifest may vouch for bytes that were damaged already."""
         page, bit = self._bit(chunk)
         self._checked.setdefault(page, bytearray(BITS // 8))[bit >> 3] |= 1 << (bit & 7)
 

@@ -133,6 +133,43 @@ async def test_a_chunk_is_checked_once_a_stream_or_always_or_never(tmp_path: Pat
             assert counts == expected
 
 
+def flip_own_checksum(path: Path) -> None:
+    """Of the chunk that is the file, unseen by its date."""
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+async def test_a_manifest_that_vouches_for_damage_hides_it_from_no_pass(tmp_path: Path) -> None:
+    path = store(tmp_path, Layout(chunks=(4, 4), codec="blosc"))
+    flip_own_checksum(path / "c/2/0")
+    vouch(path)
+    async with stream(path, cache=0) as source:
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"chunk 2\.0 .*checksum \(crc32c\) does not match"):
+                [batch async for batch in source]
+    async with stream(path, on_bad_chunk="skip", max_skipped=0.5, cache=0) as source:
+        for _ in range(2):
+            assert sum([len(batch) async for batch in source]) == 28
+
+
+@pytest.mark.parametrize("verify", ["once", "always", "never"])
+async def test_a_chunks_own_checksum_is_left_alone_once_a_manifest_has_vouched_for_it(
+    verify: Any, tmp_path: Path
+) -> None:
+    path = store(tmp_path, Layout(chunks=(4, 4), codec="blosc"))
+    async with stream(path, verify=verify, cache=0) as source:
+        assert np.array_equal(np.concatenate([batch.inputs async for batch in source]), DATA)
+        flip_own_checksum(path / "c/2/0")
+        if verify == "once":
+            assert np.array_equal(np.concatenate([batch.inputs async for batch in source]), DATA)
+            return
+        with pytest.raises(DataError, match=r"chunk 2\.0 .*checksum"):
+            [batch async for batch in source]
+
+
 async def test_parts_of_a_chunk_are_checked_as_a_whole(tmp_path: Path) -> None:
     path = store(tmp_path, Layout(chunks=(16, 4), codec="raw"))
     flip(path / "c/1/0", path)
