@@ -68,6 +68,29 @@ async def _texts(where: Located, name: str, array: Any) -> Labels:
     return Labels(name, values, dict(array.metadata.attributes))
 
 
+async def read_coordinates(
+    where: Located,
+    arrays: Mapping[str, OpenArray],
+    dims: Sequence[str],
+    *,
+    loop: ZarrLoop,
+    timeout: float,
+    retries: int,
+    verify: Verify,
+) -> dict[str, Coordinate]:
+    """The coordinates of those of these dimensions that have any, by dimension; as `read_coordinate` says."""
+    found: dict[str, Coordinate] = {}
+    for dim in dims:
+        beside = next((array.layout.name for array in arrays.values() if dim in array.layout.dims), None)
+        if beside is not None:
+            known = await read_coordinate(
+                where, dim, beside, loop=loop, timeout=timeout, retries=retries, verify=verify
+            )
+            if known is not None:
+                found[dim] = known
+    return found
+
+
 async def read_coordinate(
     where: Located, dim: str, beside: str, *, loop: ZarrLoop, timeout: float, retries: int, verify: Verify
 ) -> Coordinate | None:

@@ -24,7 +24,7 @@ from streamtrain.data.block import Column, Pool
 from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
 from streamtrain.data.cache import CacheStatistics, ChunkCache
 from streamtrain.data.choosing import read_values
-from streamtrain.data.columns import Labels, read_coordinate, read_labels
+from streamtrain.data.columns import Labels, read_coordinates, read_labels
 from streamtrain.data.crops import CropAt
 from streamtrain.data.disk_cache import DiskCacheStatistics, disk_cache_of
 from streamtrain.data.feed import Feed
@@ -401,7 +401,16 @@ class ZarrStream:
                     timeout=self._read_timeout,
                     retries=self._retries,
                 )
-                return arrays, columns, await self._coordinates(where, arrays, named(self._framing))
+                known = await read_coordinates(
+                    where,
+                    arrays,
+                    named(self._framing),
+                    loop=self._zarr_loop,
+                    timeout=self._read_timeout,
+                    retries=self._retries,
+                    verify=self._verify,
+                )
+                return arrays, columns, known
 
         self._where = find_stores(self._named)
         if self._disk is not None:
@@ -432,28 +441,6 @@ class ZarrStream:
             return replace(array, reader=with_cache(array.reader, array.layout), beside=beside)
 
         return {name: kept(array, tuple(map(kept, array.beside))) for name, array in arrays.items()}
-
-    async def _coordinates(
-        self, where: Located, arrays: Mapping[str, OpenArray], dims: Sequence[str]
-    ) -> dict[str, Coordinate]:
-        """Those of the dimensions that have any, by dimension."""
-        found: dict[str, Coordinate] = {}
-        for dim in dims:
-            beside = next((a.layout.name for a in arrays.values() if dim in a.layout.dims), None)
-            coordinate = None
-            if beside is not None:
-                coordinate = await read_coordinate(
-                    where,
-                    dim,
-                    beside,
-                    loop=self._zarr_loop,
-                    timeout=self._read_timeout,
-                    retries=self._retries,
-                    verify=self._verify,
-                )
-            if coordinate is not None:
-                found[dim] = coordinate
-        return found
 
     def _fields(self, arrays: Iterable[str]) -> list[str]:
         """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""

@@ -86,7 +86,7 @@ class Change:
                         each = each.take(taken[axis], axis=k)
                     if each.shape[k] not in (1, row_shape[k]):
                         raise ConfigError(
-                            f"normalize= has {each.shape[k]} figures along axis {axis}, over which windows move",
+                            f"normalize= has {each.shape[k]} figures along axis {axis}, along which samples move",
                             hint="give one figure, or one for each entry of another axis",
                         )
                 figures.append(each)
