@@ -68,6 +68,14 @@ class Site:
         """The selection by axis."""
         return {axis: np.array(places, dtype=np.int64) for axis, places in self.selection}
 
+    def chosen(self, values: NDArray[Any], axis: int, at: int, first: int = 0) -> NDArray[Any]:
+        """Of `values`, whose axis `at` is this axis from place `first` on: what is taken; no copy of places in a row."""
+        places = self.taken[axis]
+        low, high = int(places[0]), int(places[-1]) + 1
+        if high - low == len(places) and bool((np.diff(places) == 1).all()):
+            return values[(*(slice(None),) * at, slice(low - first, high - first))]
+        return values.take(places - first, axis=at)
+
     def length(self, axis: int) -> int:
         """Places of a sample along one of its axes."""
         return len(self.taken[axis]) if axis in self.taken else self.layout.shape[axis]
@@ -170,8 +178,8 @@ class Feed:
         if self.site.one_chunk:
             where = self._chunk_of(box.origin, (0,) * len(self.site.row_axes))
             values = self._values(where, box.extent, self._reach(rows, box), scratch, few=_few(rows, box.extent))
-            for axis, places in self.site.taken.items():
-                values = values.take(places, axis=1 + self.site.row_axes.index(axis))
+            for axis in self.site.taken:
+                values = self.site.chosen(values, axis, 1 + self.site.row_axes.index(axis))
             self._put(put, slice(None), values if _whole(rows, len(values)) else values[rows], None, scratch)
             return
         for first, inside, wanted in self._parts(box, rows):

@@ -139,8 +139,8 @@ class WindowFeed(Feed):
             damages = [damage for _, damage in scratch.damages[bad:]]
             self._put_damaged(box, rows, region, bounds, damages, put, scratch)
             return
-        for axis, places in self.site.taken.items():
-            region = region.take(places - bounds[axis][0], axis=axis)
+        for axis in self.site.taken:
+            region = self.site.chosen(region, axis, axis, bounds[axis][0])
         samples = self.site.view(region, box.extent)
         for wanted, values in _samples(samples, box.extent, rows, self.site.row_bytes):
             self._put(put, wanted, values, None, scratch)
@@ -159,8 +159,8 @@ class WindowFeed(Feed):
         tainted = np.zeros(box.extent, dtype=bool)
         for damage in damages:
             tainted |= self.site.touching(box, self.layout.box(damage.chunk))
-        for axis, places in self.site.taken.items():
-            region = region.take(places - bounds[axis][0], axis=axis)
+        for axis in self.site.taken:
+            region = self.site.chosen(region, axis, axis, bounds[axis][0])
         samples = self.site.view(region, box.extent)
         numbers = np.arange(*rows.indices(math.prod(box.extent))) if isinstance(rows, slice) else rows
         lost = tainted.reshape(-1)[numbers]
