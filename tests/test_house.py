@@ -32,8 +32,8 @@ data.transform_processes data.vouching data.verification data.crews data.pulling
 data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
-data.passes data.finished data.stream streams blame outcome supply tally step callbacks.base callbacks.bus
-own_rng early_stopping evaluation life resume plan telling
+data.passes data.finished data.finished_rows data.stream streams blame outcome supply tally step
+callbacks.base callbacks.bus own_rng early_stopping evaluation life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving

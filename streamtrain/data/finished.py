@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class FinishedBatches:
 
     def __init__(self, capacity: int, share: Share) -> None:
         self.capacity = capacity
-        self.on = capacity > 0
+        self.on: bool = capacity > 0
         self._share = share
         self._lock = threading.Lock()
         self._kept: dict[Key, tuple[Batch | None, int]] = {}
@@ -148,12 +148,29 @@ def _own(tree: Any) -> Any:
     return aligned_copy(tree)
 
 
+class Kept(Protocol):
+    """Batches of one epoch by position: `FinishedBatches`, or rows in its order."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is kept."""
+
+    def begin_pass(self) -> None:
+        """A pass begins."""
+
+    def get(self, key: Key) -> tuple[bool, Batch | None]:
+        """Whether it is known, and a copy of what comes at this position (None: nothing more)."""
+
+    def put(self, key: Key, batch: Batch | None) -> None:
+        """Keep a copy, where there is room for it."""
+
+
 class KeptPass:
     """A pass that gives what is kept, then goes on with a `ZarrPass` from there, and keeps its batches."""
 
     def __init__(
         self,
-        kept: FinishedBatches,
+        kept: Kept,
         start: Cursor,
         end: int,
         *,

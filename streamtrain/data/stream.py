@@ -29,7 +29,8 @@ from streamtrain.data.crops import CropAt
 from streamtrain.data.disk_cache import DiskCacheStatistics, disk_cache_of
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import FetchStatistics
-from streamtrain.data.finished import FinishedBatches, FinishedStatistics, KeptPass, Watched, WatchedAsync
+from streamtrain.data.finished import FinishedBatches, FinishedStatistics, Kept, KeptPass, Watched, WatchedAsync
+from streamtrain.data.finished_rows import FinishedRows
 from streamtrain.data.framing import Axis, Field, row_axes_of
 from streamtrain.data.kept_chunks import kept_reader
 from streamtrain.data.layout import decoded_whole
@@ -85,6 +86,9 @@ FRAMED = frozenset({"sample_axes", "window", "stride", "horizon", "target_window
 """Keys of a fingerprint that tell what a sample is."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
+
+
+Finished = FinishedBatches | FinishedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ class _Opened:
     """A transformed batch as it is handed over."""
     changes: list[Change]
     """What is done to the rows of each part of a batch."""
-    finished: FinishedBatches | None
+    finished: Finished | None
     """Batches kept after the transform; None where they are not."""
     select: Mapping[str, Any]
     """What the position says of the places that are taken."""
@@ -206,9 +210,10 @@ class ZarrStream:
     `transform_workers` (16) at a time; "process:4" spawns processes for a pass, which takes a second or so and pays for
     transforms that hold the interpreter. Batches keep their order.
     `cache_transform`: finished batches of an unshuffled stream are kept for the next epoch where they cost more than a
-    copy (they are transformed or decompressed) and memory is left; False: never; True: of shuffled streams too (which
-    pays where an epoch comes again), by processes, and of transforms that draw from `batch.rng` (an unshuffled stream
-    then repeats what its first epoch drew). A transform must depend on its batch's samples alone, not on the epoch.
+    copy (they are transformed or decompressed) and memory is left; False: never; True: of shuffled streams too, row by
+    row where there is room for all samples, by processes, and of transforms that draw from `batch.rng` (what the first
+    epoch drew is then repeated). With True a transform must depend on the samples alone, not on the epoch, and of a
+    shuffled stream make the same of a sample whatever else is in its batch.
     `memory`: this stream's whole budget, or a shared `Budget`; `cache`: bytes of it for decoded chunks, and as many
     for finished batches (0: neither); "auto" keeps chunks that several cells share, and all where a quarter of the
     memory holds them. Streams that share a `Budget` decode and keep a chunk of one store once for all of them.
@@ -531,7 +536,9 @@ class ZarrStream:
             stores, survey, feeds, cache, self._finisher(survey.columns), changes[0], finished, told(framings)
         )
 
-    def _finished(self, stores: Sequence[Mapping[str, OpenArray]], survey: Survey) -> FinishedBatches | None:
+    def _finished(
+        self, stores: Sequence[Mapping[str, OpenArray]], survey: Survey
+    ) -> FinishedBatches | FinishedRows | None:
         """The cache of finished batches: where epochs are the same and cost more than a copy, or as it was told."""
         wanted = self._cache_transform
         if wanted is None:
@@ -552,7 +559,12 @@ class ZarrStream:
         capacity = room // 2 if self._cache_bytes is None else min(room, self._cache_bytes)
         if not wanted or capacity <= 0:
             return None
-        finished = FinishedBatches(capacity, self._share)
+        finished: Finished
+        if self._shuffle != "none" and self._on_bad_chunk == "raise":  # rows that are skipped are counted each time
+            split = survey.split
+            finished = FinishedRows(capacity, self._share, samples=split.num_samples, numbers=split.grid.num_samples)
+        else:
+            finished = FinishedBatches(capacity, self._share)
         self._share.lend_kept = _weakly(finished.clear)
         return finished
 
@@ -665,9 +677,14 @@ class ZarrStream:
             before = self._pass if isinstance(self._pass, ZarrPass) else None
             self._pass = make(start, self._returned, before=before)
         else:
-            end = self.num_samples
+            end, finished = self.num_samples, opened.finished
+            kept: Kept
+            if isinstance(finished, FinishedRows):
+                kept = finished.of(order, self._batch_size, drop_last=self._drop_last)
+            else:
+                kept = finished
             self._pass = KeptPass(
-                opened.finished,
+                kept,
                 start,
                 end,
                 make=make,
@@ -678,7 +695,7 @@ class ZarrStream:
             )
         return self._pass
 
-    def _watched(self, finished: FinishedBatches | None) -> Transform | None:
+    def _watched(self, finished: Finished | None) -> Transform | None:
         """The transform, watched for what makes each epoch another: then nothing is kept unless it was asked for."""
         if self._transform is None or finished is None or self._cache_transform:
             return self._transform
