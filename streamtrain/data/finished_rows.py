@@ -240,7 +240,10 @@ def _mapped(tree: Any, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Any:
 
 def _plain(leaf: Any) -> NDArray[Any]:
     if hasattr(leaf, "detach"):
-        leaf = leaf.numpy()
+        try:
+            leaf = leaf.numpy()
+        except TypeError:
+            raise TypeError("sparse tensors, which are not taken apart into rows") from None
     if not isinstance(leaf, np.ndarray):
         raise TypeError(f"a {type(leaf).__name__}, which has no rows")
     return leaf

@@ -137,6 +137,18 @@ async def test_the_second_epoch_and_the_next_life_decode_nothing(
             assert next(iter(source.statistics().lanes.values())).startswith("disk cache over ")
 
 
+def test_advice_goes_to_what_will_be_read(tmp_path: Path, folder: Path, loop: ZarrLoop) -> None:
+    path = store(tmp_path / "s.zarr")
+    cache = DiskCache(str(folder), 1 << 20)
+    found = loop.run(open_arrays(locate(path), None, io="auto", loop=loop, timeout=30), 30)["array"]
+    kept = KeptReader(found.reader, found.layout, cache, "s", verify="once", inodes=True)
+    encoded = (path / "c" / "3" / "0").stat().st_size
+    assert kept.advise((3, 0), (0, 1), os.POSIX_FADV_WILLNEED) == encoded
+    kept.read((3, 0), (0, 1), Scratch())
+    assert kept.advise((3, 0), (0, 1), os.POSIX_FADV_WILLNEED) == CHUNK_BYTES != encoded
+    cache.close()
+
+
 async def test_several_arrays_and_stores_share_a_folder(tmp_path: Path, folder: Path) -> None:
     paths = [small.write(tmp_path / f"{name}.zarr", compressed=True) for name in "ab"]
     given: dict[str, Any] = {"output": "numpy", "disk_cache": folder, "disk_cache_bytes": "1MiB", "cache": 0}
