@@ -22,7 +22,8 @@ losses schedulers optimizers metrics monitors
 data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
 data.values data.times data.crops data.selecting data.windows
-data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote_manifest data.remote data.segments
+data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote_manifest data.remote data.remote_zarr
+data.segments
 data.disk_cache
 data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes

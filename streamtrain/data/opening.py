@@ -29,6 +29,7 @@ from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
 from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local, maps_serve
 from streamtrain.data.remote import RemoteReader
+from streamtrain.data.remote_zarr import RemoteZarrReader
 from streamtrain.data.zarr_bytes import StoreBytes
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -251,6 +252,8 @@ def _readable(
     metadata: Mapping[str, Any] = array.metadata.to_dict()
     layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
     why = layout.slow or ("io='store'" if io == "store" else None)
+    if why is not None and far is not None:
+        return OpenArray(layout, RemoteZarrReader(layout, array, loop, far, timeout=timeout), why)
     if why is not None:
         return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout, files=files), why)
     if far is not None:

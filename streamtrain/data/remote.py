@@ -11,7 +11,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import math
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +34,8 @@ from streamtrain.data.readers import (
     chunk_error,
     under,
 )
-from streamtrain.data.remote_manifest import open_manifest
-from streamtrain.data.trust import Trust, Verify
+from streamtrain.data.remote_manifest import LateTrust
+from streamtrain.data.trust import Verify
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""
@@ -88,27 +87,11 @@ class RemoteReader:
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if plain else 0
         self._bound = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else self._most
         self._index_bytes = 16 * math.prod(layout.inner) + 4
-        self._lock = threading.Lock()
-        self._verify: Verify = "never"
-        self._trust: Trust | None = None
+        self._late = LateTrust(layout, fetcher, loop)
 
     def vouch(self, verify: Verify) -> None:
         """Hold chunks against the array's manifest, if it has one: that is asked for with the first chunk."""
-        with self._lock:
-            self._verify, self._trust = verify, None
-
-    def _trusted(self) -> Trust | None:
-        """What chunks are held against. In a worker's thread. Raises DataError, or EnvironmentProblem."""
-        if self._verify == "never":
-            return None
-        with self._lock:
-            if self._trust is None:
-                manifest = open_manifest(self.layout, self.fetcher, self.loop)
-                if manifest is None:
-                    self._verify = "never"
-                else:
-                    self._trust = Trust(self.layout, manifest, self._verify)
-            return self._trust
+        self._late.set(verify)
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """What the object of a chunk was when it was first seen in this run; None where it was not seen."""
@@ -146,7 +129,7 @@ class RemoteReader:
 
     def want(self, chunk: Sequence[int], rows: tuple[int, int]) -> Want:
         """What has to be fetched for these rows (of the first axis) of a chunk; all of it where it is to be checked."""
-        part, trust = None, self._trusted()
+        part, trust = None, self._late.get()
         due = trust is not None and trust.due(chunk)
         if self._row_bytes and not due and rows != (0, self.layout.chunk_shape[0]):
             part = (rows[0] * self._row_bytes, rows[1] * self._row_bytes)
@@ -156,7 +139,7 @@ class RemoteReader:
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
         """As `ChunkReader.read` says. Raises DataError, or EnvironmentProblem where the bytes can't be had."""
-        layout, want = self.layout, self.want(chunk, rows)
+        layout, want, trust = self.layout, self.want(chunk, rows), self._late.get()
         began = time.perf_counter()
         with self._naming(chunk):
             ahead = scratch.fetched.get(want)
@@ -167,11 +150,11 @@ class RemoteReader:
             if data is None:
                 if layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out")
-                if self._trust is not None:
-                    self._trust.check_absent(chunk)
+                if trust is not None:
+                    trust.check_absent(chunk)
                 return None
-            if self._trust is not None and want.part is None and self._trust.due(chunk):
-                self._trust.check(chunk, data)
+            if trust is not None and want.part is None and trust.due(chunk):
+                trust.check(chunk, data)
                 scratch.checked += 1
             fetched = time.perf_counter()
             scratch.seconds["read"] += fetched - began

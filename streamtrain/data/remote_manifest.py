@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from streamtrain.data.fetch import REFUSALS, Fetcher, FetchFailed, Heading
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ALONE, ArrayLayout
-from streamtrain.data.manifest import HEADER, HINT, PAGE, PLACE, RECORD, Pages, digest_of
+from streamtrain.data.manifest import HEADER, HINT, PAGE, PLACE, RECORD, Pages, digest_of, unaddressable
 from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.trust import Trust, Verify
 from streamtrain.errors import DataError, EnvironmentProblem
 
 T = TypeVar("T")
@@ -67,6 +68,39 @@ class RemoteManifest(Pages):
                     self._pages.popitem(last=False)
             self._pages.move_to_end(page)
             return known
+
+
+class LateTrust:
+    """What holds an array's chunks against its manifest, which is asked for when the first of them is. Thread-safe."""
+
+    def __init__(self, layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop, *, whole_files: bool = False) -> None:
+        self._layout, self._fetcher, self._loop, self._whole_files = layout, fetcher, loop, whole_files
+        self._lock = threading.Lock()
+        self._verify: Verify = "never"
+        self._trust: Trust | None = None
+        self._known = True
+        """Whether nobody need be asked."""
+
+    def set(self, verify: Verify) -> None:
+        """Check so from now on."""
+        with self._lock:
+            self._verify, self._trust = verify, None
+            self._known = verify == "never" or unaddressable(self._layout) is not None
+
+    def get(self) -> Trust | None:
+        """What is to be asked; None where there is no manifest, or nothing is to be checked. In a worker's thread.
+
+        Raises as `open_manifest` does.
+        """
+        if self._known:
+            return self._trust
+        with self._lock:
+            if not self._known:
+                manifest = open_manifest(self._layout, self._fetcher, self._loop)
+                if manifest is not None:
+                    self._trust = Trust(self._layout, manifest, self._verify, whole_files=self._whole_files)
+                self._known = True
+            return self._trust
 
 
 def open_manifest(layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop) -> RemoteManifest | None:

@@ -74,14 +74,15 @@ def replace(found: Objects, key: str, other: str) -> None:
     found[key] = found[other]
 
 
+@pytest.mark.parametrize("io", ["auto", "store"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("damage", [flip, cut, lose, replace], ids=lambda damage: damage.__name__)
-async def test_every_damage_is_an_error_that_names_it(damage: Damage, layout: str, tmp_path: Path) -> None:
+async def test_every_damage_is_an_error_that_names_it(damage: Damage, layout: str, io: str, tmp_path: Path) -> None:
     found = objects(tmp_path, layout)
-    assert (await read(in_memory(found)) == DATA).all()
+    assert (await read(in_memory(found), io=io) == DATA).all()
     damage(found, FIRST, SECOND)
     with pytest.raises(DataError, match=r"array 'array': chunk \d+\.0 \(rows \[\d+:\d+, 0:4\]\) in .*/?c/2/0: .*it"):
-        await read(in_memory(found))
+        await read(in_memory(found), io=io)
 
 
 @pytest.mark.parametrize("layout", ["raw", "shards of blosc"])
@@ -102,6 +103,36 @@ async def test_damage_in_a_bucket_is_seen(layout: str, tmp_path: Path, request: 
     with pytest.raises(DataError, match=r"its checksum .* is .*, its manifest says"):
         await read(put(server, in_memory(found)), **given)
     assert len(await read(put(server, in_memory(found)), **given, verify="never")) == len(DATA)
+
+
+@pytest.mark.parametrize("io", ["auto", "store"])
+async def test_damage_behind_a_web_server_is_seen(io: str, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    from tests.data.cloud import Files
+
+    found = objects(tmp_path)
+    server = Files(tmp_path / "x.zarr")
+    try:
+        assert (await read(server.url, io=io) == DATA).all()
+        (tmp_path / "x.zarr" / FIRST).write_bytes(found[SECOND])
+        with pytest.raises(DataError, match=r"chunk 2\.0 .* its checksum .* is .*, its manifest says"):
+            await read(server.url, io=io)
+    finally:
+        server.close()
+
+
+async def test_a_store_that_shows_no_manifest_is_read_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(MemoryStore):
+        async def get(self, key: str, *arguments: Any, **keywords: Any) -> Any:
+            if key == PLACE:
+                raise PermissionError(13, "no names that begin with a dot")
+            return await super().get(key, *arguments, **keywords)
+
+    store = Refusing(in_memory(objects(tmp_path))._store_dict)
+    with caplog.at_level(logging.INFO):
+        assert (await read(store) == DATA).all()
+    assert "no names that begin with a dot" in caplog.text
+    assert "its manifest is gone" in caplog.text
 
 
 async def test_rows_of_a_chunk_are_checked_with_all_of_it(tmp_path: Path) -> None:
