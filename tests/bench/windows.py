@@ -81,7 +81,7 @@ def _store(path: Path, steps: int, chunk: int) -> Path:
 
 
 def chunks_together(store: Path, window: int, chunk: int) -> int:
-    """Chunks that our stream mixes: what insitubatch is told to."""
+    """Chunks that insitubatch is told to mix: those of as many samples as we do, and at least as many runs."""
     plan = ZarrStream(
         store,
         inputs="x",
@@ -92,7 +92,7 @@ def chunks_together(store: Path, window: int, chunk: int) -> int:
         memory=MEMORY,
         output="numpy",
     ).plan()
-    return max(1, round(plan.samples / plan.cells * plan.cells_per_block / chunk))
+    return max(CELLS, round(plan.samples / plan.cells * plan.cells_per_block / chunk))
 
 
 def _rates(
