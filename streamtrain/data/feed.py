@@ -69,7 +69,7 @@ class Site:
         return {axis: np.array(places, dtype=np.int64) for axis, places in self.selection}
 
     def chosen(self, values: NDArray[Any], axis: int, at: int, first: int = 0) -> NDArray[Any]:
-        """Of `values`, whose axis `at` is this axis from place `first` on: what is taken; no copy of places in a row."""
+        """Of `values`, whose axis `at` is this axis from place `first` on: what is taken, places in a row uncopied."""
         places = self.taken[axis]
         low, high = int(places[0]), int(places[-1]) + 1
         if high - low == len(places) and bool((np.diff(places) == 1).all()):
