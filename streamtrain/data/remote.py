@@ -153,7 +153,8 @@ class RemoteReader:
                 if trust is not None:
                     trust.check_absent(chunk)
                 return None
-            if trust is not None and want.part is None and trust.due(chunk):
+            due = trust is not None and want.part is None and trust.due(chunk)
+            if trust is not None and due:
                 trust.check(chunk, data)
                 scratch.checked += 1
             fetched = time.perf_counter()
@@ -165,6 +166,8 @@ class RemoteReader:
                 data = whole
             out = scratch.take("decoded", layout.chunk_bytes) if self._decoder.compressed else NOTHING
             decoded = self._decoder.view(self._decoder.decode(data, out))
+            if trust is not None and due:
+                trust.found_good(chunk)
             scratch.seconds["decode"] += time.perf_counter() - fetched
             return decoded
 

@@ -48,6 +48,7 @@ class RemoteZarrReader(ZarrReader):
                 trust.check_absent(chunk)
                 return
             trust.check(chunk, data)
+            trust.found_good(chunk)
             scratch.checked += 1
         except FetchFailed as error:
             damage = chunk_error(self.layout, chunk, url, error)
