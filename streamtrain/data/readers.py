@@ -262,12 +262,14 @@ class StoreFiles:
 
     def version(self, key: str) -> Version:
         """What a file is now; of one that is not there, that. It counts as seen: a change from now on is one."""
+        path = os.path.join(self.root, key)
         try:
-            now = os.stat(os.path.join(self.root, key))
+            now = os.stat(path)
         except OSError:
             return Version(("not there",), False)
-        signature = (now.st_size, now.st_mtime_ns, now.st_ino)
-        self._seen.first(key, signature)
+        signature = _signature(now)
+        if key not in self._seen and os.path.realpath(path).startswith(self._inside):
+            self._seen.first(key, signature)  # what lies elsewhere is never seen, for `open` asks no more of what was
         return Version(signature, self.settled(now))
 
     def settled(self, status: os.stat_result) -> bool:

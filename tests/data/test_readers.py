@@ -311,6 +311,17 @@ def test_what_turns_into_a_link_out_of_the_store_is_refused_though_it_was_read(l
         read(one, (1, 0))
 
 
+@pytest.mark.parametrize("linked", ["x/c/1/0", "x/c/1", "x"])
+def test_who_has_asked_for_its_version_has_not_seen_what_lies_out_of_the_store(linked: str, tmp_path: Path) -> None:
+    raw(tmp_path / "store")
+    path, files = tmp_path / "store" / linked, StoreFiles(tmp_path / "store")
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    assert files.version("x/c/1/0").mark[0] == 24
+    with pytest.raises(ValueError, match="it is a link out of the store"):
+        files.open("x/c/1/0")
+
+
 @lanes
 def test_a_folder_that_leads_elsewhere_in_the_store_is_followed(lane: str, tmp_path: Path) -> None:
     data = raw(tmp_path)
