@@ -474,7 +474,7 @@ class ZarrPass:
 
     def _room_to_make(self) -> int:
         """Bytes that a further buffer must leave free, for transforms to go on."""
-        if self._stage is None or self._pool.out < 2:
+        if self._stage is None or self._pool.out < self._recipe.sizes.buffers:
             return 0
         return self._stage.reserve
 
@@ -784,7 +784,7 @@ class ZarrPass:
 
 def _left_for_blocks(recipe: Recipe) -> Callable[[], int]:
     """Bytes that batches must leave, until there are the buffers without which nothing is read."""
-    needed, pool = min(2, recipe.sizes.units), recipe.pool
+    needed, pool = min(recipe.sizes.units, recipe.sizes.buffers), recipe.pool
     return lambda: max(0, needed - pool.made) * pool.size
 
 

@@ -334,6 +334,28 @@ async def test_a_budget_too_small_names_the_least_that_works(store: Path) -> Non
     assert sorted(flat(await indices(stream(store, memory=least)))) == list(range(ROWS))
 
 
+@pytest.mark.parametrize("batch_size", [33, 50, 66, 100, 150])
+@pytest.mark.parametrize("transform", [None, lambda batch: batch], ids=["plain", "transform"])
+def test_the_least_memory_works_where_blocks_hold_less_than_two_batches(
+    tmp_path: Path, batch_size: int, transform: Any
+) -> None:
+    array = zarr.create_array(tmp_path / "s.zarr", shape=(2000, 9), chunks=(66, 9), dtype="float32")
+    array[...] = np.arange(2000)[:, None]
+    given: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 1, "output": "numpy"}
+    options: dict[str, Any] = {**given, "batch_size": batch_size, "transform": transform}
+    least = ZarrStream(tmp_path / "s.zarr", **options).plan().memory_least
+
+    async def read() -> list[int]:
+        found: list[int] = []
+        async with ZarrStream(tmp_path / "s.zarr", **options, memory=least) as source:
+            async for batch in source:  # it is held while the next is asked for
+                assert np.array_equal(batch.inputs[:, 0], batch.index)
+                found += batch.index.tolist()
+        return found
+
+    assert sorted(asyncio.run(read())) == list(range(2000))
+
+
 async def test_all_memory_is_given_back(store: Path) -> None:
     budget = Budget("8MiB")
     async with stream(store, memory=budget) as source:
