@@ -15,11 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamtrain.data import ragged_site, survey
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError, DataError
 from tests.data.sparse import write_arrays
 
 RAGGED = {"tokens": "ends"}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of a few rows, and blocks that are filled one by one, as large data have them."""
+    monkeypatch.setattr(ragged_site, "CELL_BYTES", 0)
+    monkeypatch.setattr(ragged_site, "SPANS", 2)
+    monkeypatch.setattr(survey, "UNIT_BYTES", 1)
 
 
 def rows_store(path: Path, lengths: Sequence[int], inner: tuple[int, ...] = (), chunk: int = 20) -> Path:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
+from streamtrain.data import ragged_site, survey
 from streamtrain.data.block import Block, block_bytes
 from streamtrain.data.feed import Box
 from streamtrain.data.ragged import LONG, Piece, RaggedColumn, Run
@@ -25,6 +26,14 @@ from tests.data.sparse import Sparse, random_sparse, sparse_store, write_arrays,
 
 WIDTH = 40
 MATRIX = random_sparse(203, WIDTH, 12)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of a few rows, and blocks that are filled one by one, as large data have them."""
+    monkeypatch.setattr(ragged_site, "CELL_BYTES", 0)
+    monkeypatch.setattr(ragged_site, "SPANS", 2)
+    monkeypatch.setattr(survey, "UNIT_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +256,28 @@ def test_who_keeps_all_batches_is_told_so_and_can_go_on(tmp_path: Path) -> None:
     assert asyncio.run(keep()) > 0
 
 
-def test_repeated_columns_are_added_up_and_unsorted_ones_find_their_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shuffle", [False, "global"])
+@pytest.mark.parametrize("chunk", [64, 1, 3])
+def test_repeated_columns_are_added_up_and_unsorted_ones_find_their_place(
+    tmp_path: Path, chunk: int, shuffle: Any
+) -> None:
     matrix = Sparse(np.array([1, 2, 4, 8, 16], dtype=np.float32), np.array([3, 3, 1, 9, 0]), np.array([0, 2, 2, 5]), 10)
-    found, numbers = rows_of(epoch(stream(sparse_store(tmp_path / "s.zarr", matrix))))
+    path = sparse_store(tmp_path / "s.zarr", matrix, chunk)
+    found, numbers = rows_of(epoch(stream(path, shuffle=shuffle)))
     assert np.array_equal(found, matrix.dense[numbers])
-    assert found[0, 3] == 3
+    assert found[numbers.tolist().index(0), 3] == 3
+
+
+def test_a_batch_that_reaches_into_the_next_block_has_room_there(tmp_path: Path) -> None:
+    """Rows of one length in whole cells: a block is as full as one can be."""
+    indptr = np.arange(0, 1601, 8)
+    matrix = Sparse(np.ones(1600, dtype=np.float32), np.tile(np.arange(8), 200), indptr, 9)
+    path = sparse_store(tmp_path / "s.zarr", matrix, 80, compressors=None)
+    made = stream(path, shuffle=True, shuffle_blocks=1, batch_size=17)
+    assert made.plan().cells == 20
+    found, numbers = rows_of(epoch(made))
+    assert sorted(numbers) == list(range(200))
+    assert np.array_equal(found, matrix.dense[numbers])
 
 
 @pytest.mark.parametrize("shuffle", [False, "global"])
