@@ -57,6 +57,8 @@ def least_buffers(split: Split | Chosen, unit_cells: int, batch: int) -> int:
 
     Then all that it holds goes on in the next unit, and waits for that, while the batch before is still looked at.
     """
+    if isinstance(split, Chosen):
+        return 3  # some units may have next to nothing, of weighted samples above all
     short = split.exceptions
     rows = unit_cells * split.num_samples // max(1, 2 * split.num_cells)  # of uneven cells at least half the mean
     if short is not None:

@@ -214,10 +214,13 @@ def test_batches_are_private_aligned_and_stay_valid(store: Path) -> None:
         batch.inputs[:] = -1
 
 
-def test_one_budget_holds_blocks_batches_and_offsets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefetch", [None, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_budget_holds_blocks_batches_and_offsets(tmp_path: Path, prefetch: int | None, weighted: bool) -> None:
     matrix = random_sparse(4000, 500, 60)
     path = sparse_store(tmp_path / "s.zarr", matrix, 1000)
     options: dict[str, Any] = {"shuffle": True, "shuffle_blocks": 1, "batch_size": 50, "threads": 2}
+    options |= {"prefetch": prefetch, "weights": np.arange(4000.0) ** 4 if weighted else None}
     least = stream(path, **options).plan().memory_least
     for memory in (least, 3 * least):
         made = stream(path, **options, memory=memory)
