@@ -178,7 +178,7 @@ def _synth(given: Given) -> Lines:
 
 def _add_verify(tools: Any) -> None:
     made = _tool(tools, "verify", _verify, "look for damage, a line each; exit 3 if there is any")
-    made.add_argument("store", type=Path)
+    made.add_argument("store", help="a path or a URL")
     made.add_argument("--deep", action="store_true", help="read every byte, not only sizes and indexes")
     text = "vouch for the files as they are, if nothing is damaged"
     made.add_argument("--write-manifest", action="store_true", help=text)

@@ -196,6 +196,11 @@ class Pages:
         record = self._page(at // PAGE)[at % PAGE]
         return Record(int(record["size"]), int(record["crc32c"]), int(record["crc32"]))
 
+    def check(self) -> None:
+        """Read it whole. Raises DataError where it is damaged."""
+        for page in range(len(self._table)):
+            self._page(page)
+
     def _page(self, page: int) -> NDArray[np.void]:
         """The records of a page that is sound."""
         raise NotImplementedError
@@ -239,11 +244,6 @@ class Manifest(Pages):
             self._sound_page(page, records.view(np.uint8))
             self._sound.add(page)
         return records
-
-    def check(self) -> None:
-        """Read it whole. Raises DataError where it is damaged."""
-        for page in range(len(self._table)):
-            self._page(page)
 
 
 class Draft:

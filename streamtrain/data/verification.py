@@ -14,14 +14,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from streamtrain.data.afar import Objects
 from streamtrain.data.budget import format_bytes
+from streamtrain.data.fetch import Fetcher
 from streamtrain.data.layout import ABSENT, ArrayLayout
-from streamtrain.data.manifest import PLACE, Manifest, Record, doubly, file_grid, first_chunk, unaddressable
-from streamtrain.data.opening import OpenArray, locate
+from streamtrain.data.manifest import PLACE, Manifest, Pages, Record, doubly, file_grid, first_chunk, unaddressable
+from streamtrain.data.opening import Located, OpenArray, locate
 from streamtrain.data.readers import Scratch, StoreFiles, ZarrLoop, chunk_error, describe_part, shard_index
+from streamtrain.data.remote_manifest import open_manifest
 from streamtrain.data.trust import check_same
-from streamtrain.data.vouching import Progress, in_threads, look, write_manifest
+from streamtrain.data.vouching import OPEN_TIMEOUT, Progress, in_threads, look, write_manifest
 from streamtrain.errors import ConfigError, DataError
+
+RETRIES = 3
+"""How often a request that failed in passing is made again."""
 
 
 @dataclass
@@ -45,29 +51,36 @@ def verify(
     write: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[str]:
-    """Look at every array of a local store: lines to print, one for each damage; raises DataError at the end if any.
+    """Look at every array of a store: lines to print, one for each damage; raises DataError at the end if any.
 
     Metadata, presence, sizes, shard indexes and the manifests' own checksums; with `deep` every byte, against its
-    manifest or, where there is none, by decoding every chunk. `write`: arrays without a damage get a new manifest,
-    which vouches for their files as they are; that takes a deep look before.
-    Raises ConfigError for what is no local store.
+    manifest or, where there is none, by decoding every chunk. Of a store elsewhere (a URL) objects are looked at with
+    `deep` alone. `write`: arrays without a damage get a new manifest, which vouches for their files as they are; that
+    takes a deep look before.
+    Raises ConfigError for manifests that would be written elsewhere, EnvironmentProblem for what can't be reached.
     """
     where = locate(os.fspath(store))
-    if where.root is None:
-        raise ConfigError(f"{where.name} is not on this machine", hint="verify reads local stores; copy it first")
+    if where.root is None and write:
+        raise ConfigError(
+            f"{where.name} is not on this machine, where manifests are written", hint="write them before it is uploaded"
+        )
     every, deep, loop = Count(), deep or write, ZarrLoop()
     try:
-        for name, opened in look(where.root, loop).items():
+        for name, opened in look(where, loop).items():
             count = Count()
             if isinstance(opened, DataError):
                 yield f"damaged: {opened}"
                 count.damaged += 1
             else:
-                yield from _array(where.root, opened, count, deep=deep, write=write, progress=progress)
-                yield f"{name or 'array'}: {_summary(count, deep=deep)}"
+                if where.root is None:
+                    yield from _afar(where, opened, count, loop, deep=deep, progress=progress)
+                else:
+                    yield from _array(where.root, opened, count, deep=deep, write=write, progress=progress)
+                yield f"{name or 'array'}: {_summary(count, deep=deep, far=where.root is None)}"
             every.add(count)
     finally:
         loop.close()
+        where.close()
     if every.damaged:
         raise DataError(
             f"{where.name}: {every.damaged} damaged, {every.files} files looked at",
@@ -106,6 +119,46 @@ def _array(
         yield f"{title}: its manifest vouches for its files as they are"
     elif manifest is None:
         yield f"{title}: without a manifest nobody knows {', '.join(_unknown(layout, deep))}"
+
+
+def _afar(
+    where: Located, opened: OpenArray, count: Count, loop: ZarrLoop, *, deep: bool, progress: Progress | None
+) -> Iterator[str]:
+    """The same of an array that is elsewhere."""
+    layout, source = opened.layout, where.source
+    assert source is not None
+    title, why = layout.name or "array", unaddressable(layout)
+    if why is not None:
+        yield f"{title}: unknown: its objects can't be told ({why})"
+        return
+    fetcher = Fetcher(source, retries=RETRIES, timeout=OPEN_TIMEOUT)
+    manifest = None
+    try:
+        manifest = open_manifest(layout, fetcher, loop)
+        if manifest is not None:
+            manifest.check()
+        elif layout.manifest:
+            yield f"damaged: {title}: its manifest is gone"
+            count.damaged += 1
+    except DataError as error:
+        yield f"damaged: {error}"
+        count.damaged += 1
+        manifest = None
+    if deep:
+        check: Check = partial(_look_afar, Objects(layout, fetcher, loop), opened, manifest)
+        yield from _each(check, range(math.prod(file_grid(layout))), count, progress)
+    else:
+        yield f"{title}: its objects were not looked at (--deep does)"
+    if manifest is None:
+        yield f"{title}: without a manifest nobody knows {', '.join(_unknown(layout, deep))}"
+
+
+def _look_afar(objects: Objects, opened: OpenArray, manifest: Pages | None, number: int, scratch: Scratch) -> Found:
+    """One object: there, and what its manifest says, or what decodes."""
+    if manifest is None:
+        return Found(1, 0, list(_undecodable(opened, first_chunk(opened.layout, number), scratch)))
+    size, damages = objects.damages(manifest, number)
+    return Found(int(size >= 0), max(0, size), damages)
 
 
 @dataclass
@@ -209,9 +262,10 @@ def _unknown(layout: ArrayLayout, deep: bool) -> Iterator[str]:
         yield "whether absent files were left out or lost"
 
 
-def _summary(count: Count, *, deep: bool) -> str:
+def _summary(count: Count, *, deep: bool, far: bool) -> str:
     state = f"{count.damaged} damaged" if count.damaged else "ok"
-    return f"{state}, {_size(count)} ({'every byte' if deep else 'presence, sizes, indexes'})"
+    looked = "every byte" if deep else "metadata, manifest" if far else "presence, sizes, indexes"
+    return f"{state}, {_size(count)} ({looked})"
 
 
 def _size(count: Count) -> str:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from streamtrain.data.layout import ABSENT, ArrayLayout
 from streamtrain.data.manifest import Draft, Record, doubly, first_chunk
-from streamtrain.data.opening import OpenArray, list_arrays, locate, open_arrays
+from streamtrain.data.opening import IO, Located, OpenArray, list_arrays, locate, open_arrays
 from streamtrain.data.readers import Scratch, StoreFiles, ZarrLoop, chunk_error, describe_part, shard_index
 from streamtrain.data.workers import default_threads
 from streamtrain.errors import DataError
@@ -64,19 +64,20 @@ def vouch(root: Path) -> None:
         loop.close()
 
 
-def look(root: Path, loop: ZarrLoop) -> dict[str, OpenArray | DataError]:
-    """Every array of a local store by its name, opened for `pread`, or why it can't be. Raises DataError for none.
+def look(root: Path | Located, loop: ZarrLoop) -> dict[str, OpenArray | DataError]:
+    """Every array of a store by its name, opened for `pread`, or why it can't be. Raises DataError for none.
 
     `loop` serves arrays that only zarr's own API can read, and is the caller's to close.
     """
-    where, reading = locate(root), ZarrLoop()
+    where, reading = root if isinstance(root, Located) else locate(root), ZarrLoop()
+    io: IO = "auto" if where.root is None else "pread"
 
     async def open_all() -> dict[str, OpenArray | DataError]:
         found: dict[str, OpenArray | DataError] = {}
         for name in await list_arrays(where):
             try:
                 some = [name] if name else None
-                opened = await open_arrays(where, some, io="pread", loop=loop, timeout=OPEN_TIMEOUT)
+                opened = await open_arrays(where, some, io=io, loop=loop, timeout=OPEN_TIMEOUT)
                 found[name] = next(iter(opened.values()))
             except DataError as error:
                 found[name] = error
@@ -87,7 +88,7 @@ def look(root: Path, loop: ZarrLoop) -> dict[str, OpenArray | DataError]:
     finally:
         reading.close()
     if not found:
-        raise DataError(f"{root} holds no array", hint="`python -m data_tools convert` makes one")
+        raise DataError(f"{where.name} holds no array", hint="`python -m data_tools convert` makes one")
     return found
 
 

@@ -135,6 +135,37 @@ async def test_a_store_that_shows_no_manifest_is_read_without(tmp_path: Path, ca
     assert "its manifest is gone" in caplog.text
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bucket_is_verified(
+    layout: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    from streamtrain.data.verification import verify
+    from tests.data.cloud import put
+
+    server = request.getfixturevalue("s3")
+    for name, value in {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    found = objects(tmp_path, layout)
+    lines = list(verify(put(server, in_memory(found)), deep=True))
+    assert lines[-1].startswith("ok: ")
+    assert lines[-1].endswith("every byte")
+    assert "objects were not looked at" in "".join(verify(put(server, in_memory(found))))
+    for damage in (flip, cut, lose, replace):
+        damaged = dict(found)
+        damage(damaged, FIRST, SECOND)
+        said: list[str] = []
+        with pytest.raises(DataError, match="1 damaged"):
+            said.extend(verify(put(server, in_memory(damaged)), deep=True))
+        assert [
+            line for line in said if line.startswith("damaged") and f"/{FIRST}: it" in line and "manifest says" in line
+        ]
+    del found[PLACE]
+    with pytest.raises(DataError, match="1 damaged"):
+        list(verify(put(server, in_memory(found))))
+
+
 async def test_rows_of_a_chunk_are_checked_with_all_of_it(tmp_path: Path) -> None:
     found = objects(tmp_path)
     flip(found, FIRST, SECOND)  # in its first row
