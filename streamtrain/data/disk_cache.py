@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from streamtrain.data.budget import UNITS, format_bytes, parse_bytes
 from streamtrain.data.filters import Bytes
 from streamtrain.data.readers import Scratch, is_local
-from streamtrain.data.segments import Record, Segment, SegmentCut, room_for
+from streamtrain.data.segments import Record, Segment, SegmentCut, Touch, room_for
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,12 @@ class Folder:
         place = shelf.place(number)
         return place is not None and place[0] in self._segments
 
+    def advise(self, shelf: Shelf, number: int, advice: int) -> int | None:
+        """Give the kernel advice (os.POSIX_FADV_...) on a kept chunk; how many bytes it has, None if it is not kept."""
+        place = shelf.place(number)
+        segment = self._segments.get(place[0]) if place is not None else None
+        return segment.advise(place[1], advice) if place is not None and segment is not None else None
+
     def get(
         self,
         shelf: Shelf,
@@ -191,7 +197,7 @@ class Folder:
         version: int,
         size: int,
         scratch: Scratch,
-        touch: Literal["no", "once", "always"],
+        touch: Touch,
         *,
         check: bool = False,
     ) -> Bytes | None:
@@ -218,7 +224,7 @@ class Folder:
         row: int,
         record: Record,
         scratch: Scratch,
-        touch: Literal["no", "once", "always"],
+        touch: Touch,
         *,
         check: bool,
     ) -> Bytes | None:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -22,8 +22,9 @@ from streamtrain.data.disk_cache import DiskCache, Folder, Shelf
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ALONE, ArrayLayout, decoded_whole, essence
 from streamtrain.data.manifest import unaddressable
-from streamtrain.data.readers import ChunkReader, Scratch, Version, is_local, under
+from streamtrain.data.readers import ChunkReader, LocalReader, Scratch, Version, is_local, under
 from streamtrain.data.remote import RemoteReader, Want
+from streamtrain.data.segments import Touch
 from streamtrain.data.trust import Verify
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,14 @@ class KeptReader:
         self._far = under(RemoteReader, reader)
         self._array = _digest(FORMAT, store, *essence(layout))
         self._grid = tuple(-(-s // c) for s, c in zip(layout.shape, layout.chunk_shape, strict=True))
-        self._total = math.prod(layout.shape) * layout.dtype.itemsize
+        self.decoded_bytes = math.prod(layout.shape) * layout.dtype.itemsize
+        """Bytes of the whole array."""
         self._every = (0, layout.chunk_shape[0]) if layout.ndim else (0, 1)
         self._check, self._inodes = verify == "always", inodes
         self._token = os.urandom(16).hex()
         """Stands for what tells no version: nobody else, and no later run, takes it for the same."""
-        self._touch: Literal["once", "always"] = "always" if self._total > available_memory() // 2 else "once"
+        self.memory = available_memory()
+        self.beside(self.decoded_bytes)
         self._known: tuple[Folder, Shelf] | None = None
 
     @property
@@ -88,7 +91,7 @@ class KeptReader:
         chunk: Sequence[int],
         size: int,
         scratch: Scratch,
-        touch: Literal["no", "once", "always"],
+        touch: Touch,
     ) -> Bytes | None:
         """What is kept of the source as it is now."""
         version = self._current(chunk, scratch) if folder.holds(shelf, number) else None
@@ -134,11 +137,30 @@ class KeptReader:
             return self._far.want(chunk, self._every if folder.off is None else rows)
         return self._far.glance(chunk) if self._far.version(chunk) is None else None
 
+    def beside(self, total: int) -> None:
+        """See `LocalReader.beside`."""
+        beyond, large = total > self.memory, total > self.memory // 2
+        self._touch: Touch = "pread" if beyond else "always" if large else "once"
+        if isinstance(self.inner, LocalReader):
+            self.inner.beside(total)
+
+    def stored_bytes(self) -> int:
+        """What the array takes where it is kept."""
+        return self.decoded_bytes
+
+    def advise(self, chunk: Sequence[int], rows: tuple[int, int], advice: int) -> int:
+        """See `LocalReader.advise`, which is behind it: of a chunk that is kept on where it is kept."""
+        folder, shelf = self._place()
+        kept = folder.advise(shelf, self._number(chunk), advice)
+        if kept is not None or not isinstance(self.inner, LocalReader):
+            return kept or 0
+        return self.inner.advise(chunk, self._every if folder.off is None else rows, advice)
+
     def _place(self) -> tuple[Folder, Shelf]:
         """The folder, and this array's places in it; after the stream was closed, once more."""
         folder, known = self._cache.open(), self._known
         if known is None or known[0] is not folder:
-            known = self._known = folder, folder.shelf(self._array, math.prod(self._grid), self._total)
+            known = self._known = folder, folder.shelf(self._array, math.prod(self._grid), self.decoded_bytes)
         return known
 
     def _number(self, chunk: Sequence[int]) -> int:

@@ -31,10 +31,14 @@ LEFT_BEHIND = 2
 """Arrays of more than so many times the memory leave nothing behind: the least of it would be found again."""
 
 
+Advised = LocalReader | KeptReader
+"""What has its chunks in files: those of the array, or of the disk cache."""
+
+
 class Stretch(NamedTuple):
     """A part of a file that will be read."""
 
-    reader: LocalReader
+    reader: Advised
     chunk: tuple[int, ...]
     rows: tuple[int, int]
 
@@ -51,7 +55,7 @@ class _Turn:
 class Readahead:
     """Advice for one pass; called in its threads."""
 
-    def __init__(self, readers: Iterable[LocalReader]) -> None:
+    def __init__(self, readers: Iterable[Advised]) -> None:
         self._readers = set(readers)
         self._memory = min(reader.memory for reader in self._readers)
         self._ahead_bytes = max(LEAST_CHUNK, min(AHEAD_BYTES, self._memory // 16))
@@ -64,7 +68,7 @@ class Readahead:
     @classmethod
     def over(cls, feeds: Iterable[Feed]) -> Readahead | None:
         """For these feeds, which are read together; None where memory may hold all arrays, or chunks are small."""
-        found = (_local(each) for feed in feeds for each in (feed, *feed.beside))
+        found = (_near(each) for feed in feeds for each in (feed, *feed.beside))
         readers = {reader for reader in found if reader is not None}
         total = sum(reader.decoded_bytes for reader in readers)
         for reader in readers:
@@ -101,9 +105,9 @@ class Readahead:
         self._measured = True
 
     def _stretches(self, feed: Feed, box: Box, rows: Rows) -> list[Stretch]:
-        if not any(_local(each) in self._readers for each in (feed, *feed.beside)):
+        if not any(_near(each) in self._readers for each in (feed, *feed.beside)):
             return []
-        reads = ((_local(each), read) for each, read in reads_of(feed, box, rows))
+        reads = ((_near(each), read) for each, read in reads_of(feed, box, rows))
         return [
             Stretch(reader, read.chunk, read.rows)
             for reader, read in reads
@@ -138,9 +142,9 @@ class Readahead:
             _advise(turn, os.POSIX_FADV_DONTNEED)
 
 
-def _local(feed: Feed) -> LocalReader | None:
-    """What reads the feed's array from files; None where it is elsewhere, or comes from the disk cache."""
-    return None if under(KeptReader, feed.reader) is not None else under(LocalReader, feed.reader)
+def _near(feed: Feed) -> Advised | None:
+    """What reads the feed's array from files, the disk cache first; None where it is elsewhere."""
+    return under(KeptReader, feed.reader) or under(LocalReader, feed.reader)
 
 
 def _advise(turn: _Turn, advice: int) -> int:

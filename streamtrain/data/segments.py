@@ -26,6 +26,8 @@ from streamtrain.data.filters import Bytes
 from streamtrain.data.manifest import SLICE, crc32c
 from streamtrain.data.readers import Map, Scratch, read_into
 
+Touch = Literal["no", "once", "always", "pread"]
+"""How pages of a map are faulted in (see `Map.view`); or that a copy is read, where memory can't hold them anyway."""
 ALIGNED = 64
 _FIELDS = struct.Struct("<QQQQQI")
 _OWN = struct.Struct("<I")
@@ -186,16 +188,14 @@ class Segment:
         if os.fstat(self._data).st_size < written:
             raise SegmentCut("its file was cut short")
 
-    def read(
-        self, row: int, record: Record, scratch: Scratch, touch: Literal["no", "once", "always"], *, check: bool
-    ) -> Bytes:
+    def read(self, row: int, record: Record, scratch: Scratch, touch: Touch, *, check: bool) -> Bytes:
         """The bytes of a row: a view of the map, or the scratch's. Raises ValueError with the cause, or OSError."""
         self._check_whole()
         due = check or not self._sound[row]
-        if self._memory is not None:
+        if self._memory is not None and touch != "pread":
             data = self._memory.view(record.offset, record.size, "always" if due else touch)
         else:
-            data = scratch.take("kept", record.size)
+            data = scratch.take("decoded", record.size)
             if read_into(self._data, data, record.offset) != record.size:
                 raise SegmentCut("its file was cut short")
         if due:
@@ -204,6 +204,13 @@ class Segment:
                 raise ValueError(f"its checksum (crc32c) is {found:08x}, its record says {record.crc32c:08x}")
             self._sound[row] = 1
         return data
+
+    def advise(self, row: int, advice: int) -> int:
+        """Give the kernel advice on the bytes of a row; how many they are."""
+        record = self.record(row)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._data, record.offset, record.size, advice)
+        return record.size
 
     def forget(self, row: int) -> None:
         """Clear a row. Raises OSError."""

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamtrain.data.cells import CellGrid
+from streamtrain.data.disk_cache import DiskCache
 from streamtrain.data.feed import Box, Feed, Rows, Site
+from streamtrain.data.kept_chunks import KeptReader
 from streamtrain.data.readahead import LEAST_CHUNK, LEFT_BEHIND, Readahead
 from streamtrain.data.readers import LocalReader, Scratch, StoreFiles
 from streamtrain.data.stream import ZarrStream
@@ -79,6 +81,26 @@ def test_only_arrays_that_memory_cannot_hold_get_advice(store: Path, times: floa
 def test_arrays_that_are_read_together_count_together(store: Path) -> None:
     memory = CHUNKS * LEAST_CHUNK
     assert Readahead.over([feed(Telling(store, memory)), feed(Telling(store, memory))]) is not None
+
+
+def test_chunks_in_the_disk_cache_are_asked_for_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zarr.create_group(tmp_path / "s").create_array("x", data=np.arange(CHUNKS * ROWS, dtype=np.float32), chunks=(ROWS,))
+    monkeypatch.setattr("streamtrain.data.kept_chunks.available_memory", lambda: LEAST_CHUNK)
+    inner, cache = Telling(tmp_path / "s", LEAST_CHUNK), DiskCache(str(tmp_path / "kept"), 8 << 20)
+    reader = KeptReader(inner, inner.layout, cache, "s", verify="once", inodes=True)
+    for kept in (False, True):
+        of = Feed(Site(inner.layout, (0,), (ROWS,), np.dtype("float32")), reader, None, 0)
+        advice, found = Readahead.over([of]), list[float]()
+        assert advice is not None
+
+        def job(scratch: Scratch, of: Feed = of, found: list[float] = found) -> None:
+            of.fill(Box((2 * ROWS,), (ROWS,)), slice(0, ROWS), lambda _, values, __: found.extend(values), scratch)
+
+        inner.asked = []
+        advice.around(cell(of, 2), job)(Scratch())
+        assert found == list(range(2 * ROWS, 3 * ROWS))
+        assert inner.asked == ([] if kept else [2])
+    cache.close()
 
 
 def test_small_chunks_get_none(tmp_path: Path) -> None:
