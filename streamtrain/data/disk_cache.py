@@ -269,7 +269,7 @@ class Folder:
             except OSError as error:
                 self._stop(error)
 
-    def begin(self, shelf: Shelf, number: int, size: int) -> bool:
+    def begin(self, shelf: Shelf, number: int) -> bool:
         """Whether the caller is the one to decode a chunk, and then says `end`; else another has just done it."""
         claim = (shelf.array, number)
         with self._lock:
@@ -278,11 +278,13 @@ class Folder:
                 self._flights[claim] = threading.Event()
         if other is not None:
             other.wait()
-            return False
+        return other is None
+
+    def miss(self, size: int) -> None:
+        """A chunk of this size is not kept, and is decoded."""
         with self._tally:
             self._clock += size
             self._misses += 1
-        return True
 
     def end(self, shelf: Shelf, number: int) -> None:
         """What was begun is done, or has failed."""

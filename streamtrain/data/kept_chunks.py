@@ -72,13 +72,18 @@ class KeptReader:
         folder, shelf = self._place()
         number, shape = self._number(chunk), tuple(stop - start for start, stop in self.layout.box(chunk))
         size = math.prod(shape) * self.layout.dtype.itemsize
+        touch: Touch = "no" if few else self._touch
         while True:
-            data = self._held(folder, shelf, number, chunk, size, scratch, "no" if few else self._touch)
+            data = self._held(folder, shelf, number, chunk, size, scratch, touch)
             if data is not None:
                 return data.view(self.layout.native).reshape(shape)
-            if folder.begin(shelf, number, size):
+            if folder.begin(shelf, number):
                 break
         try:
+            data = self._held(folder, shelf, number, chunk, size, scratch, touch)  # another may have just ended
+            if data is not None:
+                return data.view(self.layout.native).reshape(shape)
+            folder.miss(size)
             return self._fresh(folder, shelf, number, chunk, rows, shape, scratch, few=few)
         finally:
             folder.end(shelf, number)
