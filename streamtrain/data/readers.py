@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.budget import available_memory
+from streamtrain.data.budget import available_memory, format_bytes
 from streamtrain.data.decode import Decoder
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
@@ -136,7 +136,8 @@ class ChunkReader(Protocol):
 
     @property
     def lane(self) -> str:
-        """`mmap`, `pread`, `obstore`, `store` or `zarr`; `mmap` with the reads that fell back to `pread`, and why."""
+        """`mmap`, `pread`, `obstore`, `store` or `zarr`; `mmap` with the reads that fell back to `pread`, and why;
+        `pread` with what maps serve of arrays that memory can't hold."""
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
@@ -457,6 +458,8 @@ class LocalReader:
         self._exact = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else None
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if self._by_rows else 0
         self.memory = available_memory() if memory is None else memory
+        self._beyond = False
+        """Whether memory can't hold the files: then only scattered rows are read from maps."""
         self.beside(self.decoded_bytes)
         self._trust: Trust | None = None
 
@@ -466,8 +469,15 @@ class LocalReader:
     def beside(self, total: int) -> None:
         """All arrays that are read together have so many bytes: pages may not stay, nor even be worth mapping."""
         self._touch: Literal["once", "always"] = "always" if total > self.memory // 2 else "once"
-        self._beyond = self.layout.raw and total > self.memory
-        """Whether memory can't hold the files: then only scattered rows are read from maps."""
+        beyond = self.layout.raw and total > self.memory
+        if beyond and self._mapped and not self._beyond:
+            logger.info(
+                "array %s: %s are read together, more than the memory (%s): by pread, maps serve scattered rows alone",
+                self.layout.name or ALONE,
+                format_bytes(total),
+                format_bytes(self.memory),
+            )
+        self._beyond = beyond
 
     @property
     def decoded_bytes(self) -> int:
@@ -520,6 +530,8 @@ class LocalReader:
     def lane(self) -> str:
         if not self._mapped:
             return "pread"
+        if self._beyond:
+            return "pread (mmap for scattered rows)"
         refused = ", ".join(f"{count} by pread: {reason}" for reason, count in self._files.refused.copy().items())
         return f"mmap ({refused})" if refused else "mmap"
 

@@ -98,7 +98,8 @@ class StreamStatistics:
     lanes: Mapping[str, str]
     """Which lane reads each array: `mmap`, `pread`, `obstore` (URLs), `store` (another zarr store's own `get`), or
     `zarr` with the reason why no fast lane can; `disk cache over` one of these with `disk_cache`. Where the machine
-    refused maps of the store's files, `mmap` has with it how many were read by `pread` instead, and why."""
+    refused maps of the store's files, `mmap` has with it how many were read by `pread` instead, and why; of arrays that
+    memory can't hold `pread` serves all but scattered rows."""
     chunks: int
     """Chunks that were asked for. Many more than the dataset has: see `plan().read_amplification`."""
     bytes_read: int

@@ -195,7 +195,9 @@ def test_what_memory_cannot_hold_is_mapped_only_for_scattered_rows(store: Path) 
         assert found is not None
         assert found[0] == 2 * ROWS
         assert len(files._maps) == kept
+    assert reader.lane == "pread (mmap for scattered rows)"
     reader.beside(10)
+    assert reader.lane == "mmap"
     reader.read((3,), (0, ROWS), Scratch())
     assert len(files._maps) == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,3 +133,24 @@ def test_the_least_memory_works_while_the_last_batch_is_held(
     least = made(1 << 30).plan().memory_least
     found = asyncio.run(read(made(least)))
     assert sorted(found) == sorted([*range(rows - window + 1)] * 2)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block", False])
+def test_the_first_batch_of_a_billion_samples_waits_for_few_chunks(tmp_path: Path, shuffle: Any) -> None:
+    group = zarr.create_group(tmp_path)
+    group.create_array("x", shape=(10**9,), chunks=(1000,), dtype="float32", compressors=None)
+
+    async def first(stream: ZarrStream) -> int:
+        async with stream:
+            batches = aiter(stream)
+            assert len(await anext(batches)) == 100
+            await batches.aclose()
+            return stream.statistics().chunks
+
+    stream = ZarrStream(
+        tmp_path, inputs="x", batch_size=100, shuffle=shuffle, shuffle_blocks=8, prefetch=1, output="numpy"
+    )
+    assert asyncio.run(first(stream)) <= 2 * RAMP_CELLS
+    assert (stream.plan().batches, len(stream)) == (10**7, 10**7)
+    stream.load_state_dict({**stream.state_dict(), "position": 987_654_321})
+    assert asyncio.run(first(stream)) <= 2 * RAMP_CELLS
