@@ -166,6 +166,17 @@ def test_a_bucket_is_verified(
         list(verify(put(server, in_memory(found))))
 
 
+@pytest.mark.parametrize("io", ["auto", "store"])
+@pytest.mark.parametrize(("verify", "counts"), [("once", [16, 0]), ("always", [16, 16]), ("never", [0, 0])])
+async def test_good_chunks_are_checked_as_often_as_is_wished(
+    io: str, verify: str, counts: list[int], tmp_path: Path
+) -> None:
+    async with stream(in_memory(objects(tmp_path)), io=io, verify=verify, cache=0) as source:
+        for checked in counts:
+            assert sum([len(batch) async for batch in source]) == len(DATA)
+            assert source.statistics().chunks_checked == checked
+
+
 async def test_rows_of_a_chunk_are_checked_with_all_of_it(tmp_path: Path) -> None:
     found = objects(tmp_path)
     flip(found, FIRST, SECOND)  # in its first row
