@@ -227,5 +227,5 @@ def test_the_current_folder_is_importable(tmp_path: Path, monkeypatch: pytest.Mo
 def test_axes_by_number_are_numbers_also_where_keys_are_texts() -> None:
     table = DataTable(store="d", inputs="x", window={"time": 3, "1": 2}, select={"2": [0, 3]}, weights="w")
     made = assembly.stream(table, Said(), "data")
-    assert made._framing.window == {"time": 3, 1: 2}
-    assert made._framing.select == {2: (0, 3)}
+    assert made._asked.framing.window == {"time": 3, 1: 2}
+    assert made._asked.framing.select == {2: (0, 3)}

@@ -33,7 +33,8 @@ data.transform_processes data.vouching data.afar data.verification data.crews da
 data.iterable data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
-data.passes data.finished data.finished_rows data.stream streams blame outcome supply tally step
+data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
+streams blame outcome supply tally step
 callbacks.base callbacks.bus own_rng early_stopping evaluation life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint callbacks.defaults saving
@@ -125,7 +126,7 @@ def test_the_data_room_needs_little_and_no_torch(name: str) -> None:
     outside = {imported.partition(".")[0] for imported in found} - {"streamtrain"} - sys.stdlib_module_names
     assert outside <= DATA_NEEDS
     rooms = {other for other in map(ours, found) if other and not other.startswith("data.")}
-    assert rooms <= ({"errors", "tensors"} if name == "data.stream" else {"errors"})
+    assert rooms <= ({"errors", "tensors"} if name == "data.settling" else {"errors"})
     assert "tensors" not in {ours(imported) for imported in imports(OURS[name], lazy=False)}
 
 

@@ -10,33 +10,25 @@ import asyncio
 import difflib
 import logging
 import os
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from streamtrain.data.asked import Asked
 from streamtrain.data.batch import START, Batch, Cursor
-from streamtrain.data.block import Column, Pool
-from streamtrain.data.budget import Budget, BudgetStatistics, available_memory, format_bytes, parse_bytes
-from streamtrain.data.cache import CacheStatistics, ChunkCache
-from streamtrain.data.choosing import read_values
-from streamtrain.data.columns import Labels, read_coordinates, read_labels
+from streamtrain.data.block import Pool
+from streamtrain.data.budget import Budget, parse_bytes
 from streamtrain.data.crops import CropAt
-from streamtrain.data.disk_cache import DiskCacheStatistics, disk_cache_of
-from streamtrain.data.feed import Feed
-from streamtrain.data.fetch import FetchStatistics
-from streamtrain.data.finished import FinishedBatches, FinishedStatistics, Kept, KeptPass, Watched, WatchedAsync
+from streamtrain.data.disk_cache import disk_cache_of
+from streamtrain.data.finished import Kept, KeptPass, Watched, WatchedAsync
 from streamtrain.data.finished_rows import FinishedRows
-from streamtrain.data.framing import Axis, Field, row_axes_of
-from streamtrain.data.kept_chunks import kept_reader
-from streamtrain.data.layout import decoded_whole
+from streamtrain.data.framing import Axis
 from streamtrain.data.loader import Loader
 from streamtrain.data.locating import Location, Locator, coordinates_at, sample_numbers
-from streamtrain.data.opening import IO, Located, OpenArray, open_arrays
+from streamtrain.data.opening import IO, OpenArray
 from streamtrain.data.options import (
     array_names,
     at_least,
@@ -54,105 +46,33 @@ from streamtrain.data.options import (
     thread_count,
     transform_crew,
 )
-from streamtrain.data.order import EpochOrder, Shuffle
-from streamtrain.data.passes import BLOCKS_AHEAD, Recipe, ZarrPass
+from streamtrain.data.order import EpochOrder
+from streamtrain.data.passes import Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
-from streamtrain.data.queue import QueueStatistics
-from streamtrain.data.ragged_site import RaggedArray
-from streamtrain.data.readers import ChunkReader, ZarrLoop
+from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.remote import fetch_statistics
-from streamtrain.data.scanning import LENGTHS, feed_for, ragged_arrays, settled
-from streamtrain.data.selected import named, resolved, told
-from streamtrain.data.selecting import Coordinate
-from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk, SkippingReader
+from streamtrain.data.settling import Finished, Opened, Opening
+from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk
 from streamtrain.data.source import Pass
 from streamtrain.data.splits import Split, SplitBy
-from streamtrain.data.stores import Stores, find_stores, name_of, name_stores
-from streamtrain.data.survey import Plan, Survey, take_survey
+from streamtrain.data.stores import Stores, name_of, name_stores
+from streamtrain.data.stream_statistics import StreamStatistics, lane_of
+from streamtrain.data.survey import Plan
 from streamtrain.data.transform import Transform, check_transform, is_async
 from streamtrain.data.transform_processes import pickled
 from streamtrain.data.trust import Verify
-from streamtrain.data.values import Change, Normalization, Normalize, Wishes, check_normalize
+from streamtrain.data.values import Normalization, Normalize, Wishes, check_normalize
 from streamtrain.data.workers import default_threads
-from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
+from streamtrain.errors import CheckpointError, ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-OPEN_TOGETHER = 16
-"""Stores whose metadata are read at the same time."""
 FIGURES_SHOWN = 150
 """Characters of figures that a position shows; longer ones as a digest."""
 FRAMED = frozenset({"sample_axes", "window", "stride", "horizon", "target_window", "select", "crop", "jitter"})
 """Keys of a fingerprint that tell what a sample is."""
 POISON = "STREAMTRAIN_POISON"
 """Set this environment variable to have returned buffers filled with a pattern, to find batches used too long."""
-
-
-Finished = FinishedBatches | FinishedRows
-
-
-@dataclass(frozen=True, slots=True)
-class StreamStatistics:
-    """How a stream does; sums are of the live pass, or else of the last one."""
-
-    lanes: Mapping[str, str]
-    """Which lane reads each array: `mmap`, `pread`, `obstore` (URLs), `store` (another zarr store's own `get`), or
-    `zarr` with the reason why no fast lane can; `disk cache over` one of these with `disk_cache`. Where the machine
-    refused maps of the store's files, `mmap` has with it how many were read by `pread` instead, and why; of arrays that
-    memory can't hold `pread` serves all but scattered rows."""
-    chunks: int
-    """Chunks that were asked for. Many more than the dataset has: see `plan().read_amplification`."""
-    bytes_read: int
-    """Encoded bytes fetched; those of a memory map count as if each chunk were read whole."""
-    read_seconds: float
-    """Time of all threads in reading. The largest of the four: storage is the bottleneck. (What is elsewhere is fetched
-    ahead of them, and counts in `fetch`.)"""
-    decode_seconds: float
-    """In decompressing. The largest: cores are; more threads, or a faster codec, would help."""
-    gather_seconds: float
-    """In copying rows to their places; for memory maps the reading happens here."""
-    transform_seconds: float
-    """In the transform; of async ones and processes with their waiting. The largest: make it cheaper, or
-    `transform_workers` more."""
-    queue: QueueStatistics | None
-    """What is ready; its `wait_seconds` is how long the consumer waited for data."""
-    budget: BudgetStatistics
-    cache: CacheStatistics | None
-    """Decoded chunks kept for other cells, epochs and streams of the budget; None where none are."""
-    fetch: FetchStatistics | None
-    """Requests to a store that is elsewhere; None for a folder."""
-    finished: FinishedStatistics | None
-    """Batches kept after the transform; None where none are."""
-    disk_cache: DiskCacheStatistics | None
-    """Decoded chunks on the disk; None without `disk_cache`."""
-    threads: int
-    buffers: int
-    """Buffers in use. All of them while `queue.items` is 0: batches are kept by the consumer."""
-    buffer_bytes: int
-    chunks_checked: int
-    """Chunks whose bytes were held against a manifest. 0: there is none, or all were checked in a pass before."""
-    chunks_skipped: int
-    """Chunks that could not be used; see the warnings for which, and why."""
-    rows_skipped: int
-    """Samples left out for them. Samples handed over and these make up the epoch (a transform's filter apart)."""
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A stream whose metadata is known."""
-
-    stores: Sequence[dict[str, OpenArray]]
-    survey: Survey
-    feeds: list[list[Feed]]
-    cache: ChunkCache | None
-    finish: Callable[[Batch], Batch]
-    """A transformed batch as it is handed over."""
-    changes: list[Change]
-    """What is done to the rows of each part of a batch."""
-    finished: Finished | None
-    """Batches kept after the transform; None where they are not."""
-    select: Mapping[str, Any]
-    """What the position says of the places that are taken."""
 
 
 class ZarrStream:
@@ -294,53 +214,58 @@ class ZarrStream:
         for key in unknown:
             near = difflib.get_close_matches(key, [*self.__init__.__kwdefaults__, "batch_size"], 1)  # type: ignore[misc]
             raise ConfigError(f"ZarrStream takes no {key}=", hint=f"did you mean {near[0]}=?" if near else "")
-        self._retries = at_least(retries, 0, "retries")
-        self._named = name_stores(store, storage_options, retries=self._retries)
-        self._name = name_of(self._named)
-        self._where: list[Located] = []
-        self._inputs, self._targets = array_names(inputs, "inputs"), array_names(targets, "targets")
-        self._batch_size = at_least(batch_size, 1, "batch_size")
-        self._shuffle: Shuffle = choice(shuffle_mode(shuffle), ("none", "block", "global"), "shuffle")
-        self._seed = at_least(seed, 0, "seed")
-        self._drop_last = drop_last
-        self._ranks = ranks_of(rank, world_size)
+        tries = at_least(retries, 0, "retries")
+        places = name_stores(store, storage_options, retries=tries)
+        chosen_inputs, chosen_targets = array_names(inputs, "inputs"), array_names(targets, "targets")
+        if chosen_targets is not None and chosen_inputs is None:
+            raise ConfigError("targets= without inputs=", hint="name the inputs too")
+        crew = transform_crew(transform_workers)
+        if sparse and crew.kind == "process":
+            raise ConfigError("sparse=True: processes get no sparse rows", hint="transform_workers=N threads")
+        check_transform(transform, crew)
+        self._asked = Asked(
+            named=places,
+            name=name_of(places),
+            inputs=chosen_inputs,
+            targets=chosen_targets,
+            batch_size=at_least(batch_size, 1, "batch_size"),
+            shuffle=choice(shuffle_mode(shuffle), ("none", "block", "global"), "shuffle"),
+            seed=at_least(seed, 0, "seed"),
+            drop_last=drop_last,
+            ranks=ranks_of(rank, world_size),
+            shuffle_blocks=None if shuffle_blocks is None else at_least(shuffle_blocks, 1, "shuffle_blocks"),
+            split=split_pair(split),
+            split_by=choice(split_by, ("range", "chunk", "sample"), "split_by"),
+            split_seed=at_least(split_seed, 0, "split_seed"),
+            choice=choice_of(indices, groups, weights, balance),
+            framing=framing_of(sample_axes, window, stride, horizon, target_window, select, crop, crop_at, jitter),
+            ragged=ragged_of(ragged, max_length, pad_value, sparse),
+            stack=stack,
+            wishes=Wishes(decode_mode(decode_cf), check_normalize(normalize), cast_dtypes(dtype)),
+            transform=transform,
+            crew=crew,
+            payload=pickled(transform) if transform is not None and crew.kind == "process" else None,
+            cache_transform=None if cache_transform is None else bool(cache_transform),
+            cache_bytes=None if cache == "auto" else parse_bytes(cache, "cache"),
+            io=choice(io, ("auto", "mmap", "pread", "store"), "io"),
+            threads=default_threads() if threads is None else thread_count(threads, "threads"),
+            prefetch=None if prefetch is None else at_least(prefetch, 1, "prefetch"),
+            read_timeout=seconds_above_zero(read_timeout, "read_timeout"),
+            retries=tries,
+            verify=choice(verify, ("once", "always", "never"), "verify"),
+            on_bad_chunk=choice(on_bad_chunk, ("raise", "skip"), "on_bad_chunk"),
+            max_skipped=share_of_one(max_skipped, "max_skipped"),
+            output=choice(output, ("torch", "numpy"), "output"),
+        )
         self._lanes = world_size if lanes is None else at_least(lanes, 1, "lanes")
         self._lanes_given = lanes is not None
-        self._shuffle_blocks = None if shuffle_blocks is None else at_least(shuffle_blocks, 1, "shuffle_blocks")
-        self._split_given = split_pair(split)
-        self._split_by: SplitBy = choice(split_by, ("range", "chunk", "sample"), "split_by")
-        self._split_seed = at_least(split_seed, 0, "split_seed")
-        self._choice = choice_of(indices, groups, weights, balance)
-        self._framing = framing_of(sample_axes, window, stride, horizon, target_window, select, crop, crop_at, jitter)
-        self._ragged = ragged_of(ragged, max_length, pad_value, sparse)
-        self._stack = stack
-        self._wishes = Wishes(decode_mode(decode_cf), check_normalize(normalize), cast_dtypes(dtype))
-        if self._targets is not None and self._inputs is None:
-            raise ConfigError("targets= without inputs=", hint="name the inputs too")
-        self._crew = transform_crew(transform_workers)
-        if sparse and self._crew.kind == "process":
-            raise ConfigError("sparse=True: processes get no sparse rows", hint="transform_workers=N threads")
-        check_transform(transform, self._crew)
-        self._transform = transform
-        self._cache_transform = None if cache_transform is None else bool(cache_transform)
-        self._payload = pickled(transform) if transform is not None and self._crew.kind == "process" else None
-        self._shared = isinstance(memory, Budget)
         self.budget = memory if isinstance(memory, Budget) else Budget(memory)
         self._share = self.budget.join()
-        self._cache_bytes = None if cache == "auto" else parse_bytes(cache, "cache")
         self._disk = disk_cache_of(disk_cache, disk_cache_bytes)
-        self._io: IO = choice(io, ("auto", "mmap", "pread", "store"), "io")
-        self._threads = default_threads() if threads is None else thread_count(threads, "threads")
-        self._prefetch = None if prefetch is None else at_least(prefetch, 1, "prefetch")
-        self._read_timeout = seconds_above_zero(read_timeout, "read_timeout")
-        self._verify: Verify = choice(verify, ("once", "always", "never"), "verify")
-        self._on_bad_chunk: OnBadChunk = choice(on_bad_chunk, ("raise", "skip"), "on_bad_chunk")
-        self._alone = object()
-        self._max_skipped = share_of_one(max_skipped, "max_skipped")
-        self._output = choice(output, ("torch", "numpy"), "output")
-        self._opened: _Opened | None = None
-        self._locator: Locator | None = None
         self._zarr_loop = ZarrLoop()
+        self._opening = Opening(self._asked, self._share, self._disk, self._zarr_loop)
+        self._opened: Opened | None = None
+        self._locator: Locator | None = None
         self._pool: Pool | None = None
         self._rooms: Pool | None = None
         self._pass: ZarrPass | KeptPass | None = None
@@ -362,11 +287,11 @@ class ZarrStream:
             return
         loop = ZarrLoop()
         try:
-            task = asyncio.wrap_future(loop.submit(self._read_metadata()))
-            async with asyncio.timeout(self._read_timeout):  # wait_for loses cancellations on Python 3.11
+            task = asyncio.wrap_future(loop.submit(self._opening.read()))
+            async with asyncio.timeout(self._asked.read_timeout):  # wait_for loses cancellations on Python 3.11
                 self._opened = await task
         except TimeoutError:
-            raise self._hung() from None
+            raise self._asked.hung() from None
         finally:
             await loop.aclose()
 
@@ -376,252 +301,18 @@ class ZarrStream:
             return
         loop = ZarrLoop()
         try:
-            self._opened = loop.run(self._read_metadata(), self._read_timeout)
+            self._opened = loop.run(self._opening.read(), self._asked.read_timeout)
         except TimeoutError:
-            raise self._hung() from None
+            raise self._asked.hung() from None
         finally:
             loop.close()
-
-    async def _read_metadata(self) -> _Opened:
-        """All that is known before data is read; runs on a private loop, where it may block."""
-        used = self._used()
-        said = [*self._choice.names, *(self._ragged.offsets[name] for name in used if name in self._ragged.offsets)]
-        names = None if self._inputs is None else list(dict.fromkeys([*used, *said]))
-        if unknown := [name for name in self._ragged.offsets if name not in used]:
-            raise ConfigError(f"ragged= names {unknown[0]!r}, which is neither an input nor a target")
-        wanted = [name for name in self._choice.names if name not in used]
-        if names is None and self._choice.names:
-            raise ConfigError(
-                f"the array {self._choice.names[0]!r} beside inputs that have no name", hint="name them: inputs='...'"
-            )
-        many = asyncio.Semaphore(OPEN_TOGETHER)
-
-        async def one(where: Located) -> tuple[dict[str, OpenArray], dict[str, Labels], dict[str, Coordinate]]:
-            async with many:
-                columns = await read_labels(where, wanted)
-                arrays = await open_arrays(
-                    where,
-                    None if names is None else [name for name in names if name not in columns],
-                    io=self._io,
-                    loop=self._zarr_loop,
-                    timeout=self._read_timeout,
-                    retries=self._retries,
-                )
-                known = await read_coordinates(
-                    where,
-                    arrays,
-                    named(self._framing),
-                    loop=self._zarr_loop,
-                    timeout=self._read_timeout,
-                    retries=self._retries,
-                    verify=self._verify,
-                )
-                return arrays, columns, known
-
-        self._where = find_stores(self._named)
-        if self._disk is not None:
-            self._disk.open()  # now, so that what is wrong with it is said before anything is read
-        read = await asyncio.gather(*map(one, self._where))
-        stores = [arrays for arrays, _, _ in read]
-        for arrays in stores:
-            for array in arrays.values():
-                for each in (array, *array.beside):
-                    each.reader.vouch(self._verify)
-        if self._disk is not None:
-            stores = [self._kept(arrays, where) for arrays, where in zip(stores, self._where, strict=True)]
-        ragged = [ragged_arrays(arrays, self._ragged, self._share.total) for arrays in stores]
-        for arrays in stores:  # lengths come with the values
-            arrays |= {name: arrays[name.removesuffix(LENGTHS)] for name in self._ragged.lengths_of(used)}
-        return self._settle(stores, ragged, [columns for _, columns, _ in read], [known for _, _, known in read])
-
-    def _used(self) -> list[str]:
-        """Names of the arrays that make up a batch; none where the only array has no name."""
-        return [*(self._inputs[0] if self._inputs else ()), *(self._targets[0] if self._targets else ())]
-
-    def _kept(self, arrays: Mapping[str, OpenArray], where: Located) -> dict[str, OpenArray]:
-        """The arrays with the disk cache before them."""
-        assert self._disk is not None
-        with_cache = partial(kept_reader, cache=self._disk, root=where.root, address=where.address, verify=self._verify)
-
-        def kept(array: OpenArray, beside: tuple[OpenArray, ...] = ()) -> OpenArray:
-            return replace(array, reader=with_cache(array.reader, array.layout), beside=beside)
-
-        return {name: kept(array, tuple(map(kept, array.beside))) for name, array in arrays.items()}
-
-    def _fields(self, arrays: Iterable[str]) -> list[str]:
-        """The array of each part of a batch: inputs, then targets; `arrays` where no inputs are named."""
-        inputs = tuple(arrays) if self._inputs is None else self._inputs[0]
-        lengths = self._ragged.lengths_of(self._used())
-        return [*inputs, *lengths, *(self._targets[0] if self._targets is not None else ())]
-
-    def _hung(self) -> EnvironmentProblem:
-        return EnvironmentProblem(
-            f"the metadata of {self._name} were not read within {self._read_timeout:g} s",
-            hint="check the storage, or raise read_timeout",
-        )
-
-    @property
-    def _num_targets(self) -> int:
-        return len(self._targets[0]) if self._targets is not None else 0
-
-    def _settle(
-        self,
-        stores: Sequence[dict[str, OpenArray]],
-        ragged: Sequence[Mapping[str, RaggedArray]],
-        labels: Sequence[Mapping[str, Labels]],
-        coordinates: Sequence[Mapping[str, Coordinate]],
-    ) -> _Opened:
-        """Everything that follows from metadata and arguments."""
-        for name, why in {(name, a.fallback) for arrays in stores for name, a in arrays.items() if a.fallback}:
-            logger.info("array %s is read by zarr's own API, which is slower: %s", name, why)
-        fields = self._fields(stores[0])
-        parts = [self._parts(fields, arrays, mine) for arrays, mine in zip(stores, ragged, strict=True)]
-        changes = self._changes(fields, parts)
-        framings = resolved(self._framing, parts, coordinates)
-        survey = take_survey(
-            [
-                [replace(part, dtype=change.dtype) for part, change in zip(mine, made, strict=True)]
-                for mine, made in zip(parts, changes, strict=True)
-            ],
-            framings=framings,
-            stack=self._stack,
-            choice=self._choice,
-            values=lambda frames: {
-                name: read_values([c.get(name) or a[name] for a, c in zip(stores, labels, strict=True)], frames, name)
-                for name in self._choice.names
-            },
-            batch_size=self._batch_size,
-            ranks=self._ranks,
-            drop_last=self._drop_last,
-            shuffle=self._shuffle,
-            shuffle_blocks=self._shuffle_blocks,
-            split=self._split_given,
-            split_by=self._split_by,
-            split_seed=self._split_seed,
-            memory=self._share.total,
-            cache=self._cache_bytes,
-            prefetch=self._prefetch,
-            store=self._name,
-            change_bytes=max((c.scratch_bytes for made in changes for c in made if not c.plain), default=0),
-        )
-        if survey.cut:
-            logger.info(
-                "split_by='chunk': %d windows cross a border of this part and are left out; larger chunks, or "
-                "split_by='range', cut fewer",
-                survey.cut,
-            )
-        if self.budget.total > available_memory():
-            logger.warning(
-                "memory=%s is more than this machine or container has (%s)",
-                format_bytes(self.budget.total),
-                format_bytes(available_memory()),
-            )
-        cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
-        feeds = [
-            [
-                feed_for(
-                    arrays[part.name],
-                    site,
-                    cache,
-                    number,
-                    self._kept_as(self._where[number]),
-                    None if change.plain else change.on(site.taken, site.row_axes, site.inner_shape),
-                    self._tolerant,
-                )
-                for part, site, change in zip(parts[number], frame.sites, changes[number], strict=True)
-            ]
-            for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
-        ]
-        finished = self._finished(stores, survey)
-        return _Opened(
-            stores, survey, feeds, cache, self._finisher(survey.columns), changes[0], finished, told(framings)
-        )
-
-    def _finished(
-        self, stores: Sequence[Mapping[str, OpenArray]], survey: Survey
-    ) -> FinishedBatches | FinishedRows | None:
-        """The cache of finished batches: where epochs are the same and cost more than a copy, or as it was told."""
-        wanted = self._cache_transform
-        if wanted is None:
-            costs = self._transform is not None or any(
-                decoded_whole(array.layout) for arrays in stores for array in arrays.values()
-            )
-            wanted = costs and self._shuffle == "none" and self._crew.kind == "thread"
-        if self._framing.random or (survey.drawn is not None and survey.drawn.weights is not None):
-            if self._cache_transform:
-                logger.info("finished batches are not kept: each epoch has others (crops, jitter or weights)")
-            wanted = False
-        if wanted and not self._ranks.alone:
-            wanted = False
-            logger.info("finished batches are not kept where there are several ranks")
-        sizes = survey.sizes
-        room = self._share.total - BLOCKS_AHEAD * sizes.buffer_bytes - self._threads * sizes.scratch_bytes
-        room -= survey.cache_bytes + sizes.kept_bytes + (self._threads + 3) * sizes.room_bytes
-        capacity = room // 2 if self._cache_bytes is None else min(room, self._cache_bytes)
-        if not wanted or capacity <= 0:
-            return None
-        finished: Finished
-        if self._shuffle != "none" and self._on_bad_chunk == "raise":  # rows that are skipped are counted each time
-            split = survey.split
-            finished = FinishedRows(capacity, self._share, samples=split.num_samples, numbers=split.grid.num_samples)
-        else:
-            finished = FinishedBatches(capacity, self._share)
-        self._share.lend_kept = _weakly(finished.clear)
-        return finished
-
-    def _parts(
-        self, fields: Sequence[str], arrays: Mapping[str, OpenArray], ragged: Mapping[str, RaggedArray]
-    ) -> list[Field]:
-        """The parts of a batch as they lie in one store."""
-        targets = len(fields) - self._num_targets
-        return [
-            Field(name, arrays[name].layout, _own_dtype(arrays[name]), target=i >= targets, ragged=ragged.get(name))
-            for i, name in enumerate(self._fields(arrays))
-        ]
-
-    def _kept_as(self, where: Located) -> Hashable:
-        """What a store is called among those whose chunks are kept in memory; what was skipped is nobody else's."""
-        return where.identity, self._verify, self._alone if self._on_bad_chunk == "skip" else None
-
-    def _tolerant(self, array: OpenArray) -> ChunkReader:
-        return SkippingReader(array.reader) if self._on_bad_chunk == "skip" else array.reader
-
-    def _changes(self, fields: Sequence[str], stores: Sequence[Sequence[Field]]) -> list[list[Change]]:
-        """What is done to the rows of each part of a batch, store by store; figures are those of the first."""
-        self._wishes.check(fields)
-        made: list[list[Change]] = []
-        for parts in stores:
-            axes = row_axes_of(parts, self._framing)
-            mine = [
-                settled(part, self._wishes.change(part.name, part.layout, axes[number], is_input=not part.target))
-                for number, part in enumerate(parts)
-            ]
-            first = made[0] if made else mine
-            made.append([replace(own, normal=his.normal) for own, his in zip(mine, first, strict=True)])
-        packings = {name: change.packing for name, change in zip(fields, made[0], strict=True) if change.packing}
-        for name, packing in packings.items():
-            logger.info("array %s is decoded as CF says: %s; decode_cf=False leaves it alone", name, packing)
-        return made
-
-    def _finisher(self, columns: Sequence[Column]) -> Callable[[Batch], Batch]:
-        """What turns transformed batches into what is handed over; checks dtypes at once."""
-        if self._output == "numpy":
-            return lambda batch: batch
-        try:
-            from streamtrain.tensors import tensor_batch, to_tensor
-        except ImportError as error:
-            raise EnvironmentProblem(f"no tensors: {error}", hint='install torch, or give output="numpy"') from error
-
-        for column in columns:
-            to_tensor(np.empty(0, dtype=column.dtype))
-        return tensor_batch
 
     @property
     def normalization(self) -> dict[str, Normalization]:
         """The figures by which arrays are normalised, by name; empty without normalize=. Before the first use this
         reads metadata, and may block."""
         opened = self._known()
-        found = zip(self._fields(opened.stores[0]), opened.changes, strict=True)
+        found = zip(self._asked.fields(opened.stores[0]), opened.changes, strict=True)
         return {name: change.normal for name, change in found if change.normal is not None}
 
     def categories(self, name: str) -> tuple[str, ...]:
@@ -666,10 +357,10 @@ class ZarrStream:
         if not self._driven:
             self._cursor = start
         order = EpochOrder(
-            opened.survey.epoch(self._seed, self._epoch),
-            self._shuffle,
+            opened.survey.epoch(self._asked.seed, self._epoch),
+            self._asked.shuffle,
             opened.survey.cells_per_block,
-            self._seed,
+            self._asked.seed,
             self._epoch,
             lanes=self._lanes,
         )
@@ -681,7 +372,7 @@ class ZarrStream:
             end, finished = self.num_samples, opened.finished
             kept: Kept
             if isinstance(finished, FinishedRows):
-                kept = finished.of(order, self._batch_size, drop_last=self._drop_last)
+                kept = finished.of(order, self._asked.batch_size, drop_last=self._asked.drop_last)
             else:
                 kept = finished
             self._pass = KeptPass(
@@ -691,33 +382,31 @@ class ZarrStream:
                 make=make,
                 finish=opened.finish,
                 returned=self._returned,
-                every_epoch=self._shuffle == "none",
+                every_epoch=self._asked.shuffle == "none",
                 before=self._pass,
             )
         return self._pass
 
     def _watched(self, finished: Finished | None) -> Transform | None:
         """The transform, watched for what makes each epoch another: then nothing is kept unless it was asked for."""
-        if self._transform is None or finished is None or self._cache_transform:
-            return self._transform
+        if self._asked.transform is None or finished is None or self._asked.cache_transform:
+            return self._asked.transform
         off = partial(
             finished.stop, "the transform draws random numbers or looks at the epoch, so that each epoch is another"
         )
-        return (WatchedAsync if is_async(self._transform) else Watched)(self._transform, off)
+        return (WatchedAsync if is_async(self._asked.transform) else Watched)(self._asked.transform, off)
 
-    def _recipe(self, opened: _Opened, pool: Pool) -> Recipe:
-        names = self._fields(opened.stores[0])
-        count = len(names) - self._num_targets
+    def _recipe(self, opened: Opened, pool: Pool) -> Recipe:
+        names = self._asked.fields(opened.stores[0])
+        count = len(names) - self._asked.num_targets
         several = (
-            self._inputs is not None and (self._inputs[1] or bool(self._ragged.offsets)) and not self._stack,
-            self._targets is not None and self._targets[1],
+            self._asked.inputs is not None
+            and (self._asked.inputs[1] or bool(self._asked.ragged.offsets))
+            and not self._asked.stack,
+            self._asked.targets is not None and self._asked.targets[1],
         )
-        first = 1 if self._stack else count  # of the targets' columns
-        wrap: Any = _same_array
-        if self._output == "torch" and self._transform is None:
-            from streamtrain.tensors import any_tensor, to_tensor
-
-            wrap = any_tensor if self._ragged.kept_sparse else to_tensor
+        first = 1 if self._asked.stack else count  # of the targets' columns
+        wrap = opened.wrap if self._asked.transform is None else _same_array
 
         def assemble(arrays: Sequence[NDArray[Any]]) -> Batch:
             wrapped = [wrap(array) for array in arrays]
@@ -728,28 +417,30 @@ class ZarrStream:
             return Batch(inputs, targets, wrapped[-1])
 
         return Recipe(
-            feeds=[[feed.during(self._seed, self._epoch) for feed in feeds] for feeds in opened.feeds],
+            feeds=[[feed.during(self._asked.seed, self._epoch) for feed in feeds] for feeds in opened.feeds],
             columns=opened.survey.columns,
             places=opened.survey.places,
-            ranks=self._ranks,
+            ranks=self._asked.ranks,
             cache_bytes=opened.survey.cache_bytes,
             sizes=opened.survey.sizes,
             share=self._share,
-            batch_size=self._batch_size,
-            drop_last=self._drop_last,
-            seed=self._seed if self._ranks.alone else derive_key(self._seed, "rank", self._ranks.rank),
-            threads=self._threads,
-            prefetch=self._prefetch,
-            read_timeout=self._read_timeout,
+            batch_size=self._asked.batch_size,
+            drop_last=self._asked.drop_last,
+            seed=self._asked.seed
+            if self._asked.ranks.alone
+            else derive_key(self._asked.seed, "rank", self._asked.ranks.rank),
+            threads=self._asked.threads,
+            prefetch=self._asked.prefetch,
+            read_timeout=self._asked.read_timeout,
             transform=self._watched(opened.finished),
-            crew=self._crew,
-            payload=self._payload,
+            crew=self._asked.crew,
+            payload=self._asked.payload,
             assemble=assemble,
             finish=opened.finish,
             at_end=self._zarr_loop.aclose,
             pool=pool,
             rooms=self._rooms,
-            max_skipped=self._max_skipped if self._on_bad_chunk == "skip" else None,
+            max_skipped=self._asked.max_skipped if self._asked.on_bad_chunk == "skip" else None,
         )
 
     def _returned(self, cursor: Cursor, finished: bool) -> None:
@@ -795,7 +486,7 @@ class ZarrStream:
         if self._disk is not None:
             await asyncio.wrap_future(self._zarr_loop.submit(_called(self._disk.close)))
         await self._zarr_loop.aclose()
-        for where in self._where:
+        for where in self._opening.where:
             where.close()
 
     async def pause(self) -> None:
@@ -819,7 +510,7 @@ class ZarrStream:
     @property
     def batch_size(self) -> int:
         """Samples of a full batch."""
-        return self._batch_size
+        return self._asked.batch_size
 
     @property
     def num_samples(self) -> int:
@@ -829,17 +520,17 @@ class ZarrStream:
     @property
     def needs_loop(self) -> bool:
         """Whether something of it gets on only while its loop turns: an async transform."""
-        return self._transform is not None and is_async(self._transform)
+        return self._asked.transform is not None and is_async(self._asked.transform)
 
     @property
     def drop_last(self) -> bool:
         """Whether a short last batch is left out."""
-        return self._drop_last
+        return self._asked.drop_last
 
     def __len__(self) -> int:
         """Batches of an epoch. Before the first use this reads metadata, and may block."""
         count = self.num_samples
-        return count // self._batch_size if self._drop_last else -(-count // self._batch_size)
+        return count // self._asked.batch_size if self._asked.drop_last else -(-count // self._asked.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of this epoch; does nothing within it. Raises ConfigError for a negative one."""
@@ -908,7 +599,7 @@ class ZarrStream:
         split = opened.survey.split
         arrays: Any = [
             {name: _shape_of(a) for name, a in arrays.items()}
-            for arrays in ({name: arrays[name] for name in self._fields(arrays)} for arrays in opened.stores)
+            for arrays in ({name: arrays[name] for name in self._asked.fields(arrays)} for arrays in opened.stores)
         ]
         cells = [list(frame.cell) for frame in opened.survey.frames]
         count = len(arrays)
@@ -918,25 +609,25 @@ class ZarrStream:
             digest = derive_key(str(arrays), str(cells))
             arrays = f"{count} stores of {len(opened.stores[0])} arrays, digest {digest:016x}"
             cells = cells if count == 1 else []
-        keyed = self._shuffle != "none" or self._framing.random
+        keyed = self._asked.shuffle != "none" or self._asked.framing.random
         return {
             "arrays": arrays,
-            **self._framing.fingerprint(opened.select),
+            **self._asked.framing.fingerprint(opened.select),
             "cells": cells,
-            "shuffle": self._shuffle,
-            "seed": self._seed if keyed else None,
-            "shuffle_blocks": opened.survey.cells_per_block if self._shuffle == "block" else None,
-            "lanes": self._lanes if self._shuffle == "block" else None,
-            "split": [split.lower, split.upper] if isinstance(split, Split) else self._split_given,
+            "shuffle": self._asked.shuffle,
+            "seed": self._asked.seed if keyed else None,
+            "shuffle_blocks": opened.survey.cells_per_block if self._asked.shuffle == "block" else None,
+            "lanes": self._lanes if self._asked.shuffle == "block" else None,
+            "split": [split.lower, split.upper] if isinstance(split, Split) else self._asked.split,
             "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,
-            "split_seed": self._split_seed if split.by != "range" else None,
+            "split_seed": self._asked.split_seed if split.by != "range" else None,
             **self._figures(opened),
         }
 
-    def _figures(self, opened: _Opened) -> dict[str, str]:
+    def _figures(self, opened: Opened) -> dict[str, str]:
         """What the fingerprint says of the numbers; nothing where they are as they are stored."""
-        names = self._fields(opened.stores[0])
+        names = self._asked.fields(opened.stores[0])
         told: dict[str, str] = {}
         for key, each in (
             ("decode_cf", [change.packing for change in opened.changes]),
@@ -947,7 +638,7 @@ class ZarrStream:
                 told[key] = found if len(found) <= FIGURES_SHOWN else f"digest {derive_key(found):016x}"
         return told
 
-    def _known(self) -> _Opened:
+    def _known(self) -> Opened:
         if self._opened is None:
             self.open_blocking()
         assert self._opened is not None
@@ -967,7 +658,7 @@ class ZarrStream:
 
         return StreamStatistics(
             lanes={
-                name: ", ".join(sorted({_lane(arrays[name]) for arrays in stores if name in arrays}))
+                name: ", ".join(sorted({lane_of(arrays[name]) for arrays in stores if name in arrays}))
                 for name in (stores[0] if stores else ())
             },
             chunks=sum(scratch.chunks for scratch in scratches),
@@ -984,7 +675,7 @@ class ZarrStream:
             ),
             finished=opened.finished.statistics() if opened is not None and opened.finished is not None else None,
             disk_cache=self._disk.statistics() if self._disk is not None else None,
-            threads=self._threads,
+            threads=self._asked.threads,
             buffers=reading.buffers if reading is not None else 0,
             buffer_bytes=opened.survey.sizes.buffer_bytes if opened is not None else 0,
             chunks_checked=sum(scratch.checked for scratch in scratches),
@@ -1013,12 +704,16 @@ class ZarrStream:
         survey = self._known().survey
         numbers = sample_numbers(index, survey.split.grid.num_samples)
         if self._locator is None:
-            read = coordinates_at(self._read_timeout, self._retries, self._verify)
-            self._locator = Locator(self._where, survey.frames, [feeds[0] for feeds in self._known().feeds], read)
+            read = coordinates_at(self._asked.read_timeout, self._asked.retries, self._asked.verify)
+            self._locator = Locator(
+                self._opening.where, survey.frames, [feeds[0] for feeds in self._known().feeds], read
+            )
         try:
-            found = self._locator.locate(numbers, self._seed, None if epoch is None else at_least(epoch, 0, "epoch"))
+            found = self._locator.locate(
+                numbers, self._asked.seed, None if epoch is None else at_least(epoch, 0, "epoch")
+            )
         except TimeoutError:
-            raise self._hung() from None
+            raise self._asked.hung() from None
         return found[0] if np.ndim(index) == 0 else found
 
 
@@ -1069,34 +764,12 @@ def _other_data(theirs: Mapping[str, Any], mine: Mapping[str, Any], different: S
     return same_names and bool({"arrays", "cells"} & set(different))
 
 
-def _lane(array: OpenArray) -> str:
-    return array.reader.lane + (f" ({array.fallback})" if array.fallback is not None else "")
-
-
 def _shape_of(array: OpenArray) -> str:
     """What the fingerprint says of an array."""
     shape = "x".join(map(str, array.layout.shape))
     if array.encoding is not None and array.encoding.kind == "csr":
         shape = f"{'x'.join(map(str, array.encoding.shape))} csr {shape}"
     return f"{shape} {array.layout.native}"
-
-
-def _own_dtype(array: OpenArray) -> np.dtype[Any]:
-    """The dtype of the array's samples, unless another is asked for."""
-    codes = array.encoding is not None and array.encoding.kind == "categorical"
-    return np.dtype(np.int64) if codes else array.layout.native
-
-
-def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Calls a method of something as long as it lives."""
-    weak = weakref.WeakMethod(method)
-
-    def call() -> None:
-        living = weak()
-        if living is not None:
-            living()
-
-    return call
 
 
 async def _called(function: Callable[[], None]) -> None:
