@@ -196,6 +196,22 @@ def checkpoints(run: Annotated[Path, Parameter(help="a run's folder")], /) -> in
     return 0
 
 
+@command
+def verify(
+    data: Annotated[str, Parameter(help="a Zarr store: a path or a URL")],
+    /,
+    *,
+    deep: Annotated[bool, option("read every byte, not only sizes and indexes")] = False,
+    write_manifest: Annotated[bool, option("vouch for the files as they are, if nothing is damaged")] = False,
+) -> int:
+    """Look for damage in a store, a line each; exit 3 if there is any."""
+    from streamtrain.data import verification
+
+    for line in verification.verify(data, deep=deep, write=write_manifest):
+        print(line, flush=True)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)

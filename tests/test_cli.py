@@ -61,11 +61,11 @@ def test_help_lists_the_commands_that_there_are(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     listed = [line.split(":")[0].strip() for line in shown.splitlines() if line.startswith("  ") and ": " in line]
-    assert listed[:5] == ["bench", "checkpoints", "demo", "fit", "inspect"]
+    assert listed[:6] == ["bench", "checkpoints", "demo", "fit", "inspect", "verify"]
     assert shown.isascii()
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "inspect", "bench", "checkpoints"])
+@pytest.mark.parametrize("command", ["demo", "fit", "inspect", "bench", "checkpoints", "verify"])
 def test_each_command_has_help(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: streamtrain {command}")
@@ -75,7 +75,7 @@ def test_each_command_has_help(command: str, capsys: Capture) -> None:
     ("arguments", "error", "hint"),
     [
         (["fitt"], "unknown command fitt", "Did you mean fit?"),
-        (["validate"], "unknown command validate", "There are: demo, fit, inspect, bench, checkpoints."),
+        (["validate"], "unknown command validate", "There are: demo, fit, inspect, bench, checkpoints, verify."),
         (["--epochs=3"], "unknown option --epochs", "`streamtrain --help` lists what there is."),
         (["fit", "--epcohs", "3"], "unknown option --epcohs", "Did you mean --max-epochs?"),
         (["fit", "--batchsize=3"], "unknown option --batchsize", "Did you mean --batch-size?"),
@@ -216,6 +216,19 @@ def test_a_run_without_a_valid_checkpoint_ends_with_4(run_folder: Path, capsys: 
     shown = capsys.readouterr()
     assert shown.out.count("damaged: manifest.json, ") == 2
     assert shown.err.startswith("error: none of the 2 checkpoints in ")
+
+
+def test_verify_says_each_damage_and_ends_with_3(tmp_path: Path, capsys: Capture) -> None:
+    array = zarr.create_array(tmp_path / "d", data=np.arange(12.0), chunks=(4,), compressors=None)
+    assert array.shape == (12,)
+    assert main(["verify", str(tmp_path / "d"), "--write-manifest"]) == 0
+    assert capsys.readouterr().out.endswith("ok: 3 files, 96 B, every byte\n")
+    chunk = tmp_path / "d" / "c" / "1"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    assert main(["verify", str(tmp_path / "d"), "--deep"]) == 3
+    shown = capsys.readouterr()
+    assert shown.out.startswith("damaged: array 'array': chunk 1 ")
+    assert shown.err.startswith("error: ")
 
 
 def test_a_folder_without_checkpoints_ends_with_4(tmp_path: Path, capsys: Capture) -> None:
