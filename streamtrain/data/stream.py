@@ -222,6 +222,8 @@ class ZarrStream:
         crew = transform_crew(transform_workers)
         if sparse and crew.kind == "process":
             raise ConfigError("sparse=True: processes get no sparse rows", hint="transform_workers=N threads")
+        if sparse and cache_transform:
+            raise ConfigError("sparse=True: batches of sparse rows are not kept", hint="leave cache_transform= out")
         check_transform(transform, crew)
         self._asked = Asked(
             named=places,

@@ -467,12 +467,18 @@ def test_sparse_rows_are_torchs_sparse_tensors(store: Path) -> None:
             count += len(batch.index)
         return count
 
-    assert asyncio.run(read(stream(store, sparse=True, shuffle=True, output="torch"))) == 203
+    for shuffle in (True, False):
+        made = stream(store, sparse=True, shuffle=shuffle, output="torch")
+        assert [asyncio.run(read(made)) for _ in range(2)] == [203, 203]
     given: dict[str, Any] = {"sparse": True, "output": "torch", "inputs": ["X"]}
     tree = stream(store, **given, transform=lambda batch: (batch.inputs["X"], batch.targets))
     assert asyncio.run(read(tree)) == 203
 
 
-def test_sparse_of_plain_arrays_is_refused(store: Path) -> None:
+def test_sparse_rows_are_refused_where_nobody_could_take_them(store: Path) -> None:
+    with pytest.raises(ConfigError, match="processes get no sparse rows"):
+        stream(store, sparse=True, transform=len, transform_workers="process:1")
+    with pytest.raises(ConfigError, match="batches of sparse rows are not kept"):
+        stream(store, sparse=True, cache_transform=True)
     with pytest.raises(ConfigError, match="no array of the stream is sparse"):
         epoch(stream(store, inputs="y", sparse=True))
