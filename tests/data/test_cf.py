@@ -137,7 +137,7 @@ def test_signed_numbers_wrap_where_xarray_overflows(tmp_path: Path) -> None:
 
 def test_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path, np.arange(12, dtype="int16").reshape(6, 2), {"scale_factor": 0.1, "_FillValue": 3})
-    with caplog.at_level(logging.INFO, logger="streamtrain.data.stream"):
+    with caplog.at_level(logging.INFO, logger="streamtrain.data"):
         rows(tmp_path)
         assert [record.message for record in caplog.records] == [
             "array x is decoded as CF says: * 0.1 NaN for 3 (float64); decode_cf=False leaves it alone"
