@@ -187,7 +187,7 @@ class Area:
         for first, last in _tiles(starts, max(1, TILE_BYTES // max(1, self.column.row_bytes))):
             begin, end = int(starts[first]), int(starts[last])
             tile = places[first * out.shape[1] : last * out.shape[1]]
-            tile.fill(self.column.fill)
+            _fill(tile, self.column.fill)
             lengths = np.diff(starts[first : last + 1])
             origins = np.arange(last - first, dtype=np.int64) * out.shape[1]
             if columns:
@@ -201,6 +201,14 @@ class Area:
                 np.add.at(tile, where, found)
             else:
                 tile[where] = found
+
+
+def _fill(tile: NDArray[Any], number: float) -> None:
+    """Fill contiguous memory; zeros by bytes, which takes half the time of numbers."""
+    if number == 0:
+        tile.view(np.uint8).fill(0)
+    else:
+        tile.fill(number)
 
 
 def _tiles(starts: Ints, most_rows: int) -> list[tuple[int, int]]:
