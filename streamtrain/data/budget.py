@@ -100,15 +100,31 @@ class Budget:
         with self._lock:
             return list(self._shares)
 
-    def try_acquire(self, size: int) -> bool:
-        """Grant `size` bytes, or say no and change nothing."""
+    def try_acquire(self, size: int, share: Share | None = None) -> bool:
+        """Grant `size` bytes, or say no and change nothing. `share`: for whom, if for a stream: what is promised to the
+        others is kept for them."""
         with self._lock:
             self._collect()
-            if self._used + size > self.total:
+            if self._used + size + self._promised(size, share) > self.total:
                 return False
             self._used += size
             self._peak = max(self._peak, self._used)
             return True
+
+    def _promised(self, size: int, share: Share | None) -> int:
+        """Bytes that other streams have still to get; none of them matters to one that asks for its own."""
+        if share is None:
+            return 0
+        dividing = [each for each in self._shares if each.active]
+        part = self.total // max(1, len(dividing))
+        if share.active and share.used + size <= min(share.promise(part), part):
+            return 0
+        return sum(max(0, each.promise(part) - each.used) for each in dividing if each is not share)
+
+    def kept_from(self, share: Share) -> int:
+        """Bytes that this stream could not have, though nobody has them now."""
+        with self._lock:
+            return self._promised(self.total, share)
 
     def release(self, size: int) -> None:
         """Give `size` granted bytes back."""
@@ -139,7 +155,7 @@ class Budget:
 
 
 class Share:
-    """One stream's account in a budget: grants as the budget does, after asking the others for what lies idle there."""
+    """One stream's account in a budget: grants as the budget does, after asking all for what lies idle."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -149,6 +165,8 @@ class Share:
         """The same for what is kept only to save work; asked by this stream too, and last."""
         self.active = True
         """Whether its stream counts among those that divide the budget: it is not closed."""
+        self.least: int | None = None
+        """Bytes with which its stream gets on; None while nobody knows, and an equal part is kept for it."""
         self.keeps = False
         """Whether it is no stream's, but what streams keep together: it stays as long as they do."""
         self._lock = threading.Lock()
@@ -160,10 +178,17 @@ class Share:
         """Bytes to plan with: an equal part for each stream that is not closed."""
         return self.budget.total // (1 + sum(share.active for share in self.budget.shares() if share is not self))
 
+    def promise(self, part: int) -> int:
+        """Bytes that are kept for it, so that no stream that stands still keeps it from getting on.
+
+        `part`: an equal part of the budget.
+        """
+        return part if self.least is None else min(self.least, part)
+
     @property
     def free(self) -> int:
-        """Bytes that the budget could grant now."""
-        return self.budget.free
+        """Bytes that the budget could grant to it now."""
+        return max(0, self.budget.free - self.budget.kept_from(self))
 
     @property
     def used(self) -> int:
@@ -182,16 +207,16 @@ class Share:
 
     def try_acquire(self, size: int) -> bool:
         """Grant `size` bytes, or say no and change nothing."""
-        granted = self.budget.try_acquire(size)
+        granted = self.budget.try_acquire(size, self)
         if not granted and size <= self.budget.total:
             for share in self.budget.shares():
-                for lend in list(share.lend) if share is not self else ():
+                for lend in list(share.lend):  # its own, too: what lies idle may be what the next pass begins with
                     lend()
-            granted = self.budget.try_acquire(size)
+            granted = self.budget.try_acquire(size, self)
             for share in self.budget.shares() if not granted else ():
                 if share.lend_kept is not None:
                     share.lend_kept()
-            granted = granted or self.budget.try_acquire(size)
+            granted = granted or self.budget.try_acquire(size, self)
         if granted:
             with self._lock:
                 self._used += size

@@ -355,10 +355,9 @@ class ZarrPass:
             self._loop = asyncio.get_running_loop()
             return True
         sizes, share = self._recipe.sizes, self._recipe.share
-        total, threads = share.total, self._recipe.threads
-        least = sizes.least - sizes.scratch_bytes + self._recipe.cache_bytes
-        while threads > 1 and least + threads * sizes.scratch_bytes > total:
-            threads -= 1
+        total = share.total
+        threads = sizes.threads_within(total, self._recipe.threads, self._recipe.cache_bytes)
+        share.least = sizes.needed(threads)
         if threads < self._recipe.threads:
             logger.info("memory=%s: %d of %d threads", format_bytes(total), threads, self._recipe.threads)
         granted = threads * sizes.scratch_bytes + sizes.kept_bytes

@@ -218,6 +218,8 @@ class Opening:
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
         finished = self._finished(stores, survey)
+        threads = survey.sizes.threads_within(self._share.total, self._asked.threads, survey.cache_bytes)
+        self._share.least = survey.sizes.needed(threads)
         return Opened(
             stores, survey, feeds, cache, *self._given_as(survey.columns), changes[0], finished, told(framings)
         )

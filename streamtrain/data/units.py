@@ -51,6 +51,18 @@ class Sizes:
         buffers = self.buffer_bytes * min(self.units, self.buffers)
         return buffers + self.scratch_bytes + 2 * self.room_bytes + self.kept_bytes
 
+    def threads_within(self, total: int, threads: int, cache_bytes: int) -> int:
+        """How many of these threads have room in `total` bytes, beside the buffers and what is cached; at least 1."""
+        others = self.least - self.scratch_bytes + cache_bytes
+        while threads > 1 and others + threads * self.scratch_bytes > total:
+            threads -= 1
+        return threads
+
+    def needed(self, threads: int) -> int:
+        """Bytes with which a pass of so many threads gets on, while a batch of the pass before is still held."""
+        before = self.buffer_bytes if self.units == 1 else 0
+        return self.least + before + (threads - 1) * self.scratch_bytes
+
 
 def least_buffers(split: Split | Chosen, unit_cells: int, batch: int) -> int:
     """Two: one that is consumed, one that is filled. Three where a unit of so many cells may hold no whole batch.

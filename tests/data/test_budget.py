@@ -134,3 +134,19 @@ def test_the_containers_limit_counts_where_it_is_lower(file: str, tmp_path: Path
 
 def test_held_batches_are_the_callers_affair() -> None:
     assert issubclass(BudgetHeld, UserCodeError)
+
+
+def test_what_is_promised_to_a_stream_that_stands_still_stays_its_own() -> None:
+    budget = Budget(100)
+    busy, still, unknown = budget.join(), budget.join(), budget.join()
+    busy.least, still.least = 20, 10
+    assert busy.free == 57  # 100 less 10, and less a third for whom nobody knows yet
+    assert not busy.try_acquire(58)
+    assert busy.try_acquire(57)
+    assert still.try_acquire(10)
+    assert unknown.try_acquire(33)
+    assert not still.try_acquire(1)
+    unknown.active = False
+    unknown.release(33)
+    assert still.try_acquire(33)
+    assert not busy.try_acquire(1)

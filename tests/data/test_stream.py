@@ -432,7 +432,10 @@ async def test_a_stream_that_was_dropped_without_aclose_gives_its_share_back(sto
 
 def test_what_lies_idle_in_one_pool_is_lent_to_another() -> None:
     budget = Budget(2 << 12)
-    one, other = Pool(1 << 12, budget.join()), Pool(1 << 12, budget.join())
+    accounts = [budget.join() for _ in range(2)]
+    for account in accounts:
+        account.least = 0
+    one, other = (Pool(1 << 12, account) for account in accounts)
     kept, left = one.take(), one.take()
     assert left is not None
     assert other.take() is None
@@ -444,10 +447,39 @@ def test_what_lies_idle_in_one_pool_is_lent_to_another() -> None:
     assert one.take() is not None
 
 
+async def standing_still(source: ZarrStream) -> None:
+    """Until it has read ahead as far as it can."""
+    before = None
+    while before != (before := source.statistics().queue):  # noqa: ASYNC110  (nobody tells of it)
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("transform", [None, lambda batch: (batch.inputs + 1, None)], ids=["plain", "transform"])
+async def test_a_stream_that_stands_still_keeps_no_other_of_its_budget_from_its_epoch(
+    tmp_path: Path, transform: Any
+) -> None:
+    """As a fit does in the middle of an epoch: training has read ahead as far as there is memory, then validates."""
+    array = zarr.create_array(tmp_path / "s.zarr", shape=(20000, 64), chunks=(1000, 64), dtype="float32")
+    array[...] = 1
+    given: dict[str, Any] = {"batch_size": 32, "memory": Budget("6MiB"), "output": "numpy", "shuffle_blocks": 4}
+    train = ZarrStream(tmp_path / "s.zarr", split=(0.0, 0.6), shuffle="block", transform=transform, **given)
+    valid = ZarrStream(tmp_path / "s.zarr", split=(0.6, 1.0), transform=transform, **given)
+    async with train, valid:
+        count = 0
+        async for batch in train:
+            count += len(batch)
+            if count % 3200 == 0:
+                await standing_still(train)
+                async with asyncio.timeout(20):
+                    assert sum([len(each) async for each in valid]) == 8000
+        assert count == 12000
+
+
 async def test_a_stream_waits_for_what_another_one_holds(store: Path) -> None:
     budget = Budget("1MiB")
-    source, other = stream(store, memory=budget), budget.join()
+    other = budget.join()
     assert other.try_acquire(budget.total)
+    source = stream(store, memory=budget)
     waiting = asyncio.ensure_future(indices(source))
     done, _ = await asyncio.wait([waiting], timeout=0.1)
     assert not done
@@ -457,8 +489,9 @@ async def test_a_stream_waits_for_what_another_one_holds(store: Path) -> None:
 
 async def test_a_stream_that_waited_in_vain_says_that_others_hold_its_memory(store: Path) -> None:
     budget = Budget("1MiB")
-    source, other = stream(store, memory=budget, read_timeout=0.5), budget.join()
+    other = budget.join()
     assert other.try_acquire(budget.total)
+    source = stream(store, memory=budget, read_timeout=0.5)
     with pytest.raises(BudgetHeld, match="other streams keep what this one needs"):
         await indices(source)
 
