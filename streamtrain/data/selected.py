@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from streamtrain.data.crops import Axis, axis_of
 from streamtrain.data.framing import Field, Framing, sample_axes_of
 from streamtrain.data.permutation import Ints
 from streamtrain.data.selecting import Coordinate, Wanted, missing_error, places_of
-from streamtrain.errors import DataError
+from streamtrain.errors import ConfigError, DataError
 
 SHOWN = 24
 """Places that a position shows; more of them, or those of several stores, as a digest."""
@@ -21,11 +22,22 @@ def resolved(
     framing: Framing, stores: Sequence[Sequence[Field]], coordinates: Sequence[Mapping[str, Coordinate]]
 ) -> list[Framing]:
     """The framing of each store, its selection as places. Raises DataError or ConfigError for what can't be."""
+    check_named_once(framing.select, stores[0])
     taken: list[dict[Axis, Ints]] = [{} for _ in stores]
     for axis, wanted in framing.select.items():
         for mine, places in zip(taken, _resolved(axis, wanted, framing, stores, coordinates), strict=True):
             mine[axis] = places
     return [replace(framing, taken=mine) for mine in taken]
+
+
+def check_named_once(axes: Iterable[Axis], fields: Sequence[Field]) -> None:
+    """Raise ConfigError where two of these axes, a number and a name perhaps, are one."""
+    first = fields[0].layout
+    for one, other in itertools.combinations(axes, 2):
+        for each in fields:
+            number = axis_of(one, each.layout, first)
+            if number is not None and number == axis_of(other, each.layout, first):
+                raise ConfigError(f"select= names one axis of {each.name!r} twice: {one!r} and {other!r}")
 
 
 def _resolved(

@@ -620,7 +620,7 @@ class ZarrStream:
             "seed": self._asked.seed if keyed else None,
             "shuffle_blocks": opened.survey.cells_per_block if self._asked.shuffle == "block" else None,
             "lanes": self._lanes if self._asked.shuffle == "block" else None,
-            "split": [split.lower, split.upper] if isinstance(split, Split) else self._asked.split,
+            "split": [split.lower, split.upper] if isinstance(split, Split) else _plain(self._asked.split),
             "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,
             "split_seed": self._asked.split_seed if split.by != "range" else None,
@@ -781,3 +781,8 @@ async def _called(function: Callable[[], None]) -> None:
 
 def _same_array(array: NDArray[Any]) -> NDArray[Any]:
     return array
+
+
+def _plain(numbers: Sequence[float] | None) -> list[float] | None:
+    """As JSON has it, so that what comes back from there is the same."""
+    return None if numbers is None else list(numbers)

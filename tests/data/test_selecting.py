@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,13 @@ async def test_a_position_of_other_values_is_refused(store: Path) -> None:
             other.load_state_dict(one.state_dict())
 
 
+async def test_a_position_goes_through_json(store: Path) -> None:
+    for keywords in ({"groups": "y"}, {"indices": [3, 5, 7]}, {"select": {"time": "1999"}, "split_by": "chunk"}):
+        async with stream(store, split=(0.0, 0.6), **keywords) as source:
+            await source.open()
+            source.load_state_dict(json.loads(json.dumps(source.state_dict())))
+
+
 @pytest.mark.parametrize(
     ("select", "message"),
     [
@@ -205,6 +213,8 @@ async def test_a_position_of_other_values_is_refused(store: Path) -> None:
         ({"time": [0, 99]}, "which has 40 places"),
         ({"lat": [0.0, "a"]}, "must be places"),
         ({"lat": {"from": 3}}, "must have start, stop and step alone"),
+        ({0: slice(0, 10), "time": "2000"}, "names one axis of 'x' twice: 0 and 'time'"),
+        ({"lat": [0.0], 2: [0]}, "names one axis of 'x' twice: 'lat' and 2"),
     ],
     ids=str,
 )
