@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,17 @@ class Folder:
     def close(self) -> None:
         """Let go of all files. The next process may have the folder when the last thread that writes there is done."""
         with self._lock:
-            self.off = self.off or "it is closed"
-            self._segments, self._current, self._owner = {}, None, None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.off = self.off or "it is closed"
+        self._segments, self._current, self._owner = {}, None, None
+
+    def forked(self) -> None:
+        """In a forked child: it stays the parent's, for as long as that one wants it and no longer."""
+        if self._owner is not None:
+            self._owner.release()  # here: what threads of the parent held is never let go of in a child
+        self._let_go()  # without the lock, which a thread may have held that is not here
 
     def shelf(self, array: int, chunks: int, size: int) -> Shelf:
         """The places of an array of so many chunks, which are of `size` bytes together."""
@@ -399,10 +409,16 @@ class Lock:
     """Holds a folder's lock as long as anything of it is in use."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._fd: int | None = fd
+
+    def release(self) -> None:
+        """Let go of it in this process; what a fork has of it goes on holding it."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        self.release()
 
 
 def _owned(path: str) -> Lock:
@@ -425,7 +441,7 @@ def _owned(path: str) -> Lock:
             owner = os.pread(fd, 300, 0).decode(errors="replace").strip() or "unknown"
             raise EnvironmentProblem(
                 f"disk_cache={path!r} belongs to another process that is running: pid {owner}",
-                hint="wait for its end, or give each process (each rank) a folder of its own",
+                hint="wait for its end, or give each process (each rank, each forked worker) a folder of its own",
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -468,6 +484,11 @@ class DiskCache:
         self._lock = threading.Lock()
         self._folder: Folder | None = None
         self._last: DiskCacheStatistics | None = None
+        _USES.add(self)
+
+    def forked(self) -> None:
+        """In a forked child: the next `open` asks for the folder, and hears whose it is."""
+        self._lock, self._folder, self._last = threading.Lock(), None, None
 
     def open(self) -> Folder:
         """The folder, taken over at the first call, which waits for the disk. Raises as `Folder` says."""
@@ -517,6 +538,24 @@ class DiskCache:
         """How the folder does, or did; None before its first use. Waits for nothing."""
         folder = self._folder
         return folder.statistics() if folder is not None else self._last
+
+
+_USES: weakref.WeakSet[DiskCache] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a forked child: forget what is its parent's, for two that write by the same record overwrite each other."""
+    global _REGISTRY
+    _REGISTRY = threading.Lock()
+    for use in _USES:
+        use.forked()
+    for folder in _FOLDERS.values():
+        folder.forked()
+    _FOLDERS.clear()
+    _LEFT.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def disk_cache_of(given: object, size: str | int | None) -> DiskCache | None:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -497,6 +499,70 @@ async def test_a_stream_that_is_dropped_lets_go_too(tmp_path: Path, folder: Path
     assert under(KeptReader, object()) is None
     del source
     (await asyncio.to_thread(Folder, str(folder), 1 << 20)).close()
+
+
+def in_a_fork(job: Callable[[], str]) -> Callable[[], str]:
+    """Begin a job in a forked child; what is returned ends it, and tells what it said."""
+    told, tell = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads run, and the child does without them
+        pid = os.fork()
+    if not pid:
+        try:
+            os.write(tell, job().encode())
+        finally:
+            os._exit(0)
+    os.close(tell)
+
+    def said() -> str:
+        with open(told, encoding="utf-8") as pipe:
+            text = pipe.read()
+        os.waitpid(pid, 0)
+        return text
+
+    return said
+
+
+def test_a_fork_is_told_that_the_folder_is_its_parents_and_writes_nothing_there(folder: Path) -> None:
+    cache = DiskCache(str(folder), 1 << 20)
+    owner = cache.open()
+    shelf = owner.shelf(1, 6, 6000)
+
+    def worker() -> str:
+        owner.keep(shelf, 2, 3, np.full(1000, 2, dtype=np.uint8))
+        try:
+            cache.open()
+        except EnvironmentProblem as error:
+            return str(error)
+        return "it was opened"
+
+    said = in_a_fork(worker)
+    owner.keep(shelf, 1, 3, np.full(1000, 1, dtype=np.uint8))
+    assert re.search(rf"belongs to another process that is running: pid {os.getpid()} on ", said())
+    got = owner.get(shelf, 1, 3, 1000, Scratch(), "once")
+    assert got is not None
+    assert set(got.tolist()) == {1}
+    cache.close()
+
+
+def test_a_fork_that_lives_on_does_not_hold_its_parents_folder(folder: Path) -> None:
+    cache = DiskCache(str(folder), 1 << 20)
+    held = cache.open()  # as a thread of the parent might hold it, which is never let go of in the child
+    wait, go = os.pipe()
+
+    def lives_on() -> str:
+        os.close(go)
+        return f"{os.read(wait, 1)!r} {held.off}"
+
+    said = in_a_fork(lives_on)
+    os.close(wait)
+    with open(go, "wb") as end:
+        cache.close()
+        again = DiskCache(str(folder), 1 << 20)
+        again.open()
+        end.write(b"x")
+    assert said() == "b'x' it is closed"
+    again.close()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
