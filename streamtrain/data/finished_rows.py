@@ -92,7 +92,7 @@ class FinishedRows:
                 return
             if list(map(_kind, leaves)) != list(map(_kind, store.leaves)):
                 wrong = "rows of another shape or dtype in one batch than in another"
-            elif self._filled + len(index) > self._samples:
+            elif self._filled + np.count_nonzero(store.slots[index] < 0) > self._samples:
                 wrong = "more rows than there are samples"
             else:
                 self._put(store, numbers, leaves, index)
@@ -169,7 +169,7 @@ class RowsInOrder:
 
     def __init__(self, rows: FinishedRows, order: EpochOrder, batch_size: int, *, drop_last: bool) -> None:
         self._rows, self._order, self._size = rows, order, batch_size
-        self._end = order.num_samples // batch_size * batch_size if drop_last else order.num_samples
+        self._drop_last = drop_last
         self._known: collections.OrderedDict[int, Ints] = collections.OrderedDict()
 
     @property
@@ -182,8 +182,8 @@ class RowsInOrder:
 
     def get(self, key: Key) -> tuple[bool, Batch | None]:
         """Whether it is known, and the batch that comes at this position (None: nothing more)."""
-        start = key[1]
-        while start < self._end:
+        start, end = key[1], self._end(key[1])
+        while start < end:
             stop = min(start + self._size, self._order.num_samples)
             batch = self._rows.take(self._samples(start, stop))
             if batch is None:
@@ -198,8 +198,13 @@ class RowsInOrder:
         """Keep its rows; batches without any that came before it are known by the same."""
         if batch is not None:
             self._rows.keep(self._samples(key[1], batch.cursor.position), batch)
-        elif key[1] < self._end and self._rows.on:
-            self._rows.leave_out(self._samples(key[1], self._end))
+        elif key[1] < self._end(key[1]) and self._rows.on:
+            self._rows.leave_out(self._samples(key[1], self._end(key[1])))
+
+    def _end(self, start: int) -> int:
+        """Where batches end that begin there: what `drop_last` drops depends on where a pass began."""
+        rest = self._order.num_samples - start
+        return start + (rest // self._size * self._size if self._drop_last else rest)
 
     def _samples(self, start: int, stop: int) -> Ints:
         """The numbers of the samples at these positions."""

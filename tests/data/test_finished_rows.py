@@ -97,6 +97,41 @@ async def test_kept_rows_are_private_and_a_position_is_gone_on_from(store: Path)
     await source.aclose()
 
 
+@pytest.mark.parametrize("seed", [1, 6])
+async def test_what_a_resumed_pass_dropped_comes_in_later_epochs(store: Path, seed: int) -> None:
+    given: dict[str, Any] = {"seed": seed, "split": (0, 96), "shuffle_blocks": 1}
+    before = stream(store, Counted(), batch_size=8, **given)
+    async for _ in before:
+        break
+    source = stream(store, Counted(), batch_size=32, drop_last=True, **given)
+    plain = stream(store, Counted(), batch_size=32, drop_last=True, cache_transform=False, **given)
+    for each in (source, plain):
+        await each.open()
+        each.load_state_dict(before.state_dict())
+    for _ in range(4):
+        same(await listed(source), await listed(plain))
+    for each in (before, source, plain):
+        await each.aclose()
+
+
+async def test_rows_of_an_epoch_that_was_broken_off_are_kept(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    transform = Counted()
+    source, plain = stream(store, transform), stream(store, Counted(), cache_transform=False)
+    passing = aiter(source)
+    for _ in range(20):
+        await anext(passing)
+    for each in (source, plain):
+        each.set_epoch(1)
+    for _ in range(2):
+        same(await listed(source), await listed(plain))
+    seen = transform.samples
+    same(await listed(source), await listed(plain))
+    assert transform.samples == seen
+    assert "not kept" not in caplog.text
+    await source.aclose()
+
+
 @pytest.mark.parametrize(
     ("transform", "why"),
     [
