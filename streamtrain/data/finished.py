@@ -91,8 +91,9 @@ class FinishedBatches:
             return
         try:
             copy = None if batch is None else _copy(batch)
-        except TypeError:  # something that numpy does not know
+        except TypeError as error:  # something that numpy does not know
             self._share.release(size)
+            self.stop(f"the transform makes what can't be copied: {error}")
             return
         with self._lock:
             self._bytes += size

@@ -129,6 +129,18 @@ async def test_a_transform_that_draws_is_not_kept_unless_told(store: Path, caplo
     await source.aclose()
 
 
+async def test_what_cannot_be_copied_is_not_kept_and_said_once(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    source = plain(store, transform=lambda batch: ({"x": batch.inputs, "s": {1}}, batch.targets))
+    for _ in range(2):
+        assert len(await listed(source)) == 31
+    told = source.statistics().finished
+    assert told is not None
+    assert (told.hits, told.bytes) == (0, 0)
+    assert caplog.text.count("finished batches are not kept: the transform makes what can't be copied: a set") == 1
+    await source.aclose()
+
+
 async def test_a_shuffled_stream_gives_kept_batches_where_the_same_epoch_comes_again(store: Path) -> None:
     transform = Counted(small.noisy)
     source = stream(store, transform=transform, cache_transform=True)
