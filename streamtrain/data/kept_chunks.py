@@ -21,7 +21,7 @@ from streamtrain.data.budget import available_memory
 from streamtrain.data.disk_cache import DiskCache, Folder, Shelf
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ALONE, ArrayLayout, decoded_whole, essence
-from streamtrain.data.manifest import unaddressable
+from streamtrain.data.manifest import PLACE, unaddressable
 from streamtrain.data.readers import ChunkReader, LocalReader, Scratch, Version, is_local, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.segments import Touch
@@ -37,12 +37,23 @@ class KeptReader:
     """Chunks of one array: from the disk cache, or from the reader behind it, and then kept."""
 
     def __init__(
-        self, reader: ChunkReader, layout: ArrayLayout, cache: DiskCache, store: str, *, verify: Verify, inodes: bool
+        self,
+        reader: ChunkReader,
+        layout: ArrayLayout,
+        cache: DiskCache,
+        store: str,
+        *,
+        verify: Verify,
+        inodes: bool,
+        vouched: bool = False,
     ) -> None:
-        """`store` names where it is, whoever asks; `inodes`: its files keep their numbers from one run to the next."""
+        """`store` names where it is, whoever asks; `inodes`: its files keep their numbers from one run to the next.
+
+        `vouched`: chunks are held against a manifest; what was not is kept apart, and given to nobody who asks for it.
+        """
         self.inner, self.layout, self._cache = reader, layout, cache
         self._far = under(RemoteReader, reader)
-        self._array = _digest(FORMAT, store, *essence(layout))
+        self._array = _digest(FORMAT, store, vouched, *essence(layout))
         self._grid = tuple(-(-s // c) for s, c in zip(layout.shape, layout.chunk_shape, strict=True))
         self.decoded_bytes = math.prod(layout.shape) * layout.dtype.itemsize
         """Bytes of the whole array."""
@@ -200,7 +211,8 @@ def kept_reader(
     if (why := unaddressable(layout)) is not None:
         logger.info("array %s is not kept in the disk cache: %s", layout.name or ALONE, why)
         return reader
-    return KeptReader(reader, layout, cache, address, verify=verify, inodes=near)
+    vouched = verify != "never" and (root is None or os.path.lexists(root / layout.name / PLACE))
+    return KeptReader(reader, layout, cache, address, verify=verify, inodes=near, vouched=vouched)
 
 
 def _digest(*parts: object) -> int:

@@ -170,6 +170,30 @@ async def test_a_chunks_own_checksum_is_left_alone_once_a_manifest_has_vouched_f
             [batch async for batch in source]
 
 
+@pytest.mark.parametrize("verify", ["once", "always"])
+async def test_what_was_decoded_unchecked_is_kept_for_those_alone_who_ask_for_no_check(
+    verify: Any, tmp_path: Path
+) -> None:
+    path = store(tmp_path, LAYOUTS["zstd"])
+    given: dict[str, Any] = {"cache": 0, "disk_cache": tmp_path / "kept", "disk_cache_bytes": "4MiB"}
+    replace(path / "c/2/0", path / "c/1/0")
+    for _ in range(2):
+        assert len(await read(path, verify="never", **given)) == 32
+        with pytest.raises(DataError, match=r"chunk 2\.0 .*manifest says"):
+            await read(path, verify=verify, **given)
+
+
+async def test_what_no_manifest_vouched_for_is_decoded_anew_once_there_is_one(tmp_path: Path) -> None:
+    path = store(tmp_path, LAYOUTS["zstd"])
+    given: dict[str, Any] = {"cache": 0, "disk_cache": tmp_path / "kept", "disk_cache_bytes": "4MiB"}
+    replace(path / "c/2/0", path / "c/1/0")
+    (path / PLACE).rename(tmp_path / "manifest")
+    assert len(await read(path, **given)) == 32
+    (tmp_path / "manifest").rename(path / PLACE)
+    with pytest.raises(DataError, match=r"chunk 2\.0 .*manifest says"):
+        await read(path, **given)
+
+
 async def test_parts_of_a_chunk_are_checked_as_a_whole(tmp_path: Path) -> None:
     path = store(tmp_path, Layout(chunks=(16, 4), codec="raw"))
     flip(path / "c/1/0", path)
