@@ -119,7 +119,7 @@ class Version(NamedTuple):
     """What the source of a chunk is: equal as long as nobody has changed it."""
 
     mark: tuple[int | str | None, ...]
-    """Of a file size, time of the last change in ns and inode; of an object size and ETag."""
+    """Of a file size, time of its content in ns, inode and time of the last change; of an object size and ETag."""
     lasting: bool
     """Whether a later run may go by it: it tells contents apart, and they were settled when the store was opened."""
 
@@ -271,7 +271,7 @@ class StoreFiles:
         signature = _signature(now)
         if key not in self._seen and os.path.realpath(path).startswith(self._inside):
             self._seen.first(key, signature)  # what lies elsewhere is never seen, for `open` asks no more of what was
-        return Version(signature, self.settled(now))
+        return Version((*signature, now.st_ctime_ns), self.settled(now))  # times of content can be set back, not this
 
     def settled(self, status: os.stat_result) -> bool:
         """Whether the file was not modified since this store was opened."""

@@ -197,6 +197,21 @@ async def test_a_chunk_that_was_written_anew_is_decoded_anew(tmp_path: Path, fol
         assert told(source).misses == 1
 
 
+async def test_a_chunk_that_was_written_over_with_its_time_kept_is_decoded_anew(tmp_path: Path, folder: Path) -> None:
+    for value in (1, 2):
+        data = np.full((ROWS, WIDTH), value, dtype=np.uint8)
+        zarr.create_array(str(tmp_path / f"{value}.zarr"), data=data, chunks=(CHUNK, WIDTH))
+    file, other = (tmp_path / name / "c" / "3" / "0" for name in ("1.zarr", "2.zarr"))
+    before = file.stat()
+    async with stream(tmp_path / "1.zarr", folder) as source:
+        assert (await rows_of(source) == 1).all()
+    file.write_bytes(other.read_bytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_ino) == (before.st_size, before.st_ino)
+    async with stream(tmp_path / "1.zarr", folder) as source:
+        assert ((await rows_of(source))[3 * CHUNK : 4 * CHUNK] == 2).all()
+
+
 async def test_a_chunk_that_changes_during_the_run_is_an_error_kept_or_not(tmp_path: Path, folder: Path) -> None:
     path = store(tmp_path / "s.zarr")
     async with stream(path, folder) as source:
