@@ -410,12 +410,16 @@ class Lock:
 
     def __init__(self, fd: int) -> None:
         self._fd: int | None = fd
+        self._pid = os.getpid()
 
     def release(self) -> None:
-        """Let go of it in this process; what a fork has of it goes on holding it."""
+        """Let go of it; in a fork, of what that one has of it, so that it ends with its owner."""
         fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        if fd is None:
+            return
+        if os.getpid() == self._pid:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone leaves it locked until a fork has closed its own
+        os.close(fd)
 
     def __del__(self) -> None:
         self.release()
