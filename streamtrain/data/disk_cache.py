@@ -342,7 +342,7 @@ class Folder:
                 return None
             self._evict(min(stale, key=lambda segment: segment.used))
         segment = self._current
-        if segment is None or (segment.size and segment.size + size > self._segment_bytes):
+        if segment is None or (segment.size and segment.end + size > self._segment_bytes):
             self._look_around()
             segment = self._current = self._segment(self._next, max(self._segment_bytes, size))
             segment.used = self._clock

@@ -64,8 +64,8 @@ class SegmentCut(ValueError):
 
 
 def room_for(size: int) -> int:
-    """Bytes that an entry of this size takes on the disk."""
-    return -(-size // ALIGNED) * ALIGNED + ROW_BYTES
+    """The most bytes that an entry of this size takes on the disk."""
+    return size + ALIGNED - 1 + ROW_BYTES
 
 
 def slices(data: NDArray[Any]) -> Iterator[Bytes]:
@@ -158,9 +158,14 @@ class Segment:
         """What a row says; of one that was cleared all zeros."""
         return Record(*_FIELDS.unpack_from(self._index, row * ROW_BYTES))
 
+    @property
+    def end(self) -> int:
+        """Where the next chunk begins."""
+        return -(-self.size // ALIGNED) * ALIGNED
+
     def reserve(self, size: int) -> tuple[int, int]:
         """Row and offset for so many bytes more."""
-        row, offset = len(self._index) // ROW_BYTES, -(-self.size // ALIGNED) * ALIGNED
+        row, offset = len(self._index) // ROW_BYTES, self.end
         self._index += _NONE
         self._sound += b"\0"
         self.size, self.live = offset + size, self.live + 1
@@ -193,6 +198,8 @@ class Segment:
         self._check_whole()
         due = check or not self._sound[row]
         if self._memory is not None and touch != "pread":
+            if record.offset + record.size > len(self._memory):
+                raise ValueError("its bytes lie beyond its map")
             data = self._memory.view(record.offset, record.size, "always" if due else touch)
         else:
             data = scratch.take("decoded", record.size)

@@ -246,9 +246,14 @@ async def test_the_same_chunks_of_another_store_are_others(tmp_path: Path, folde
 
 
 @limits(max_examples=25)
-@given(st.integers(0, 300_000), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=60), st.booleans())
+@given(
+    st.integers(0, 300_000),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=60),
+    st.booleans(),
+    st.integers(0, 7),
+)
 def test_it_stays_within_its_bytes_and_gives_what_was_kept(
-    tmp_path_factory: pytest.TempPathFactory, capacity: int, asked: list[tuple[int, int]], again: bool
+    tmp_path_factory: pytest.TempPathFactory, capacity: int, asked: list[tuple[int, int]], again: bool, odd: int
 ) -> None:
     path = tmp_path_factory.mktemp("kept")
     owner = Folder(str(path), capacity)
@@ -256,13 +261,31 @@ def test_it_stays_within_its_bytes_and_gives_what_was_kept(
         if again and number == len(asked) // 2:
             owner.close()
             owner = Folder(str(path), capacity)
-        shelf, data = owner.shelf(array, 10, 10 * CHUNK_BYTES), np.full((5, 1024 * (1 + chunk)), array * 10.0 + chunk)
+        shelf, data = (
+            owner.shelf(array, 10, 10 * CHUNK_BYTES),
+            np.full((5, 1024 * (1 + chunk) + odd), array * 10.0 + chunk),
+        )
         got = owner.get(shelf, chunk, 1, data.nbytes, Scratch(), "once")
         if got is None:
             owner.keep(shelf, chunk, 1, data)
         else:
             np.testing.assert_array_equal(got.view(np.float64).reshape(data.shape), data)
         assert owner.bytes == size_of(path) <= max(capacity, 0)
+    owner.close()
+
+
+def test_chunks_of_any_size_fill_a_segment_to_its_end_and_no_further(folder: Path) -> None:
+    size = (1 << 20) + 1
+    capacity = 4 * (3 * size + 63)  # the padding of two chunks leaves no room for the third
+    owner = Folder(str(folder), capacity)
+    shelf = owner.shelf(1, 8, 8 * size)
+    for number in range(8):
+        owner.keep(shelf, number, 1, np.full(size, number, dtype=np.uint8))
+    for number in range(8):
+        got = owner.get(shelf, number, 1, size, Scratch(), "once")
+        assert got is not None
+        np.testing.assert_array_equal(got, np.full(size, number, dtype=np.uint8))
+    assert owner.bytes == size_of(folder) <= capacity
     owner.close()
 
 
