@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from streamtrain.data.budget import UNITS, format_bytes, parse_bytes
 from streamtrain.data.filters import Bytes
 from streamtrain.data.readers import Scratch, is_local
-from streamtrain.data.segments import Record, Segment, SegmentCut, Touch, room_for
+from streamtrain.data.segments import Record, Segment, SegmentCut, Touch, open_own, room_for
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)
@@ -437,7 +437,7 @@ def _owned(path: str) -> Lock:
             )
         with contextlib.suppress(FileExistsError), open(tag, "xb") as file:
             file.write(TAG_TEXT)
-        fd = os.open(os.path.join(path, LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        fd = open_own(os.path.join(path, LOCK))
         lock = Lock(fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

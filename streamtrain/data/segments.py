@@ -12,8 +12,10 @@ costs a chunk decoded again, no more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -84,6 +86,20 @@ def slices(data: NDArray[Any]) -> Iterator[Bytes]:
             yield from slices(data[start : start + step])
 
 
+def open_own(path: str) -> int:
+    """A file of ours, opened or made. Raises OSError for what is none: a link in its place may lead to anything."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, f"{path} is a link, and is not followed") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"{path} is no regular file")
+    return fd
+
+
 class Segment:
     """One segment. `reserve` and `forget` are for one thread at a time; reading and writing what is there for many."""
 
@@ -99,7 +115,7 @@ class Segment:
         self.paths = base + ".data", base + ".index"
         self._memory: Map | None = None
         self._open: list[int] = []
-        self._open += (os.open(path, os.O_RDWR | os.O_CREAT, 0o666) for path in self.paths)
+        self._open += map(open_own, self.paths)
         self._data, self._rows = self._open
         self._index = bytearray(self._read_index())
         self.live = 0
@@ -215,8 +231,9 @@ class Segment:
     def advise(self, row: int, advice: int) -> int:
         """Give the kernel advice on the bytes of a row; how many they are."""
         record = self.record(row)
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._data, record.offset, record.size, advice)
+        if record.size:  # of no bytes the kernel understands all
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._data, record.offset, record.size, advice)
         return record.size
 
     def forget(self, row: int) -> None:

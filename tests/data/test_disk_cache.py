@@ -28,7 +28,7 @@ from streamtrain.data.disk_cache import TAG, DiskCache, DiskCacheStatistics, Fol
 from streamtrain.data.kept_chunks import KeptReader
 from streamtrain.data.opening import locate, open_arrays
 from streamtrain.data.readers import Scratch, ZarrLoop, under
-from streamtrain.data.segments import ROW_BYTES
+from streamtrain.data.segments import ROW_BYTES, Segment
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data import small
@@ -608,6 +608,33 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds other files"):
         Folder(str(tmp_path), 1 << 20)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["00000007.data", "00000007.index", "owner"])
+def test_a_link_in_its_folder_is_refused_and_what_it_leads_to_is_left_alone(folder: Path, name: str) -> None:
+    Folder(str(folder), 1 << 20).close()
+    precious = folder.parent / "precious"
+    precious.write_text("x" * 100)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(precious)
+    with pytest.raises(EnvironmentProblem, match=rf"can't be used: .*{name} is a link"):
+        Folder(str(folder), 1 << 20)
+    assert precious.read_text() == "x" * 100
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(EnvironmentProblem, match=rf"can't be used: .*{name} is no regular file"):
+        Folder(str(folder), 1 << 20)
+
+
+def test_advice_on_an_entry_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *advice: given.append(advice))
+    segment = Segment(str(tmp_path), 1, 1 << 12, mapped=True, owner=None)
+    for number in range(2):
+        segment.write(*segment.reserve(64), (1, number, 1), np.zeros(64, dtype=np.uint8))
+    segment.forget(0)
+    assert [segment.advise(row, os.POSIX_FADV_WILLNEED) for row in range(2)] == [0, 64]
+    assert given == [(64, 64, os.POSIX_FADV_WILLNEED)]
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
