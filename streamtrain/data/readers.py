@@ -450,7 +450,8 @@ class LocalReader:
         assert layout.slow is None
         self.layout, self._files, self._decoder = layout, files, Decoder(layout)
         self._mapped = mapped and maps_serve(layout)
-        self._indexes: OrderedDict[str, NDArray[np.uint64]] = OrderedDict()
+        self._indexes: OrderedDict[str, tuple[Signature, NDArray[np.uint64]]] = OrderedDict()
+        """Of shards, each with what its file was."""
         self._lock = threading.Lock()
         self._by_rows = layout.raw and not layout.codecs and layout.ndim > 0 and layout.axes[0] == 0
         """Whether a chunk's rows lie one after another in its file, and nothing must be known of all of them."""
@@ -507,7 +508,8 @@ class LocalReader:
         except (OSError, ValueError):
             return 0
         try:
-            start, size = self._extent(key, chunk, fd, status.st_size)
+            self._files.check_unchanged(key, status)
+            start, size = self._extent(key, chunk, fd, _signature(status))
             first, last = self._part(size, rows)
             if last > first:
                 os.posix_fadvise(fd, start + first, last - first, advice)
@@ -575,7 +577,7 @@ class LocalReader:
             if self._mapped and (few or not self._beyond):
                 memory = self._files.map(key, scattered=self._beyond)
                 if memory is not None:
-                    start, size = self._extent(key, chunk, None, len(memory))
+                    start, size = self._extent(key, chunk, None, memory.signature)
                     if size < 0:
                         return None
                     data = memory.view(start, size, "no" if few and not due else self._touch)
@@ -586,7 +588,7 @@ class LocalReader:
             return None
         try:
             self._files.check_unchanged(key, status)
-            start, size = self._extent(key, chunk, fd, status.st_size)
+            start, size = self._extent(key, chunk, fd, _signature(status))
             if size < 0:
                 return None
             return self._pread(fd, start, size, chunk, rows, scratch, due=due)
@@ -623,13 +625,13 @@ class LocalReader:
         scratch.checked += 1
         return data
 
-    def _extent(self, key: str, chunk: Sequence[int], fd: int | None, file_size: int) -> tuple[int, int]:
+    def _extent(self, key: str, chunk: Sequence[int], fd: int | None, file: Signature) -> tuple[int, int]:
         """Offset and size of the encoded chunk in its file, checked; a size of -1 means that it is absent."""
-        layout = self.layout
+        layout, file_size = self.layout, file[0]
         if layout.shard_shape is None:
             start, size = 0, file_size
         else:
-            start, size = self._index(key, fd, file_size)[layout.slot(chunk)].tolist()
+            start, size = self._index(key, fd, file)[layout.slot(chunk)].tolist()
             if start == ABSENT and size == ABSENT:
                 return 0, -1
             if start + size > file_size:
@@ -645,20 +647,23 @@ class LocalReader:
             raise ValueError("it is empty")
         return start, size
 
-    def _index(self, key: str, fd: int | None, file_size: int) -> NDArray[np.uint64]:
+    def _index(self, key: str, fd: int | None, file: Signature) -> NDArray[np.uint64]:
+        """The index of this file as it was then; one that is kept of what the file was before is not used."""
         with self._lock:
-            known = self._indexes.get(key)
-            if known is not None:
+            of, known = self._indexes.get(key, (None, None))
+            if known is not None and of == file:
                 self._indexes.move_to_end(key)
                 return known
         own, status = (fd, None) if fd is not None else self._files.open(key)
         try:
-            index = shard_index(self.layout, own, file_size)
+            if status is not None and (now := _signature(status)) != file:
+                raise ValueError(changed(file, now))
+            index = shard_index(self.layout, own, file[0])
         finally:
             if status is not None:
                 os.close(own)
         with self._lock:
-            self._indexes[key] = index
+            self._indexes[key] = file, index
             while len(self._indexes) > max(1, INDEX_CACHE_BYTES // (index.nbytes + 4)):
                 self._indexes.popitem(last=False)
         return index

@@ -39,6 +39,7 @@ from streamtrain.data.readers import (
     populate,
     read_into,
 )
+from streamtrain.data.seen import Seen
 from streamtrain.errors import DataError, EnvironmentProblem
 from tests.data.stores import CASES, FAST, Case, chunks_of, layout_of, part, within, write
 from tests.data.test_layout import index_bytes
@@ -483,6 +484,29 @@ def test_a_shard_that_changes_is_noticed_though_its_index_is_kept(tmp_path: Path
     _grow(tmp_path / "x/c/0/0")
     with pytest.raises(DataError, match="changed during the run"):
         read(lane, (1, 0))
+
+
+@lanes
+def test_a_shard_replaced_between_advice_and_read_is_never_read_by_the_old_index(lane: str, tmp_path: Path) -> None:
+    sharded(tmp_path / "a", codecs=[BytesCodec()])
+    sharded(tmp_path / "b", codecs=[BytesCodec()])
+    _index(tmp_path / "b/x/c/0/0", [(24, 24), (0, 24)])
+    lane_ = reader(tmp_path / "a", lane)
+    assert lane_.advise((1, 0), (0, 2), os.POSIX_FADV_WILLNEED) == 24
+    os.replace(tmp_path / "b/x/c/0/0", tmp_path / "a/x/c/0/0")
+    with pytest.raises(DataError, match="changed during the run"):
+        read(lane_, (1, 0))
+
+
+def test_of_files_beyond_those_kept_in_mind_an_index_goes_by_what_the_file_is(tmp_path: Path) -> None:
+    data = sharded(tmp_path, codecs=[BytesCodec()])
+    files = StoreFiles(tmp_path)
+    files._seen = Seen(tmp_path, files=0)
+    lane, path = reader(tmp_path, files=files), tmp_path / "x/c/0/0"
+    assert np.array_equal(read(lane, (0, 0)), data[0:2])
+    _index(path, [(24, 24), (0, 24)])
+    _date(path, 1_700_000_001_000_000_000)
+    assert np.array_equal(read(lane, (0, 0)), data[2:4])
 
 
 def test_the_index_of_a_shard_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
