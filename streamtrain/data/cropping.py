@@ -152,6 +152,7 @@ class CropFeed(Feed):
         size = len(numbers) * self.site.row_bytes
         region = scratch.take("region", size).view(self.layout.native).reshape(len(numbers), *self.site.lengths)
         bad: list[tuple[Ints, BadChunk]] = []
+        told = len(scratch.damages)
         for chunk, mine in self._touched(starts):
             before = len(scratch.damages)
             self._copy(chunk, starts, mine, region, scratch)
@@ -171,6 +172,7 @@ class CropFeed(Feed):
                     self._put(put, wanted, samples[wanted], None, scratch)
             finally:
                 scratch.tainted = None
+        del scratch.damages[told:]  # their samples are told: nobody else's are lost for them
 
     def _touched(self, starts: Ints) -> Iterator[tuple[tuple[int, ...], Ints]]:
         """The chunks in which samples begin or go on, each with those samples."""

@@ -138,6 +138,7 @@ class WindowFeed(Feed):
         if len(scratch.damages) > bad:
             damages = [damage for _, damage in scratch.damages[bad:]]
             self._put_damaged(box, rows, region, bounds, damages, put, scratch)
+            del scratch.damages[bad:]  # their samples are told: nobody else's are lost for them
             return
         for axis in self.site.taken:
             region = self.site.chosen(region, axis, axis, bounds[axis][0])

@@ -238,6 +238,19 @@ async def test_samples_with_a_bad_chunk_in_their_crop_are_skipped_and_no_others(
         assert not (number in (3, 4, 5) and a < 10 and a + 6 > 5 and b < 8 and b + 5 > 4)
 
 
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+async def test_arrays_beside_a_crop_lose_no_samples_for_its_bad_chunks(tmp_path: Path, shuffle: Any) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("x", data=X, chunks=(3, 5, 4), compressors=None, dimension_names=("time", "lat", "lon"))
+    group.create_array("y", data=np.arange(ROWS), chunks=(ROWS,), dimension_names=("time",))
+    (tmp_path / "s/x/c/1/1/1").write_bytes(b"cut short")
+    given: dict[str, Any] = {"crop": {"lat": 2, "lon": 2}, "on_bad_chunk": "skip", "max_skipped": 1.0, "seed": 2}
+    alone = await samples(tmp_path / "s", **given, shuffle=shuffle)
+    assert ROWS - 3 <= len(alone) < ROWS
+    for names in (["x", "y"], ["y", "x"]):
+        assert {*await samples(tmp_path / "s", **given, inputs=names, shuffle=shuffle)} == {*alone}
+
+
 async def test_transforms_of_crops_are_not_kept_for_the_next_epoch(store: Path) -> None:
     async with stream(store, transform=lambda batch: batch, cache_transform=True) as source:
         assert not same(await one_pass(source), await one_pass(source))

@@ -266,3 +266,18 @@ async def test_only_windows_that_touch_a_bad_chunk_are_skipped(tmp_path: Path, s
     assert skipped == len(touching)
     inputs = np.concatenate([batch.inputs for batch in batches])
     assert (inputs == T[numbers[:, None] + np.arange(4)]).all()
+
+
+@pytest.mark.parametrize("names", [["t", "y"], ["y", "t"]], ids=str)
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+async def test_arrays_beside_windows_lose_none_for_their_bad_chunks(
+    tmp_path: Path, shuffle: Any, names: list[str]
+) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("t", data=T, chunks=(7, WIDE), compressors=None, dimension_names=("time", "x"))
+    group.create_array("y", data=Y, chunks=(STEPS,), dimension_names=("time",))
+    (tmp_path / "s/t/c/3/0").write_bytes(b"cut short")
+    given: dict[str, Any] = {"window": {"time": 4}, "on_bad_chunk": "skip", "max_skipped": 1.0, "batch_size": 5}
+    async with ZarrStream(tmp_path / "s", inputs=names, shuffle=shuffle, output="numpy", **given) as source:
+        numbers = np.concatenate([batch.index for batch in await collect(source)])
+    assert sorted(numbers.tolist()) == [n for n in range(STEPS - 3) if not (n < 28 and n + 4 > 21)]
