@@ -26,8 +26,8 @@ class CodesFeed(Feed):
         """Hand over the codes of these rows. Raises DataError for one that is no category's number."""
 
         def checked(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
-            damaged = scratch.damages and scratch.damages[-1][0] == scratch.chunks
-            if self.checked and not damaged and (int(values.min()) < 0 or int(values.max()) >= self.categories):
+            outside = self.checked and (int(values.min()) < 0 or int(values.max()) >= self.categories)
+            if outside and not _damaged(scratch):
                 self._refuse(values, number_array(numbers_of(box, rows))[wanted])
             put(wanted, values, part)
 
@@ -54,9 +54,12 @@ class NullableFeed(Feed):
         """Hand over the values of these rows. Raises DataError for one that is missing."""
         [mask] = self.beside
         before = len(scratch.damages)
+        unknown: list[Ints] = []
 
         def look(wanted: Rows, missing: NDArray[Any], part: Part | None) -> None:
-            if self.checked and len(scratch.damages) == before and missing.any():
+            if _damaged(scratch):
+                unknown.append(np.arange(len(number_array(numbers_of(box, rows))))[wanted])
+            elif self.checked and missing.any():
                 row = number_array(numbers_of(box, rows))[wanted][int(np.flatnonzero(missing)[0])]
                 raise DataError(
                     f"array {mask.layout.name!r}: row {row} has no value",
@@ -64,4 +67,20 @@ class NullableFeed(Feed):
                 )
 
         mask.fill(box, rows, look, scratch)
+        if unknown:
+            self._lose(np.concatenate(unknown), before, put, scratch)
         super().fill(box, rows, put, scratch)
+
+    def _lose(self, lost: Ints, before: int, put: Put, scratch: Scratch) -> None:
+        """Tell that of these rows the mask is damaged; their values, which are put after, are dropped with them."""
+        scratch.tainted = [damage for _, damage in scratch.damages[before:]]
+        try:
+            self._put(put, lost, np.zeros((len(lost), *self.site.row_shape), self.site.dtype), None, scratch)
+        finally:
+            scratch.tainted = None
+            del scratch.damages[before:]  # their rows are told: nobody else's are lost for them
+
+
+def _damaged(scratch: Scratch) -> bool:
+    """Whether what is put now is of a chunk that could not be used."""
+    return bool(scratch.damages) and scratch.damages[-1][0] == scratch.chunks

@@ -122,6 +122,37 @@ def test_a_masked_column_is_its_values_where_none_is_missing(tmp_path: Path, shu
         epoch(stream(path, weights="obs/age"))
 
 
+def masked(path: Path, missing: tuple[int, ...]) -> Path:
+    """A store with a masked column, whose rows are all in one chunk of `x`."""
+    root = zarr.open_group(path, mode="w")
+    group = root.create_group("obs/age")
+    group.attrs["encoding-type"] = "nullable-integer"
+    rows = np.arange(63)
+    write_arrays(group, {"values": rows, "mask": np.isin(rows, missing)}, 10, compressors=None)
+    write_arrays(root, {"x": rows.astype(np.float32)}, 63)
+    return path
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+def test_where_a_mask_is_damaged_its_rows_are_lost_and_no_others(tmp_path: Path, shuffle: Any) -> None:
+    path = masked(tmp_path / "s.zarr", (35,))
+    for name, chunk in (("mask", 3), ("values", 5)):
+        (path / f"obs/age/{name}/c/{chunk}").write_bytes(b"cut")
+    given: dict[str, Any] = {"on_bad_chunk": "skip", "max_skipped": 0.5, "shuffle": shuffle}
+    found = epoch(stream(path, targets="obs/age", **given))
+    assert all(np.array_equal(batch.targets, batch.index) for batch in found)
+    lost = {*range(30, 40), *range(50, 60)}
+    assert sorted(np.concatenate([batch.index for batch in found])) == sorted({*range(63)} - lost)
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+def test_a_damaged_part_of_a_mask_hides_no_missing_row_of_the_others(tmp_path: Path, shuffle: Any) -> None:
+    path = masked(tmp_path / "s.zarr", (47,))
+    (path / "obs/age/mask/c/3").write_bytes(b"cut")
+    with pytest.raises(DataError, match="'obs/age/mask': row 47 has no value"):
+        epoch(stream(path, targets="obs/age", on_bad_chunk="skip", max_skipped=0.5, shuffle=shuffle))
+
+
 @pytest.mark.parametrize(
     ("attributes", "said"),
     [
