@@ -21,7 +21,7 @@ from streamtrain.data.budget import Budget, Share
 
 Load = Callable[[], NDArray[Any] | None]
 VersionOf = Callable[[], Hashable]
-"""What the source of a chunk is now; None where that is not known (yet)."""
+"""What the source of a chunk is now; None where that is not known (yet): what is kept of a known one is not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,9 @@ class _Shared:
         entry = self.kept.get(key)
         if entry is None:
             return None
-        if None not in (version, entry.version) and version != entry.version:
-            self._drop(key)
+        if version != entry.version:
+            if version is not None:
+                self._drop(key)
             return None
         self.kept.move_to_end(key)
         return entry.array

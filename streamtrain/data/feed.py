@@ -21,7 +21,7 @@ from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.layout import ArrayLayout, essence
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import ChunkName, ChunkReader, Scratch
+from streamtrain.data.readers import ChunkName, ChunkReader, Scratch, Version
 
 Rows = slice | Ints
 _EVERY = slice(None)
@@ -163,6 +163,10 @@ class Feed:
     def key(self, chunk: tuple[int, ...]) -> Hashable:
         """What a chunk is called in the cache."""
         return *self._kept_as, chunk
+
+    def keeps(self, chunk: tuple[int, ...]) -> bool:
+        """Whether the cache has this chunk, of whatever version."""
+        return self.cache is not None and self.key(chunk) in self.cache
 
     def during(self, seed: int, epoch: int) -> Feed:
         """The same for one epoch: itself, unless its samples lie elsewhere in each."""
@@ -314,10 +318,18 @@ class Feed:
             return self.cache.get(
                 self.key(chunk),
                 lambda: self.reader.read(chunk, everything, scratch),
-                lambda: self.reader.version(chunk),
+                lambda: self._version(chunk, scratch),
             )
         finally:
             scratch.reading = None
+
+    def _version(self, chunk: tuple[int, ...], scratch: Scratch) -> Version | None:
+        """What a chunk's source is now; asked for where that is not known yet, and the chunk is kept."""
+        now = self.reader.version(chunk)
+        if now is None and self.keeps(chunk):
+            self.reader.look(chunk, scratch)
+            now = self.reader.version(chunk)
+        return now
 
     def _parts(self, box: Box, rows: Rows) -> Iterator[tuple[tuple[int, ...], Rows, Rows]]:
         """The chunks that a cell touches: first sample, rows in the chunk, and which of the wanted rows they are."""

@@ -77,6 +77,10 @@ class KeptReader:
         """See the reader behind it."""
         return self.inner.version(chunk)
 
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """See the reader behind it."""
+        self.inner.look(chunk, scratch)
+
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
@@ -188,9 +192,9 @@ class KeptReader:
     def _current(self, chunk: Sequence[int], scratch: Scratch) -> Version | None:
         """What the source of a chunk is now; asked where it is elsewhere and not known yet."""
         version = self.inner.version(chunk)
-        if version is None and self._far is not None:
-            self._far.look(chunk, scratch)
-            version = self._far.version(chunk)
+        if version is None:
+            self.inner.look(chunk, scratch)
+            version = self.inner.version(chunk)
         return version
 
     def _mark(self, version: Version) -> int:

@@ -85,6 +85,11 @@ class Located:
         return self.bucket.identity if self.bucket is not None else _Itself(self.store)
 
     @property
+    def tells_versions(self) -> bool:
+        """Whether what is there may come with a version; by zarr's own interface nothing does."""
+        return not isinstance(self.source, StoreBytes)
+
+    @property
     def address(self) -> str:
         """What it is called from one run to the next; of a folder, wherever links lead to it."""
         if self.root is not None:

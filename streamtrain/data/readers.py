@@ -154,6 +154,9 @@ class ChunkReader(Protocol):
     def version(self, chunk: Sequence[int]) -> Version | None:
         """What a chunk's source is now; None where nothing is known of it yet. Asks nobody who is far away."""
 
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """See to it that its version is known, where who is far away must be asked. Raises as `read` does."""
+
 
 class ChunkDamage(DataError):
     """A chunk that can't be used."""
@@ -528,6 +531,9 @@ class LocalReader:
     def version(self, chunk: Sequence[int]) -> Version | None:
         return self._files.version(self.layout.key(chunk))
 
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """Nobody is far away."""
+
     @property
     def lane(self) -> str:
         if not self._mapped:
@@ -825,7 +831,8 @@ class ZarrLoop:
             logger.error("storage has not answered within %g s; the thread that waits is left behind", CLOSE_SECONDS)
 
 
-_SERIALS = itertools.count()
+SERIALS = itertools.count()
+"""Tell readers apart whose chunks tell no version."""
 
 
 class ZarrReader:
@@ -841,7 +848,7 @@ class ZarrReader:
         self, layout: ArrayLayout, array: Any, loop: ZarrLoop, *, timeout: float, files: StoreFiles | None = None
     ) -> None:
         self.layout, self._array, self._loop, self._timeout, self._files = layout, array, loop, timeout, files
-        self._serial = next(_SERIALS)
+        self._serial = next(SERIALS)
         self._trust: Trust | None = None
 
     def vouch(self, verify: Verify) -> None:
@@ -853,6 +860,9 @@ class ZarrReader:
         if self._files is None or unaddressable(self.layout) is not None:
             return Version(("reader", self._serial), False)
         return self._files.version(self._key(chunk))
+
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """Its version is known at once."""
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False

@@ -27,6 +27,7 @@ from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.data.readers import (
     ENCODED_SLACK,
     INDEX_CACHE_BYTES,
+    SERIALS,
     ChunkUnreadable,
     Scratch,
     Version,
@@ -88,15 +89,21 @@ class RemoteReader:
         self._bound = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else self._most
         self._index_bytes = 16 * math.prod(layout.inner) + 4
         self._late = LateTrust(layout, fetcher, loop)
+        self._serial = next(SERIALS)
 
     def vouch(self, verify: Verify) -> None:
         """Hold chunks against the array's manifest, if it has one: that is asked for with the first chunk."""
         self._late.set(verify)
 
     def version(self, chunk: Sequence[int]) -> Version | None:
-        """What the object of a chunk was when it was first seen in this run; None where it was not seen."""
+        """What the object of a chunk was when it was first seen in this run; None where it was not seen.
+
+        Where its store tells no version, nobody else's is taken for the same.
+        """
         seen = self._seen.get(self.layout.key(chunk))
-        return None if seen is None else Version(seen, seen[1] is not None)
+        if seen is None:
+            return None
+        return Version(seen, True) if seen[1] is not None else Version((*seen, self._serial), False)
 
     def glance(self, chunk: Sequence[int]) -> Want:
         """The least that tells what the object of a chunk is: a byte of it, or a shard's index."""

@@ -267,8 +267,10 @@ class Opening:
         ]
 
     def _kept_as(self, where: Located) -> Hashable:
-        """What a store is called among those whose chunks are kept in memory; what was skipped is nobody else's."""
-        return where.identity, self._asked.verify, self._alone if self._asked.on_bad_chunk == "skip" else None
+        """What a store is called among those whose chunks are kept in memory; what was skipped is nobody else's, nor
+        what may have changed since another stream has read it."""
+        alone = self._asked.on_bad_chunk == "skip" or not where.tells_versions
+        return where.identity, self._asked.verify, self._alone if alone else None
 
     def _tolerant(self, array: OpenArray) -> ChunkReader:
         return SkippingReader(array.reader) if self._asked.on_bad_chunk == "skip" else array.reader

@@ -6,6 +6,7 @@ chunk that was bad once stays left out as long as the stream lives, so that all 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -48,6 +49,11 @@ class SkippingReader:
     def version(self, chunk: Sequence[int]) -> Version | None:
         """See the reader that it wraps."""
         return self._reader.version(chunk)
+
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """See the reader that it wraps; why it can't be asked, the read will say."""
+        with contextlib.suppress(ChunkDamage, ChunkUnreadable):
+            self._reader.look(chunk, scratch)
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False

@@ -42,6 +42,9 @@ class _Noting:
         """Nothing is known of it."""
         return None
 
+    def look(self, chunk: Sequence[int], scratch: Scratch) -> None:
+        """Nobody is asked."""
+
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
@@ -52,14 +55,14 @@ class _Noting:
 def reads_of(feed: Feed, box: Box, rows: Rows) -> list[tuple[Feed, Noted]]:
     """The reads that `feed.fill` will make for these rows of a cell, each with the feed (itself, or one beside it) that
     makes it; none of chunks that are kept decoded already."""
+    return [(each, read) for each, read in _noted(feed, box, rows) if not each.keeps(read.chunk)]
+
+
+def _noted(feed: Feed, box: Box, rows: Rows) -> list[tuple[Feed, Noted]]:
+    """The same with the chunks that are kept."""
     noted: list[tuple[Feed, _Noting]] = []
     _dry(feed, noted).fill(box, rows, _nowhere, Scratch())
-    return [
-        (each, read)
-        for each, noting in noted
-        for read in noting.reads
-        if each.cache is None or each.key(read.chunk) not in each.cache
-    ]
+    return [(each, read) for each, noting in noted for read in noting.reads]
 
 
 def _dry(feed: Feed, noted: list[tuple[Feed, _Noting]]) -> Feed:
@@ -72,19 +75,22 @@ def _dry(feed: Feed, noted: list[tuple[Feed, _Noting]]) -> Feed:
 
 
 def wants_of(feed: Feed, box: Box, rows: Rows) -> list[Want]:
-    """The chunks that have to be fetched for these rows; none of an array that is read in another way, nor those that
-    are kept decoded already, in memory or on the disk."""
-    if not any(_far(each) for each in (feed, *feed.beside)):
+    """What has to be fetched for these rows; nothing of an array that is read in another way. Of chunks that are kept
+    decoded already, in memory or on the disk, word of their object where its version is not known."""
+    if all(under(RemoteReader, each.reader) is None for each in (feed, *feed.beside)):
         return []
-    reads = ((_far(each), read) for each, read in reads_of(feed, box, rows))
-    wants = (reader.want(read.chunk, read.rows) for reader, read in reads if reader is not None)
+    wants = (_want(each, read) for each, read in _noted(feed, box, rows))
     return [want for want in wants if want is not None]
 
 
-def _far(feed: Feed) -> RemoteReader | KeptReader | None:
-    """What knows which chunks of the feed's array have to be fetched; None where it is not elsewhere."""
+def _want(feed: Feed, read: Noted) -> Want | None:
+    """What has to be fetched for this read."""
     remote = under(RemoteReader, feed.reader)
-    return remote and (under(KeptReader, feed.reader) or remote)
+    if remote is None:
+        return None
+    if feed.keeps(read.chunk):
+        return remote.glance(read.chunk) if remote.version(read.chunk) is None else None
+    return (under(KeptReader, feed.reader) or remote).want(read.chunk, read.rows)
 
 
 def _nowhere(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore, ObjectStore, ZipStore
 
+from streamtrain.data.budget import Budget
 from streamtrain.data.readers import ZarrReader
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
@@ -375,6 +376,23 @@ async def test_http_serves_a_store_as_well(tmp_path: Any) -> None:
         async with ZarrStream(f"{files.url}/x.zarr", batch_size=32, output="numpy") as source:
             assert len(await epoch(source)) == len(DATA)
             assert source.statistics().lanes == {"array": "obstore"}
+    finally:
+        files.close()
+
+
+async def test_a_server_that_tells_no_versions_is_asked_anew_by_each_stream(tmp_path: Any) -> None:
+    from tests.data.cloud import Files
+
+    array = await asyncio.to_thread(zarr.create_array, str(tmp_path / "x.zarr"), data=DATA, chunks=(200, 16))
+    given: dict[str, Any] = {"batch_size": 32, "output": "numpy", "memory": Budget("16MiB"), "cache": "1MiB"}
+    files = Files(tmp_path)
+    try:
+        async with ZarrStream(f"{files.url}/x.zarr", **given) as train:
+            assert len(await epoch(train)) == len(DATA)
+            await asyncio.to_thread(lambda: array.set_basic_selection(slice(None), DATA + 1))
+            async with ZarrStream(f"{files.url}/x.zarr", **given) as valid:
+                async for batch in valid:
+                    np.testing.assert_array_equal(batch.inputs, DATA[batch.index] + 1)
     finally:
         files.close()
 

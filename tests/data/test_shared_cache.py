@@ -13,7 +13,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from zarr.storage import MemoryStore
+from zarr.storage import MemoryStore, ObjectStore
 
 from streamtrain.data.budget import Budget
 from streamtrain.data.cache import CacheStatistics
@@ -141,8 +141,7 @@ async def test_other_budgets_other_stores_and_other_checks_share_nothing(store: 
 async def test_the_same_store_by_other_names_is_the_same(store: Path, tmp_path: Path) -> None:
     budget, link = Budget("8MiB"), tmp_path / "link.zarr"
     link.symlink_to(store)
-    far = write(MemoryStore(), DATA)
-    for one, other in ((store, link), (str(store), zarr.open_group(store, mode="r")), (far, zarr.open_group(far))):
+    for one, other in ((store, link), (str(store), zarr.open_group(store, mode="r"))):
         first, second = stream(one, budget), stream(other, budget)
         assert await epoch(first) == await epoch(second) == ROWS
         assert (told(second).hits, told(second).misses) == (CHUNKS, 0)
@@ -170,6 +169,71 @@ async def test_what_was_kept_of_a_file_that_changed_is_not_given(tmp_path: Path)
         await epoch(valid, changed)
     await train.aclose()
     await valid.aclose()
+
+
+def far_store() -> Any:
+    """A store elsewhere that tells versions."""
+    obstore = pytest.importorskip("obstore")
+    return write(ObjectStore(obstore.store.MemoryStore()), DATA)
+
+
+async def changed_chunk(store: Any) -> NDArray[Any]:
+    """Write the fourth chunk anew; what the array holds then."""
+    data = DATA.copy()
+    data[3 * CHUNK : 4 * CHUNK] += 1
+    array = zarr.open_array(store, path="x", mode="r+")
+    await asyncio.to_thread(lambda: array.set_basic_selection(slice(None), data))
+    return data
+
+
+async def test_an_object_is_decoded_once_for_all_and_asked_after_by_a_byte() -> None:
+    far, budget = far_store(), Budget("8MiB")
+    async with (
+        stream(far, budget, shuffle="block") as first,
+        stream(zarr.open_group(far), budget, shuffle="block") as second,
+    ):
+        assert await epoch(first) == ROWS
+        for _ in range(2):
+            assert await epoch(second) == ROWS
+            fetch = second.statistics().fetch
+            assert fetch is not None
+            assert (told(second).misses, fetch.bytes) in ((0, CHUNKS), (0, 0))
+        assert told(second).hits == 2 * CHUNKS
+
+
+async def test_what_was_kept_of_an_object_that_changed_is_not_given() -> None:
+    far, budget = far_store(), Budget("8MiB")
+    async with stream(far, budget, shuffle="block") as train:
+        assert await epoch(train) == ROWS
+        changed = await changed_chunk(far)
+        async with stream(far, budget, shuffle="block") as valid:
+            assert await epoch(valid, changed) == ROWS
+            misses = told(valid).misses
+            assert 1 <= misses <= CHUNKS
+            assert await epoch(valid, changed) == ROWS
+            assert told(valid).misses == misses
+
+
+async def test_an_object_that_vanished_is_not_given_from_the_cache() -> None:
+    far, budget = far_store(), Budget("8MiB")
+    async with stream(far, budget, shuffle="block") as train:
+        assert await epoch(train) == ROWS
+        await far.delete("x/c/3/0")
+        async with stream(far, budget, shuffle="block") as valid:
+            emptied = DATA.copy()
+            emptied[3 * CHUNK : 4 * CHUNK] = 0
+            assert await epoch(valid, emptied) == ROWS
+
+
+async def test_of_stores_that_tell_no_versions_each_stream_keeps_its_own() -> None:
+    far, budget = write(MemoryStore(), DATA), Budget("8MiB")
+    async with stream(far, budget, shuffle="block") as train:
+        assert await epoch(train) == ROWS
+        changed = await changed_chunk(far)
+        async with stream(far, budget, shuffle="block") as valid:
+            for _ in range(2):
+                assert await epoch(valid, changed) == ROWS
+            assert (told(valid).hits, told(valid).misses) == (CHUNKS, CHUNKS)
 
 
 async def test_a_stream_that_is_dropped_leaves_nothing(store: Path) -> None:
