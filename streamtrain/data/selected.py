@@ -47,15 +47,16 @@ def _resolved(
     stores: Sequence[Sequence[Field]],
     coordinates: Sequence[Mapping[str, Coordinate]],
 ) -> list[Ints]:
+    axes = [_axis(axis, fields) for fields in stores]
+    sampled = [number in sample_axes_of(fields, framing) for (number, _), fields in zip(axes, stores, strict=True)]
+    along = [(length, known.get(str(axis))) for (_, length), known in zip(axes, coordinates, strict=True)]
     found: list[Ints] = []
     nowhere: set[Any] | None = None
-    for fields, known in zip(stores, coordinates, strict=True):
-        number, length = _axis(axis, fields)
-        places, missing = places_of(axis, wanted, length, known.get(str(axis)))
-        sampled = number in sample_axes_of(fields, framing)
-        if missing and not sampled:
+    taken = places_of(axis, wanted, along, anywhere=all(sampled))
+    for (places, missing), cut_out, known in zip(taken, sampled, coordinates, strict=True):
+        if missing and not cut_out:
             raise missing_error(axis, missing, known[str(axis)])
-        if not len(places) and not sampled:
+        if not len(places) and not cut_out:
             raise DataError(f"select= takes nothing of axis {axis!r}: {wanted}", hint="choose a wider range")
         nowhere = {*missing} if nowhere is None else nowhere & {*missing}
         found.append(places)

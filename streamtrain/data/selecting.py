@@ -96,22 +96,35 @@ def _plain(name: str, value: object) -> Any:
     raise ConfigError(f"{name} must be places such as [0, 3] or values of a coordinate, not {value!r}")
 
 
-def places_of(axis: Axis, wanted: Wanted, length: int, coordinate: Coordinate | None) -> tuple[Ints, tuple[Any, ...]]:
-    """The places that are taken of an axis of this length, and which of the values are not there.
+Along = tuple[int, Coordinate | None]
+"""An axis of one store: its length, and its coordinate where it has one."""
+Found = tuple[Ints, tuple[Any, ...]]
+"""The places that are taken of it, and which of the values are not there."""
+
+
+def places_of(axis: Axis, wanted: Wanted, stores: Sequence[Along], *, anywhere: bool = False) -> list[Found]:
+    """What is taken of an axis in each store. `anywhere`: a value need only be in one of them.
 
     Raises DataError or ConfigError where what is wanted can't be, or can't be told.
     """
+    if isinstance(axis, str):
+        for length, coordinate in stores:
+            if coordinate is not None and len(coordinate.values) != length:
+                raise DataError(
+                    f"select= by {axis!r}: the coordinate array has {len(coordinate.values)} values for {length} "
+                    "places",
+                    hint="take places by the axis' number",
+                )
+        if not isinstance(wanted, Between) and all(isinstance(value, int) for value in wanted):
+            return _whole_numbers(axis, wanted, stores, anywhere)
+    return [_in_one(axis, wanted, length, coordinate) for length, coordinate in stores]
+
+
+def _in_one(axis: Axis, wanted: Wanted, length: int, coordinate: Coordinate | None) -> Found:
     if isinstance(axis, int) or coordinate is None:
         return _positions(axis, wanted, length), ()
-    if len(coordinate.values) != length:
-        raise DataError(
-            f"select= by {axis!r}: the coordinate array has {len(coordinate.values)} values for {length} places",
-            hint="take places by the axis' number",
-        )
     if isinstance(wanted, Between):
         return _between(axis, wanted, coordinate), ()
-    if all(isinstance(value, int) for value in wanted):
-        return _whole_numbers(axis, wanted, length, coordinate)
     return _valued(axis, wanted, coordinate)
 
 
@@ -138,24 +151,27 @@ def _positions(axis: Axis, wanted: Wanted, length: int) -> Ints:
     return np.array([place % length for place in wanted], dtype=np.int64)
 
 
-def _whole_numbers(
-    axis: Axis, wanted: tuple[int, ...], length: int, coordinate: Coordinate
-) -> tuple[Ints, tuple[Any, ...]]:
-    """Whole numbers in a list: positions, or values, or one error that names both."""
-    fit = all(-length <= place < length for place in wanted)
-    places = np.array([place % length for place in wanted], dtype=np.int64) if fit else None
-    if coordinate.kind != "numbers":
-        return _positions(axis, wanted, length), ()
-    by_value, missing = _exactly(axis, wanted, coordinate)
-    if places is None or (not missing and np.array_equal(by_value, places)):
-        return by_value, missing
-    if missing:
-        return places, ()
-    raise ConfigError(
-        f"select= takes {list(wanted)} of axis {axis!r}, which can be positions (where {axis} is "
-        f"{_shown(coordinate.values[places])}) or values (at the positions {_shown(by_value)})",
-        hint=f"values: {[float(value) for value in wanted]}; positions: by the axis' number, as in {{1: [...]}}",
-    )
+def _whole_numbers(axis: str, wanted: tuple[int, ...], stores: Sequence[Along], anywhere: bool) -> list[Found]:
+    """Whole numbers in a list: positions in every store, or values in every store, or one error that names both."""
+    numbered = [known for _, known in stores if known is not None and known.kind == "numbers"]
+    valued = [_exactly(axis, wanted, known) for known in numbered]
+    fit = all(-length <= place < length for length, _ in stores for place in wanted)
+    if not fit and len(valued) == len(stores):
+        return valued
+    placed: list[Found] = [(_positions(axis, wanted, length), ()) for length, _ in stores]
+    absent = [{*missing} for _, missing in valued]
+    if not absent or (set.intersection if anywhere else set.union)(*absent):
+        return placed
+    for known, (by_value, _) in zip(numbered, valued, strict=True):
+        places = _positions(axis, wanted, len(known.values))
+        if not np.array_equal(by_value, places):
+            at = f"at the positions {_shown(by_value)}" if len(by_value) else "in other stores"
+            raise ConfigError(
+                f"select= takes {list(wanted)} of axis {axis!r}, which can be positions (where {axis} is "
+                f"{_shown(known.values[places])}) or values ({at})",
+                hint=f"values: {[*map(float, wanted)]}; positions: by the axis' number, as in {{1: [...]}}",
+            )
+    return placed
 
 
 def _valued(axis: Axis, wanted: tuple[Any, ...], coordinate: Coordinate) -> tuple[Ints, tuple[Any, ...]]:
