@@ -91,7 +91,12 @@ class _Follower:
             return
         self.closed = True
         atexit.unregister(self.close)
-        self._end()
+        try:
+            self._end()
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
         self._stream.follow(False)
         if not self.ended and self._stream.epoch != self.epoch:  # read ahead to its end, but not given
             position = self._stream.state_dict()["position"]
@@ -166,8 +171,10 @@ class Here(_Follower):
 
     def _wind_up(self) -> None:
         self._bunch.clear()
-        self._loop.run_until_complete(wind_up(self._pass))
-        self._loop.close()
+        try:
+            self._loop.run_until_complete(wind_up(self._pass))
+        finally:
+            self._loop.close()
 
 
 async def fill(bunch: deque[Batch], passing: Pass, most: int) -> Exception | None:
@@ -194,11 +201,21 @@ async def wind_up(passing: Pass | None) -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks)
-    if passing is not None:
-        await passing.aclose()
     loop = asyncio.get_running_loop()
-    await loop.shutdown_asyncgens()
-    await loop.shutdown_default_executor()
+    try:
+        if passing is not None:
+            await passing.aclose()
+    finally:
+        await loop.shutdown_asyncgens()
+        await loop.shutdown_default_executor()
+
+
+def _both(end: BaseException | None, failed: BaseException) -> BaseException:
+    """What a pass ended with, where ending it failed as well: the first failure, which names the second."""
+    if end is None or isinstance(end, StopAsyncIteration):
+        return failed
+    end.add_note(f"then the end of the pass raised {type(failed).__name__}: {failed}")
+    return end
 
 
 class Beside(_Follower):
@@ -247,9 +264,11 @@ class Beside(_Follower):
     def _end(self) -> None:
         """Join the thread."""
         self._call(self._cancel)
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            self._done.result(JOIN)
-        self._loop.close()
+        try:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                self._done.result(JOIN)
+        finally:
+            self._loop.close()
 
     # ---- the loop's thread
 
@@ -263,6 +282,7 @@ class Beside(_Follower):
         if self._stopping:
             return
         end: BaseException | None
+        failed: BaseException | None = None
         try:
             passing = aiter(self._stream)
         except Exception as error:
@@ -271,8 +291,16 @@ class Beside(_Follower):
             self._task = asyncio.ensure_future(self._pump(passing))
             await asyncio.wait([self._task])
             end = None if self._task.cancelled() else self._task.exception() or self._task.result()
-            await passing.aclose()
+            try:
+                await passing.aclose()
+            except BaseException as error:
+                failed, end = error, _both(end, error)
+        self._finish(end, failed)
+
+    def _finish(self, end: BaseException | None, failed: BaseException | None) -> None:
         self._bunches.put(None if isinstance(end, StopAsyncIteration) else end)
+        if failed is not None and (self._stopping or not isinstance(failed, Exception)):
+            raise failed  # nobody takes any more what is put there
 
     async def _pump(self, passing: Pass) -> Exception:
         """Bunch after bunch; what came after the last one."""

@@ -305,10 +305,13 @@ class IterablePass:
         self._ended, self._iterator = True, None
 
     async def aclose(self) -> None:
-        """End the pass, and an async generator with it."""
+        """End the pass, and an async generator with it. Raises UserCodeError where that fails."""
         iterator, self._ended, self._iterator = self._iterator, True, None
         if hasattr(iterator, "aclose"):
-            await iterator.aclose()
+            try:
+                await iterator.aclose()
+            except Exception as error:
+                raise _raised(self._stream.source, error) from error
 
 
 def _batch(item: Any, cursor: Cursor) -> Batch:

@@ -18,6 +18,7 @@ from streamtrain.data.handing import FEW, Beside, Here, run_of
 from streamtrain.data.iterable import from_iterable
 from streamtrain.data.mix import mix
 from streamtrain.data.stream import ZarrStream
+from streamtrain.errors import DataError, UserCodeError
 from tests.data import small
 from tests.data.small import ours
 
@@ -138,6 +139,41 @@ def test_it_can_be_closed_by_a_task_of_another_loop(store: Path) -> None:
     assert ours() == []
 
 
+class Unclean:
+    """An asynchronous source that fails when it is ended before its time."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    async def __aiter__(self) -> Any:
+        try:
+            for item in self.items:
+                yield item
+        finally:
+            raise OSError("no clean end")
+
+
+def test_a_source_that_fails_at_its_end_too_is_an_error_and_no_wait() -> None:
+    loader = from_iterable(Unclean([1], "no batch", [2])).as_loader()
+    passing = iter(loader)
+    assert next(passing).inputs == 1
+    with pytest.raises(DataError, match="is a str, not a batch") as told:
+        next(passing)
+    assert told.value.__notes__ == ["then the end of the pass raised UserCodeError: " + UNCLEAN]
+    assert ours() == []
+
+
+def test_a_source_that_fails_when_it_is_left_says_so_and_leaves_no_thread() -> None:
+    loader = from_iterable(Unclean(*[[1]] * 9)).as_loader()
+    for _ in range(2):  # the stream is free again
+        passing = iter(loader)
+        assert next(passing).inputs == 1
+        with pytest.raises(UserCodeError, match=UNCLEAN):
+            loader.close()
+        assert ours() == []
+
+
+UNCLEAN = "the data source Unclean raised OSError: no clean end"
 WITHIN = """
 import asyncio, sys
 from streamtrain import ZarrStream
