@@ -19,6 +19,7 @@ from streamtrain.data.framing import Frame
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.opening import Located
 from streamtrain.data.permutation import Ints
+from streamtrain.data.ragged_site import RaggedSite
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.selecting import Coordinate
 from streamtrain.data.trust import Verify
@@ -36,7 +37,7 @@ class Location:
     """The place after the last that it covers along each, its target included: `row + 1` without windows."""
     coordinates: Mapping[str, Any]
     """By dimension name, the value at the place where it begins: a number, datetime64 or text; only of dimensions that
-    have a coordinate array."""
+    have a coordinate array. None of rows of different lengths: their array's dimension numbers elements, not rows."""
     crop: Mapping[str | int, int]
     """Where its crop begins, by the axis' name, or its number in the first array; empty unless an epoch was named."""
 
@@ -89,7 +90,8 @@ class Locator:
             starts = mine.site.starts(box, local, mine.epoch_key)
             begin |= {axis: starts[:, axis] for axis in (*axes, *mine.site.cropped)}
             crops = {_dim(layout, axis) or axis: starts[:, axis] for axis in mine.site.cropped}
-        values = {dim: self._values(store, dim, at) for axis, at in begin.items() if (dim := _dim(layout, axis))}
+        named = {} if isinstance(feed.site, RaggedSite) else {_dim(layout, axis): at for axis, at in begin.items()}
+        values = {dim: self._values(store, dim, at) for dim, at in named.items() if dim is not None}
         rows = np.stack([begin[axis] for axis in axes], axis=1)
         stops = np.minimum(rows + np.array(frame.spans), np.array(frame.places))
         return [

@@ -97,6 +97,16 @@ def test_arrays_without_names_are_found_by_their_rows(tmp_path: Path) -> None:
     assert source.locate([]) == []
 
 
+def test_rows_of_different_lengths_are_told_no_coordinate_of_another_rows_element(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    for name, values in (("tokens", np.arange(40)), ("pos", np.arange(40) * 10)):
+        group.create_array(name, data=values, dimension_names=("pos",))
+    group.create_array("ends", data=np.arange(0, 41, 10))
+    source = stream(tmp_path / "s", inputs="tokens", ragged={"tokens": "ends"})
+    found = source.locate(3)
+    assert (found.row, found.stop, found.coordinates) == ((3,), (4,), {})
+
+
 @pytest.mark.parametrize("index", [-1, DAYS, 0.5, "a", [[1]]], ids=str)
 def test_what_is_no_sample_is_refused(stores: list[Path], index: Any) -> None:
     with pytest.raises(ConfigError, match="locate takes"):
