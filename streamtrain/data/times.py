@@ -26,6 +26,9 @@ UNITS = {
     "ns": ("nanoseconds", "nanosecond", "nanosec", "nanosecs", "ns"),
 }
 NOT_A_TIME = np.iinfo(np.int64).min
+LAST = np.iinfo(np.int64).max
+FAR = 1e30
+"""A number of any unit that no time is, and that stays finite in a smaller one."""
 REFORM = np.datetime64("1582-10-15", "D")
 """Before this day the standard calendar is the Julian one."""
 _SINCE = re.compile(r"\s*(\w+)\s+since\s+(.+?)\s*", re.IGNORECASE)
@@ -60,18 +63,34 @@ def decode_times(values: NDArray[Any], units: str, calendar: object, name: str) 
     if unit is None:
         raise DataError(f"{where} count {found[1]!r}, a unit that is not decoded", hint="days, hours, seconds, ... are")
     start, whole = _date(found[2], where), unit if unit == "ns" else "us"
+    scale, origin = MICROSECONDS.get(unit, 1), int(start.astype(np.int64)) * (1000 if unit == "ns" else 1)
     if values.dtype.kind == "f":
         missing = ~np.isfinite(values)
-        scaled = np.where(missing, 0, values).astype(np.float64) * MICROSECONDS.get(unit, 1)
-        ticks = np.rint(scaled).astype(np.int64)
+        counts = np.rint(np.where(missing, 0, values).astype(np.float64).clip(-FAR, FAR) * scale)
+        _check_range(counts, 1, origin, whole, where)
+        ticks = counts.astype(np.int64)
     else:
-        missing, ticks = None, values.astype(np.int64) * MICROSECONDS.get(unit, 1)
-    result: NDArray[Any] = start.astype(f"datetime64[{whole}]") + ticks.astype(f"timedelta64[{whole}]")
+        missing = None
+        _check_range(values, scale, origin, whole, where)
+        ticks = values.astype(np.int64) * scale
+    result: NDArray[Any] = (ticks + origin).view(f"datetime64[{whole}]")
     if missing is not None:
         result.view(np.int64)[missing] = NOT_A_TIME
-    if given.lower() != "proleptic_gregorian" and len(result) and (start < REFORM or bool((result < REFORM).any())):
+    days = result.astype("datetime64[D]")  # 1582 in nanoseconds overflows
+    if given.lower() != "proleptic_gregorian" and len(result) and (start < REFORM or bool((days < REFORM).any())):
         raise DataError(f"{where} go back before 1582-10-15, where the calendar {given!r} is another")
     return result
+
+
+def _check_range(counts: NDArray[Any], scale: int, origin: int, whole: str, where: str) -> None:
+    """Raise DataError where a time is beyond what 64 bits hold: there it would wrap to another year."""
+    ticks = [int(end) * scale for end in (counts.min(), counts.max())] if counts.size else [0]
+    farthest = max((each for tick in ticks for each in (tick, origin, tick + origin)), key=abs)
+    if abs(farthest) > LAST:
+        raise DataError(
+            f"{where} go beyond what datetime64[{whole}] holds, to {farthest:.3g} {whole}",
+            hint="say in the attribute _FillValue which number stands for a missing time, or correct the values",
+        )
 
 
 def _date(text: str, where: str) -> np.datetime64:

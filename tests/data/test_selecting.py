@@ -315,6 +315,34 @@ def test_times_that_are_not_decoded_are_named(units: str, calendar: str, message
         decode_times(np.arange(3), units, calendar, "time")
 
 
+@pytest.mark.parametrize("calendar", [None, "standard", "proleptic_gregorian"])
+def test_nanoseconds_are_decoded_to_the_last(calendar: str | None) -> None:
+    numbers = np.array([1_700_000_000_000_000_001, -1])
+    found = decode_times(numbers, "nanoseconds since 1970-01-01", calendar, "time")
+    assert (found == numbers.astype("M8[ns]")).all()
+    with pytest.raises(DataError, match="before 1582-10-15"):
+        decode_times(np.arange(-200_000, -199_998), "days since 2000-01-01", "standard", "time")
+
+
+@pytest.mark.parametrize(
+    ("values", "units"),
+    [
+        ([2**62, 5], "days since 2000-01-01"),
+        ([200_000_000, 5], "days since 2000-01-01"),
+        ([5, -200_000_000], "days since 2000-01-01"),
+        ([9.96921e36, 5.0], "hours since 1900-01-01"),
+        ([1.7e308, np.nan], "days since 1900-01-01"),
+        ([], "nanoseconds since 1600-01-01"),
+        ([2**64 - 1], "seconds since 1970-01-01"),
+        ([2**63 - 1], "nanoseconds since 2000-01-01"),
+        ([0], "nanoseconds since 1600-01-01"),
+    ],
+)
+def test_times_that_would_wrap_to_another_year_are_refused(values: list[Any], units: str) -> None:
+    with pytest.raises(DataError, match="its times go beyond what datetime64"):
+        decode_times(np.array(values), units, "proleptic_gregorian", "time")
+
+
 async def test_coordinates_that_xarray_has_written_are_read(tmp_path: Path, data: xarray.DataArray) -> None:
     table = data.to_dataset(name="x").assign_coords(lat=NAMES)
     for form in (2, 3):
