@@ -24,7 +24,7 @@ from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.source import Pass, Stream
-from streamtrain.errors import StreamtrainError
+from streamtrain.errors import ConfigError, StreamtrainError
 
 MOST = 32
 """Batches of a bunch, at most."""
@@ -73,6 +73,15 @@ def _loop_runs() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _check_no_loop() -> None:
+    """Raise ConfigError within an event loop, where none but that one can turn."""
+    if _loop_runs():
+        raise ConfigError(
+            "the iteration of this loader began outside of an event loop, and can't go on within one",
+            hint="begin it where it goes on: call iter(loader), or `for batch in loader`, within the loop",
+        )
 
 
 class _Follower:
@@ -124,6 +133,7 @@ class Here(_Follower):
         if self.closed:
             return None
         if self._after is None:
+            _check_no_loop()
             try:
                 self._loop.run_until_complete(self._fill())
             except asyncio.CancelledError:
@@ -140,6 +150,7 @@ class Here(_Follower):
         """Between two batches of a bunch: let what waits for the loop get on, if it has waited for long."""
         now = time.monotonic()
         if now - self._turned >= TURN and not self.closed:
+            _check_no_loop()
             self._turned = now
             self._loop.call_soon(self._loop.stop)
             self._loop.run_forever()

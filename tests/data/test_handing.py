@@ -18,7 +18,7 @@ from streamtrain.data.handing import FEW, Beside, Here, run_of
 from streamtrain.data.iterable import from_iterable
 from streamtrain.data.mix import mix
 from streamtrain.data.stream import ZarrStream
-from streamtrain.errors import DataError, UserCodeError
+from streamtrain.errors import ConfigError, DataError, UserCodeError
 from tests.data import small
 from tests.data.small import ours
 
@@ -137,6 +137,20 @@ def test_it_can_be_closed_by_a_task_of_another_loop(store: Path) -> None:
     asyncio.run(close())
     assert list(passing) == []
     assert ours() == []
+
+
+def test_an_iteration_that_goes_on_within_a_loop_is_told_to_begin_there(store: Path) -> None:
+    loader = stream(store).as_loader()
+    passing = iter(loader)
+    next(passing)
+
+    async def rest() -> None:
+        list(passing)
+
+    with pytest.raises(ConfigError, match="began outside of an event loop, and can't go on within one"):
+        asyncio.run(rest())
+    assert ours() == []
+    assert sum(map(len, loader)) == 1000  # the stream is free again
 
 
 class Unclean:
