@@ -150,9 +150,12 @@ def open_manifest(layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop) -> Remo
 
 
 async def _metadata(fetcher: Fetcher, prefix: str) -> bytes:
+    """The array's own, in whichever format; a store may refuse to say that the other's are absent."""
     try:
         return (await fetcher.fetch(f"{prefix}zarr.json", None, _any)).tobytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, FetchFailed) as error:
+        if isinstance(error, FetchFailed) and not _refused(error):
+            raise
         return (await fetcher.fetch(f"{prefix}.zarray", None, _any)).tobytes()
 
 

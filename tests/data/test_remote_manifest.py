@@ -17,9 +17,14 @@ from zarr.storage import MemoryStore
 
 from data_tools.convert import Layout, convert
 from streamtrain.data import remote_manifest
+from streamtrain.data.fetch import Fetcher
 from streamtrain.data.manifest import PLACE
+from streamtrain.data.opening import locate, open_arrays
+from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.remote_manifest import RemoteManifest, open_manifest
 from streamtrain.data.stream import ZarrStream
 from streamtrain.data.vouching import vouch
+from streamtrain.data.zarr_bytes import StoreBytes
 from streamtrain.errors import DataError
 
 Objects = dict[str, bytes]
@@ -133,6 +138,27 @@ async def test_a_store_that_shows_no_manifest_is_read_without(tmp_path: Path, ca
         assert (await read(store) == DATA).all()
     assert "no names that begin with a dot" in caplog.text
     assert "its manifest is gone" in caplog.text
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_manifest_is_opened_where_a_store_refuses_to_say_what_is_absent(zarr_format: Any, tmp_path: Path) -> None:
+    class Refusing(MemoryStore):
+        async def get(self, key: str, *arguments: Any, **keywords: Any) -> Any:
+            found = await super().get(key, *arguments, **keywords)
+            if found is None:
+                raise PermissionError(13, "no leave to list")
+            return found
+
+    zarr.create_array(tmp_path / "x.zarr", data=DATA, chunks=(4, 4), zarr_format=zarr_format)
+    vouch(tmp_path / "x.zarr")
+    store = in_memory(content(tmp_path / "x.zarr"))
+    loop = ZarrLoop()
+    try:
+        (array,) = loop.run(open_arrays(locate(store), None, io="auto", loop=loop, timeout=9), 9).values()
+        fetcher = Fetcher(StoreBytes(Refusing(store._store_dict)), retries=0, timeout=9)
+        assert isinstance(open_manifest(array.layout, fetcher, loop), RemoteManifest)
+    finally:
+        loop.close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
