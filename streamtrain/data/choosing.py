@@ -197,10 +197,10 @@ def read_values(arrays: Sequence[OpenArray | Labels], frames: Sequence[Frame], n
     """A value for each sample, store by store. Blocks: off the event loop. Raises DataError."""
     parts = []
     for array, frame in zip(arrays, frames, strict=True):
-        shape = array.values.shape if isinstance(array, Labels) else array.layout.shape
+        shape = array.shape if isinstance(array, Labels) else array.layout.shape
         if shape != frame.places:
             raise DataError(f"array {name!r} has shape {shape}, not one value for each of {frame.places} places")
-        places = array.values if isinstance(array, Labels) else _known(array, name)
+        places = array.read() if isinstance(array, Labels) else _known(array, name)
         cut = tuple(slice(0, n * s, s) for n, s in zip(frame.sample_shape, frame.strides, strict=True))
         parts.append(places[cut].reshape(-1))
     return np.concatenate(parts)

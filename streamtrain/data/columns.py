@@ -8,50 +8,63 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.budget import format_bytes
 from streamtrain.data.cf import Packing, packing
 from streamtrain.data.layout import ArrayLayout, trainable
-from streamtrain.data.opening import Located, OpenArray, array_at, open_arrays
+from streamtrain.data.opening import Located, OpenArray, array_at, check_whole, open_arrays
 from streamtrain.data.readers import Scratch, ZarrLoop
 from streamtrain.data.selecting import Coordinate
 from streamtrain.data.times import decode_times, is_since
 from streamtrain.data.trust import Verify
-from streamtrain.errors import DataError
+from streamtrain.errors import DataError, EnvironmentProblem
 
 Values = NDArray[Any]
 LABELS = "MmSUTO"
 """Kinds of dtypes that label samples and axes, and are no numbers."""
-MOST_BYTES = 4 << 30
-"""A coordinate is no larger."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """An array that was read whole."""
+    """An array of texts or times, which is read once its shape is known to be right."""
 
     name: str
-    values: Values
-    attributes: Mapping[str, Any]
+    shape: tuple[int, ...]
+    read: Callable[[], Values]
+    """Give all its values. Blocks: off the event loop. Raises DataError, or EnvironmentProblem where it hangs."""
 
 
-async def read_labels(where: Located, names: Sequence[str]) -> dict[str, Labels]:
-    """Those of these arrays that hold texts or times, by name. Raises DataError for one that can't be read."""
+async def open_labels(where: Located, names: Sequence[str], *, timeout: float) -> dict[str, Labels]:
+    """Those of these arrays that hold texts or times, by name; they are read on loops of their own."""
     found: dict[str, Labels] = {}
     for name in dict.fromkeys(names):
         array = await array_at(where, name)
         if array is not None and not trainable(array.dtype) and array.dtype.kind in LABELS:
-            found[name] = await _texts(where, name, array)
+            found[name] = Labels(name, array.shape, partial(_read, where, name, array, timeout))
     return found
 
 
-async def _texts(where: Located, name: str, array: Any) -> Labels:
+def _read(where: Located, name: str, array: Any, timeout: float) -> Values:
+    loop = ZarrLoop()
+    try:
+        return loop.run(_texts(where, name, array), timeout)
+    except TimeoutError:
+        raise EnvironmentProblem(
+            f"{where.name}: array {name!r} was not read within {timeout:g} s",
+            hint="check the storage, or raise read_timeout",
+        ) from None
+    finally:
+        loop.close()
+
+
+async def _texts(where: Located, name: str, array: Any) -> Values:
+    check_whole(where, array, name)
     try:
         values = np.asarray(await array.getitem(Ellipsis))
     except Exception as error:
@@ -65,7 +78,7 @@ async def _texts(where: Located, name: str, array: Any) -> Labels:
         values = np.char.decode(values, "utf-8", "backslashreplace")
     if values.dtype.kind == "O":
         values = np.array([str(value) for value in values.reshape(-1)], dtype=object).reshape(values.shape)
-    return Labels(name, values, dict(array.metadata.attributes))
+    return values
 
 
 async def read_coordinates(
@@ -81,10 +94,17 @@ async def read_coordinates(
     """The coordinates of those of these dimensions that have any, by dimension; as `read_coordinate` says."""
     found: dict[str, Coordinate] = {}
     for dim in dims:
-        beside = next((array.layout.name for array in arrays.values() if dim in array.layout.dims), None)
+        beside = next((array.layout for array in arrays.values() if dim in array.layout.dims), None)
         if beside is not None:
             known = await read_coordinate(
-                where, dim, beside, loop=loop, timeout=timeout, retries=retries, verify=verify
+                where,
+                dim,
+                beside.shape[beside.dims.index(dim)],
+                beside.name,
+                loop=loop,
+                timeout=timeout,
+                retries=retries,
+                verify=verify,
             )
             if known is not None:
                 found[dim] = known
@@ -92,22 +112,26 @@ async def read_coordinates(
 
 
 async def read_coordinate(
-    where: Located, dim: str, beside: str, *, loop: ZarrLoop, timeout: float, retries: int, verify: Verify
+    where: Located, dim: str, length: int, beside: str, *, loop: ZarrLoop, timeout: float, retries: int, verify: Verify
 ) -> Coordinate | None:
     """The 1-D array named as a dimension, in the group of the array `beside` or at the root; None without one.
 
-    Its values are numbers (unpacked as CF says), times (datetime64) or texts. Raises DataError where it can't be used.
+    Its values are numbers (unpacked as CF says), times (datetime64) or texts. Raises DataError where it can't be used,
+    or has not the dimension's length.
     """
     group = beside.removeprefix(f"{where.path}/").rpartition("/")[0]
     for name in dict.fromkeys([f"{group}/{dim}" if group else dim, dim]):
         array = await array_at(where, name)
         if array is None or len(array.shape) != 1:
             continue
-        if array.shape[0] * max(1, array.dtype.itemsize) > MOST_BYTES:
-            raise DataError(f"the coordinate {name!r} has {array.shape[0]} values, over {format_bytes(MOST_BYTES)}")
+        if array.shape[0] != length:
+            raise DataError(
+                f"{where.name}: the coordinate array {name!r} has {array.shape[0]} values for {length} places",
+                hint="correct it, or rename it: an array named as a dimension tells its places' values",
+            )
         if not trainable(array.dtype):
-            column = await _texts(where, name, array)
-            return Coordinate(dim, column.values)
+            return Coordinate(dim, await _texts(where, name, array))
+        check_whole(where, array, name)
         opened = (await open_arrays(where, [name], io="auto", loop=loop, timeout=timeout, retries=retries))[name]
         opened.reader.vouch(verify)
         values = await asyncio.get_running_loop().run_in_executor(None, whole, opened)  # the private loop's own threads

@@ -25,6 +25,9 @@ from streamtrain.data.selecting import Coordinate
 from streamtrain.data.trust import Verify
 from streamtrain.errors import ConfigError
 
+Read = Callable[[Located, str, int, str], Coordinate | None]
+"""Gives the coordinate of a dimension of this length beside an array."""
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -61,9 +64,9 @@ class Locator:
         where: Sequence[Located],
         frames: Sequence[Frame],
         feeds: Sequence[Feed],
-        read: Callable[[Located, str, str], Coordinate | None],
+        read: Read,
     ) -> None:
-        """`feeds`: of the first array in each store; `read` gives the coordinate of a dimension beside an array."""
+        """`feeds`: of the first array in each store."""
         self._where, self._frames, self._feeds, self._read = where, frames, feeds, read
         self._starts = np.cumsum([0, *(math.prod(frame.sample_shape) for frame in frames)])
         self._known: dict[tuple[int, str], Coordinate | None] = {}
@@ -109,7 +112,9 @@ class Locator:
         """What the coordinate says at these places; None without one."""
         key = (store, dim)
         if key not in self._known:
-            self._known[key] = self._read(self._where[store], dim, self._feeds[store].layout.name)
+            layout = self._feeds[store].layout
+            length = layout.shape[layout.dims.index(dim)]
+            self._known[key] = self._read(self._where[store], dim, length, layout.name)
         coordinate = self._known[key]
         return None if coordinate is None else coordinate.values[places]
 
@@ -118,14 +123,16 @@ def _dim(layout: ArrayLayout, axis: int) -> str | None:
     return layout.dims[axis] if layout.dims else None
 
 
-def coordinates_at(timeout: float, retries: int, verify: Verify) -> Callable[[Located, str, str], Coordinate | None]:
+def coordinates_at(timeout: float, retries: int, verify: Verify) -> Read:
     """What reads a coordinate, on a loop of its own, and blocks for up to `timeout` seconds."""
 
-    def read(where: Located, dim: str, beside: str) -> Coordinate | None:
+    def read(where: Located, dim: str, length: int, beside: str) -> Coordinate | None:
         loop, reading = ZarrLoop(), ZarrLoop()
         try:
             return loop.run(
-                read_coordinate(where, dim, beside, loop=reading, timeout=timeout, retries=retries, verify=verify),
+                read_coordinate(
+                    where, dim, length, beside, loop=reading, timeout=timeout, retries=retries, verify=verify
+                ),
                 timeout,
             )
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from zarr.api import asynchronous as zarr_api
 from zarr.storage import LocalStore, ObjectStore
 
 from streamtrain.data.bucket import Bucket, Owned, is_url
+from streamtrain.data.budget import format_bytes
 from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open_copy, own_metadata
 from streamtrain.data.encodings import Encoding, encoding_of, old_categories
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 IO = Literal["auto", "mmap", "pread", "store"]
 METADATA = ("zarr.json", ".zgroup", ".zarray", CONSOLIDATED)
+MOST_BYTES = 4 << 30
+"""Labels, coordinates and names of categories, which are read whole, are no larger."""
 _NO_STORE = "give the folder of a Zarr store; `python -m data_tools convert` makes one"
 
 StoreLike = str | os.PathLike[str] | zarr.Group | zarr.Array[Any] | Store
@@ -217,10 +221,22 @@ async def _array_in(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Located
 
 async def _texts(where: Located, array: zarr.AsyncArray[Any]) -> tuple[str, ...]:
     """What an array of names holds, read whole."""
+    check_whole(where, array, array.path)
     try:
         return tuple(map(str, np.asarray(await array.getitem(slice(None))).reshape(-1).tolist()))
     except Exception as error:
         raise _unusable(where, array.path, error, "restore the file from its source") from error
+
+
+def check_whole(where: Located, array: zarr.AsyncArray[Any], name: str) -> None:
+    """Raise DataError for an array that claims to be larger than what is read whole."""
+    size = math.prod(array.shape) * max(1, array.dtype.itemsize)
+    if size > MOST_BYTES:
+        raise DataError(
+            f"{where.name}: array {name!r} claims {math.prod(array.shape)} values of {format_bytes(size)} in all; at "
+            f"most {format_bytes(MOST_BYTES)} is read whole",
+            hint="restore its metadata, or name another array",
+        )
 
 
 async def array_at(where: Located, name: str) -> zarr.AsyncArray[Any] | None:

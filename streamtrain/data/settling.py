@@ -21,7 +21,7 @@ from streamtrain.data.block import Column
 from streamtrain.data.budget import Share, available_memory, format_bytes
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.choosing import read_values
-from streamtrain.data.columns import Labels, read_coordinates, read_labels
+from streamtrain.data.columns import Labels, open_labels, read_coordinates
 from streamtrain.data.disk_cache import DiskCache
 from streamtrain.data.feed import Feed
 from streamtrain.data.finished import FinishedBatches
@@ -101,7 +101,7 @@ class Opening:
 
         async def one(where: Located) -> tuple[dict[str, OpenArray], dict[str, Labels], dict[str, Coordinate]]:
             async with many:
-                columns = await read_labels(where, wanted)
+                columns = await open_labels(where, wanted, timeout=self._asked.read_timeout)
                 arrays = await open_arrays(
                     where,
                     None if names is None else [name for name in names if name not in columns],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,41 @@ async def test_texts_are_balanced(store: Path) -> None:
 async def test_labels_where_numbers_belong_are_refused(store: Path, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         await stream(store, **keywords).open()
+
+
+async def test_labels_of_another_shape_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("x", data=np.arange(9.0), dimension_names=("row",))
+    for name in ("label", "row"):
+        labels: Any = group.create_array(name, shape=(10,), chunks=(10,), dtype="M8[s]")
+        labels[:] = np.arange(10).astype("M8[s]")
+        (tmp_path / "s" / name / "c" / "0").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"array 'label' has shape \(10,\), not one value for each of"):
+        await stream(tmp_path / "s", balance="label").open()
+    with pytest.raises(DataError, match="the coordinate array 'row' has 10 values for 9 places"):
+        await stream(tmp_path / "s", select={"row": ["1970"]}).open()
+    with pytest.raises(DataError, match="the coordinate array 'row' has 10 values"):
+        await asyncio.to_thread(stream(tmp_path / "s").locate, 0)
+
+
+async def test_labels_that_claim_more_than_is_read_whole_are_refused(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    rows: int = 1 << 30
+    group.create_array("x", shape=(rows,), chunks=(1 << 20,), dtype="u1", dimension_names=("time",))
+    group.create_array("time", shape=(rows,), chunks=(1 << 20,), dtype="M8[s]")
+    for keywords in ({"balance": "time"}, {"select": {"time": ["1970"]}}):
+        with pytest.raises(DataError, match=r"'time' claims 1073741824 values of 8\.0 GiB in all; at most 4\.0 GiB is"):
+            await stream(tmp_path / "s", **keywords).open()
+
+
+async def test_categories_that_claim_more_than_is_read_whole_are_refused(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s").create_group("kind", attributes={"encoding-type": "categorical"})
+    group.create_array("codes", data=np.zeros(9, dtype="i1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's, of dtypes that Zarr 3 does not specify
+        group.create_array("categories", shape=(1 << 30,), chunks=(1 << 20,), dtype="<U2")
+    with pytest.raises(DataError, match="claims 1073741824 values"):
+        await stream(tmp_path / "s", inputs="kind").open()
 
 
 async def test_damaged_labels_are_named(tmp_path: Path) -> None:
