@@ -6,12 +6,12 @@ Its law: zarr fetches for itself, so that an object that is to be checked comes 
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
-from streamtrain.data.fetch import Fetcher, FetchFailed, Heading
+from streamtrain.data.fetch import Fetcher, FetchFailed
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.readers import ChunkUnreadable, Scratch, ZarrLoop, ZarrReader, chunk_error
@@ -43,7 +43,8 @@ class RemoteZarrReader(ZarrReader):
         key = self._key(chunk)
         url = self._fetcher.source.url(key)
         try:
-            data = self._loop.run(self._object(key), self._fetcher.longest * 2)
+            fitting = trust.size_check(chunk)  # in this thread: the manifest's page may have to be fetched by the loop
+            data = self._loop.run(self._object(key, fitting), self._fetcher.longest * 2)
             if data is None:
                 trust.check_absent(chunk)
                 return
@@ -56,12 +57,9 @@ class RemoteZarrReader(ZarrReader):
         except (ValueError, TimeoutError, concurrent.futures.CancelledError) as error:
             raise chunk_error(self.layout, chunk, url, str(error) or "it was not read in time") from error
 
-    async def _object(self, key: str) -> Bytes | None:
+    async def _object(self, key: str, fitting: Callable[[int], None]) -> Bytes | None:
+        """All of it, if its size is fitting; None where it is absent."""
         try:
-            return await self._fetcher.fetch(key, None, _any)
+            return await self._fetcher.fetch(key, None, lambda heading: fitting(heading.length))
         except FileNotFoundError:
             return None
-
-
-def _any(heading: Heading) -> None:
-    """Any size will do: the manifest knows which."""

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -96,6 +97,10 @@ class Trust:
         """Raise ValueError with the cause if these are not the chunk's bytes (where shards are unknown: its file's)."""
         self.check_record(chunk, len(data), lambda: describe(data, both=self.both))
 
+    def size_check(self, chunk: Sequence[int]) -> Callable[[int], None]:
+        """What raises ValueError for bytes of a size that the chunk has not; it asks the manifest nothing any more."""
+        return partial(_check_size, self._record(chunk))
+
     def check_record(self, chunk: Sequence[int], size: int, look: Callable[[], Record]) -> None:
         """The same where the bytes are not at hand; `look` is called if the size is right."""
         check_same(self._record(chunk), size, look)
@@ -114,15 +119,19 @@ class Trust:
 
 def check_same(record: Record, size: int, look: Callable[[], Record]) -> None:
     """Raise ValueError with the cause if what is there is not what was written."""
-    if record.size == ABSENT:
-        raise ValueError("its manifest says that it was never written")
-    if size != record.size:
-        raise ValueError(f"it has {size} bytes, its manifest says {record.size}")
+    _check_size(record, size)
     found = look()
     if found.crc32c != record.crc32c:
         raise ValueError(f"its checksum (crc32c) is {found.crc32c:08x}, its manifest says {record.crc32c:08x}")
     if found.crc32 != record.crc32:
         raise ValueError(f"its checksum (crc32) is {found.crc32:08x}, its manifest says {record.crc32:08x}")
+
+
+def _check_size(record: Record, size: int) -> None:
+    if record.size == ABSENT:
+        raise ValueError("its manifest says that it was never written")
+    if size != record.size:
+        raise ValueError(f"it has {size} bytes, its manifest says {record.size}")
 
 
 def _strides(grid: Sequence[int]) -> tuple[int, ...]:

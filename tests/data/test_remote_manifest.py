@@ -17,11 +17,12 @@ from zarr.storage import MemoryStore
 
 from data_tools.convert import Layout, convert
 from streamtrain.data import remote_manifest
-from streamtrain.data.fetch import Fetcher
+from streamtrain.data.fetch import Fetcher, Heading
 from streamtrain.data.manifest import PLACE
 from streamtrain.data.opening import locate, open_arrays
-from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.readers import Scratch, ZarrLoop
 from streamtrain.data.remote_manifest import RemoteManifest, open_manifest
+from streamtrain.data.remote_zarr import RemoteZarrReader
 from streamtrain.data.stream import ZarrStream
 from streamtrain.data.vouching import vouch
 from streamtrain.data.zarr_bytes import StoreBytes
@@ -159,6 +160,46 @@ def test_a_manifest_is_opened_where_a_store_refuses_to_say_what_is_absent(zarr_f
         assert isinstance(open_manifest(array.layout, fetcher, loop), RemoteManifest)
     finally:
         loop.close()
+
+
+@pytest.mark.parametrize("small", [1 << 20, 0], ids=["whole", "by pages"])
+def test_an_object_of_another_size_is_refused_before_its_bytes_are_taken(
+    small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_manifest, "SMALL", small)
+
+    class Grown:
+        """The folder's files, but for one that says it has a terabyte."""
+
+        lane, taken = "store", [""]
+
+        async def get(self, key: str, wanted: Any, headed: Callable[[Heading], None]) -> NDArray[np.uint8]:
+            data = np.fromfile(tmp_path / "x.zarr" / key, dtype=np.uint8)[slice(*wanted) if wanted else slice(None)]
+            headed(Heading(1 << 40 if key == FIRST else len(data), None, None))
+            self.taken.append(key)
+            return data
+
+        def transient(self, error: Exception) -> bool:
+            return False
+
+        def url(self, key: str) -> str:
+            return key
+
+    objects(tmp_path)
+    loop, source = ZarrLoop(), Grown()
+    try:
+        root = locate(tmp_path / "x.zarr")
+        (array,) = loop.run(open_arrays(root, None, io="store", loop=loop, timeout=9), 9).values()
+        stored = loop.run(zarr.api.asynchronous.open_array(store=tmp_path / "x.zarr", mode="r"), 9)
+        reader = RemoteZarrReader(array.layout, stored, loop, Fetcher(source, retries=0, timeout=9), timeout=9)
+        reader.vouch("once")
+        assert reader.read((1, 0), (0, 4), Scratch()) is not None
+        with pytest.raises(DataError, match="it has 1099511627776 bytes, its manifest says 64"):
+            reader.read((2, 0), (0, 4), Scratch())
+    finally:
+        loop.close()
+    assert SECOND in source.taken
+    assert FIRST not in source.taken
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
