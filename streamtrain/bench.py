@@ -78,10 +78,10 @@ def bench(said: Said, *, seconds: float, compare: Sequence[str] = ()) -> Measure
 
 
 def _check_comparable(table: DataTable) -> None:
-    if table.sample_axes != [0] or table.split is not None or not isinstance(table.store, str):
+    if table.sample_axes != [0] or table.split is not None or table.ragged or not isinstance(table.store, str):
         raise ConfigError(
             "--compare reads one whole store, with samples along the first axis",
-            hint="leave --split and --sample-axes out",
+            hint="leave --split, --sample-axes and --ragged out",
         )
 
 

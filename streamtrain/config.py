@@ -133,6 +133,17 @@ class DataTable(Table):
     crop_at: Annotated[Literal["random", "center"], Must('"random" or "center"')] | None = None
     """None: random in `[data]`, center in `[validation]`."""
     jitter: Annotated[Natural | dict[str, Natural], Must("0 or more, or a table of that by axis")] | None = None
+    ragged: (
+        Annotated[
+            dict[str, Text],
+            Field(min_length=1),
+            Must('a table of arrays and those of their offsets, such as {tokens = "ends"}'),
+        ]
+        | None
+    ) = None
+    max_length: Count | None = None
+    pad_value: Annotated[int | float, Must("a number")] | None = None
+    sparse: Annotated[bool, Must("true or false")] = False
     stack: Annotated[bool, Must("true or false")] = False
     groups: Text | None = None
     indices: Numbers | None = None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 
-from streamtrain.config import Config, Said, differences, read, resolve, resolve_data
+from streamtrain.assembly import stream
+from streamtrain.config import Config, DataTable, Said, differences, read, resolve, resolve_data
+from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError
 
 LEAST = '[data]\nstore = "d.zarr"\n[model]\ntarget = "nets:Net"\n'
@@ -138,6 +143,10 @@ def test_windows_choices_and_several_stores_are_keys_of_the_data() -> None:
         ("horizon = -1", "horizon must be an integer of at least 0, got -1"),
         ("select = [0]", "select must be a table of places by axis"),
         ("stack = 1", "stack must be true or false"),
+        ("sparse = 1", "sparse must be true or false"),
+        ('ragged = "ends"', "ragged must be a table of arrays and those of their offsets"),
+        ("ragged = {}", "ragged must be a table of arrays"),
+        ("pad_value = true", "pad_value.*must be a number"),
         ("weights = 1", "weights must be a list of numbers, or the name of an array"),
         ("indices = [0.5]", "indices.*must be a list of sample numbers, or the name"),
         ("balance = 3", "balance must be a text that is not empty"),
@@ -159,6 +168,22 @@ def test_the_learning_rate_may_stand_in_the_trainers_table() -> None:
     assert resolve(said(LEAST + "[trainer]\nlr = 0.5\n")).optimizer.lr == 0.5
     message, _ = complaint(LEAST + "[trainer]\nlr = 0.5\n[optimizer]\nlr = 0.1\n")
     assert message == "c.toml:6:1: trainer.lr is 0.5, but optimizer.lr is 0.1"
+
+
+def test_data_has_the_keywords_of_a_stream_but_those_that_are_the_trainers() -> None:
+    keywords = {name for name, it in inspect.signature(ZarrStream).parameters.items() if it.kind is not it.VAR_KEYWORD}
+    assert keywords - set(DataTable.model_fields) == {"rank", "world_size", "lanes", "output"}
+    assert set(DataTable.model_fields) <= keywords
+
+
+def test_rows_of_different_lengths_are_read_as_the_data_says(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("tokens", data=np.arange(6))
+    group.create_array("ends", data=np.array([0, 1, 3, 6]))
+    lines = f'store = "{tmp_path}/s"\ninputs = "tokens"\nragged = {{tokens = "ends"}}\nmax_length = 2\npad_value = -1'
+    said = Said(tomllib.loads(f"[data]\n{lines}"))
+    (batch,) = stream(resolve_data(said), said, "data", output="numpy").as_loader()
+    assert batch.inputs["tokens"].tolist() == [[0, -1], [1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
