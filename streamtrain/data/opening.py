@@ -134,7 +134,10 @@ def locate(store: object, storage_options: object = None, *, retries: int = 3) -
             raise ConfigError("store is empty", hint=_NO_STORE)
         return Located(text, "", Path(os.path.abspath(text)), text)
     if isinstance(store, list | tuple):
-        raise ConfigError("several stores as one dataset are not supported yet", hint="give one store")
+        raise ConfigError(
+            f"one store is meant here, not a list of {len(store)}",
+            hint="give them one by one; ZarrStream alone takes several as one dataset",
+        )
     raise ConfigError(f"store must be a path, a zarr group, array or store, not {type(store).__name__}", hint=_NO_STORE)
 
 

@@ -23,6 +23,7 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 
 from streamtrain.data.block import Pool
 from streamtrain.data.feed import Feed
+from streamtrain.data.opening import locate
 from streamtrain.data.passes import ZarrPass
 from streamtrain.data.readers import LocalReader, Map, StoreFiles, ZarrLoop, ZarrReader
 from streamtrain.data.stream import ZarrStream
@@ -167,3 +168,9 @@ def test_a_stream_leaves_nothing_to_the_garbage_collector(name: str, io: Any, cl
         assert held() == before
     finally:
         gc.enable()
+
+
+def test_where_one_store_is_meant_it_is_said_who_takes_several() -> None:
+    with pytest.raises(ConfigError, match="one store is meant here, not a list of 2") as told:
+        locate(["a.zarr", "b.zarr"])
+    assert "ZarrStream alone takes several" in told.value.hint
