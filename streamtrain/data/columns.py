@@ -140,17 +140,26 @@ async def read_coordinate(
 
 
 def _decoded(layout: ArrayLayout, values: Values) -> Values:
-    packed = packing(layout)
-    if packed is not None:
-        values = _unpacked(values, packed)
-    units = layout.attributes.get("units")
-    if isinstance(units, str) and is_since(units):
-        return decode_times(values, units, layout.attributes.get("calendar"), layout.name)
-    return values
+    packed, units = packing(layout), layout.attributes.get("units")
+    if not isinstance(units, str) or not is_since(units):
+        return values if packed is None else _unpacked(values, packed)
+    calendar = layout.attributes.get("calendar")
+    if packed is None or packed.stored.kind == "f" or packed.scale is not None or packed.offset is not None:
+        return decode_times(values if packed is None else _unpacked(values, packed), units, calendar, layout.name)
+    counts = _stored(values, packed).copy()  # not as floats: they have no place for nanoseconds
+    gone = np.logical_or.reduce([counts == number for number in packed.missing], initial=False)
+    counts[gone] = 0
+    times = decode_times(counts, units, calendar, layout.name)
+    times[gone] = np.datetime64("NaT")
+    return times
+
+
+def _stored(values: Values, packed: Packing) -> Values:
+    return values.view(packed.stored) if packed.stored.kind != values.dtype.kind else values
 
 
 def _unpacked(values: Values, packed: Packing) -> Values:
-    stored = values.view(packed.stored) if packed.stored.kind != values.dtype.kind else values
+    stored = _stored(values, packed)
     result = stored.astype(packed.dtype)
     for number in packed.missing:
         result[stored == number] = np.nan

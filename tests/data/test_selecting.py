@@ -324,6 +324,17 @@ def test_nanoseconds_are_decoded_to_the_last(calendar: str | None) -> None:
         decode_times(np.arange(-200_000, -199_998), "days since 2000-01-01", "standard", "time")
 
 
+@pytest.mark.parametrize("missing", [{}, {"_FillValue": -1}, {"_Unsigned": "true"}], ids=str)
+async def test_nanoseconds_are_told_apart_beside_missing_ones(tmp_path: Path, missing: dict[str, Any]) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("x", data=np.arange(3), dimension_names=("time",))
+    numbers = np.array([1_700_000_000_000_000_001, 1_700_000_000_000_000_002, 7 if "_Unsigned" in missing else -1])
+    time = group.create_array("time", data=numbers)
+    time.attrs.update({"units": "nanoseconds since 1970-01-01", **missing})
+    found = await samples(tmp_path / "s", targets=None, select={"time": [np.datetime64(int(numbers[1]), "ns")]})
+    assert sorted(found) == [1]
+
+
 @pytest.mark.parametrize(
     ("values", "units"),
     [
