@@ -149,14 +149,15 @@ class CropFeed(Feed):
             put = self.change.around(put, scratch)
         numbers = np.arange(*rows.indices(math.prod(box.extent))) if isinstance(rows, slice) else rows
         starts = self.site.starts(box, numbers, self.epoch_key)
-        size = len(numbers) * self.site.row_bytes
-        region = scratch.take("region", size).view(self.layout.native).reshape(len(numbers), *self.site.lengths)
+        region = self._room(len(numbers), scratch) if self.checked else None
         bad: list[tuple[Ints, BadChunk]] = []
         told = len(scratch.damages)
         for chunk, mine in self._touched(starts):
             before = len(scratch.damages)
             self._copy(chunk, starts, mine, region, scratch)
             bad += [(mine, damage) for _, damage in scratch.damages[before:]]
+        if region is None:
+            return
         samples = region.reshape(len(numbers), *self.site.row_shape)
         if not bad:
             self._put(put, slice(None), samples, None, scratch)
@@ -173,6 +174,11 @@ class CropFeed(Feed):
             finally:
                 scratch.tainted = None
         del scratch.damages[told:]  # their samples are told: nobody else's are lost for them
+
+    def _room(self, samples: int, scratch: Scratch) -> NDArray[Any]:
+        """Where so many samples are put together."""
+        region = scratch.take("region", samples * self.site.row_bytes)
+        return region.view(self.layout.native).reshape(samples, *self.site.lengths)
 
     def _touched(self, starts: Ints) -> Iterator[tuple[tuple[int, ...], Ints]]:
         """The chunks in which samples begin or go on, each with those samples."""
@@ -200,8 +206,10 @@ class CropFeed(Feed):
             number = int(flat[part[0]])
             yield tuple(int(n) for n in np.unravel_index(number, grid)) if grid else (), owner[part]
 
-    def _copy(self, chunk: tuple[int, ...], starts: Ints, mine: Ints, region: NDArray[Any], scratch: Scratch) -> None:
-        """Copy what these samples take of one chunk."""
+    def _copy(
+        self, chunk: tuple[int, ...], starts: Ints, mine: Ints, region: NDArray[Any] | None, scratch: Scratch
+    ) -> None:
+        """Copy what these samples take of one chunk; without a region it is read and nothing else."""
         site, box = self.site, self.layout.box(chunk)
         begin = np.array([low for low, _ in box], dtype=np.int64)
         end = np.array([high for _, high in box], dtype=np.int64)
@@ -214,6 +222,8 @@ class CropFeed(Feed):
         few = 4 * float((high - low).prod(axis=1).sum()) < volume
         rows = (int(low[:, 0].min()), int(high[:, 0].max())) if shape else (0, 1)
         data = self.chunk(chunk, rows, scratch, few=few)
+        if region is None:
+            return
         if data is None:
             data = np.broadcast_to(np.asarray(self.layout.fill_value, self.layout.native), shape)
         data = data[tuple(slice(0, n) for n in shape)]

@@ -143,7 +143,8 @@ class Feed:
     beside: tuple[Feed, ...] = ()
     """Those of arrays that are read along with it."""
     checked = True
-    """Whether values are held against what they must be: not where they are only asked for, to know what is read."""
+    """Whether values are used, and held against what they must be: not where they are only asked for, to know what is
+    read; nothing is put together then."""
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class Feed:
             values = self._values(where, box.extent, self._reach(rows, box), scratch, few=_few(rows, box.extent))
             for axis in self.site.taken:
                 values = self.site.chosen(values, axis, 1 + self.site.row_axes.index(axis))
-            self._put(put, slice(None), values if _whole(rows, len(values)) else values[rows], None, scratch)
+            self._put(put, slice(None), values if self._as_is(rows, len(values)) else values[rows], None, scratch)
             return
         for first, inside, wanted in self._parts(box, rows):
             for part in itertools.product(*self._row_chunks):
@@ -215,7 +216,11 @@ class Feed:
             values = np.broadcast_to(np.asarray(self.layout.fill_value, self.layout.native), shape)
         elif values.shape != shape:
             values = values[(slice(0, count), *self._whole_rows)]
-        return values if _whole(rows, count) else values[rows]
+        return values if self._as_is(rows, count) else values[rows]
+
+    def _as_is(self, rows: Rows, count: int) -> bool:
+        """Whether nothing has to be gathered for these rows of so many."""
+        return not self.checked or _whole(rows, count)
 
     def _fill_part(
         self, first: Sequence[int], inside: Rows, wanted: Rows, part: tuple[int, ...], put: Put, scratch: Scratch
@@ -225,7 +230,7 @@ class Feed:
         extent = tuple(min(chunks[a], lengths[a] - f) for a, f in zip(self.site.sample_axes, first, strict=True))
         reach = (inside.start, inside.stop) if isinstance(inside, slice) and len(first) == 1 else (0, extent[0])
         values = self._values(self._chunk_of(first, part), extent, reach, scratch, few=_few(inside, extent))
-        values = values[inside]
+        values = values[inside] if self.checked else values
         if self.site.taken:
             runs = [list(self._runs(a, p)) for p, a in zip(part, self.site.row_axes, strict=True)]
             for each in itertools.product(*runs):

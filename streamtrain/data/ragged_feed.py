@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streamtrain.data.feed import Box, Feed, Part, Put, Rows
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import Run, copy_runs, strictly_rising
-from streamtrain.data.ragged_parts import Stretch, Wanted, gathered, parts_of
+from streamtrain.data.ragged_parts import Stretch, Wanted, gathered, inner_chunks, parts_of
 from streamtrain.data.ragged_site import RaggedSite, number_array, numbers_of
 from streamtrain.data.readers import Scratch
 from streamtrain.errors import DataError
@@ -53,6 +53,10 @@ class RaggedFeed(Feed):
         """The rows' values as they are handed over."""
         if self.layout.ndim == 1 and self.change is None:
             yield from parts_of(self, wanted, scratch)
+            return
+        if not self.checked:
+            for chunk, cut in inner_chunks(self.layout):
+                yield from parts_of(self, wanted, scratch, chunk, cut)
             return
         elements = self._changed(gathered(self, wanted, scratch), scratch)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(wanted.lengths)])[:-1]

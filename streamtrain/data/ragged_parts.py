@@ -121,7 +121,7 @@ def gathered(feed: Feed, wanted: Wanted, scratch: Scratch) -> NDArray[Any]:
     size = total * math.prod(inner) * layout.dtype.itemsize
     out = scratch.take(f"ragged {layout.name}", size).view(layout.native).reshape(total, *inner)
     to = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(wanted.lengths)])[:-1]
-    for chunk, cut in _inner_chunks(layout):
+    for chunk, cut in inner_chunks(layout):
         for part in parts_of(feed, wanted, scratch, chunk, cut):
             began = time.perf_counter()
             places = to[part.rows] + part.skipped
@@ -143,7 +143,7 @@ def _chunks(starts: Ints, lengths: Ints, size: int) -> Iterator[int]:
     return iter((np.flatnonzero(np.cumsum(edges) > 0) + low).tolist())
 
 
-def _inner_chunks(layout: ArrayLayout) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+def inner_chunks(layout: ArrayLayout) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
     """The chunks into which elements are cut: their numbers, and what they hold of one."""
     counts = [range(-(-s // c)) for s, c in zip(layout.shape[1:], layout.chunk_shape[1:], strict=True)]
     for chunk in itertools.product(*counts):

@@ -66,10 +66,10 @@ def _noted(feed: Feed, box: Box, rows: Rows) -> list[tuple[Feed, Noted]]:
 
 
 def _dry(feed: Feed, noted: list[tuple[Feed, _Noting]]) -> Feed:
-    """The feed, and those beside it, over readers that note."""
+    """The feed, and those beside it, over readers that note; it puts nothing together, and changes nothing."""
     dry, noting = copy.copy(feed), _Noting()
     noted.append((feed, noting))
-    dry.reader, dry.cache, dry.checked = noting, None, False
+    dry.reader, dry.cache, dry.checked, dry.change = noting, None, False, None
     dry.beside = tuple(_dry(each, noted) for each in feed.beside)
     return dry
 

@@ -135,6 +135,8 @@ class WindowFeed(Feed):
         bounds = self.site.bounds(box)
         bad = len(scratch.damages)
         region = self._region(bounds, scratch)
+        if region is None:
+            return
         if len(scratch.damages) > bad:
             damages = [damage for _, damage in scratch.damages[bad:]]
             self._put_damaged(box, rows, region, bounds, damages, put, scratch)
@@ -174,22 +176,24 @@ class WindowFeed(Feed):
             finally:
                 scratch.tainted = None
 
-    def _region(self, bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any]:
-        """The part of the array within these bounds, in the order of its axes."""
+    def _region(self, bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any] | None:
+        """The part of the array within these bounds, in the order of its axes; None where it is read and no more."""
         chunks = self.layout.chunk_shape
         spans = [range(start // c, -(-stop // c)) for (start, stop), c in zip(bounds, chunks, strict=True)]
         shape = tuple(stop - start for start, stop in bounds)
-        if all(len(span) == 1 for span in spans):
+        if self.checked and all(len(span) == 1 for span in spans):
             return self._part(tuple(span[0] for span in spans), bounds, scratch)
         size = math.prod(shape) * self.layout.dtype.itemsize
-        region = scratch.take("region", size).view(self.layout.native).reshape(shape)
+        region = scratch.take("region", size).view(self.layout.native).reshape(shape) if self.checked else None
         for chunk in itertools.product(*spans):
             inside = [
                 (max(start, n * c), min(stop, (n + 1) * c))
                 for n, c, (start, stop) in zip(chunk, chunks, bounds, strict=True)
             ]
             place = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inside, bounds, strict=True))
-            region[place] = self._part(chunk, inside, scratch)
+            part = self._part(chunk, inside, scratch)
+            if region is not None:
+                region[place] = part
         return region
 
     def _part(self, chunk: tuple[int, ...], bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any]:
