@@ -92,6 +92,8 @@ class FinishedRows:
                 return
             if list(map(_kind, leaves)) != list(map(_kind, store.leaves)):
                 wrong = "rows of another shape or dtype in one batch than in another"
+            elif len(np.unique(index)) < len(index):
+                wrong = "several rows of one sample"
             elif self._filled + np.count_nonzero(store.slots[index] < 0) > self._samples:
                 wrong = "more rows than there are samples"
             else:

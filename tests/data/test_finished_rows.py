@@ -35,6 +35,12 @@ class Counted:
         return Batch(inputs, batch.targets[keep] + 1, batch.index[keep])
 
 
+def twice_every_third(batch: Batch) -> Batch:
+    """Fewer rows than samples, and two of each."""
+    rows = np.repeat(np.flatnonzero(batch.index % 3 == 0), 2)
+    return Batch(batch.inputs[rows], batch.targets[rows], batch.index[rows])
+
+
 def stream(path: Path, transform: Any, **keywords: Any) -> ZarrStream:
     return small.stream(path, transform=transform, **{"cache_transform": True, "output": "numpy", **keywords})
 
@@ -138,6 +144,7 @@ async def test_rows_of_an_epoch_that_was_broken_off_are_kept(store: Path, caplog
         (lambda batch: ({"x": batch.inputs, "n": 3}, batch.targets), "it makes a int, which has no rows"),
         (lambda batch: (batch.inputs, np.float32(len(batch)).reshape(1)), "one row for each sample"),
         (lambda batch: (batch.inputs[:, : 1 + len(batch) % 2], batch.targets), "another shape or dtype"),
+        (twice_every_third, "it makes several rows of one sample"),
     ],
 )
 async def test_what_is_no_rows_is_not_kept_and_said(
