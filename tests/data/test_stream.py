@@ -491,7 +491,7 @@ async def test_a_stream_that_waited_in_vain_says_that_others_hold_its_memory(sto
     budget = Budget("1MiB")
     other = budget.join()
     assert other.try_acquire(budget.total)
-    source = stream(store, memory=budget, read_timeout=0.5)
+    source = stream(store, memory=budget, read_timeout=2)
     with pytest.raises(BudgetHeld, match="other streams keep what this one needs"):
         await indices(source)
 
