@@ -37,6 +37,10 @@ def _fractions(text: str) -> tuple[float, ...]:
     return tuple(float(share) for share in text.split(","))
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _pair(text: str) -> tuple[float, float]:
     first, second = _fractions(text)
     return first, second
@@ -65,6 +69,11 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", default="1GiB", help="how much may be taken; 1GiB by default")
 
 
+def _sampled(parser: argparse.ArgumentParser) -> None:
+    text = "those with a row for each sample; default: as long as most, if it is clear"
+    parser.add_argument("--arrays", type=_names, metavar="A,B,...", help=text)
+
+
 def _add_convert(tools: Any) -> None:
     made = _tool(tools, "convert", _convert, "a .npy or .npz array to Zarr, in bounded memory")
     made.add_argument("source", type=Path)
@@ -89,6 +98,7 @@ def _add_reshuffle(tools: Any) -> None:
     made.add_argument("source", type=Path)
     made.add_argument("target", type=Path)
     made.add_argument("--seed", type=int, default=0)
+    _sampled(made)
     _codec(made, None)
     _memory(made)
 
@@ -96,7 +106,7 @@ def _add_reshuffle(tools: Any) -> None:
 def _reshuffle(given: Given) -> Lines:
     from data_tools.reshuffle import reshuffle
 
-    options: dict[str, Any] = {"seed": given.seed, "codec": given.codec, "memory": given.memory}
+    options: dict[str, Any] = {"seed": given.seed, "arrays": given.arrays, "codec": given.codec, "memory": given.memory}
     yield reshuffle(given.source, given.target, **options, progress=_progress)
 
 
@@ -126,6 +136,7 @@ def _add_split(tools: Any) -> None:
     made.add_argument("source", type=Path)
     made.add_argument("targets", type=Path, nargs="+")
     made.add_argument("--fractions", type=_fractions, required=True, metavar="A,B,...", help="a share for each target")
+    _sampled(made)
     _codec(made, None)
     _memory(made)
 
@@ -133,14 +144,15 @@ def _add_split(tools: Any) -> None:
 def _split(given: Given) -> Lines:
     from data_tools.split import split
 
-    options: dict[str, Any] = {"fractions": given.fractions, "codec": given.codec, "memory": given.memory}
+    options: dict[str, Any] = {"fractions": given.fractions, "arrays": given.arrays}
+    options |= {"codec": given.codec, "memory": given.memory}
     return split(given.source, given.targets, **options, progress=_progress)
 
 
 def _add_stats(tools: Any) -> None:
     made = _tool(tools, "stats", _stats, "mean, deviation, extremes and quantiles, into the arrays' attributes")
     made.add_argument("store", type=Path)
-    made.add_argument("--arrays", type=lambda text: text.split(","), metavar="A,B,...", help="default: all")
+    made.add_argument("--arrays", type=_names, metavar="A,B,...", help="default: all")
     made.add_argument("--axis", type=int, help="statistics for each index along this axis: of channels")
     made.add_argument("--rows", type=_pair, default=(0.0, 1.0), metavar="A,B", help="the part that will be trained on")
     made.add_argument("--no-decode-cf", action="store_true", help="of the numbers as stored: no scale, no fill value")

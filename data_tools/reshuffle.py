@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def reshuffle(
     source: str | Path,
     target: str | Path,
     *,
+    arrays: Sequence[str] | None = None,
     seed: int = 0,
     memory: str | int = "1GiB",
     codec: Codec | None = None,
@@ -45,17 +47,20 @@ def reshuffle(
 ) -> Path:
     """Write `source` anew as `target` with its samples permuted, and return its path.
 
-    All arrays with as many rows as most of them have are permuted, alike; the others are copied. Layout, codec (unless
-    given), attributes and dimension names are kept. On the disk of the target there must be room for the largest array,
-    decoded, beside the target itself. Raises DataError for damage in the source, ConfigError where the memory is too
-    small or the target exists, EnvironmentProblem where the disk is; what is left is nothing, or all.
+    `arrays` with a row for each sample are permuted, alike; by default those with as many rows as most have, where
+    dimensions' names tell the others apart. The others are copied. Layout, codec (unless given), attributes and
+    dimension names are kept. On the disk of the target there must be room for the largest array, decoded, beside the
+    target itself. Raises DataError for damage in the source, and for sparse matrices, categoricals and the like, whose
+    rows can't be moved; ConfigError where it is not clear which arrays have samples, the memory is too small or the
+    target exists, EnvironmentProblem where the disk is; what is left is nothing, or all.
     """
     target, limit = Path(target), parse_bytes(memory)
     if seed < 0:
         raise ConfigError(f"seed={seed} must be at least 0", hint="any number from 0 on will do")
     with Source(Path(source)) as opened, whole_or_nothing(target) as part:
-        permuted = {array.layout.name for array in opened.with_samples() if array.row_bytes}
-        count = opened.samples
+        sampled = opened.with_samples(arrays)
+        permuted = {name for name, array in sampled.items() if array.row_bytes}
+        count = next(iter(sampled.values())).layout.shape[0]
         sizes = {name: buckets(array, limit) for name, array in opened.arrays.items() if name in permuted}
         _check_room(target.parent, max((opened.arrays[name].row_bytes * count for name in permuted), default=0))
         permutation = Permutation(count, derive_key(seed, "reshuffle"))

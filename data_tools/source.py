@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,10 +23,12 @@ from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.opening import OpenArray
 from streamtrain.data.readers import Scratch, ZarrLoop
 from streamtrain.data.vouching import in_threads, look
-from streamtrain.errors import DataError
+from streamtrain.errors import ConfigError, DataError
 
 Region = tuple[tuple[int, int], ...]
 """Start and stop along each axis."""
+TOGETHER = frozenset({"csr_matrix", "csr", "csc_matrix", "csc", "categorical", "dataframe", "awkward-array"})
+"""Encodings, beside the nullable ones, of groups whose arrays mean something only together."""
 
 
 class SourceArray:
@@ -119,6 +121,11 @@ def _codec(layout: ArrayLayout) -> Codec:
     return "blosc" if "blosc" in names else "zstd"
 
 
+def _first_dim(array: SourceArray) -> str | None:
+    """The name of the dimension along axis 0, where it has one."""
+    return array.layout.dims[0] if array.layout.dims else None
+
+
 def _dimension_names(node: zarr.Array[Any]) -> Sequence[str | None] | None:
     names = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS")
     return list(names) if isinstance(names, list | tuple) and len(names) == node.ndim else None
@@ -162,18 +169,66 @@ class Source:
             raise DataError(f"{self.path} has no rows", hint="an array with a first axis is needed")
         return max(lengths, key=lambda length: (lengths[length], length))
 
-    def with_samples(self) -> Iterator[SourceArray]:
-        """The arrays whose axis 0 numbers the samples."""
+    def with_samples(self, named: Sequence[str] | None = None) -> dict[str, SourceArray]:
+        """The arrays whose axis 0 numbers the samples, by name: the `named` ones, else those as long as most.
+
+        Raises DataError for groups whose arrays can't be moved each for itself, ConfigError where it is not clear which
+        arrays have samples: one that no dimension's name tells apart may be part of a ragged array.
+        """
+        self._check_groups()
+        if named is not None:
+            return self._named(named)
         count = self.samples
-        return (array for array in self.arrays.values() if array.layout.shape[:1] == (count,))
+        found = {name: array for name, array in self.arrays.items() if array.layout.shape[:1] == (count,)}
+        dims = {_first_dim(array) for array in found.values()} - {None}
+        others = [array for name, array in self.arrays.items() if name not in found and array.layout.ndim]
+        unclear = [each for each in others if _first_dim(each) in {None, *dims}]
+        if unclear or len(dims) > 1:
+            lengths = ", ".join(f"{name!r} {array.layout.shape[0]}" for name, array in found.items())
+            lengths += "".join(f", {array.layout.name!r} {array.layout.shape[0]}" for array in unclear)
+            raise ConfigError(
+                f"{self.path}: which arrays have a row for each sample is not clear; rows: {lengths}",
+                hint=f"name them: --arrays {','.join(found)} (the others are copied as they are); rows of different "
+                "lengths, values beside offsets, can't be moved: a stream reads them shuffled as they are",
+            )
+        return found
+
+    def _named(self, named: Sequence[str]) -> dict[str, SourceArray]:
+        for name in named:
+            if name not in self.arrays:
+                raise ConfigError(
+                    f"{self.path} has no array {name!r}", hint=f"there are: {', '.join(map(repr, self.arrays))}"
+                )
+        found = {name: self.arrays[name] for name in named}
+        lengths = {array.layout.shape[:1] for array in found.values()}
+        if len(lengths) != 1 or lengths <= {(), (0,)}:
+            shapes = ", ".join(f"{name!r} {array.layout.shape}" for name, array in found.items())
+            raise ConfigError(f"the named arrays do not have as many rows each: {shapes}", hint="name others")
+        return found
+
+    def _check_groups(self) -> None:
+        """Raise DataError for a group that AnnData encodes."""
+        if self.group is None:
+            return
+        for name in ["", *self._groups()]:
+            said = (self.group[name] if name else self.group).attrs.get("encoding-type")
+            if isinstance(said, str) and (said in TOGETHER or said.startswith("nullable-")):
+                raise DataError(
+                    f"{self.path}: the group {name or '/'!r} is a {said}: its arrays mean something only together, and "
+                    "their rows can't be moved",
+                    hint="a stream reads it shuffled as it is (shuffle='block'), and divides it by split=",
+                )
+
+    def _groups(self) -> list[str]:
+        """Paths of the groups in which arrays lie, but for the root."""
+        return sorted({name.rsplit("/", up)[0] for name in self.arrays for up in range(1, name.count("/") + 1)})
 
     def create_groups(self, part: Path) -> Path | zarr.Group:
         """Make the groups of this store in `part`, with their attributes; what arrays are to be created in."""
         if self.group is None:
             return part
         made = zarr.create_group(part, attributes=dict(self.group.attrs))
-        names = {name.rsplit("/", up)[0] for name in self.arrays for up in range(1, name.count("/") + 1)}
-        for name in sorted(names):
+        for name in self._groups():
             made.create_group(name, attributes=dict(self.group[name].attrs))
         return made
 

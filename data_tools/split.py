@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from data_tools.convert import Codec, Progress, whole_or_nothing
@@ -22,16 +22,18 @@ def split(
     targets: Sequence[str | Path],
     *,
     fractions: Sequence[float],
+    arrays: Sequence[str] | None = None,
     codec: Codec | None = None,
     memory: str | int = "1GiB",
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write the samples of `source`, in their order, as the `targets`, and return their paths.
 
-    `fractions`: a share for each target; they add up to at most 1, and what is beyond is left out. Arrays with as many
-    rows as most have are cut, the others copied into each. Statistics among the attributes of what is cut are dropped.
-    Reshuffle before where samples are sorted. Raises ConfigError for shares that do not fit, DataError for damage in
-    the source or a part without a sample; each target appears whole or not at all.
+    `fractions`: a share for each target; they add up to at most 1, and what is beyond is left out. `arrays` with a row
+    for each sample are cut, by default as `reshuffle` chooses them, the others copied into each. Statistics among the
+    attributes of what is cut are dropped. Reshuffle before where samples are sorted. Raises ConfigError for shares that
+    do not fit, or where it is not clear which arrays have samples; DataError for damage in the source, for sparse
+    matrices, categoricals and the like, or for a part without a sample; each target appears whole or not at all.
     """
     limit, paths = parse_bytes(memory), [Path(target) for target in targets]
     if (
@@ -49,21 +51,23 @@ def split(
         if path.exists():
             raise ConfigError(f"{path} exists already", hint="name another target, or remove this one")
     with Source(Path(source)) as opened:
-        count = opened.samples
+        cut = opened.with_samples(arrays)
+        count = next(iter(cut.values())).layout.shape[0]
         bounds = [math.floor(math.fsum(fractions[:at]) * count) for at in range(len(paths) + 1)]
         if math.fsum(fractions) > 1 - 1e-9:
             bounds[-1] = count  # as decimals, shares seldom add up to 1
         if any(a == b for a, b in itertools.pairwise(bounds)):
             raise DataError(f"{count} samples leave one of the parts {list(fractions)} without any")
         for number, path in enumerate(paths):
-            _write(opened, path, (bounds[number], bounds[number + 1]), codec, limit)
+            _write(opened, path, cut, (bounds[number], bounds[number + 1]), codec, limit)
             if progress:
                 progress(bounds[number + 1], bounds[-1])
     return paths
 
 
-def _write(opened: Source, target: Path, bounds: tuple[int, int], codec: Codec | None, memory: int) -> None:
-    cut = {array.layout.name for array in opened.with_samples()}
+def _write(
+    opened: Source, target: Path, cut: Container[str], bounds: tuple[int, int], codec: Codec | None, memory: int
+) -> None:
     with whole_or_nothing(target) as part:
         where = opened.create_groups(part)
         for name, array in opened.arrays.items():

@@ -31,7 +31,7 @@ def store(folder: Path, shape: tuple[int, ...] = (40, 6, 5), **options: Any) -> 
     data = np.arange(np.prod(shape), dtype="f4").reshape(shape)
     group.create_array("x", data=data, attributes={"units": "K"}, **{"chunks": (7, 4, 5), **options})
     group.create_array("y", data=np.arange(shape[0]), chunks=(16,))
-    group.create_array("lat", data=np.arange(3.0))
+    group.create_array("lat", data=np.arange(3.0), dimension_names=("lat",))
     return folder
 
 

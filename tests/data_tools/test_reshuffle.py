@@ -28,7 +28,7 @@ def store(folder: Path, rows: int = 500, **options: Any) -> Path:
     group.create_array("x", data=x, **{"chunks": (7, 2), "dimension_names": ("time", "x"), **options})
     group.create_array("y", data=np.arange(rows, dtype="i8"), chunks=(20,))
     group.create_array("key", data=(np.arange(rows) % 256).astype("u1"), chunks=(64,))
-    group.create_array("lat", data=np.linspace(0, 1, 11))
+    group.create_array("lat", data=np.linspace(0, 1, 11), dimension_names=("lat",))
     return folder
 
 
@@ -39,7 +39,7 @@ def values(folder: Path) -> dict[str, Any]:
 
 @settings(max_examples=15)
 @given(
-    rows=st.integers(1, 700),
+    rows=st.integers(1, 700).filter(lambda rows: rows != 11),  # as long as `lat`: which are samples is not clear
     seed=st.integers(0, 1 << 40),
     memory=st.sampled_from(["16KiB", "64KiB", "1GiB"]),
     options=st.sampled_from([{}, {"shards": (21, 4)}, {"compressors": None}]),

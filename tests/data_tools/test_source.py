@@ -11,8 +11,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.reshuffle import reshuffle
 from data_tools.source import Source
-from streamtrain.errors import DataError
+from data_tools.split import split
+from streamtrain.errors import ConfigError, DataError
 from tests.data.stores import CASES, write
 
 LAYOUTS = [case for case in CASES if case.shape == (23, 10)]
@@ -71,7 +73,54 @@ def test_a_store_in_its_likeness_has_its_groups_attributes_and_names(options: An
 def test_samples_are_numbered_by_the_length_that_most_arrays_share(tmp_path: Path) -> None:
     group = zarr.create_group(str(tmp_path))
     for name, shape in {"x": (9, 2), "y": (9,), "lat": (4,), "scalar": ()}.items():
-        group.create_array(name, shape=shape, dtype="f4")
+        group.create_array(name, shape=shape, dtype="f4", dimension_names=("lat",) if name == "lat" else None)
     with Source(tmp_path) as source:
         assert source.samples == 9
-        assert {array.layout.name for array in source.with_samples()} == {"x", "y"}
+        assert {array.layout.name for array in source.with_samples().values()} == {"x", "y"}
+
+
+def moved(tool: str, source: Path, target: Path, arrays: list[str] | None = None) -> None:
+    if tool == "reshuffle":
+        reshuffle(source, target, arrays=arrays)
+    else:
+        split(source, [target], fractions=[0.5], arrays=arrays)
+
+
+@pytest.mark.parametrize("tool", ["reshuffle", "split"])
+@pytest.mark.parametrize("said", ["csr_matrix", "csc_matrix", "categorical", "nullable-integer", "dataframe"])
+def test_groups_whose_rows_cannot_be_moved_are_refused_by_name(tmp_path: Path, tool: str, said: str) -> None:
+    group = zarr.create_group(str(tmp_path / "a"))
+    group.create_array("y", data=np.arange(10))
+    group.create_group("X", attributes={"encoding-type": said}).create_array("data", data=np.arange(10))
+    with pytest.raises(DataError, match=f"'X' is a {said}") as refused:
+        moved(tool, tmp_path / "a", tmp_path / "b", ["y"])
+    assert "shuffled as it is" in str(refused.value.hint)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("tool", ["reshuffle", "split"])
+def test_which_arrays_have_samples_is_asked_where_it_is_not_clear(tmp_path: Path, tool: str) -> None:
+    group = zarr.create_group(str(tmp_path / "a"))
+    for name, length in {"values": 30, "offsets": 11, "y": 10, "key": 10}.items():
+        group.create_array(name, data=np.arange(length))
+    with pytest.raises(ConfigError, match=r"'key' 10, 'y' 10, .*'values' 30") as refused:
+        moved(tool, tmp_path / "a", tmp_path / "b")
+    assert "--arrays key,y" in str(refused.value.hint)
+    with pytest.raises(ConfigError, match="as many rows"):
+        moved(tool, tmp_path / "a", tmp_path / "b", ["y", "values"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    moved(tool, tmp_path / "a", tmp_path / "b", ["y", "key"])
+    made = zarr.open_group(str(tmp_path / "b"), mode="r")
+    offsets, y, key = (np.asarray(made[name][...]) for name in ("offsets", "y", "key"))  # type: ignore[index]
+    assert np.array_equal(offsets, np.arange(11))
+    assert np.array_equal(y, key)
+
+
+def test_lengths_that_agree_along_other_dimensions_are_not_taken_for_samples(tmp_path: Path) -> None:
+    group = zarr.create_group(str(tmp_path / "a"))
+    group.create_array("x", data=np.zeros((10, 10)), dimension_names=("time", "lat"))
+    group.create_array("lat", data=np.arange(10.0), dimension_names=("lat",))
+    with Source(tmp_path / "a") as source:
+        with pytest.raises(ConfigError, match="not clear"):
+            source.with_samples()
+        assert list(source.with_samples(["x"])) == ["x"]
