@@ -148,7 +148,7 @@ def _divided(
         numbers = numbers[kept[numbers]]
     lower, upper = split_bounds(split, len(numbers))
     if choice.groups is not None:
-        return part_by_group(numbers, values[choice.groups][numbers], lower, upper, seed)
+        return part_by_group(numbers, _there(choice.groups, values, numbers), lower, upper, seed)
     return part_of(numbers, grid, lower, upper, by, seed)
 
 
@@ -179,9 +179,11 @@ def _numbers(indices: str | Ints | None, values: Mapping[str, Values], count: in
 
 def _weights(choice: Choice, values: Mapping[str, Values], numbers: Ints, count: int) -> Floats | None:
     if choice.balance is not None:
-        return balancing(values[choice.balance][numbers])
+        return balancing(_there(choice.balance, values, numbers))
     if choice.weights is None:
         return None
+    if isinstance(choice.weights, str):
+        _there(choice.weights, values, numbers)
     given = values[choice.weights] if isinstance(choice.weights, str) else choice.weights
     if len(given) != count:
         raise DataError(f"weights= has {len(given)} numbers for {count} samples")
@@ -193,8 +195,21 @@ def _weights(choice: Choice, values: Mapping[str, Values], numbers: Ints, count:
     return weights
 
 
+def _there(name: str, values: Mapping[str, Values], numbers: Ints) -> Values:
+    """The values of these samples. Raises DataError for one that has no category."""
+    some = values[name][numbers]
+    if np.ma.is_masked(some):
+        which = int(np.flatnonzero(np.ma.getmaskarray(some))[0])
+        raise DataError(
+            f"array {name!r}: sample {numbers[which]} has no category (code {np.ma.getdata(some)[which]})",
+            hint="leave such rows out: indices= takes sample numbers, or the name of a boolean array",
+        )
+    return np.asarray(some)
+
+
 def read_values(arrays: Sequence[OpenArray | Labels], frames: Sequence[Frame], name: str) -> Values:
-    """A value for each sample, store by store. Blocks: off the event loop. Raises DataError."""
+    """A value for each sample, store by store; codes that stand for no category are masked, since their samples may be
+    left out. Blocks: off the event loop. Raises DataError."""
     parts = []
     for array, frame in zip(arrays, frames, strict=True):
         shape = array.shape if isinstance(array, Labels) else array.layout.shape
@@ -203,11 +218,16 @@ def read_values(arrays: Sequence[OpenArray | Labels], frames: Sequence[Frame], n
         places = array.read() if isinstance(array, Labels) else _known(array, name)
         cut = tuple(slice(0, n * s, s) for n, s in zip(frame.sample_shape, frame.strides, strict=True))
         parts.append(places[cut].reshape(-1))
-    return np.concatenate(parts)
+    join: Any = np.ma.concatenate if any(np.ma.is_masked(part) for part in parts) else np.concatenate
+    return np.asanyarray(join(parts))
 
 
 def _known(array: OpenArray, name: str) -> Values:
-    """All values of an array of which none is missing."""
+    """All values of an array of which none is missing, but for codes of no category, which are masked."""
     if array.encoding is not None and array.encoding.kind == "nullable" and whole(array.beside[0]).any():
         raise DataError(f"array {name!r} has rows without a value", hint="fill them in, or use another array")
-    return whole(array)
+    values = whole(array)
+    if array.encoding is None or array.encoding.kind != "categorical":
+        return values
+    outside = (values < 0) | (values >= len(array.categories or ()))
+    return np.ma.masked_array(values, outside) if outside.any() else values

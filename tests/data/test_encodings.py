@@ -85,6 +85,19 @@ def test_a_row_without_a_category_is_refused_and_may_be_left_out(
     assert sorted(np.concatenate([batch.index for batch in found])) == kept.tolist()
 
 
+@pytest.mark.parametrize("option", [{"balance": "obs/kind"}, {"groups": "obs/kind", "split": (0.0, 1.0)}])
+@pytest.mark.parametrize("code", [-1, 3])
+def test_a_row_without_a_category_is_no_class_of_its_own(tmp_path: Path, option: Any, code: int) -> None:
+    codes = CODES.copy()
+    codes[13] = code
+    path = categorical(tmp_path / "s.zarr", codes)
+    with pytest.raises(DataError, match=rf"'obs/kind': sample 13 has no category \(code {code}\)"):
+        epoch(stream(path, targets=None, **option))
+    kept = np.delete(np.arange(len(codes)), 13)
+    found = epoch(stream(path, targets=None, indices=kept, **option))
+    assert 13 not in np.concatenate([batch.index for batch in found])
+
+
 def test_a_categorical_as_older_anndata_wrote_it(tmp_path: Path) -> None:
     root = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=2)
     obs = root.create_group("obs")
