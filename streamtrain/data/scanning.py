@@ -5,7 +5,7 @@ Its law: an offset that can't be is an error that names array, row and chunk, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,16 +133,32 @@ def ragged_arrays(arrays: Mapping[str, OpenArray], wish: RaggedWish, memory: int
     return found
 
 
+def as_long_as_the_longest(stores: Sequence[Mapping[str, RaggedArray]]) -> list[dict[str, RaggedArray]]:
+    """The same, with rows laid out alike in all stores. Raises DataError where no store has a row that is not empty."""
+    padded = [{name: each.width for name, each in rows.items() if each.columns is None} for rows in stores]
+    widest = {name: max(widths.get(name, 0) for widths in padded) for name in padded[0]}
+    if empty := [name for name, width in widest.items() if not width]:
+        raise DataError(f"array {empty[0]!r}: all of its rows are empty", hint="give max_length=")
+
+    def widened(rows: RaggedArray, width: int) -> RaggedArray:
+        return replace(rows, table=Table(rows.table.offsets, width), width=width)
+
+    return [
+        {
+            name: widened(each, widest[name]) if each.columns is None and name in widest else each
+            for name, each in rows.items()
+        }
+        for rows in stores
+    ]
+
+
 def _padded_rows(values: OpenArray, offsets: OpenArray, wish: RaggedWish, memory: int) -> RaggedArray:
     if not values.layout.ndim:
         raise DataError(f"array {values.layout.name!r} has no axis along which rows could lie", hint="name another")
     found = read_offsets(offsets, values.layout.shape[0], memory)
     if len(found) < 2:
         raise DataError(f"array {offsets.layout.name!r} has {len(found)} offsets: no rows", hint=MENDED)
-    longest = int(np.diff(found).max())
-    width = longest if wish.max_length is None else wish.max_length
-    if not width:
-        raise DataError(f"array {values.layout.name!r}: all of its rows are empty", hint="give max_length=")
+    width = int(np.diff(found).max()) if wish.max_length is None else wish.max_length
     return RaggedArray(Table(found, width), width, fill=wish.pad_value)
 
 

@@ -33,7 +33,7 @@ from streamtrain.data.opening import Located, OpenArray, open_arrays
 from streamtrain.data.passes import BLOCKS_AHEAD
 from streamtrain.data.ragged_site import RaggedArray
 from streamtrain.data.readers import ChunkReader, ZarrLoop
-from streamtrain.data.scanning import LENGTHS, feed_for, ragged_arrays, settled
+from streamtrain.data.scanning import LENGTHS, as_long_as_the_longest, feed_for, ragged_arrays, settled
 from streamtrain.data.selected import named, resolved, told
 from streamtrain.data.selecting import Coordinate
 from streamtrain.data.skipping import SkippingReader
@@ -132,7 +132,9 @@ class Opening:
                     each.reader.vouch(self._asked.verify)
         if self._disk is not None:
             stores = [self._kept(arrays, where) for arrays, where in zip(stores, self.where, strict=True)]
-        ragged = [ragged_arrays(arrays, self._asked.ragged, self._share.total) for arrays in stores]
+        ragged = as_long_as_the_longest(
+            [ragged_arrays(arrays, self._asked.ragged, self._share.total) for arrays in stores]
+        )
         for arrays in stores:  # lengths come with the values
             arrays |= {name: arrays[name.removesuffix(LENGTHS)] for name in self._asked.ragged.lengths_of(used)}
         return self._settle(stores, ragged, [columns for _, columns, _ in read], [known for _, _, known in read])

@@ -203,3 +203,15 @@ def test_what_can_not_be_is_said(tmp_path: Path, options: dict[str, Any], error:
     write_arrays(zarr.open_group(path, mode="r+"), {"two": np.arange(2), "falls": falling}, 2)
     with pytest.raises(error, match=said):
         epoch(stream(path, **options))
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+def test_rows_are_as_long_as_the_longest_of_all_stores(tmp_path: Path, shuffle: Any) -> None:
+    lengths = ([3, 5, 0, 2], [0, 0, 0], [1, 9])
+    paths = [rows_store(tmp_path / f"{number}.zarr", each) for number, each in enumerate(lengths)]
+    found = epoch(stream(paths, shuffle=shuffle))  # type: ignore[arg-type]
+    expected = np.concatenate([padded(path, 9) for path in paths])
+    assert np.array_equal(found["tokens"], expected[found["index"]])
+    assert np.array_equal(found["tokens.lengths"], np.concatenate(lengths)[found["index"]])
+    with pytest.raises(DataError, match="all of its rows are empty"):
+        epoch(stream(paths[1]))
