@@ -7,12 +7,17 @@ knows.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.handing import Run, run_of
-from streamtrain.data.source import Stream
+from streamtrain.data.source import Pass, Stream
+
+logger = logging.getLogger(__name__)
+
+SUPERSEDED = "an iteration ends before its epoch is over: another one over this stream began (give each reader its own)"
 
 
 class Loader:
@@ -30,6 +35,9 @@ class Loader:
         self.stream = stream
         self._collate = collate
         self._run: Run | None = None
+        self._superseded: set[Run] = set()
+        """Ended by another iteration, while somebody may still ask them for a batch."""
+        self._pulling: Pass | None = None
 
     @property
     def batch_size(self) -> int | None:
@@ -72,23 +80,33 @@ class Loader:
             run.close()
 
     def __iter__(self) -> Iterator[Any]:
-        """Start an epoch over, or go on where `load_state_dict` went. Ends the iteration that was live."""
-        self.close()
+        """Start an epoch over, or go on where `load_state_dict` went. Ends the iteration that was live, which says
+        so (a warning) where it is asked for another batch: it must not pass for the end of an epoch."""
+        self._supersede()
         give = self._collate
         batches = self._pulled() if self.stream.pulls_inside else self._handed()
         return batches if give is None else map(give, batches)
 
     def _pulled(self) -> Iterator[Batch]:
         """A synchronous source needs no thread."""
-        passing = aiter(self.stream)
+        passing = self._pulling = aiter(self.stream)
         with contextlib.suppress(StopAsyncIteration):
             while True:
                 batch = passing.next_nowait()
                 assert batch is not None
                 yield batch
+        if self._pulling is not passing:
+            logger.warning(SUPERSEDED)
+
+    def _supersede(self) -> None:
+        """Another iteration begins."""
+        run = self._run
+        if run is not None and not run.closed:
+            self._superseded.add(run)
+        self.close()
 
     def _handed(self) -> Iterator[Batch]:
-        self.close()
+        self._supersede()
         run = self._run = run_of(self.stream)
         trained = self.stream.trained
         try:
@@ -96,13 +114,16 @@ class Loader:
                 while bunch:
                     run.turn()
                     if run.closed:  # another iteration has begun, or the position has moved
-                        return
+                        break
                     trained(bunch[0].cursor)
                     yield bunch.popleft()
             if not run.closed:
                 run.ended = True
                 trained(Cursor(run.epoch + 1, 0))
+            elif run in self._superseded:
+                logger.warning(SUPERSEDED)
         finally:
+            self._superseded.discard(run)
             run.close()
 
 

@@ -140,6 +140,34 @@ def test_nobody_else_reads_meanwhile(store: Path) -> None:
     assert len(rows(source.as_loader())) == 31
 
 
+def test_an_iteration_that_another_one_ended_does_not_pass_for_a_whole_epoch(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for loader in (stream(store).as_loader(), from_iterable([np.ones((2, 1))] * 40).as_loader()):
+        outer = iter(loader)
+        for _ in range(3):
+            next(outer)
+        assert len(list(loader)) in (31, 40)
+        assert caplog.messages == []
+        assert list(outer) == []
+        assert [message for message in caplog.messages if "another one over this stream began" in message]
+        caplog.clear()
+    assert ours() == []
+
+
+def test_an_iteration_ends_in_peace_where_the_loader_is_closed_or_goes_elsewhere(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = stream(store).as_loader()
+    for leave in (loader.close, lambda: loader.set_epoch(7)):
+        passing = iter(loader)
+        next(passing)
+        leave()
+        assert list(passing) == []
+    assert caplog.messages == []
+    assert ours() == []
+
+
 def test_it_goes_on_within_a_small_budget_and_says_who_holds_it(store: Path) -> None:
     budget = Budget("64KiB")
     assert len(rows(stream(store, memory=budget).as_loader())) == 31
