@@ -1,6 +1,7 @@
 """What a store holds, what a pass over it costs, and what would make it cheaper; no chunk is read for it.
 
-Its law: an array that can't be read is listed with its reason, and hides none of the others.
+Its law: an array that can't be read is listed with its reason, and hides none of the others; one that is no numbers,
+such as texts, is listed as that, and ends nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamtrain import assembly
 from streamtrain.config import DataTable, Said, resolve_data
 from streamtrain.data import opening
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.layout import ALONE, ArrayLayout
+from streamtrain.data.layout import ALONE, trainable
 from streamtrain.data.readers import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
@@ -24,7 +26,15 @@ if TYPE_CHECKING:
     from streamtrain.data.stream import ZarrStream
     from streamtrain.data.survey import Plan
 
-Arrays = Mapping[str, "OpenArray | DataError"]
+
+@dataclass(frozen=True)
+class Unfit:
+    """An array in good order that can't be trained on."""
+
+    why: DataError
+
+
+Arrays = Mapping[str, "OpenArray | Unfit | DataError"]
 """By name; where one can't be read, why."""
 
 SMALL_FILE = 256 << 10
@@ -41,13 +51,13 @@ def inspect(said: Said) -> Iterator[str]:
     bad = [array for array in arrays.values() if isinstance(array, DataError)]
     if bad and table.inputs is None:
         raise bad[0]
-    table = chosen(table, {name: array.layout for name, array in arrays.items() if not isinstance(array, DataError)})
+    table = chosen(table, arrays)
     stream = assembly.stream(table, said, "data", output="numpy")
     plan = asyncio.run(_planned(stream))
     yield ""
     yield from cost(plan, table)
     yield ""
-    yield from advice({name: arrays[name] for name in _names(table) or arrays}, plan)
+    yield from advice({name: arrays[name] for name in _names(table) or arrays if name in arrays}, plan)
 
 
 def look(table: DataTable) -> Arrays:
@@ -57,16 +67,16 @@ def look(table: DataTable) -> Arrays:
         store = store[0] if len(store) == 1 else store
     where, loop = opening.locate(store, table.storage_options, retries=table.retries), ZarrLoop()
 
-    async def open_all() -> dict[str, OpenArray | DataError]:
-        found: dict[str, OpenArray | DataError] = {}
-        for name in await opening.list_arrays(where):
+    async def open_all() -> Arrays:
+        found: dict[str, OpenArray | Unfit | DataError] = {}
+        for name in await opening.list_columns(where):
             try:
                 opened = await opening.open_arrays(
                     where, [name] if name else None, io=table.io, loop=loop, timeout=table.read_timeout
                 )
                 found[name] = next(iter(opened.values()))
             except DataError as error:
-                found[name] = error
+                found[name] = Unfit(error) if await _in_order(where, name) else error
         return found
 
     try:
@@ -84,30 +94,50 @@ def look(table: DataTable) -> Arrays:
     return found
 
 
+async def _in_order(where: opening.Located, name: str) -> bool:
+    """Whether what can't be opened is only no numbers, or nothing that AnnData's groups have as one array."""
+    try:
+        array = await opening.array_at(where, name)
+    except DataError:
+        return False
+    if array is not None:
+        return not trainable(array.dtype)
+    return await opening.is_refused(where, name)
+
+
 def with_inputs(table: DataTable) -> DataTable:
     """The same with inputs where none were named."""
     if table.inputs is not None:
         return table
-    return chosen(
-        table, {name: array.layout for name, array in look(table).items() if not isinstance(array, DataError)}
-    )
+    return chosen(table, look(table))
 
 
-def chosen(table: DataTable, layouts: Mapping[str, ArrayLayout]) -> DataTable:
+def chosen(table: DataTable, arrays: Arrays) -> DataTable:
     """The same with inputs: those that were named, else all arrays with as many rows as most of them have."""
-    if table.inputs is not None or "" in layouts or len(layouts) == 1:
+    found = {n: array for n, array in arrays.items() if not isinstance(array, Unfit | DataError)}
+    alone = len(arrays) == 1 and all(array.encoding is None for array in found.values())
+    if table.inputs is not None or alone:
         return table
-    rows = Counter(layout.shape[0] for layout in layouts.values() if layout.ndim)
-    if not rows:
+    lengths = {name: shape[0] for name, array in found.items() if (shape := _rows_and_columns(array))}
+    if not lengths:
         return table
+    rows = Counter(lengths.values())
     most = max(rows, key=lambda count: (rows[count], count))
     targets = [table.targets] if isinstance(table.targets, str) else table.targets or []
-    names = [n for n, layout in layouts.items() if layout.ndim and layout.shape[0] == most and n not in targets]
+    names = [name for name, length in lengths.items() if length == most and name not in targets]
     return table.model_copy(update={"inputs": names})
 
 
-def describe(name: str, array: OpenArray | DataError) -> list[str]:
+def _rows_and_columns(array: OpenArray) -> tuple[int, ...]:
+    """The shape by which its rows are counted: of a sparse one, that of the matrix."""
+    sparse = array.encoding is not None and array.encoding.kind == "csr"
+    return array.encoding.shape if array.encoding is not None and sparse else array.layout.shape
+
+
+def describe(name: str, array: OpenArray | Unfit | DataError) -> list[str]:
     """How an array is stored and which lane reads it."""
+    if isinstance(array, Unfit):
+        return [f"{name or ALONE}: can't be trained on: {array.why}"]
     if isinstance(array, DataError):
         return [f"{name or ALONE}: can't be read: {array}"]
     layout = array.layout
@@ -116,7 +146,7 @@ def describe(name: str, array: OpenArray | DataError) -> list[str]:
     file_bytes = math.prod(layout.file_shape) * layout.dtype.itemsize
     codecs = ", ".join(_codec(codec.name, codec.config) for codec in layout.codecs) or "none: raw bytes"
     return [
-        f"{name or ALONE}: {layout.dtype.name} {_shape(layout.shape)}, {format_bytes(size)}",
+        f"{name or ALONE}: {_kind(array)}{layout.dtype.name} {_shape(layout.shape)}, {format_bytes(size)}",
         f"  chunks {_shape(layout.chunk_shape)} of {format_bytes(layout.chunk_bytes)}{shards}; "
         f"{layout.num_files} files of at most {format_bytes(file_bytes)} decoded",
         f"  codecs {codecs if array.fallback is None else 'see below'}",
@@ -151,8 +181,19 @@ def advice(used: Arrays, plan: Plan) -> list[str]:
     return ["what to change:", *(f"  {line}" for line in found or ["nothing: this streams well as it is"])]
 
 
-def _advice(name: str, array: OpenArray | DataError) -> Iterator[str]:
-    if isinstance(array, DataError):
+def _kind(array: OpenArray) -> str:
+    """What it is, where it is more than the array of its values, which are told then."""
+    if array.encoding is None:
+        return ""
+    if array.encoding.kind == "csr":
+        return f"sparse matrix (CSR) {_shape(array.encoding.shape)}; its numbers that are stored: "
+    if array.encoding.kind == "categorical":
+        return f"categorical of {len(array.categories or ())} categories; its codes: "
+    return "column with a mask of missing values; its values: "
+
+
+def _advice(name: str, array: OpenArray | Unfit | DataError) -> Iterator[str]:
+    if isinstance(array, Unfit | DataError):
         return
     layout = array.layout
     if array.fallback is not None:

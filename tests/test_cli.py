@@ -21,6 +21,7 @@ from data_tools.synth import synth
 from streamtrain.checkpoint import commit
 from streamtrain.cli import main
 from streamtrain.state import Snapshot
+from tests.data.sparse import random_sparse, write_arrays, write_sparse
 
 Capture = pytest.CaptureFixture[str]
 
@@ -266,6 +267,37 @@ def test_inspect_hides_no_array_behind_one_that_is_damaged(store: Path, capsys: 
     assert "x: can't be read: " in shown.out
     assert "y: float32 640" in shown.out
     assert main(["inspect", str(store), "--inputs", "y"]) == 0
+
+
+def cells(path: Path) -> Path:
+    """A store as AnnData writes it: a sparse matrix, a categorical, texts, and what can't be trained on."""
+    matrix = random_sparse(60, 20, 5)
+    root = zarr.open_group(path, mode="w", zarr_format=2)
+    write_sparse(root, "X", matrix)
+    layers = root.create_group("layers")
+    write_sparse(layers, "turned", matrix).attrs["encoding-type"] = "csc_matrix"
+    obs = root.create_group("obs", attributes={"encoding-type": "dataframe", "column-order": ["kind"]})
+    kind = obs.create_group("kind", attributes={"encoding-type": "categorical"})
+    write_arrays(kind, {"codes": np.arange(60, dtype=np.int8) % 3, "categories": np.arange(3)}, 60)
+    obs.create_array("_index", data=np.array([f"c{n}" for n in range(60)]), chunks=(60,))
+    return path
+
+
+def test_inspect_shows_groups_of_anndata_as_what_they_are(tmp_path: Path, capsys: Capture) -> None:
+    path = str(cells(tmp_path / "cells.zarr"))
+    assert main(["inspect", path, "--inputs", "X", "--targets", "obs/kind"]) == 0
+    shown = capsys.readouterr().out
+    assert "X: sparse matrix (CSR) 60 x 20; its numbers that are stored: float32 " in shown
+    assert "obs/kind: categorical of 3 categories; its codes: int8 60" in shown
+    assert "a pass over X, obs/kind: 60 samples" in shown
+
+
+def test_inspect_lists_what_cannot_be_trained_on_and_goes_on(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(cells(tmp_path / "cells.zarr"))]) == 0
+    shown = capsys.readouterr().out
+    assert "obs/_index: can't be trained on: " in shown
+    assert "layers/turned: can't be trained on: 'layers/turned' is a csc_matrix" in shown
+    assert "a pass over X, obs/kind: 60 samples" in shown
 
 
 def test_inspect_says_which_lane_is_slow_and_why(tmp_path: Path, capsys: Capture) -> None:

@@ -33,6 +33,11 @@ REFUSED = {
 }
 
 
+APART = frozenset({"dataframe", "dict", "raw", "anndata"})
+"""What holds arrays that are named each for itself."""
+READ = frozenset({"csr_matrix", "csr", "categorical", "nullable-integer", "nullable-boolean"})
+
+
 @dataclass(frozen=True)
 class Encoding:
     """What a group is."""
@@ -62,6 +67,14 @@ def encoding_of(name: str, attributes: object) -> Encoding | None:
         example = f": '{name}/{_column(attributes)}'" if said == "dataframe" else ""
         raise DataError(f"{name!r} is a {said}, which can't be trained on as it is", hint=f"{REFUSED[said]}{example}")
     return None
+
+
+def stands_for_one(attributes: object) -> bool:
+    """Whether the arrays of this group make up one, which is called as the group is."""
+    if not isinstance(attributes, Mapping):
+        return False
+    said = attributes.get("encoding-type") or attributes.get("h5sparse_format")
+    return isinstance(said, str) and said in (READ | REFUSED.keys()) - APART
 
 
 def old_categories(attributes: object) -> str | None:

@@ -6,6 +6,7 @@ the parsing, on a private loop.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
@@ -26,7 +27,7 @@ from zarr.storage import LocalStore, ObjectStore
 from streamtrain.data.bucket import Bucket, Owned, is_url
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open_copy, own_metadata
-from streamtrain.data.encodings import Encoding, encoding_of, old_categories
+from streamtrain.data.encodings import Encoding, encoding_of, old_categories, stands_for_one
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
 from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local, maps_serve
@@ -262,6 +263,33 @@ async def list_arrays(where: Located) -> list[str]:
         _check_folder(where.root, where.path, where.name)
     node = await _opened(where, "")
     return [""] if not isinstance(node, zarr.AsyncGroup) else await _names(node, where)
+
+
+async def list_columns(where: Located) -> list[str]:
+    """The same, with groups that AnnData writes as one array (sparse, categorical, with a mask) under their own names
+    instead of those of the arrays in them."""
+    names = await list_arrays(where)
+    node = await _opened(where, "")
+    whole = set()
+    for group in {name.rpartition("/")[0] for name in names} - {""}:
+        assert isinstance(node, zarr.AsyncGroup)
+        with contextlib.suppress(DataError):  # its arrays say so themselves
+            if stands_for_one((await _member(node, where, group)).metadata.attributes):
+                whole.add(group)
+    return list(dict.fromkeys(group if (group := name.rpartition("/")[0]) in whole else name for name in names))
+
+
+async def is_refused(where: Located, name: str) -> bool:
+    """Whether this is a group in good order that AnnData writes, and that can't be trained on."""
+    node = await _opened(where, "")
+    with contextlib.suppress(DataError):
+        member = await _member(node, where, name) if isinstance(node, zarr.AsyncGroup) else None
+        if isinstance(member, zarr.AsyncGroup) and stands_for_one(member.metadata.attributes):
+            try:
+                encoding_of(name, member.metadata.attributes)
+            except DataError:
+                return True
+    return False
 
 
 def _readable(
