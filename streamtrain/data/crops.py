@@ -7,10 +7,11 @@ after a resume, and in all arrays that have the axis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.permutation import Ints, derive_key, keyed
@@ -49,10 +50,26 @@ class Shift:
     most: int = 0
     last: int = 0
     """The last place where a window can begin."""
+    lasts: Ints | None = field(default=None, compare=False)
+    """The same for each place where one may begin without a shift, of an axis of which only some places are taken."""
 
     def of(self, key: int, numbers: Ints, starts: Ints) -> Ints:
         """The shift of each of these samples, which would begin at `starts`."""
-        return drawn(key, numbers, np.minimum(self.most, self.last - starts))
+        last = self.last if self.lasts is None else self.lasts[starts]
+        return drawn(key, numbers, np.minimum(self.most, last - starts))
+
+
+def shift_along(most: int, length: int, span: int, kept: NDArray[np.bool_] | None) -> Shift:
+    """Of windows of so many places along an axis; they stay within the run of places that are kept."""
+    if kept is None:
+        return Shift(most, length - span)
+    return Shift(most, length - span, np.maximum(run_ends(kept) - span, np.arange(length)))
+
+
+def run_ends(kept: NDArray[np.bool_]) -> Ints:
+    """For each place the end of the run of kept places in which it lies; itself, if it is not kept."""
+    gaps = np.where(kept, len(kept), np.arange(len(kept), dtype=np.int64))
+    return np.minimum.accumulate(gaps[::-1])[::-1]
 
 
 def drawn(key: int, numbers: Ints, most: Ints | np.int64) -> Ints:

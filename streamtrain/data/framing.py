@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.cropping import CropSite
-from streamtrain.data.crops import CropAt, Shift, axis_of, check_alike, crops_of
+from streamtrain.data.crops import CropAt, Shift, axis_of, check_alike, crops_of, shift_along
 from streamtrain.data.feed import Site
 from streamtrain.data.layout import ArrayLayout, decoded_whole
 from streamtrain.data.permutation import Ints
@@ -196,11 +196,12 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
         )
     jitter = _stride(fields[0], axes, window, framing.jitter, "jitter", none=0)
     jitters = tuple(jitter[axis] for axis in axes)
-    shifts = tuple(Shift(most, n - span) for most, n, span in zip(jitters, places, spans, strict=True))
+    kept = _kept(fields, axes, places, framing.taken)
+    shifts = tuple(map(shift_along, jitters, places, spans, kept))
     sites = _reaching(fields, framing, reaches, shifts, shape)
     reached = tuple(span + most for span, most in zip(spans, jitters, strict=True))
     cell = _window_cell(fields[0].layout, axes, shape, steps, reached, sites)
-    return Frame(shape, cell, sites(cell), steps, spans, places, jitters, _kept(fields, axes, places, framing.taken))
+    return Frame(shape, cell, sites(cell), steps, spans, places, jitters, kept)
 
 
 def _reaching(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from streamtrain.data.crops import run_ends
 from streamtrain.data.framing import Frame
 from streamtrain.data.permutation import Ints, Permutation, derive_key
 from streamtrain.data.splits import SplitBy
@@ -74,7 +75,11 @@ def _counts(frame: Frame, axis: int, mask: Mask) -> tuple[Ints, Ints]:
     """Of the places that each sample covers along an axis, how many there are, and how many in the mask."""
     before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(mask)])
     start = np.arange(frame.sample_shape[axis], dtype=np.int64) * frame.strides[axis]
-    stop = np.minimum(start + frame.spans[axis] + frame.jitters[axis], frame.places[axis])
+    whole = start + frame.spans[axis]
+    stop = np.minimum(whole + frame.jitters[axis], frame.places[axis])
+    kept = frame.kept[axis]
+    if kept is not None:  # beyond the run in which it begins none is shifted
+        stop = np.minimum(stop, np.maximum(run_ends(kept)[start], whole))
     return stop - start, before[stop] - before[start]
 
 

@@ -212,6 +212,18 @@ async def test_jitter_begins_windows_later_within_the_array(store: Path) -> None
     assert seen == set(range(9))
 
 
+@pytest.mark.parametrize("jitter", [0, 1, 2])
+async def test_jitter_stays_within_what_is_selected_and_drops_no_window(store: Path, jitter: int) -> None:
+    seen: set[tuple[int, int]] = set()
+    options: dict[str, Any] = {"window": 2, "stride": 2, "jitter": jitter or None, "select": {0: slice(1, 6)}}
+    async with stream(store, crop=None, **options) as source:
+        assert source.num_samples == 2
+        for _ in range(12):
+            for number, patch in (await one_pass(source)).items():
+                seen.add((number, int(patch[0, 0, 0]) // (LAT * LON)))
+    assert seen == {(1, 2 + shift) for shift in range(jitter + 1)} | {(2, 4)}
+
+
 async def test_jitter_crosses_no_split(store: Path) -> None:
     for split in ((0.0, 0.5), (0.5, 1.0)):
         async with stream(store, crop=None, window=2, stride=2, jitter=2, split=split) as source:

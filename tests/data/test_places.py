@@ -35,7 +35,12 @@ def frames(draw: st.DrawFn) -> list[Frame]:
 def covered(frame: Frame, axis: int, number: int) -> set[int]:
     """The places that a sample may cover along an axis."""
     start = number * frame.strides[axis]
-    return set(range(start, min(start + frame.spans[axis] + frame.jitters[axis], frame.places[axis])))
+    stop = start + frame.spans[axis]
+    for place in range(stop, min(stop + frame.jitters[axis], frame.places[axis])):
+        if not {*range(start, place + 1)} <= left(frame, axis):
+            break
+        stop = place + 1
+    return set(range(start, stop))
 
 
 def left(frame: Frame, axis: int) -> set[int]:
