@@ -20,6 +20,7 @@ import numpy as np
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld, Share
 from streamtrain.data.passes import ZarrPass
+from streamtrain.data.source import say_superseded
 from streamtrain.data.transform import aligned_copy, batch_bytes
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class KeptPass:
         self._returned = weakref.WeakMethod(returned)
         self._before = before
         self._inner: ZarrPass | None = None
-        self._paused = self.closed = False
+        self._paused = self.closed = self._superseded = False
         kept.begin_pass()
 
     def __aiter__(self) -> KeptPass:
@@ -217,6 +218,9 @@ class KeptPass:
     def next_nowait(self) -> Batch | None:
         """The next batch if it is kept or ready."""
         if self.closed:
+            if self._superseded:
+                self._superseded = False
+                say_superseded()
             raise StopAsyncIteration
         if self._before is not None:
             return None
@@ -262,6 +266,11 @@ class KeptPass:
         returned = self._returned()
         if returned is not None:
             returned(cursor, finished)
+
+    def supersede(self) -> None:
+        """Another pass begins: end, and say so to who asks for more."""
+        self._superseded = self._superseded or not self.closed
+        self.stop()
 
     def stop(self) -> None:
         """End without waiting."""

@@ -10,11 +10,11 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.loader import Loader
-from streamtrain.data.source import Stream
+from streamtrain.data.source import Stream, say_superseded
 from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class IterableStream:
     def __aiter__(self) -> IterablePass:
         """Start a pass; ends the one that was live."""
         if self._live is not None:
-            self._live.end()
+            self._live.supersede()
         resume, self._resume = self._resume, None
         if resume is None:
             self._cursor = self._trained = Cursor(self.epoch, 0)
@@ -200,7 +200,7 @@ class IterablePass:
         self._position = 0
         self._iterator: Any = None
         self._begun = False
-        self._ended = False
+        self._ended = self._superseded = False
 
     def __aiter__(self) -> IterablePass:
         return self
@@ -212,7 +212,7 @@ class IterablePass:
             assert batch is not None
             return batch
         if self._ended:
-            raise StopAsyncIteration
+            self._over()
         try:
             if not self._begun:
                 for _ in range(self._begin(lambda: aiter(self._stream.source))):
@@ -231,7 +231,7 @@ class IterablePass:
         if not self._stream.pulls_inside:
             return None
         if self._ended:
-            raise StopAsyncIteration
+            self._over()
         return self._taken(self._asked(self._next))
 
     def begin_nowait(self) -> None:
@@ -299,6 +299,17 @@ class IterablePass:
         if not self._ended:
             self._ended = True
             self._stream._cursor = Cursor(self._epoch + 1, 0)
+
+    def _over(self) -> NoReturn:
+        if self._superseded:
+            self._superseded = False
+            say_superseded()
+        raise StopAsyncIteration
+
+    def supersede(self) -> None:
+        """Another pass begins: end, and say so to who asks for more."""
+        self._superseded = self._superseded or not self._ended
+        self.end()
 
     def end(self) -> None:
         """Give nothing any more."""

@@ -7,17 +7,12 @@ knows.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.handing import Run, run_of
-from streamtrain.data.source import Pass, Stream
-
-logger = logging.getLogger(__name__)
-
-SUPERSEDED = "an iteration ends before its epoch is over: another one over this stream began (give each reader its own)"
+from streamtrain.data.source import Stream, say_superseded
 
 
 class Loader:
@@ -37,7 +32,6 @@ class Loader:
         self._run: Run | None = None
         self._superseded: set[Run] = set()
         """Ended by another iteration, while somebody may still ask them for a batch."""
-        self._pulling: Pass | None = None
 
     @property
     def batch_size(self) -> int | None:
@@ -89,14 +83,12 @@ class Loader:
 
     def _pulled(self) -> Iterator[Batch]:
         """A synchronous source needs no thread."""
-        passing = self._pulling = aiter(self.stream)
+        passing = aiter(self.stream)
         with contextlib.suppress(StopAsyncIteration):
             while True:
                 batch = passing.next_nowait()
                 assert batch is not None
                 yield batch
-        if self._pulling is not passing:
-            logger.warning(SUPERSEDED)
 
     def _supersede(self) -> None:
         """Another iteration begins."""
@@ -121,7 +113,7 @@ class Loader:
                 run.ended = True
                 trained(Cursor(run.epoch + 1, 0))
             elif run in self._superseded:
-                logger.warning(SUPERSEDED)
+                say_superseded()
         finally:
             self._superseded.discard(run)
             run.close()

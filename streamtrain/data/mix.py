@@ -144,7 +144,7 @@ class Mix:
     def __aiter__(self) -> MixPass:
         """Start a pass: the current epoch over, or from where `load_state_dict` went. Ends the one that was live."""
         if self._live is not None:
-            self._live.end()
+            self._live.supersede()
         kept, self._kept = self._kept, {}
         if not self._resume:
             self._go_to(Cursor(self.epoch, 0), self._begins)

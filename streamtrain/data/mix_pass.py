@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.pulling import Puller
-from streamtrain.data.source import Pass
+from streamtrain.data.source import Pass, say_superseded
 from streamtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class MixPass:
         self._fresh: set[int] = set()
         """Sources that began an epoch and gave nothing yet."""
         self._puller: Puller | None = None
-        self._ended = False
+        self._ended = self._superseded = False
 
     def __aiter__(self) -> MixPass:
         return self
@@ -92,6 +92,9 @@ class MixPass:
         if not self._ended and self._at.position == self._mix.stop:
             self._finish()
         if self._ended:
+            if self._superseded:
+                self._superseded = False
+                say_superseded()
             raise StopAsyncIteration
         return self._mix.draws.source(self._mix.step_of(self._at))
 
@@ -137,6 +140,11 @@ class MixPass:
         kept = {number: passing for number, passing in self._passes.items() if goes_on and self._mix.foreign(number)}
         self._passes = {number: passing for number, passing in self._passes.items() if number not in kept}
         self._mix.finished(self._at.epoch, self._heads, kept)
+
+    def supersede(self) -> None:
+        """Another pass begins: end, and say so to who asks for more."""
+        self._superseded = self._superseded or not self._ended
+        self.end()
 
     def end(self) -> None:
         """Give nothing any more."""

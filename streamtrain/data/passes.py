@@ -42,6 +42,7 @@ from streamtrain.data.readahead import Readahead
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
+from streamtrain.data.source import say_superseded
 from streamtrain.data.survey import Place
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, Rooms, ThreadRunner, TransformStage
@@ -199,7 +200,7 @@ class ZarrPass:
         self._stage: TransformStage | None = None
         self._scratch_granted = 0
         self.paused = False
-        self.closed = False
+        self.closed = self._superseded = False
         self._finished = False
         self._broken: BaseException | None = None
         self.retired: list[Scratch] = []
@@ -237,6 +238,9 @@ class ZarrPass:
     def next_nowait(self) -> Batch | None:
         """The next batch, or None if it is not ready; StopAsyncIteration at the end, or what failed."""
         if self.closed:
+            if self._superseded:
+                self._superseded = False
+                say_superseded()
             raise StopAsyncIteration
         if self._before is not None:
             return None
@@ -701,6 +705,11 @@ class ZarrPass:
         if not self._finished:
             self._finished = True
             self._tell(Cursor(self._epoch, self._order.num_samples), True)
+        self.stop()
+
+    def supersede(self) -> None:
+        """Another pass begins: end, and say so to who asks for more."""
+        self._superseded = self._superseded or not self.closed
         self.stop()
 
     def stop(self) -> None:

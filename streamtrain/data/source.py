@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any, Protocol, runtime_checkable
 
 from streamtrain.data.batch import Batch, Cursor
+
+logger = logging.getLogger(__name__)
+
+
+def say_superseded() -> None:
+    """Somebody asks a pass for more that another one has ended: it must not pass for the end of an epoch."""
+    logger.warning(
+        "a pass ends before its epoch is over: another one over this stream began (give each reader one of its own)"
+    )
 
 
 class Pass(Protocol):

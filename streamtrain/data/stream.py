@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -53,7 +53,7 @@ from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.remote import fetch_statistics
 from streamtrain.data.settling import Finished, Opened, Opening
 from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk
-from streamtrain.data.source import Pass
+from streamtrain.data.source import Pass, say_superseded
 from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, name_of, name_stores
 from streamtrain.data.stream_statistics import StreamStatistics, lane_of
@@ -336,7 +336,7 @@ class ZarrStream:
         Metadata that is not known yet is read, off the loop, when the first batch is asked for.
         """
         if self._first is not None:
-            self._first.stop()
+            self._first.supersede()
         self._first = None if self._opened is not None else _FirstPass(self)
         return self._first or self.start()
 
@@ -349,7 +349,7 @@ class ZarrStream:
                     "a fit is reading this stream: another pass would end its epoch",
                     hint="give the other reader a stream of its own",
                 )
-            self._pass.stop()
+            self._pass.supersede()
         self._share.active = True
         if self._pool is None:
             poison, sizes = bool(os.environ.get(POISON)), opened.survey.sizes
@@ -725,6 +725,7 @@ class _FirstPass:
     def __init__(self, stream: ZarrStream) -> None:
         self._stream: ZarrStream | None = stream
         self._pass: ZarrPass | KeptPass | None = None
+        self._superseded = False
 
     def __aiter__(self) -> _FirstPass:
         return self
@@ -734,7 +735,7 @@ class _FirstPass:
             if self._stream is not None:
                 await self._stream.open()
             if self._stream is None:  # stopped, perhaps meanwhile
-                raise StopAsyncIteration
+                self._over()
             self._pass, self._stream = self._stream.start(), None
         return await self._pass.__anext__()
 
@@ -742,9 +743,20 @@ class _FirstPass:
         """The next batch if it is ready. Before the first, reading metadata may block."""
         if self._pass is None:
             if self._stream is None:
-                raise StopAsyncIteration
+                self._over()
             self._pass, self._stream = self._stream.start(), None
         return self._pass.next_nowait()
+
+    def _over(self) -> NoReturn:
+        if self._superseded:
+            self._superseded = False
+            say_superseded()
+        raise StopAsyncIteration
+
+    def supersede(self) -> None:
+        """Another pass begins: end, and say so to who asks for more."""
+        self._superseded = self._stream is not None
+        self.stop()
 
     def stop(self) -> None:
         """End before anything was started."""

@@ -112,6 +112,34 @@ async def test_a_new_pass_ends_the_old_one(store: Path) -> None:
         await anext(new)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+async def test_a_pass_that_another_one_ended_says_so_once_when_it_is_asked_for_more(
+    store: Path, caplog: pytest.LogCaptureFixture, kept: bool, opened: bool
+) -> None:
+    def said() -> list[str]:
+        return [message for message in caplog.messages if "another one over this stream began" in message]
+
+    source = stream(store, shuffle=False, cache_transform=kept)
+    if opened:
+        await source.open()
+    old = source.__aiter__()
+    if opened:
+        await anext(old)
+    new = source.__aiter__()
+    await anext(new)
+    assert said() == []
+    assert [batch async for batch in old] == []
+    assert [batch async for batch in old] == []
+    assert len(said()) == 1
+    await new.aclose()
+    assert [batch async for batch in new] == []
+    assert len([batch async for batch in source]) > 0
+    assert [batch async for batch in new] == []
+    assert len(said()) == 1
+    await source.aclose()
+
+
 async def test_going_elsewhere_ends_the_live_pass(store: Path) -> None:
     whole = flat(await indices(stream(store)))
     async with stream(store) as source:
