@@ -21,7 +21,7 @@ from streamtrain.data.layout import ArrayLayout, trainable
 from streamtrain.data.opening import Located, OpenArray, array_at, check_whole, open_arrays
 from streamtrain.data.readers import Scratch, ZarrLoop
 from streamtrain.data.selecting import Coordinate
-from streamtrain.data.times import decode_times, is_since
+from streamtrain.data.times import NOT_A_TIME, decode_times, is_since
 from streamtrain.data.trust import Verify
 from streamtrain.errors import DataError, EnvironmentProblem
 
@@ -150,7 +150,7 @@ def _decoded(layout: ArrayLayout, values: Values) -> Values:
     gone = np.logical_or.reduce([counts == number for number in packed.missing], initial=False)
     counts[gone] = 0
     times = decode_times(counts, units, calendar, layout.name)
-    times[gone] = np.datetime64("NaT")
+    times.view(np.int64)[gone] = NOT_A_TIME
     return times
 
 
