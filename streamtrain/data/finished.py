@@ -20,7 +20,7 @@ import numpy as np
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld, Share
 from streamtrain.data.passes import ZarrPass
-from streamtrain.data.source import say_superseded
+from streamtrain.data.source import Ending
 from streamtrain.data.transform import aligned_copy, batch_bytes
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Kept(Protocol):
         """Keep a copy, where there is room for it."""
 
 
-class KeptPass:
+class KeptPass(Ending):
     """A pass that gives what is kept, then goes on with a `ZarrPass` from there, and keeps its batches."""
 
     def __init__(
@@ -188,7 +188,7 @@ class KeptPass:
         self._returned = weakref.WeakMethod(returned)
         self._before = before
         self._inner: ZarrPass | None = None
-        self._paused = self.closed = self._superseded = False
+        self._paused = self.closed = False
         kept.begin_pass()
 
     def __aiter__(self) -> KeptPass:
@@ -210,7 +210,7 @@ class KeptPass:
             raise
         except (StopAsyncIteration, Exception) as error:
             if isinstance(error, StopAsyncIteration):
-                self._over()
+                self._no_more()
             await self.aclose()
             raise
         return batch
@@ -218,10 +218,7 @@ class KeptPass:
     def next_nowait(self) -> Batch | None:
         """The next batch if it is kept or ready."""
         if self.closed:
-            if self._superseded:
-                self._superseded = False
-                say_superseded()
-            raise StopAsyncIteration
+            self._no_more()
         if self._before is not None:
             return None
         if self._inner is None:
@@ -237,7 +234,7 @@ class KeptPass:
         try:
             batch = self._inner.next_nowait()
         except StopAsyncIteration:
-            self._over()
+            self._no_more()
             raise
         return None if batch is None else self._keep(batch)
 
@@ -269,7 +266,7 @@ class KeptPass:
 
     def supersede(self) -> None:
         """Another pass begins: end, and say so to who asks for more."""
-        self._superseded = self._superseded or not self.closed
+        self._end_by_another(not self.closed)
         self.stop()
 
     def stop(self) -> None:

@@ -10,11 +10,11 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.loader import Loader
-from streamtrain.data.source import Stream, say_superseded
+from streamtrain.data.source import Ending, Stream
 from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class IterableStream:
             self._known = (position, state)
 
 
-class IterablePass:
+class IterablePass(Ending):
     """One epoch's items; a synchronous source gives each at once."""
 
     def __init__(self, stream: IterableStream, resume: dict[str, Any] | None) -> None:
@@ -200,7 +200,7 @@ class IterablePass:
         self._position = 0
         self._iterator: Any = None
         self._begun = False
-        self._ended = self._superseded = False
+        self._ended = False
 
     def __aiter__(self) -> IterablePass:
         return self
@@ -212,7 +212,7 @@ class IterablePass:
             assert batch is not None
             return batch
         if self._ended:
-            self._over()
+            self._no_more()
         try:
             if not self._begun:
                 for _ in range(self._begin(lambda: aiter(self._stream.source))):
@@ -231,7 +231,7 @@ class IterablePass:
         if not self._stream.pulls_inside:
             return None
         if self._ended:
-            self._over()
+            self._no_more()
         return self._taken(self._asked(self._next))
 
     def begin_nowait(self) -> None:
@@ -300,15 +300,9 @@ class IterablePass:
             self._ended = True
             self._stream._cursor = Cursor(self._epoch + 1, 0)
 
-    def _over(self) -> NoReturn:
-        if self._superseded:
-            self._superseded = False
-            say_superseded()
-        raise StopAsyncIteration
-
     def supersede(self) -> None:
         """Another pass begins: end, and say so to who asks for more."""
-        self._superseded = self._superseded or not self._ended
+        self._end_by_another(not self._ended)
         self.end()
 
     def end(self) -> None:

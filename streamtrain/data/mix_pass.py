@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.pulling import Puller
-from streamtrain.data.source import Pass, say_superseded
+from streamtrain.data.source import Ending, Pass
 from streamtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ AGAIN = 1 << 20
 """A source that starts over within epoch e goes to its epochs e + AGAIN, e + 2 * AGAIN, ...: no order comes twice."""
 
 
-class MixPass:
+class MixPass(Ending):
     """One epoch's draws from a position on."""
 
     def __init__(
@@ -35,7 +35,7 @@ class MixPass:
         self._fresh: set[int] = set()
         """Sources that began an epoch and gave nothing yet."""
         self._puller: Puller | None = None
-        self._ended = self._superseded = False
+        self._ended = False
 
     def __aiter__(self) -> MixPass:
         return self
@@ -92,10 +92,7 @@ class MixPass:
         if not self._ended and self._at.position == self._mix.stop:
             self._finish()
         if self._ended:
-            if self._superseded:
-                self._superseded = False
-                say_superseded()
-            raise StopAsyncIteration
+            self._no_more()
         return self._mix.draws.source(self._mix.step_of(self._at))
 
     def _pass(self, number: int) -> Pass:
@@ -143,7 +140,7 @@ class MixPass:
 
     def supersede(self) -> None:
         """Another pass begins: end, and say so to who asks for more."""
-        self._superseded = self._superseded or not self._ended
+        self._end_by_another(not self._ended)
         self.end()
 
     def end(self) -> None:

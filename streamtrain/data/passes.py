@@ -42,7 +42,7 @@ from streamtrain.data.readahead import Readahead
 from streamtrain.data.readers import Scratch
 from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
-from streamtrain.data.source import say_superseded
+from streamtrain.data.source import Ending
 from streamtrain.data.survey import Place
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, Rooms, ThreadRunner, TransformStage
@@ -153,7 +153,7 @@ def _put(block: Block | None, number: int, at: Places, values: Any, part: Part |
         block.put_part(number, at, values, part)
 
 
-class ZarrPass:
+class ZarrPass(Ending):
     """The batches of one epoch from `start` on; an async iterator, used on one event loop."""
 
     def __init__(
@@ -200,7 +200,7 @@ class ZarrPass:
         self._stage: TransformStage | None = None
         self._scratch_granted = 0
         self.paused = False
-        self.closed = self._superseded = False
+        self.closed = False
         self._finished = False
         self._broken: BaseException | None = None
         self.retired: list[Scratch] = []
@@ -238,10 +238,7 @@ class ZarrPass:
     def next_nowait(self) -> Batch | None:
         """The next batch, or None if it is not ready; StopAsyncIteration at the end, or what failed."""
         if self.closed:
-            if self._superseded:
-                self._superseded = False
-                say_superseded()
-            raise StopAsyncIteration
+            self._no_more()
         if self._before is not None:
             return None
         if self._loop is None and not self._start():
@@ -709,7 +706,7 @@ class ZarrPass:
 
     def supersede(self) -> None:
         """Another pass begins: end, and say so to who asks for more."""
-        self._superseded = self._superseded or not self.closed
+        self._end_by_another(not self.closed)
         self.stop()
 
     def stop(self) -> None:

@@ -62,7 +62,7 @@ class Opened:
     finish: Callable[[Batch], Batch]
     """A transformed batch as it is handed over."""
     wrap: Callable[[Any], Any]
-    """An array of a batch that is not transformed, as it is handed over."""
+    """An array of a batch as it is handed over, or as the transform gets it."""
     changes: list[Change]
     """What is done to the rows of each part of a batch."""
     finished: Finished | None
@@ -248,9 +248,7 @@ class Opening:
         if not wanted or capacity <= 0:
             return None
         finished: Finished
-        if (
-            self._asked.shuffle != "none" and self._asked.on_bad_chunk == "raise"
-        ):  # rows that are skipped are counted each time
+        if self._asked.shuffle != "none" and self._asked.on_bad_chunk == "raise":  # skipped rows count each time
             split = survey.split
             finished = FinishedRows(capacity, self._share, samples=split.num_samples, numbers=split.grid.num_samples)
         else:
@@ -295,9 +293,11 @@ class Opening:
         return made
 
     def _given_as(self, columns: Sequence[Column]) -> tuple[Callable[[Batch], Batch], Callable[[Any], Any]]:
-        """What turns a transformed batch, and an array of one that is not, into what is handed over; checks dtypes."""
+        """What turns a transformed batch into what is handed over, and an array into that or what the transform gets;
+        checks dtypes."""
         if self._asked.output == "numpy":
             return _same, _same
+        sparse, plain = self._asked.ragged.kept_sparse, self._asked.transform is None
         try:
             from streamtrain.tensors import any_tensor, tensor_batch, to_tensor
         except ImportError as error:
@@ -305,7 +305,7 @@ class Opening:
 
         for column in columns:
             to_tensor(np.empty(0, dtype=column.dtype))
-        return tensor_batch, any_tensor if self._asked.ragged.kept_sparse else to_tensor
+        return tensor_batch, (any_tensor if sparse else to_tensor) if plain else _same
 
 
 def _same(given: T) -> T:

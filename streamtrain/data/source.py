@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from streamtrain.data.batch import Batch, Cursor
 
@@ -16,6 +16,23 @@ def say_superseded() -> None:
     logger.warning(
         "a pass ends before its epoch is over: another one over this stream began (give each reader one of its own)"
     )
+
+
+class Ending:
+    """How a pass over a stream ends: where another one ended it, who asks it for more is told, once."""
+
+    _superseded = False
+
+    def _end_by_another(self, live: bool) -> None:
+        """Another pass begins; `live`: this one had not ended yet."""
+        self._superseded = self._superseded or live
+
+    def _no_more(self) -> NoReturn:
+        """Give nothing more."""
+        if self._superseded:
+            self._superseded = False
+            say_superseded()
+        raise StopAsyncIteration
 
 
 class Pass(Protocol):

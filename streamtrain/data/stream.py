@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -53,7 +53,7 @@ from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.remote import fetch_statistics
 from streamtrain.data.settling import Finished, Opened, Opening
 from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk
-from streamtrain.data.source import Pass, say_superseded
+from streamtrain.data.source import Ending, Pass
 from streamtrain.data.splits import Split, SplitBy
 from streamtrain.data.stores import Stores, name_of, name_stores
 from streamtrain.data.stream_statistics import StreamStatistics, lane_of
@@ -407,11 +407,10 @@ class ZarrStream:
             and not self._asked.stack,
             self._asked.targets is not None and self._asked.targets[1],
         )
-        first = 1 if self._asked.stack else count  # of the targets' columns
-        wrap = opened.wrap if self._asked.transform is None else _same_array
+        first, wrap = 1 if self._asked.stack else count, opened.wrap  # first of the targets' columns
 
         def assemble(arrays: Sequence[NDArray[Any]]) -> Batch:
-            wrapped = [wrap(array) for array in arrays]
+            wrapped = list(map(wrap, arrays))
             inputs: Any = dict(zip(names[:count], wrapped, strict=False)) if several[0] else wrapped[0]
             targets: Any = dict(zip(names[count:], wrapped[first:-1], strict=True)) if several[1] else None
             if not several[1] and count < len(names):
@@ -719,13 +718,12 @@ class ZarrStream:
         return found[0] if np.ndim(index) == 0 else found
 
 
-class _FirstPass:
+class _FirstPass(Ending):
     """A pass over a stream that is not open yet: the first batch that is asked for opens it."""
 
     def __init__(self, stream: ZarrStream) -> None:
         self._stream: ZarrStream | None = stream
         self._pass: ZarrPass | KeptPass | None = None
-        self._superseded = False
 
     def __aiter__(self) -> _FirstPass:
         return self
@@ -735,7 +733,7 @@ class _FirstPass:
             if self._stream is not None:
                 await self._stream.open()
             if self._stream is None:  # stopped, perhaps meanwhile
-                self._over()
+                self._no_more()
             self._pass, self._stream = self._stream.start(), None
         return await self._pass.__anext__()
 
@@ -743,19 +741,13 @@ class _FirstPass:
         """The next batch if it is ready. Before the first, reading metadata may block."""
         if self._pass is None:
             if self._stream is None:
-                self._over()
+                self._no_more()
             self._pass, self._stream = self._stream.start(), None
         return self._pass.next_nowait()
 
-    def _over(self) -> NoReturn:
-        if self._superseded:
-            self._superseded = False
-            say_superseded()
-        raise StopAsyncIteration
-
     def supersede(self) -> None:
         """Another pass begins: end, and say so to who asks for more."""
-        self._superseded = self._stream is not None
+        self._end_by_another(self._stream is not None)
         self.stop()
 
     def stop(self) -> None:
@@ -789,10 +781,6 @@ def _shape_of(array: OpenArray) -> str:
 async def _called(function: Callable[[], None]) -> None:
     """For a private loop, where it may block."""
     function()
-
-
-def _same_array(array: NDArray[Any]) -> NDArray[Any]:
-    return array
 
 
 def _plain(numbers: Sequence[float] | None) -> list[float] | None:
