@@ -13,8 +13,11 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Before torch is imported: OpenMP's threads that spin at barriers make tests three times slower on busy cores."""
 
-settings.register_profile("quiet", deadline=None)  # how fast an example runs says more about the machine than about us
+settings.register_profile("quiet", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("quiet")
+"""Examples are the same in each run, and may take as long as the machine needs; `--hypothesis-profile explore` draws
+others, and more of them where a test does not say how many."""
 
 JOINS = [
     ("streamtrain/callbacks/bus.py", {"join"}),
