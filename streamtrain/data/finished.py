@@ -210,7 +210,7 @@ class KeptPass(Ending):
             raise
         except (StopAsyncIteration, Exception) as error:
             if isinstance(error, StopAsyncIteration):
-                self._no_more()
+                self._over()
             await self.aclose()
             raise
         return batch
@@ -234,7 +234,7 @@ class KeptPass(Ending):
         try:
             batch = self._inner.next_nowait()
         except StopAsyncIteration:
-            self._no_more()
+            self._over()
             raise
         return None if batch is None else self._keep(batch)
 
