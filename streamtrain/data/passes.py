@@ -403,10 +403,12 @@ class ZarrPass(Ending):
         )
 
     def _layout(self, workers: Workers, rooms: Pool) -> TransformStage:
-        """What lays out batches whose rows have different lengths, in the threads that read."""
+        """What lays out batches whose rows have different lengths, in the threads that read: in half of them at a time,
+        since memory takes no more, and what is laid out far ahead has left the processor's cache."""
         recipe = self._recipe
+        ahead = max(1, recipe.threads // 2)
         return TransformStage(
-            ThreadRunner(partial(_assembled, recipe), workers, ahead=recipe.threads + 1, own=False),
+            ThreadRunner(partial(_assembled, recipe), workers, ahead=ahead, own=False),
             self._queue,
             recipe.share,
             slot_bytes=self._slot_bytes,

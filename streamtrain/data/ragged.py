@@ -20,6 +20,8 @@ from streamtrain.data.permutation import Ints
 
 LONG = 128
 """Rows of at least so many elements (on average) are copied one by one, shorter ones all together by their places."""
+SHORT_BYTES = 1 << 16
+"""Runs of at most so many bytes are copied with the interpreter's lock held: to hand it over takes longer."""
 TILE = 1 << 15
 """Elements that are laid out together: their places stay in the processor's cache."""
 TILE_BYTES = 2 << 20
@@ -225,8 +227,14 @@ def _tiles(starts: Ints, most_rows: int) -> list[tuple[int, int]]:
 def copy_runs(out: NDArray[Any], to: Ints, source: NDArray[Any], starts: Ints, lengths: Ints) -> None:
     """Copy the runs of `source` that begin at `starts` to the places `to`."""
     if int(lengths.sum()) >= LONG * len(lengths):
-        for place, start, length in zip(to.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            out[place : place + length] = source[start : start + length]
+        into: Any = out
+        given: Any = source
+        each = 1
+        if lengths.max(initial=0) * (size := _bytes_of_one(out)) <= SHORT_BYTES and _plain(source, out.dtype):
+            into, given, each = _as_bytes(out), _as_bytes(source), size
+        bounds = (to * each).tolist(), (starts * each).tolist(), (lengths * each).tolist()
+        for place, start, length in zip(*bounds, strict=True):
+            into[place : place + length] = given[start : start + length]
         return
     before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     for first, last in _tiles(before, len(lengths)):
@@ -238,6 +246,19 @@ def copy_runs(out: NDArray[Any], to: Ints, source: NDArray[Any], starts: Ints, l
             out[where] = source[begin : begin + len(count)]
         else:
             out[where] = source[np.repeat(starts[first:last] - before[first:last], here) + count]
+
+
+def _plain(source: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    """Whether its elements lie together, as they are wanted."""
+    return source.flags.c_contiguous and source.dtype == dtype
+
+
+def _bytes_of_one(array: NDArray[Any]) -> int:
+    return math.prod(array.shape[1:]) * array.dtype.itemsize
+
+
+def _as_bytes(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def strictly_rising(columns: NDArray[Any], ends: Ints) -> bool:

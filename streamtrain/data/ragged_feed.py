@@ -85,24 +85,27 @@ class RaggedFeed(Feed):
 
     def _check_columns(self, part: Stretch, wanted: Wanted) -> bool:
         """Whether a row may name a column twice. Raises DataError where a column is none of the array's."""
-        some = part.lengths > 0
-        first, ends, columns = part.starts[some], (part.starts + part.lengths)[some], part.elements
-        if not len(first):
-            return False
-        if (first[1:] == ends[:-1]).all():
+        rows, first, lengths = part.rows, part.starts, part.lengths
+        if not lengths.all():
+            some = lengths > 0
+            rows, first, lengths = number_array(rows)[some], first[some], lengths[some]
+            if not len(first):
+                return False
+        ends, columns = first + lengths, part.elements
+        if part.joined or (first[1:] == ends[:-1]).all():
             columns = columns[int(first[0]) : int(ends[-1])]
             ends = ends - int(first[0])
         else:
-            ends = np.cumsum(part.lengths[some])
+            ends = np.cumsum(lengths)
             columns = np.empty(int(ends[-1]), dtype=columns.dtype)
-            copy_runs(columns, ends - part.lengths[some], part.elements, first, part.lengths[some])
+            copy_runs(columns, ends - lengths, part.elements, first, lengths)
         rising = strictly_rising(columns, ends)
-        first_ones, last_ones = columns[ends - part.lengths[some]], columns[ends - 1]
+        first_ones, last_ones = columns[ends - lengths], columns[ends - 1]
         low, high = (first_ones, last_ones) if rising else (columns, columns)
         if int(low.min()) < 0 or int(high.max()) >= self.site.width:
             raise self._wrong(part, wanted)
-        before = wanted.last_columns[part.rows][some]
-        wanted.last_columns[number_array(part.rows)[some]] = last_ones
+        before = wanted.last_columns[rows]
+        wanted.last_columns[rows] = last_ones
         return not rising or bool((first_ones <= before).any())
 
     def _wrong(self, part: Stretch, wanted: Wanted) -> DataError:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,12 @@ class Wanted:
         return cls(numbers, *table.of(numbers))
 
     @cached_property
+    def joined(self) -> bool:
+        """Whether their elements follow one another, so that those of a chunk are one run of it."""
+        ends = self.starts + self.lengths
+        return self.rising and len(ends) > 0 and bool((ends[:-1] == self.starts[1:]).all())
+
+    @cached_property
     def rising(self) -> bool:
         """Whether the rows follow one another, so that those of a chunk are a run of them."""
         return isinstance(self.numbers, slice)
@@ -56,6 +62,13 @@ class Wanted:
             first = int(np.searchsorted(self.starts, low, side="right")) - 1
             return slice(max(0, first), int(np.searchsorted(self.starts, high, side="left")))
         return np.flatnonzero((self.starts < high) & (self.starts + self.lengths > low))
+
+    def of_chunks(self, numbers: Sequence[int], size: int) -> list[slice]:
+        """The same for chunks of `size` elements, all at once, where the rows are `joined`."""
+        lows = np.array(numbers, dtype=np.int64) * size
+        firsts = np.searchsorted(self.starts, lows, side="right") - 1
+        lasts = np.searchsorted(self.starts, lows + size, side="left")
+        return [slice(max(0, a), b) for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
     def rows(self, which: slice | Ints) -> Rows:
         """The same for a put; a slice without bounds stands for all."""
@@ -88,6 +101,8 @@ class Stretch:
     skipped: Ints
     """Elements of each row before these."""
     chunk: int
+    joined: bool = False
+    """Whether the elements follow one another, row after row."""
 
 
 def parts_of(
@@ -95,23 +110,57 @@ def parts_of(
 ) -> Iterator[Stretch]:
     """What each chunk has of the wanted rows; `inner`, `cut`: which part of an element's axes, and the places of it."""
     layout, size, shape = feed.layout, feed.layout.chunk_shape[0], tuple(c.stop - c.start for c in cut)
-    for number in _chunks(wanted.starts, wanted.lengths, size):
+    for number, which, lie in _lying(wanted, size, layout.shape[0]):
         low, high = number * size, min((number + 1) * size, layout.shape[0])
-        which = wanted.within(low, high)
-        starts, lengths = wanted.starts[which], wanted.lengths[which]
-        first = np.maximum(starts, low)
-        counts = np.maximum(np.minimum(starts + lengths, high) - first, 0)
-        inside = first - low
-        reach = int(inside.min()), int((inside + counts).max())
         damages = len(scratch.damages)
-        data = feed.chunk((number, *inner), reach, scratch, few=4 * int(counts.sum()) < high - low)
+        data = feed.chunk((number, *inner), lie.reach, scratch, few=4 * lie.total < high - low)
         if len(scratch.damages) > damages:
             wanted.bad.append((low, high))
             continue
         if data is None:
             data = np.broadcast_to(np.asarray(layout.fill_value, layout.native), (high - low, *shape))
-        data = data[(slice(None), *(slice(0, length) for length in shape))]
-        yield Stretch(which, data, inside, counts, first - starts, number)
+        if shape:
+            data = data[(slice(None), *(slice(0, length) for length in shape))]
+        yield Stretch(which, data, lie.starts, lie.lengths, lie.skipped, number, wanted.joined)
+
+
+class _Lie(NamedTuple):
+    """Where some rows' elements lie in a chunk."""
+
+    starts: Ints
+    lengths: Ints
+    skipped: Ints
+    reach: tuple[int, int]
+    """From the first of them to the end of the last."""
+    total: int
+
+
+def _lying(wanted: Wanted, size: int, end: int) -> Iterator[tuple[int, slice | Ints, _Lie]]:
+    """The chunks of `size` elements that have some of the rows, which rows those are, and where in the chunk they lie;
+    `end`: elements of the array."""
+    numbers = _chunks(wanted, size)
+    if not wanted.joined:
+        for number in numbers:
+            low, high = number * size, min((number + 1) * size, end)
+            which = wanted.within(low, high)
+            starts, lengths = wanted.starts[which], wanted.lengths[which]
+            first = np.maximum(starts, low)
+            counts = np.maximum(np.minimum(starts + lengths, high) - first, 0)
+            inside = first - low
+            reach = int(inside.min()), int((inside + counts).max())
+            yield number, which, _Lie(inside, counts, first - starts, reach, int(counts.sum()))
+        return
+    none = np.zeros(len(wanted.starts), dtype=np.int64)
+    for number, rows in zip(numbers, wanted.of_chunks(numbers, size), strict=True):
+        low, high = number * size, min((number + 1) * size, end)
+        starts, lengths, skipped = wanted.starts[rows] - low, wanted.lengths[rows], none[rows]
+        reach = int(starts[0]), int(starts[-1]) + int(lengths[-1])
+        if reach[0] < 0 or reach[1] > high - low:  # the first has begun in the chunk before, or the last goes on
+            skipped, lengths = np.maximum(-starts, 0), np.minimum(starts + lengths, high - low)
+            starts = np.maximum(starts, 0)
+            lengths = np.maximum(lengths - starts, 0)
+            reach = int(starts[0]), int(starts[-1]) + int(lengths[-1])
+        yield number, rows, _Lie(starts, lengths, skipped, reach, reach[1] - reach[0])
 
 
 def gathered(feed: Feed, wanted: Wanted, scratch: Scratch) -> NDArray[Any]:
@@ -130,17 +179,21 @@ def gathered(feed: Feed, wanted: Wanted, scratch: Scratch) -> NDArray[Any]:
     return out
 
 
-def _chunks(starts: Ints, lengths: Ints, size: int) -> Iterator[int]:
-    """Numbers of the chunks that these runs touch."""
+def _chunks(wanted: Wanted, size: int) -> list[int]:
+    """Numbers of the chunks that have elements of the rows."""
+    starts, lengths = wanted.starts, wanted.lengths
+    if wanted.joined:
+        first, last = int(starts[0]), int(starts[-1]) + int(lengths[-1])
+        return list(range(first // size, -(-last // size))) if last > first else []
     some = lengths > 0
     if not some.any():
-        return iter(())
-    first, last = starts[some] // size, (starts[some] + lengths[some] - 1) // size
-    low = int(first.min())
-    edges = np.zeros(int(last.max()) - low + 2, dtype=np.int64)
-    np.add.at(edges, first - low, 1)
-    np.add.at(edges, last - low + 1, -1)
-    return iter((np.flatnonzero(np.cumsum(edges) > 0) + low).tolist())
+        return []
+    firsts, lasts = starts[some] // size, (starts[some] + lengths[some] - 1) // size
+    low = int(firsts.min())
+    edges = np.zeros(int(lasts.max()) - low + 2, dtype=np.int64)
+    np.add.at(edges, firsts - low, 1)
+    np.add.at(edges, lasts - low + 1, -1)
+    return (np.flatnonzero(np.cumsum(edges) > 0) + low).tolist()
 
 
 def inner_chunks(layout: ArrayLayout) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
