@@ -19,7 +19,8 @@ errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.container data.budget data.codecs data.layout data.draws data.entropy
 losses schedulers optimizers metrics monitors
-data.spans data.seen data.filters data.decode data.manifest data.trust data.readers data.cache data.queue data.workers
+data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.readers
+data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
 data.values data.times data.crops data.selecting data.windows
 data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote_manifest data.remote data.remote_zarr
@@ -28,7 +29,7 @@ data.disk_cache
 data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes
 data.scanning
-data.options data.transform data.survey data.laying data.skipping data.transforming data.transform_child
+data.options data.transform data.survey data.gathering data.laying data.skipping data.transforming data.transform_child
 data.transform_processes data.vouching data.afar data.verification data.crews data.pulling data.handing data.loader
 data.iterable data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint

@@ -155,6 +155,19 @@ class Block:
         where: tuple[Any, ...] = (slot, inside, *part)
         self._slots[number][where] = values
 
+    def gather(self, number: int, at: int, source: NDArray[Any], which: Ints) -> None:
+        """Copy rows `which` of `source` (n, *row_shape), which lie together and have the column's dtype, to the
+        positions from `at` on: one call a batch, or one in all where slots have no padding between them."""
+        column, rows = self.columns[number], self._rows[number]
+        assert rows is not None
+        items, at = _as_items(source, column.mover), at - self.first
+        while len(which):
+            slot, inside = divmod(at, self.batch_size)
+            count = len(which) if column.pitch == self.batch_size else min(len(which), self.batch_size - inside)
+            first = slot * column.pitch + inside
+            items.take(which[:count], out=rows[first : first + count], mode="clip")
+            at, which = at + count, which[count:]
+
     def lay(self, number: int, first: int, lengths: Ints) -> None:
         """Set aside room for rows of these lengths, at the positions from `first` on."""
         self._areas[number].lay(first - self.first, lengths)

@@ -21,7 +21,7 @@ from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.layout import ArrayLayout, essence
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import ChunkName, ChunkReader, Scratch, Version
+from streamtrain.data.readers import ChunkName, ChunkReader, LocalReader, Scratch, Version
 
 Rows = slice | Ints
 _EVERY = slice(None)
@@ -196,6 +196,13 @@ class Feed:
         """Whether a cell is one chunk along the first axis, and each of its samples is taken whole: the usual case."""
         plain = self._order == tuple(range(self.layout.ndim)) and self.site.sample_axes == (0,)
         return plain and self.site.one_chunk and not self.site.taken
+
+    def lined_up(self, dtype: np.dtype[Any]) -> LocalReader | None:
+        """What has all rows in one piece of memory, as they are handed over in this dtype; None where nothing may."""
+        plain = type(self).fill is Feed.fill and self._plain and self.change is None and self.cache is None
+        if not plain or not isinstance(self.reader, LocalReader) or self.layout.dtype != dtype:
+            return None
+        return self.reader
 
     @cached_property
     def _whole_rows(self) -> tuple[slice, ...]:

@@ -184,6 +184,10 @@ class EpochOrder:
             return rows, slice(start, start + count)
         return rows, self._lanes(piece.block)[piece.lane].positions(piece.offset, piece.offset + count)
 
+    def places(self, block: int) -> list[Ints]:
+        """Of each lane of a shuffled block: the positions of all its rows."""
+        return [lane.positions(0, lane.rows) for lane in self._lanes(block)]
+
     def _lanes(self, block: int) -> list[Lane]:
         """Where a block's rows go, lane by lane."""
         with self._lock:  # several threads fill one block, and each permutation is worth making once
@@ -209,6 +213,7 @@ class Lane:
     """
 
     def __init__(self, permutation: Permutation, first: int, step: int, own: int, spill: Ints) -> None:
+        self.rows = permutation.n
         self._spans, self._first, self._step, self._own, self._spill = Spans(permutation), first, step, own, spill
 
     def positions(self, start: int, stop: int) -> Ints:

@@ -32,6 +32,7 @@ from streamtrain.data.block import Block, Column, Places, Pool
 from streamtrain.data.budget import BudgetHeld, Share, format_bytes
 from streamtrain.data.crews import Assignment, runner
 from streamtrain.data.feed import Box, Feed, Part, Rows
+from streamtrain.data.gathering import Gathering
 from streamtrain.data.laying import Laid, lay
 from streamtrain.data.options import Crew
 from streamtrain.data.order import EpochOrder, Piece
@@ -199,6 +200,8 @@ class ZarrPass(Ending):
         self._filling = 0
         self._stage: TransformStage | None = None
         self._scratch_granted = 0
+        alone = recipe.ranks.alone and not recipe.ragged
+        self._gathering = Gathering.of(recipe.feeds, recipe.columns, recipe.places) if alone else None
         self.paused = False
         self.closed = False
         self._finished = False
@@ -504,20 +507,22 @@ class ZarrPass(Ending):
                 pieces = [piece for block in blocks for piece in order.pieces(block)]
             if self._recipe.ragged:
                 lay(unit, [laid for piece in pieces if (laid := self._laid(piece)) is not None], self._recipe)
-            jobs = self._jobs(pieces)
-            wants = [self._wants(job) for job in jobs]
-            runs: list[Job] = [partial(self._run, unit, job) for job in jobs]
-            if self._readahead is not None:
-                runs = [self._readahead.around(self._reads(job), run) for job, run in zip(jobs, runs, strict=True)]
+            runs, wants = self._gathered(unit, pieces, scratch), []
+            if runs is None:
+                jobs = self._jobs(pieces)
+                wants = [self._wants(job) for job in jobs]
+                runs = [partial(self._run, unit, partial(self._fill_all, unit, job)) for job in jobs]
+                if self._readahead is not None:
+                    runs = [self._readahead.around(self._reads(job), run) for job, run in zip(jobs, runs, strict=True)]
         except BaseException as error:
-            unit.error, jobs, wants, runs = error, [], [], []
-        unit.left = len(jobs)
+            unit.error, wants, runs = error, [], []
+        unit.left = len(runs)
         if self._ahead is not None:
             self._ahead.add(list(zip(wants, runs, strict=True)))
         elif workers is not None:
             for run in runs:
                 workers.submit(run)
-        if not jobs:
+        if not runs:
             self._hop(self._unit_done, unit)
         with self._lock:
             self._planning = bool(self._unplanned)
@@ -525,15 +530,26 @@ class ZarrPass(Ending):
         if more and workers is not None:
             workers.submit(self._plan)
 
-    def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
-        """Pieces by the handful: at least JOB_BYTES, but enough jobs for all threads."""
+    def _gathered(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> list[Job] | None:
+        """Jobs that fill the unit without a look at each chunk, where that can be done."""
+        if self._gathering is None:
+            return None
+        rows = self._job_rows(unit.stop - unit.start)
+        fills = self._gathering.jobs(self._order, unit, pieces, scratch, rows)
+        return None if fills is None else [partial(self._run, unit, fill) for fill in fills]
+
+    def _job_rows(self, rows: int) -> int:
+        """Rows of a job, of so many together: of at least JOB_BYTES, but enough jobs for all threads."""
         sizes = self._recipe.sizes
         if not self._recipe.ragged:
             row = max(1, self._slot_bytes // self._recipe.columns[0].batch_size)
         else:
             row = max(1, sizes.buffer_bytes // sizes.unit_rows)
-        rows = sum(_count(piece) for piece in pieces)
-        least = min(JOB_BYTES // row + 1, -(-rows // (2 * self._recipe.threads)))
+        return max(1, min(JOB_BYTES // row + 1, -(-rows // (2 * self._recipe.threads))))
+
+    def _jobs(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
+        """Pieces by the handful."""
+        least = self._job_rows(sum(_count(piece) for piece in pieces))
         jobs: list[Sequence[Piece]] = []
         job: list[Piece] = []
         count = 0
@@ -631,12 +647,16 @@ class ZarrPass(Ending):
 
     # ---- in the threads
 
-    def _run(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> None:
+    def _fill_all(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> None:
+        for piece in pieces:
+            if self.closed or unit.error is not None:
+                break
+            self._fill(unit, piece, scratch)
+
+    def _run(self, unit: Unit, fill: Job, scratch: Scratch) -> None:
         try:
-            for piece in pieces:
-                if self.closed or unit.error is not None:
-                    break
-                self._fill(unit, piece, scratch)
+            if not self.closed and unit.error is None:
+                fill(scratch)
         except BaseException as error:
             logger.debug("a job of the pass failed", exc_info=error)
             unit.error = error

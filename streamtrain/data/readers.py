@@ -24,6 +24,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -35,6 +36,7 @@ from streamtrain.data.decode import Decoder
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
 from streamtrain.data.manifest import NOTHING, SLICE, Record, describe, unaddressable
+from streamtrain.data.regions import Region, most_maps
 from streamtrain.data.seen import Seen, Signature, changed
 from streamtrain.data.trust import Trust, Verify, trust_in
 from streamtrain.errors import DataError, EnvironmentProblem
@@ -220,6 +222,10 @@ class StoreFiles:
         self.max_maps = max(8, limit - SPARE_DESCRIPTORS) // 2 if maps is None else maps
         self._promised = 0
         """Of these, taken by arrays whose files all stay mapped."""
+        self._regions: dict[str, Region | None] = {}
+        """Of each array that was asked about: room for its files side by side, if there is."""
+        self._placed: dict[str, Map] = {}
+        """Files that lie there."""
         self.opened_at = time.time_ns()
         self._seen = Seen(root)
         self.refused: dict[str, int] = {}
@@ -283,21 +289,39 @@ class StoreFiles:
     def worth_mapping(self, layout: ArrayLayout) -> bool:
         """Whether this array is better mapped: its chunks are large, or all its files can stay mapped beside those of
         the arrays that were asked about before."""
-        if layout.chunk_bytes >= LARGE_CHUNK:
+        if layout.chunk_bytes >= LARGE_CHUNK or self.region(layout) is not None:
             return True
         fitting = self._promised + layout.num_files <= self.max_maps
         if fitting:
             self._promised += layout.num_files
         return fitting
 
-    def map(self, key: str, *, scattered: bool = False) -> Map | None:
+    def region(self, layout: ArrayLayout) -> Region | None:
+        """Room for all files of an array side by side, where each is a few of its rows and nothing else, they are too
+        small to be worth a call each, and the kernel allows so many maps."""
+        with self._lock:
+            if layout.name not in self._regions:
+                self._regions[layout.name] = self._room_for(layout)
+            return self._regions[layout.name]
+
+    def _room_for(self, layout: ArrayLayout) -> Region | None:
+        taken = sum(region.count for region in self._regions.values() if region is not None)
+        if not lined_up(layout) or not 1 < layout.num_files <= most_maps() - taken:
+            return None
+        try:
+            return Region(layout.num_files, layout.chunk_bytes)
+        except OSError:  # a limit of address space
+            return None
+
+    def map(self, key: str, *, scattered: bool = False, place: tuple[Region, int] | None = None) -> Map | None:
         """The file as a kept read-only map; None if it is not settled. Raises OSError or ValueError.
 
-        `scattered`: a fault shall bring its own page alone, for memory can't hold the pages around it.
+        `scattered`: a fault shall bring its own page alone, for memory can't hold the pages around it. `place`: where
+        it is mapped, if it has the size for that.
         """
         with self._lock:
-            kept = self._maps.get(key)
-            if kept is not None:
+            kept = self._placed.get(key) or self._maps.get(key)
+            if key in self._maps:
                 self._maps.move_to_end(key)
         if kept is not None:
             signature = _signature(os.stat(self._stem + key))
@@ -310,6 +334,8 @@ class StoreFiles:
                 if not self.settled(status) or status.st_size == 0:
                     return None
                 self.check_unchanged(key, status)
+                if place is not None and status.st_size == place[0].size:
+                    return self._put_beside(key, fd, _signature(status), *place)
                 memory = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
                 if scattered:
                     memory.madvise(mmap.MADV_RANDOM)
@@ -320,12 +346,21 @@ class StoreFiles:
                 raise
             self._make_room(key, error.strerror or str(error))
             return None
-        made = Map(memory, _signature(status))
+        made = Map.of(memory, _signature(status))
         with self._lock:
             self._maps[key] = made
             while len(self._maps) > self.max_maps:
                 self._maps.popitem(last=False)
         return made
+
+    def placed(self, key: str) -> Map | None:
+        """The map of a file that lies beside others."""
+        return self._placed.get(key)
+
+    def _put_beside(self, key: str, fd: int, signature: Signature, region: Region, number: int) -> Map:
+        made = Map(region.place(number, fd), signature, partial(region.advise, number))
+        with self._lock:
+            return self._placed.setdefault(key, made)
 
     def _make_room(self, key: str, reason: str) -> None:
         """Others took the descriptors or the address space: forget all maps, and have this file read by pread."""
@@ -348,6 +383,8 @@ class StoreFiles:
         """Forget all maps; each is unmapped when nobody reads it any more."""
         with self._lock:
             self._maps.clear()
+            self._placed.clear()
+            self._regions.clear()
 
 
 def _open_no_link(path: str) -> int | None:
@@ -374,11 +411,17 @@ def _signature(status: os.stat_result) -> Signature:
 class Map:
     """A file's memory map, kept open, and what the file was when it was mapped."""
 
-    def __init__(self, memory: mmap.mmap, signature: Signature) -> None:
+    def __init__(self, data: Bytes, signature: Signature, advise: Callable[[int, int, int], None]) -> None:
+        """`advise`: gives the kernel advice on a part of it, as `mmap.madvise` does: which, from where on, how much."""
         self.signature = signature
-        self._memory = memory
-        self._data: Bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._advise = advise
+        self._data = data
         self._touched: set[int] = set()
+
+    @classmethod
+    def of(cls, memory: mmap.mmap, signature: Signature) -> Map:
+        """A map with a descriptor of its own."""
+        return cls(np.frombuffer(memory, dtype=np.uint8), signature, memory.madvise)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -390,15 +433,15 @@ class Map:
         """
         if touch == "always" or (touch == "once" and start not in self._touched):
             self._touched.add(start)
-            populate(self._memory, start, size)
+            populate(self._advise, start, size)
         return self._data[start : start + size]
 
 
-def populate(memory: mmap.mmap, start: int, size: int) -> None:
+def populate(advise: Callable[[int, int, int], None], start: int, size: int) -> None:
     """Fault these bytes of a map in at once where the kernel can. Raises ValueError if the file has lost them."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     try:
-        memory.madvise(MADV_POPULATE_READ, first, start + size - first)
+        advise(MADV_POPULATE_READ, first, start + size - first)
     except OSError as error:
         if error.errno == errno.EFAULT:
             raise ValueError("it was cut short while it was mapped") from error
@@ -440,6 +483,13 @@ def describe_part(fd: int, start: int, size: int, scratch: Scratch, *, both: boo
     return found
 
 
+def lined_up(layout: ArrayLayout) -> bool:
+    """Whether files that are small make up the array's rows in order when they are mapped one after another."""
+    whole = layout.chunk_shape[1:] == layout.shape[1:] and layout.axes == tuple(range(layout.ndim))
+    plain = layout.raw and not layout.codecs and layout.shard_shape is None and layout.ndim > 0
+    return plain and whole and 0 < layout.chunk_bytes < LARGE_CHUNK and layout.chunk_bytes % mmap.PAGESIZE == 0
+
+
 def maps_serve(layout: ArrayLayout) -> bool:
     """Whether chunks can be used right out of a map of their file."""
     return layout.raw or (layout.shard_shape is not None and layout.chunk_bytes <= SMALL_CHUNK)
@@ -466,6 +516,9 @@ class LocalReader:
         """Whether memory can't hold the files: then only scattered rows are read from maps."""
         self.beside(self.decoded_bytes)
         self._trust: Trust | None = None
+        self._region = files.region(layout) if self._mapped else None
+        self._ready: dict[int, tuple[str, Map]] = {}
+        """Files that lie side by side, by number, with their paths: nothing is due before their rows are used."""
 
     def vouch(self, verify: Verify) -> None:
         self._trust = trust_in(self._files.root, self.layout, verify)
@@ -563,6 +616,8 @@ class LocalReader:
             decoded = self._decoder.view(self._decoder.decode(data, self._out(scratch), sound=sound))
             if trust is not None and due:
                 trust.found_good(chunk)
+            if self._region is not None and chunk[0] not in self._ready:
+                self._note_ready(key, chunk)
             scratch.seconds["read"] += fetched - began
             scratch.seconds["decode"] += time.perf_counter() - fetched
             scratch.bytes_read += len(data)
@@ -572,8 +627,34 @@ class LocalReader:
         except OSError as error:
             raise chunk_error(layout, chunk, self._files.root / key, error.strerror or error) from error
 
+    def rows_of(self, chunks: Sequence[int], scratch: Scratch) -> NDArray[Any] | None:
+        """All rows of the array in one piece of memory, of which those of these chunks (numbers along the first axis)
+        are as they were when they were first read; None where `read` has to see to one of them, or to pages."""
+        if self._region is None or self._beyond or self._touch == "always":
+            return None
+        ready = self._ready
+        found = [ready[number] for number in chunks if number in ready]
+        if len(found) < len(chunks):
+            return None
+        began = time.perf_counter()
+        try:
+            if any(_signature(os.stat(path)) != file.signature for path, file in found):
+                return None
+        except OSError:
+            return None
+        scratch.chunks += len(found)
+        scratch.bytes_read += len(found) * self.layout.chunk_bytes
+        scratch.seconds["read"] += time.perf_counter() - began
+        return self._region.data.view(self.layout.dtype).reshape(-1, *self.layout.chunk_shape[1:])
+
     def _out(self, scratch: Scratch) -> Bytes:
         return scratch.take("decoded", self._decoder.room) if self._decoder.compressed else _NOTHING
+
+    def _note_ready(self, key: str, chunk: Sequence[int]) -> None:
+        """This chunk was read, and found good where that is asked for once."""
+        placed = self._files.placed(key)
+        if placed is not None and (self._trust is None or not self._trust.due(chunk)):
+            self._ready[chunk[0]] = os.path.join(self._files.root, key), placed
 
     def _encoded(
         self, key: str, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool, due: bool
@@ -581,7 +662,8 @@ class LocalReader:
         """The chunk's bytes as they are stored, held against the manifest where that is `due`; None if absent."""
         try:
             if self._mapped and (few or not self._beyond):
-                memory = self._files.map(key, scattered=self._beyond)
+                place = None if self._region is None or self._beyond else (self._region, chunk[0])
+                memory = self._files.map(key, scattered=self._beyond, place=place)
                 if memory is not None:
                     start, size = self._extent(key, chunk, None, memory.signature)
                     if size < 0:

@@ -154,7 +154,7 @@ class Segment:
     def _map(self, room: int) -> Map:
         """The file and the room after it: memory beyond its end is there, and not touched before it is written."""
         os.ftruncate(self._data, room)
-        return Map(mmap.mmap(self._data, room, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED), (0, 0, 0))
+        return Map.of(mmap.mmap(self._data, room, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED), (0, 0, 0))
 
     @property
     def bytes(self) -> int:

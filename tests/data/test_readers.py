@@ -629,7 +629,7 @@ def test_a_file_cut_between_its_opening_and_its_map_is_an_error_and_no_signal(tm
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     os.truncate(path, 0)
     with pytest.raises(ValueError, match="cut short while it was mapped"):
-        populate(memory, 0, 1 << 16)
+        populate(memory.madvise, 0, 1 << 16)
 
 
 def test_threads_share_a_reader(tmp_path: Path) -> None:
