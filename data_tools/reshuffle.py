@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from data_tools.convert import Codec, Progress, whole_or_nothing
 from data_tools.source import Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
+from streamtrain.data.files import read_into
 from streamtrain.data.layout import ALONE
 from streamtrain.data.permutation import Ints, Permutation, derive_key
-from streamtrain.data.readers import read_into
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
 SLICE = 1 << 16

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from data_tools.convert import COMPLETE, Codec, create_array
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.opening import OpenArray
-from streamtrain.data.readers import Scratch, ZarrLoop
+from streamtrain.data.reading import Scratch
 from streamtrain.data.vouching import in_threads, look
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import ConfigError, DataError
 
 Region = tuple[tuple[int, int], ...]

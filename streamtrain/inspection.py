@@ -18,7 +18,7 @@ from streamtrain.config import DataTable, Said, resolve_data
 from streamtrain.data import opening
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.layout import ALONE, trainable
-from streamtrain.data.readers import ZarrLoop
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
 if TYPE_CHECKING:

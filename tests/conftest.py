@@ -23,7 +23,7 @@ JOINS = [
     ("streamtrain/callbacks/bus.py", {"join"}),
     ("streamtrain/callbacks/lines.py", {"close"}),
     ("streamtrain/data/handing.py", {"_end"}),
-    ("streamtrain/data/readers.py", {"aclose"}),
+    ("streamtrain/data/zarr_lane.py", {"aclose"}),
     ("streamtrain/data/workers.py", {"joined"}),
     ("streamtrain/file_thread.py", {"_end"}),
     ("streamtrain/threads.py", {"release"}),
@@ -31,7 +31,7 @@ JOINS = [
 """Where a thread is joined on the loop after it has said that it is done: microseconds."""
 IMPORTS = [("<frozen importlib._bootstrap>", {"_find_and_load"}), ("linecache.py", {"updatecache"})]
 """Files that Python itself reads: modules on first use, sources for a traceback."""
-PRIVATE = [("streamtrain/data/readers.py", {"_serve"})]
+PRIVATE = [("streamtrain/data/zarr_lane.py", {"_serve"})]
 """A loop of ours in a thread of its own, where zarr may block."""
 TOOLS = [
     ("streamtrain/data/vouching.py", {"vouch", "write_manifest"}),

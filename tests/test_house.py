@@ -19,8 +19,8 @@ errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.container data.budget data.codecs data.layout data.draws data.entropy
 losses schedulers optimizers metrics monitors
-data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.readers
-data.cache data.queue data.workers
+data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.reading
+data.files data.readers data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
 data.values data.times data.crops data.selecting data.windows
 data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote_manifest data.remote data.remote_zarr

@@ -11,9 +11,10 @@ from streamtrain.data.fetch import Fetcher, FetchFailed, Heading
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout
 from streamtrain.data.manifest import NOTHING, Pages, Record, describe, doubly, first_chunk
-from streamtrain.data.readers import ZarrLoop, chunk_error
+from streamtrain.data.reading import chunk_error
 from streamtrain.data.spans import SPAN_BYTES
 from streamtrain.data.trust import check_same
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import EnvironmentProblem
 
 

@@ -28,10 +28,11 @@ from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import RECENT, Account
 from streamtrain.data.filters import Bytes
 from streamtrain.data.parcels import Grants, Group, Haul, Order, Parcel, Request
-from streamtrain.data.readers import LEAVE_SECONDS, Scratch, ZarrLoop, under
+from streamtrain.data.reading import Scratch, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.spans import MIN_REQUESTS, RATE_PER_THREAD, Span, coalesce, requests_at_once
 from streamtrain.data.workers import Job
+from streamtrain.data.zarr_lane import LEAVE_SECONDS, ZarrLoop
 
 logger = logging.getLogger(__name__)
 

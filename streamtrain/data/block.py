@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.budget import Share
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import anonymous
+from streamtrain.data.reading import anonymous
 
 ALIGN = 64
 SPARE = 4096

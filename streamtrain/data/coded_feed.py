@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from streamtrain.data.feed import Box, Feed, Part, Put, Rows
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged_site import number_array, numbers_of
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.errors import DataError
 
 

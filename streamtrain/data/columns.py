@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from streamtrain.data.cf import Packing, packing
 from streamtrain.data.layout import ArrayLayout, trainable
 from streamtrain.data.opening import Located, OpenArray, array_at, check_whole, open_arrays
-from streamtrain.data.readers import Scratch, ZarrLoop
+from streamtrain.data.reading import Scratch
 from streamtrain.data.selecting import Coordinate
 from streamtrain.data.times import NOT_A_TIME, decode_times, is_since
 from streamtrain.data.trust import Verify
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
 Values = NDArray[Any]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from streamtrain.data.batch import Batch
 from streamtrain.data.budget import Share, format_bytes
 from streamtrain.data.options import Crew
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.data.transform import Transform, apply, apply_async, is_async
 from streamtrain.data.transform_processes import TransformProcess
 from streamtrain.data.transforming import Ready, Runner, TaskRunner, ThreadRunner

@@ -21,7 +21,7 @@ from streamtrain.data.cache import ChunkCache
 from streamtrain.data.crops import Crop, Shift
 from streamtrain.data.feed import Box, Change, Feed, Put, Rows, Site
 from streamtrain.data.permutation import Ints, derive_key
-from streamtrain.data.readers import BadChunk, ChunkReader, Scratch
+from streamtrain.data.reading import BadChunk, ChunkReader, Scratch
 from streamtrain.data.windows import PIECE_BYTES, ReachingSite, WindowFeed, WindowSite
 
 LARGE_SAMPLE = 1024

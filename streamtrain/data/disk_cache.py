@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import UNITS, format_bytes, parse_bytes
+from streamtrain.data.files import is_local
 from streamtrain.data.filters import Bytes
-from streamtrain.data.readers import Scratch, is_local
+from streamtrain.data.reading import Scratch
 from streamtrain.data.segments import Record, Segment, SegmentCut, Touch, open_own, room_for
 from streamtrain.errors import ConfigError, EnvironmentProblem
 

@@ -21,7 +21,8 @@ from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.layout import ArrayLayout, essence
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import ChunkName, ChunkReader, LocalReader, Scratch, Version
+from streamtrain.data.readers import LocalReader
+from streamtrain.data.reading import ChunkName, ChunkReader, Scratch, Version
 
 Rows = slice | Ints
 _EVERY = slice(None)

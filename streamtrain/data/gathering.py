@@ -22,7 +22,8 @@ from streamtrain.data.block import Block, Column
 from streamtrain.data.feed import Feed
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
-from streamtrain.data.readers import LocalReader, Scratch
+from streamtrain.data.readers import LocalReader
+from streamtrain.data.reading import Scratch
 from streamtrain.data.survey import Place
 
 Fill = Callable[[Scratch], None]

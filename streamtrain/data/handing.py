@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld
-from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.source import Pass, Stream
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import ConfigError, StreamtrainError
 
 MOST = 32

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from streamtrain.data.budget import available_memory
 from streamtrain.data.disk_cache import DiskCache, Folder, Shelf
+from streamtrain.data.files import is_local
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ALONE, ArrayLayout, decoded_whole, essence
 from streamtrain.data.manifest import PLACE, unaddressable
-from streamtrain.data.readers import ChunkReader, LocalReader, Scratch, Version, is_local, under
+from streamtrain.data.readers import LocalReader
+from streamtrain.data.reading import ChunkReader, Scratch, Version, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.segments import Touch
 from streamtrain.data.trust import Verify

@@ -20,9 +20,9 @@ from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.opening import Located
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged_site import RaggedSite
-from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.selecting import Coordinate
 from streamtrain.data.trust import Verify
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import ConfigError
 
 Read = Callable[[Located, str, int, str], Coordinate | None]

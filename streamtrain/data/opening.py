@@ -29,11 +29,14 @@ from streamtrain.data.budget import format_bytes
 from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open_copy, own_metadata
 from streamtrain.data.encodings import Encoding, encoding_of, old_categories, stands_for_one
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
+from streamtrain.data.files import StoreFiles, is_local
 from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
-from streamtrain.data.readers import ChunkReader, LocalReader, StoreFiles, ZarrLoop, ZarrReader, is_local, maps_serve
+from streamtrain.data.readers import LocalReader, maps_serve
+from streamtrain.data.reading import ChunkReader
 from streamtrain.data.remote import RemoteReader
 from streamtrain.data.remote_zarr import RemoteZarrReader
 from streamtrain.data.zarr_bytes import StoreBytes
+from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)

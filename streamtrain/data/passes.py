@@ -40,7 +40,7 @@ from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.readahead import Readahead
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
 from streamtrain.data.source import Ending

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 
 from streamtrain.data.batch import Batch
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.data.source import Pass
 from streamtrain.data.workers import Workers
 

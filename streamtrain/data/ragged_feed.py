@@ -16,7 +16,7 @@ from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import Run, copy_runs, strictly_rising
 from streamtrain.data.ragged_parts import Stretch, Wanted, gathered, inner_chunks, parts_of
 from streamtrain.data.ragged_site import RaggedSite, number_array, numbers_of
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.errors import DataError
 
 

@@ -22,7 +22,7 @@ from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import Table, copy_runs
 from streamtrain.data.ragged_site import number_array
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 
 
 @dataclass

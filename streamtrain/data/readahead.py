@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from streamtrain.data.feed import Box, Feed, Rows
 from streamtrain.data.kept_chunks import KeptReader
-from streamtrain.data.readers import LocalReader, Scratch, under
+from streamtrain.data.readers import LocalReader
+from streamtrain.data.reading import Scratch, under
 from streamtrain.data.wants import reads_of
 from streamtrain.data.workers import Job
 

@@ -24,19 +24,11 @@ from streamtrain.data.decode import Decoder
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
-from streamtrain.data.readers import (
-    ENCODED_SLACK,
-    INDEX_CACHE_BYTES,
-    SERIALS,
-    ChunkUnreadable,
-    Scratch,
-    Version,
-    ZarrLoop,
-    chunk_error,
-    under,
-)
+from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES
+from streamtrain.data.reading import ChunkUnreadable, Scratch, Version, chunk_error, under
 from streamtrain.data.remote_manifest import LateTrust
 from streamtrain.data.trust import Verify
+from streamtrain.data.zarr_lane import SERIALS, ZarrLoop
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""

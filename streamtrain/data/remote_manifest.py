@@ -19,8 +19,8 @@ from streamtrain.data.fetch import REFUSALS, Fetcher, FetchFailed, Heading
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ALONE, ArrayLayout
 from streamtrain.data.manifest import HEADER, HINT, PAGE, PLACE, RECORD, Pages, digest_of, unaddressable
-from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.trust import Trust, Verify
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
 T = TypeVar("T")

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from streamtrain.data.fetch import Fetcher, FetchFailed
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ArrayLayout
-from streamtrain.data.readers import ChunkUnreadable, Scratch, ZarrLoop, ZarrReader, chunk_error
+from streamtrain.data.reading import ChunkUnreadable, Scratch, chunk_error
 from streamtrain.data.remote_manifest import LateTrust
 from streamtrain.data.trust import Trust, Verify
+from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
 
 
 class RemoteZarrReader(ZarrReader):

@@ -24,7 +24,7 @@ from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import Table
 from streamtrain.data.ragged_feed import LengthsFeed, RaggedFeed
 from streamtrain.data.ragged_site import LengthsSite, RaggedArray, RaggedSite
-from streamtrain.data.readers import ChunkReader
+from streamtrain.data.reading import ChunkReader
 from streamtrain.data.values import Change
 from streamtrain.data.windows import ReachingSite
 from streamtrain.errors import ConfigError, DataError

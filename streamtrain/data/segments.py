@@ -24,9 +24,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streamtrain.data.files import Map, read_into
 from streamtrain.data.filters import Bytes
 from streamtrain.data.manifest import SLICE, crc32c
-from streamtrain.data.readers import Map, Scratch, read_into
+from streamtrain.data.reading import Scratch
 
 Touch = Literal["no", "once", "always", "pread"]
 """How pages of a map are faulted in (see `Map.view`); or that a copy is read, where memory can't hold them anyway."""

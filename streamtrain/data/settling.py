@@ -32,7 +32,7 @@ from streamtrain.data.layout import decoded_whole
 from streamtrain.data.opening import Located, OpenArray, open_arrays
 from streamtrain.data.passes import BLOCKS_AHEAD
 from streamtrain.data.ragged_site import RaggedArray
-from streamtrain.data.readers import ChunkReader, ZarrLoop
+from streamtrain.data.reading import ChunkReader
 from streamtrain.data.scanning import LENGTHS, as_long_as_the_longest, feed_for, ragged_arrays, settled
 from streamtrain.data.selected import named, resolved, told
 from streamtrain.data.selecting import Coordinate
@@ -40,6 +40,7 @@ from streamtrain.data.skipping import SkippingReader
 from streamtrain.data.stores import find_stores
 from streamtrain.data.survey import Survey, take_survey
 from streamtrain.data.values import Change
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
 T = TypeVar("T")

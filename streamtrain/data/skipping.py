@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.permutation import Ints
 from streamtrain.data.ragged import SparseRows
-from streamtrain.data.readers import BadChunk, ChunkDamage, ChunkReader, ChunkUnreadable, Scratch, Version
+from streamtrain.data.reading import BadChunk, ChunkDamage, ChunkReader, ChunkUnreadable, Scratch, Version
 from streamtrain.data.trust import Verify
 from streamtrain.errors import DataError
 

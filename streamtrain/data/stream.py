@@ -49,7 +49,6 @@ from streamtrain.data.options import (
 from streamtrain.data.order import EpochOrder
 from streamtrain.data.passes import Recipe, ZarrPass
 from streamtrain.data.permutation import derive_key
-from streamtrain.data.readers import ZarrLoop
 from streamtrain.data.remote import fetch_statistics
 from streamtrain.data.settling import Finished, Opened, Opening
 from streamtrain.data.skipping import MAX_SKIPPED, OnBadChunk
@@ -63,6 +62,7 @@ from streamtrain.data.transform_processes import pickled
 from streamtrain.data.trust import Verify
 from streamtrain.data.values import Normalization, Normalize, Wishes, check_normalize
 from streamtrain.data.workers import default_threads
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import CheckpointError, ConfigError, DataError
 
 logger = logging.getLogger(__name__)

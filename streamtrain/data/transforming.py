@@ -21,7 +21,7 @@ from streamtrain.data.block import Block, Bytes, Pool
 from streamtrain.data.budget import Share
 from streamtrain.data.permutation import Ints
 from streamtrain.data.queue import ReadyQueue
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.data.skipping import compact
 from streamtrain.data.transform import batch_bytes
 from streamtrain.data.workers import Workers

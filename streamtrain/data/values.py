@@ -19,7 +19,7 @@ from streamtrain.data.cf import Packing, packing
 from streamtrain.data.feed import Part, Put, Rows
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.permutation import Ints, derive_key
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.errors import ConfigError, DataError
 
 TILE_BYTES = 128 << 10

@@ -17,13 +17,16 @@ from pathlib import Path
 from streamtrain.data.afar import Objects
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.fetch import Fetcher
+from streamtrain.data.files import StoreFiles
 from streamtrain.data.layout import ABSENT, ArrayLayout
 from streamtrain.data.manifest import PLACE, Manifest, Pages, Record, doubly, file_grid, first_chunk, unaddressable
 from streamtrain.data.opening import Located, OpenArray, locate
-from streamtrain.data.readers import Scratch, StoreFiles, ZarrLoop, chunk_error, describe_part, shard_index
+from streamtrain.data.readers import describe_part, shard_index
+from streamtrain.data.reading import Scratch, chunk_error
 from streamtrain.data.remote_manifest import open_manifest
 from streamtrain.data.trust import check_same
 from streamtrain.data.vouching import OPEN_TIMEOUT, Progress, in_threads, look, write_manifest
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import ConfigError, DataError
 
 RETRIES = 3

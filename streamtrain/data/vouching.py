@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from streamtrain.data.files import StoreFiles
 from streamtrain.data.layout import ABSENT, ArrayLayout
 from streamtrain.data.manifest import Draft, Record, doubly, first_chunk
 from streamtrain.data.opening import IO, Located, OpenArray, list_arrays, locate, open_arrays
-from streamtrain.data.readers import Scratch, StoreFiles, ZarrLoop, chunk_error, describe_part, shard_index
+from streamtrain.data.readers import describe_part, shard_index
+from streamtrain.data.reading import Scratch, chunk_error
 from streamtrain.data.workers import default_threads
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.kept_chunks import KeptReader
-from streamtrain.data.readers import Scratch, Version, under
+from streamtrain.data.reading import Scratch, Version, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.trust import Verify
 

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Put, Rows, Site
-from streamtrain.data.readers import BadChunk, Scratch
+from streamtrain.data.reading import BadChunk, Scratch
 
 PIECE_BYTES = 4 << 20
 """Scattered samples of a cell are copied so much at a time."""

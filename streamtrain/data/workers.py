@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 
 Job = Callable[[Scratch], None]
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data_tools.convert import Codec
 from data_tools.synth import synth
 from streamtrain import ZarrStream
-from streamtrain.data.readers import anonymous
+from streamtrain.data.reading import anonymous
 from tests.bench.measure import Measure, Options, ratios
 
 COLUMNS, BATCH, THREADS = 512, 256, 2

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from data_tools.synth import synth
 from streamtrain import ZarrStream
-from streamtrain.data.readers import anonymous
+from streamtrain.data.reading import anonymous
 from tests.bench.measure import Measure, Options, ratios
 
 CHUNK_ROWS, COLUMNS, BATCH = 4096, 512, 256

@@ -18,8 +18,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore, ObjectStore, ZipStore
 
 from streamtrain.data.budget import Budget
-from streamtrain.data.readers import ZarrReader
 from streamtrain.data.stream import ZarrStream
+from streamtrain.data.zarr_lane import ZarrReader
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data.cloud import Proxy, bucket, made, options, put
 from tests.data.test_stream_properties import Drawn, check_counting, check_values, collect, numbers, read, streams

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from streamtrain.data.disk_cache import TAG, DiskCache, DiskCacheStatistics, Folder, default_place, disk_cache_of
 from streamtrain.data.kept_chunks import KeptReader
 from streamtrain.data.opening import locate, open_arrays
-from streamtrain.data.readers import Scratch, ZarrLoop, under
+from streamtrain.data.reading import Scratch, under
 from streamtrain.data.segments import ROW_BYTES, Segment
 from streamtrain.data.stream import ZarrStream
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data import small
 from tests.data.stores import CASES, Case, chunks_of, part, within, write

@@ -19,7 +19,8 @@ from zarr.codecs import TransposeCodec
 from data_tools.synth import synth
 from streamtrain.data import regions
 from streamtrain.data.batch import Batch
-from streamtrain.data.readers import LocalReader, StoreFiles
+from streamtrain.data.files import StoreFiles
+from streamtrain.data.readers import LocalReader
 from streamtrain.data.regions import Region
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import DataError
@@ -205,7 +206,7 @@ async def test_small_files_take_no_descriptors_and_their_memory_is_let_go_of(sto
 def test_a_kernel_that_allows_few_maps_leaves_files_to_the_other_lanes(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtrain.data.readers.most_maps", lambda: 10)
+    monkeypatch.setattr("streamtrain.data.files.most_maps", lambda: 10)
 
     async def scenario() -> None:
         async with stream(store) as source:

@@ -23,10 +23,12 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 
 from streamtrain.data.block import Pool
 from streamtrain.data.feed import Feed
+from streamtrain.data.files import Map, StoreFiles
 from streamtrain.data.opening import locate
 from streamtrain.data.passes import ZarrPass
-from streamtrain.data.readers import LocalReader, Map, StoreFiles, ZarrLoop, ZarrReader
+from streamtrain.data.readers import LocalReader
 from streamtrain.data.stream import ZarrStream
+from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
 from streamtrain.errors import ConfigError, DataError
 
 ARRAYS: dict[str, dict[str, Any]] = {

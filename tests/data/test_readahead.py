@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.disk_cache import DiskCache
 from streamtrain.data.feed import Box, Feed, Rows, Site
+from streamtrain.data.files import StoreFiles
 from streamtrain.data.kept_chunks import KeptReader
 from streamtrain.data.readahead import LEAST_CHUNK, LEFT_BEHIND, Readahead
-from streamtrain.data.readers import LocalReader, Scratch, StoreFiles
+from streamtrain.data.readers import LocalReader
+from streamtrain.data.reading import Scratch
 from streamtrain.data.stream import ZarrStream
 from tests.data.stores import layout_of
 

@@ -26,20 +26,12 @@ from zarr.api import asynchronous as zarr_api
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from streamtrain.data import readers
+from streamtrain.data.files import StoreFiles, is_local, populate, read_into
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_array, parse_shard_index
-from streamtrain.data.readers import (
-    LocalReader,
-    Scratch,
-    StoreFiles,
-    ZarrLoop,
-    ZarrReader,
-    anonymous,
-    chunk_error,
-    is_local,
-    populate,
-    read_into,
-)
+from streamtrain.data.readers import LocalReader
+from streamtrain.data.reading import Scratch, anonymous, chunk_error
 from streamtrain.data.seen import Seen
+from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
 from streamtrain.errors import DataError, EnvironmentProblem
 from tests.data.stores import CASES, FAST, Case, chunks_of, layout_of, part, within, write
 from tests.data.test_layout import index_bytes
@@ -900,15 +892,16 @@ FIFO = """
 import sys, time
 from pathlib import Path
 from zarr.api import asynchronous as zarr_api
-from streamtrain.data import readers
+from streamtrain.data import zarr_lane
+from streamtrain.data.reading import Scratch
 from streamtrain.data.layout import parse_array
-readers.LEAVE_SECONDS = 0.05
-loop = readers.ZarrLoop()
+zarr_lane.LEAVE_SECONDS = 0.05
+loop = zarr_lane.ZarrLoop()
 array = loop.run(zarr_api.open_array(store=sys.argv[1], path="x", mode="r"), 30)
 layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)
-reader = readers.ZarrReader(layout, array, loop, timeout=0.2)
+reader = zarr_lane.ZarrReader(layout, array, loop, timeout=0.2)
 try:
-    reader.read((1, 0), (0, 2), readers.Scratch())
+    reader.read((1, 0), (0, 2), Scratch())
 except Exception as error:
     print(type(error).__name__)
 loop.close()

@@ -20,12 +20,13 @@ from streamtrain.data import remote_manifest
 from streamtrain.data.fetch import Fetcher, Heading
 from streamtrain.data.manifest import PLACE
 from streamtrain.data.opening import locate, open_arrays
-from streamtrain.data.readers import Scratch, ZarrLoop
+from streamtrain.data.reading import Scratch
 from streamtrain.data.remote_manifest import RemoteManifest, open_manifest
 from streamtrain.data.remote_zarr import RemoteZarrReader
 from streamtrain.data.stream import ZarrStream
 from streamtrain.data.vouching import vouch
 from streamtrain.data.zarr_bytes import StoreBytes
+from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError
 
 Objects = dict[str, bytes]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtrain.data.readers import StoreFiles
+from streamtrain.data.files import StoreFiles
 from streamtrain.data.seen import Seen
 
 

@@ -12,7 +12,7 @@ from zarr.storage import MemoryStore
 
 from streamtrain.data import wants
 from streamtrain.data.feed import Box
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.data.remote import RemoteReader
 from streamtrain.data.stream import ZarrStream
 from streamtrain.data.wants import reads_of

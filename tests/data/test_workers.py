@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from streamtrain.data.readers import Scratch
+from streamtrain.data.reading import Scratch
 from streamtrain.data.workers import Workers, default_threads
 
 
