@@ -6,6 +6,7 @@ Its law: never anything but a regular file of the store, and never one that is n
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import mmap
 import os
@@ -36,6 +37,9 @@ SPARE_DESCRIPTORS = 256
 LARGE_CHUNK = 4 << 20
 """Chunks of this size cost no more by a map that is made anew each time than by pread; small ones cost twice as much
 (256 KiB: 58 us against 24), and by a map that is kept as much as by pread, or less."""
+METADATA = ("zarr.json", ".zarray")
+"""Files that describe an array, of version 3 and 2."""
+GONE = "the store was moved, removed or replaced during the run"
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _REMOTE_TYPES = frozenset(
     {"nfs", "nfs4", "cifs", "smbfs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs", "autofs"}
@@ -81,6 +85,8 @@ class StoreFiles:
         """Files that lie there."""
         self.opened_at = time.time_ns()
         self._seen = Seen(root)
+        self._described: dict[str, tuple[Signature | None, object]] = {}
+        """Of each array that is read: what its metadata file was, and said."""
         self.refused: dict[str, int] = {}
         """Why the machine refused a memory map, and how often: each time `pread` took its place."""
 
@@ -122,6 +128,31 @@ class StoreFiles:
             raise ValueError("it was there, and vanished during the run")
         if os.path.lexists(os.path.join(self.root, key)):
             raise ValueError("it is a link to nothing")
+
+    def describe(self, name: str) -> None:
+        """Keep in mind what an array's metadata say, before the first of its chunks is looked for."""
+        self._described.setdefault(name, self._description(name))
+
+    def _description(self, name: str) -> tuple[Signature | None, object]:
+        for file in METADATA:
+            path = self.root / name / file
+            try:
+                return signature_of(os.stat(path)), said_by(path.read_bytes())
+            except OSError:
+                continue
+        return None, None  # consolidated metadata alone tell of it
+
+    def check_described(self, name: str) -> None:
+        """Raise ValueError where the metadata of an array are gone or say something else: then a chunk that can't be
+        found is none that was left out."""
+        before, said = self._described.get(name, (None, None))
+        if before is None:
+            return
+        now, says = self._description(name)
+        if now is None:
+            raise ValueError(f"it is not there, nor are the metadata of its array: {GONE}")
+        if now != before and says != said:
+            raise ValueError(f"it is not there, and the metadata of its array have changed: {GONE}")
 
     def version(self, key: str) -> Version:
         """What a file is now; of one that is not there, that. It counts as seen: a change from now on is one."""
@@ -238,6 +269,15 @@ class StoreFiles:
             self._maps.clear()
             self._placed.clear()
             self._regions.clear()
+
+
+def said_by(metadata: bytes) -> object:
+    """What the metadata of an array say, but for its attributes, which are written beside training too."""
+    try:
+        found = json.loads(metadata)
+    except ValueError:
+        return metadata
+    return {key: value for key, value in found.items() if key != "attributes"} if isinstance(found, dict) else found
 
 
 def _open_no_link(path: str) -> int | None:

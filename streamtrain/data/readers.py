@@ -87,6 +87,7 @@ class LocalReader:
         """Whether memory can't hold the files: then only scattered rows are read from maps."""
         self.beside(self.decoded_bytes)
         self._trust: Trust | None = None
+        files.describe(layout.name)
         self._region = files.region(layout) if self._mapped else None
         self._ready: dict[int, tuple[str, Map]] = {}
         """Files that lie side by side, by number, with their paths: nothing is due before their rows are used."""
@@ -244,6 +245,7 @@ class LocalReader:
             fd, status = self._files.open(key)
         except FileNotFoundError:
             self._files.check_absent(key)
+            self._files.check_described(self.layout.name)
             return None
         try:
             self._files.check_unchanged(key, status)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.decode import Decoder
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
+from streamtrain.data.files import GONE, METADATA, said_by
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES
@@ -32,6 +33,8 @@ from streamtrain.data.zarr_lane import SERIALS, ZarrLoop
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""
+CONSOLIDATED = ("zarr.json", ".zmetadata")
+"""At a store's root, objects that may describe its arrays where they don't themselves."""
 GLANCE = (0, 0)
 """The part of a chunk that is wanted where only its object's version is."""
 NOTHING: Bytes = np.empty(0, dtype=np.uint8)
@@ -81,6 +84,10 @@ class RemoteReader:
         self._bound = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else self._most
         self._index_bytes = 16 * math.prod(layout.inner) + 4
         self._late = LateTrust(layout, fetcher, loop)
+        self._looking, self._looked = asyncio.Lock(), -math.inf
+        self._said: object = None
+        """What the array's metadata said when they were first asked for, and whether they say so still."""
+        self._changed = False
         self._serial = next(SERIALS)
 
     def vouch(self, verify: Verify) -> None:
@@ -265,7 +272,7 @@ class RemoteReader:
         try:
             data = await self.fetcher.fetch(key, (0, count) if self.layout.index_at_start else count, headed, asking)
         except FileNotFoundError:
-            self._check_absent(key)
+            await self._check_absent(key, asking)
             return None
         return parse_shard_index(data.tobytes(), math.prod(self.layout.inner))
 
@@ -286,7 +293,7 @@ class RemoteReader:
         try:
             return await self.fetcher.fetch(key, None if stop is None else (start, stop), headed, asking)
         except FileNotFoundError:
-            self._check_absent(key)
+            await self._check_absent(key, asking)
             return None
 
     def _check_heading(self, heading: Heading, start: int, stop: int | None) -> None:
@@ -309,9 +316,35 @@ class RemoteReader:
         if any(a is not None and b is not None and a != b for a, b in zip(known, now, strict=True)):
             raise ValueError(f"it changed during the run: {_told(known)} before, {_told(now)} now")
 
-    def _check_absent(self, key: str) -> None:
+    async def _check_absent(self, key: str, asking: Asking) -> None:
+        """Raise ValueError if what is not there was there before, or if the array itself is no longer what it was.
+
+        That is asked for after the answer about the object, once for all that were answered before.
+        """
         if key in self._seen:
             raise ValueError("it was there, and vanished during the run")
+        since = time.monotonic()
+        async with self._looking:
+            if self._looked < since:
+                began = time.monotonic()
+                said = await self._description(asking)
+                self._said = said if self._said is None else self._said
+                self._looked, self._changed = began, said is None or said != self._said
+        if self._changed:
+            raise ValueError(f"it is not there, and the metadata of its array are gone or changed: {GONE}")
+
+    async def _description(self, asking: Asking) -> object:
+        """What the array's metadata say, or that others tell of it; None where nobody does."""
+        stem = f"{self.layout.name}/" if self.layout.name else ""
+        for key in (*(stem + file for file in METADATA), *CONSOLIDATED):
+            with contextlib.suppress(FileNotFoundError):
+                data = await self.fetcher.fetch(key, None, _nothing, asking)
+                return said_by(data.tobytes()) if key not in CONSOLIDATED else "consolidated"
+        return None
+
+
+def _nothing(heading: Heading) -> None:
+    """Takes whatever comes."""
 
 
 def _told(version: tuple[int | None, str | None]) -> str:

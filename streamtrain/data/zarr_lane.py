@@ -206,6 +206,8 @@ class ZarrReader:
         self.layout, self._array, self._loop, self._timeout, self._files = layout, array, loop, timeout, files
         self._serial = next(SERIALS)
         self._trust: Trust | None = None
+        if files is not None:
+            files.describe(layout.name)
 
     def vouch(self, verify: Verify) -> None:
         if self._files is not None:
@@ -272,6 +274,7 @@ class ZarrReader:
                 fd, status = files.open(key)
             except FileNotFoundError:
                 files.check_absent(key)
+                files.check_described(self.layout.name)
                 if self.layout.complete:
                     raise ValueError("it is missing, and its writer left no chunk out") from None
                 return

@@ -308,6 +308,21 @@ async def test_an_object_that_vanishes_or_changes_during_the_run_is_an_error(pro
 
 
 @pytest.mark.parametrize("name", ["raw", "zstd", "shards"])
+async def test_a_store_that_vanishes_in_its_first_epoch_is_no_fill(name: str, proxy: Proxy, url: str) -> None:
+    asked: list[str] = []
+
+    def fault(path: str, before: int) -> str | None:
+        if "/c/" in path:
+            asked.append(path)
+        return "404" if len(asked) > 2 else None
+
+    proxy.fault = fault
+    async with stream(url, proxy, inputs=name, shuffle="block") as source:
+        with pytest.raises(DataError, match=r"gone or changed: the store was moved|vanished during the run"):
+            await epoch(source)
+
+
+@pytest.mark.parametrize("name", ["raw", "zstd", "shards"])
 async def test_an_object_cut_for_good_is_named(name: str, s3: str) -> None:
     whole = made({"x": {"data": DATA, **LAYOUTS[name]}})
     key = "x/c/1/0"

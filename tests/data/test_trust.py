@@ -225,3 +225,43 @@ async def test_an_array_that_was_written_anew_does_not_fit_its_old_manifest(tmp_
     zarr.open_array(str(path), mode="r+").resize((40, 4))
     with pytest.raises(DataError, match="was written for other metadata"):
         await read(path)
+
+
+@pytest.mark.parametrize("compressors", [None, "auto"])
+@pytest.mark.parametrize("io", ["auto", "pread", "store"])
+@pytest.mark.parametrize("harm", ["moved", "removed", "replaced"])
+async def test_a_store_that_vanishes_in_its_first_epoch_is_no_fill(
+    tmp_path: Path, harm: str, io: Any, compressors: Any
+) -> None:
+    path = tmp_path / "x.zarr"
+
+    def make(rows: int) -> None:
+        zarr.create_array(path, shape=(rows, 8), dtype="f4", chunks=(50, 8), compressors=compressors)[:50] = 1
+
+    make(4000)
+    given: dict[str, Any] = {"shuffle": "block", "shuffle_blocks": 2, "memory": "200KiB", "cache": 0, "io": io}
+    async with ZarrStream(path, batch_size=50, output="numpy", **given) as stream:
+        passing = aiter(stream)
+        for _ in range(3):
+            await anext(passing)
+        if harm == "moved":
+            path.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(path)
+        if harm == "replaced":
+            make(400)
+        with pytest.raises(DataError, match=r"the metadata of its array.*moved, removed or replaced during the run"):
+            async for _ in passing:
+                pass
+
+
+async def test_attributes_may_change_and_chunks_may_be_left_out_all_the_while(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "x.zarr", shape=(4000, 8), dtype="f4", chunks=(50, 8), fill_value=7)
+    given: dict[str, Any] = {"memory": "200KiB", "cache": 0, "batch_size": 50, "output": "numpy"}
+    async with ZarrStream(tmp_path / "x.zarr", **given) as stream:
+        seen = 0
+        async for batch in stream:
+            array.attrs["mean"] = seen
+            assert (batch.inputs == 7).all()
+            seen += len(batch)
+    assert seen == 4000
