@@ -310,7 +310,7 @@ class Watched:
     """A transform, and whether it has drawn random numbers or looked at the epoch: then each epoch is another."""
 
     def __init__(self, transform: Callable[[Batch], Any], drew: Callable[[], None]) -> None:
-        self._transform, self._drew = transform, drew
+        self._transform, self._drew, self._told = transform, drew, False
 
     def __call__(self, batch: Batch) -> Any:
         given, before = _Telling.of(batch), _state(batch.rng)
@@ -319,7 +319,8 @@ class Watched:
         return made
 
     def _look(self, given: _Telling, before: Any) -> None:
-        if given.looked or _state(given.rng) != before:
+        if not self._told and (given.looked or _state(given.rng) != before):
+            self._told = True
             self._drew()
 
 

@@ -391,11 +391,13 @@ class ZarrStream:
 
     def _watched(self, finished: Finished | None) -> Transform | None:
         """The transform, watched for what makes each epoch another: then nothing is kept unless it was asked for."""
-        if self._asked.transform is None or finished is None or self._asked.cache_transform:
+        if self._asked.transform is None or finished is None:
             return self._asked.transform
         off = partial(
             finished.stop, "the transform draws random numbers or looks at the epoch, so that each epoch is another"
         )
+        if self._asked.cache_transform:
+            off = partial(logger.warning, KEPT_DRAWS)
         return (WatchedAsync if is_async(self._asked.transform) else Watched)(self._asked.transform, off)
 
     def _recipe(self, opened: Opened, pool: Pool) -> Recipe:
@@ -716,6 +718,12 @@ class ZarrStream:
         except TimeoutError:
             raise self._asked.hung() from None
         return found[0] if np.ndim(index) == 0 else found
+
+
+KEPT_DRAWS = (
+    "the transform draws random numbers or looks at the epoch, and cache_transform=True keeps what it made: each epoch "
+    "repeats it, and a run that is resumed makes it anew, so that it does not end with the same weights"
+)
 
 
 class _FirstPass(Ending):

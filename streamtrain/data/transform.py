@@ -104,6 +104,13 @@ def _checked(made: object, given: Batch, batch: Batch, where: str) -> Batch:
             f"transform returned what is no batch of arrays ({error}), on {where}",
             hint="return arrays of numbers with a first axis, or dicts, lists and tuples of them",
         ) from error
+    if isinstance(result.inputs, np.ndarray) and isinstance(result.targets, np.ndarray):
+        of_targets = len(result.targets) if result.targets.ndim else 1
+        if of_targets not in (count, 1):  # one stands for the batch
+            raise UserCodeError(
+                f"transform returned {count} rows of inputs and {of_targets} of targets, on {where}",
+                hint="drop the same rows of both: batch.inputs[keep], batch.targets[keep]",
+            )
     if count > rows:
         raise UserCodeError(
             f"transform made {count} rows out of {rows}, on {where}", hint="it may drop rows, not add them"

@@ -168,3 +168,20 @@ async def test_samples_that_do_not_fit_are_said_and_left(store: Path, caplog: py
     assert len(await listed(source)) == len(await listed(source)) == 31
     assert sum("those of all 1000 samples take" in record.getMessage() for record in caplog.records) == 1
     await source.aclose()
+
+
+async def test_draws_that_are_kept_are_said_once(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def noisy(batch: Batch) -> tuple[Any, Any]:
+        assert batch.rng is not None
+        return batch.inputs + batch.rng.random(), batch.targets
+
+    caplog.set_level("WARNING")
+    source = stream(store, noisy)
+    kept = []
+    for _ in range(2):
+        batches = await listed(source)
+        order = np.argsort(np.concatenate([batch.index for batch in batches]))
+        kept.append(np.concatenate([batch.inputs for batch in batches])[order])
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert len([record for record in caplog.records if "does not end with the same weights" in record.message]) == 1
+    await source.aclose()

@@ -257,3 +257,9 @@ def test_transform_workers_that_are_none_are_refused(given: Any) -> None:
 def test_workers_without_a_transform_are_refused(store: Path) -> None:
     with pytest.raises(ConfigError, match="transform_workers= without transform="):
         stream(store, transform_workers=2)
+
+
+async def test_a_filter_that_forgets_the_targets_is_told_so(store: Path) -> None:
+    async with stream(store, transform=lambda batch: (batch.inputs[:5], batch.targets)) as source:
+        with pytest.raises(UserCodeError, match="5 rows of inputs and 33 of targets, on samples"):
+            await anext(aiter(source))
