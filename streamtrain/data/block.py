@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -155,18 +155,28 @@ class Block:
         where: tuple[Any, ...] = (slot, inside, *part)
         self._slots[number][where] = values
 
-    def gather(self, number: int, at: int, source: NDArray[Any], which: Ints) -> None:
-        """Copy rows `which` of `source` (n, *row_shape), which lie together and have the column's dtype, to the
-        positions from `at` on: one call a batch, or one in all where slots have no padding between them."""
-        column, rows = self.columns[number], self._rows[number]
-        assert rows is not None
-        items, at = _as_items(source, column.mover), at - self.first
-        while len(which):
+    def gather(self, sources: Mapping[int, NDArray[Any]], numbers: int, start: int, stop: int) -> None:
+        """Copy to the positions from `start` to `stop` the rows whose numbers column `numbers` has there.
+
+        `sources`: of each column its rows (n, *row_shape), which lie together and have the column's dtype. One call for
+        each in all, or one a batch where slots have padding between them.
+        """
+        items = {number: _as_items(source, self.columns[number].mover) for number, source in sources.items()}
+        together = all(self.columns[number].pitch == self.batch_size for number in (numbers, *items))
+        at, stop = start - self.first, stop - self.first
+        while at < stop:
             slot, inside = divmod(at, self.batch_size)
-            count = len(which) if column.pitch == self.batch_size else min(len(which), self.batch_size - inside)
-            first = slot * column.pitch + inside
-            items.take(which[:count], out=rows[first : first + count], mode="clip")
-            at, which = at + count, which[count:]
+            count = stop - at if together else min(stop - at, self.batch_size - inside)
+            which = self._typed(numbers)[self._run(numbers, slot, inside, count)]
+            for number, source in items.items():
+                rows = self._rows[number]
+                assert rows is not None
+                source.take(which, out=rows[self._run(number, slot, inside, count)], mode="clip")
+            at += count
+
+    def _run(self, number: int, slot: int, inside: int, count: int) -> slice:
+        first = slot * self.columns[number].pitch + inside
+        return slice(first, first + count)
 
     def lay(self, number: int, first: int, lengths: Ints) -> None:
         """Set aside room for rows of these lengths, at the positions from `first` on."""

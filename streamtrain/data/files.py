@@ -23,10 +23,11 @@ from typing import Literal
 
 import numpy as np
 
+from streamtrain.data.budget import available_memory
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.reading import Version
-from streamtrain.data.regions import Region, most_maps
+from streamtrain.data.regions import Region, region_for
 from streamtrain.data.seen import Seen, Signature, changed
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ LARGE_CHUNK = 4 << 20
 (256 KiB: 58 us against 24), and by a map that is kept as much as by pread, or less."""
 METADATA = ("zarr.json", ".zarray")
 """Files that describe an array, of version 3 and 2."""
+SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What fails for want of descriptors or memory: no fault of any file."""
+SHORT_ROW = 64
+"""Bytes of a row below which it is not worth its place."""
 GONE = "the store was moved, removed or replaced during the run"
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _REMOTE_TYPES = frozenset(
@@ -188,14 +193,12 @@ class StoreFiles:
                 self._regions[layout.name] = self._room_for(layout)
             return self._regions[layout.name]
 
-    def _room_for(self, layout: ArrayLayout) -> Region | None:
-        taken = sum(region.count for region in self._regions.values() if region is not None)
-        if not lined_up(layout) or not 1 < layout.num_files <= most_maps() - taken:
+    @staticmethod
+    def _room_for(layout: ArrayLayout) -> Region | None:
+        count, size = layout.num_files, layout.chunk_bytes
+        if not lined_up(layout) or count < 2 or count * size > available_memory() // 2:
             return None
-        try:
-            return Region(layout.num_files, layout.chunk_bytes)
-        except OSError:  # a limit of address space
-            return None
+        return region_for(count, size)
 
     def map(self, key: str, *, scattered: bool = False, place: tuple[Region, int] | None = None) -> Map | None:
         """The file as a kept read-only map; None if it is not settled. Raises OSError or ValueError.
@@ -226,7 +229,7 @@ class StoreFiles:
             finally:
                 os.close(fd)
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if error.errno not in SHORT_OF:
                 raise
             self._make_room(key, error.strerror or str(error))
             return None
@@ -267,8 +270,6 @@ class StoreFiles:
         """Forget all maps; each is unmapped when nobody reads it any more."""
         with self._lock:
             self._maps.clear()
-            self._placed.clear()
-            self._regions.clear()
 
 
 def said_by(metadata: bytes) -> object:
@@ -356,7 +357,10 @@ def read_into(fd: int, out: Bytes, offset: int) -> int:
 
 
 def lined_up(layout: ArrayLayout) -> bool:
-    """Whether files that are small make up the array's rows in order when they are mapped one after another."""
+    """Whether files that are small make up the array's rows in order when they are mapped one after another; rows so
+    short that their places would take as much memory as themselves are none."""
+    if layout.ndim == 0 or layout.codecs or layout.shard_shape is not None or layout.chunk_bytes == 0:
+        return False
     whole = layout.chunk_shape[1:] == layout.shape[1:] and layout.axes == tuple(range(layout.ndim))
-    plain = layout.raw and not layout.codecs and layout.shard_shape is None and layout.ndim > 0
-    return plain and whole and 0 < layout.chunk_bytes < LARGE_CHUNK and layout.chunk_bytes % mmap.PAGESIZE == 0
+    small = layout.chunk_bytes < LARGE_CHUNK and layout.chunk_bytes % mmap.PAGESIZE == 0
+    return whole and small and layout.chunk_bytes // layout.chunk_shape[0] >= SHORT_ROW

@@ -209,9 +209,12 @@ class KeptPass(Ending):
         except BudgetHeld:
             raise
         except (StopAsyncIteration, Exception) as error:
-            if isinstance(error, StopAsyncIteration):
+            ended = isinstance(error, StopAsyncIteration)
+            if ended:
                 self._over()
             await self.aclose()
+            if ended:
+                self._no_more()
             raise
         return batch
 

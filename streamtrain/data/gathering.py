@@ -9,8 +9,10 @@ Its law: the rows, and their places, are those that chunk by chunk would be put 
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,14 +20,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.block import Block, Column
-from streamtrain.data.feed import Feed
+from streamtrain.data.block import Block, Column, Places
+from streamtrain.data.feed import Feed, Part
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.reading import Scratch
 from streamtrain.data.survey import Place
 
+FRESH = 0.01
+"""Seconds for which a look at files counts."""
+TOGETHER = 1 << 15
+"""Rows whose numbers are put to their places together, at least."""
 Fill = Callable[[Scratch], None]
 
 
@@ -37,6 +43,31 @@ class Filled(Protocol):
     edge: int
     block: Block | None
     head: Block | None
+
+    def put(self, number: int, at: Places, values: Any, part: Part | None) -> None:
+        """Copy rows of one column to their places in the blocks."""
+
+
+class _Look:
+    """The chunks of a unit, looked at before they are gathered from: again where that was a while ago."""
+
+    def __init__(self, chunks: Sequence[int], readers: Sequence[LocalReader]) -> None:
+        self._chunks, self._readers = chunks, readers
+        self._lock, self._at = threading.Lock(), -math.inf
+
+    def check(self, scratch: Scratch) -> None:
+        """Raise DataError where a file is not what it was."""
+        if time.monotonic() - self._at < FRESH:
+            return
+        with self._lock:
+            if time.monotonic() - self._at < FRESH:
+                return
+            if self._at == -math.inf:
+                scratch.chunks += len(self._chunks) * len(self._readers)
+                scratch.bytes_read += len(self._chunks) * sum(reader.layout.chunk_bytes for reader in self._readers)
+            for reader in self._readers:
+                reader.check(self._chunks, scratch)
+            self._at = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -56,7 +87,7 @@ class Gathering:
         last, found = places[-1].column, []
         if len(feeds) != 1 or not columns[last].pitch:
             return None
-        for feed, place in zip(feeds[0], places, strict=False):
+        for feed, place in zip(feeds[0], places[:-1], strict=True):
             column = columns[place.column]
             reader = feed.lined_up(column.dtype) if column.pitch and not place.part else None
             if reader is None:
@@ -64,64 +95,67 @@ class Gathering:
             found.append((place.column, reader))
         return cls(found, last)
 
-    def jobs(
-        self, order: EpochOrder, unit: Filled, pieces: Sequence[Piece], scratch: Scratch, rows: int
-    ) -> list[Fill] | None:
+    def jobs(self, order: EpochOrder, unit: Filled, pieces: Sequence[Piece], rows: int) -> list[Fill] | None:
         """What fills the unit, `rows` at a time; None where some chunk has to be read by itself."""
         cells = np.array([piece.cell for piece in pieces], dtype=np.int64)
         chunks = (np.unique(cells) if order.scattered else cells).tolist()
-        sources: list[tuple[int, NDArray[Any]]] = []
+        sources: dict[int, NDArray[Any]] = {}
         for column, reader in self.readers:
-            found = reader.rows_of(chunks, scratch)
+            found = reader.rows_of(chunks)
             if found is None:
                 return None
-            sources.append((column, found))
-        numbers = _numbers(order, unit.start, unit.stop, pieces)
+            sources[column] = found
+        self._number(order, unit, pieces)
+        look = _Look(chunks, [reader for _, reader in self.readers])
         return [
-            partial(self._fill, unit, sources, numbers, first, min(first + rows, unit.stop))
+            partial(self._fill, unit, sources, look, first, min(first + rows, unit.stop))
             for first in range(unit.start, unit.stop, rows)
         ]
+
+    def _number(self, order: EpochOrder, unit: Filled, pieces: Sequence[Piece]) -> None:
+        """Put the number of each position's sample, which is that of its row, into its place."""
+        places: dict[int, list[Ints]] = {}
+        found: list[tuple[Ints, Ints]] = []
+        count = total = 0
+        for piece in pieces:
+            if piece.block < 0:
+                rows, at = order.place(piece)
+                where = _array(at)
+            else:
+                rows = order.split.rows(piece.cell, piece.lower, piece.upper)
+                if piece.block not in places:  # one by one their places would take five times as long
+                    places = {piece.block: order.places(piece.block)}
+                where = places[piece.block][piece.lane][piece.offset : piece.offset + piece.upper - piece.lower]
+            found.append((where, order.split.grid.numbers(piece.cell, _array(rows))))
+            count += len(where)
+            total += len(where)
+            if count >= TOGETHER or piece is pieces[-1]:
+                where, numbers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+                unit.put(self.numbers, where, numbers, None)
+                found, count = [], 0
+        assert total == unit.stop - unit.start, "what no piece fills would be gathered from anywhere"
 
     def _fill(
         self,
         unit: Filled,
-        sources: Sequence[tuple[int, NDArray[Any]]],
-        numbers: Ints,
+        sources: Mapping[int, NDArray[Any]],
+        look: _Look,
         start: int,
         stop: int,
         scratch: Scratch,
     ) -> None:
+        look.check(scratch)
         began = time.perf_counter()
+        layout = self.readers[0][1].layout
+        scratch.reading = (f"array {layout.name!r}: rows for positions {start} to {stop}", time.monotonic())
         for block, first, last in (
             (unit.head, start, min(stop, unit.edge)),
             (unit.block, max(start, unit.edge), stop),
         ):
-            if block is None or first >= last:
-                continue
-            which = numbers[first - unit.start : last - unit.start]
-            for column, source in sources:
-                block.gather(column, first, source, which)
-            block.put(self.numbers, slice(first, last), which)
+            if block is not None and first < last:
+                block.gather(sources, self.numbers, first, last)
+        scratch.reading = None
         scratch.seconds["gather"] += time.perf_counter() - began
-
-
-def _numbers(order: EpochOrder, start: int, stop: int, pieces: Sequence[Piece]) -> Ints:
-    """Of each position from `start` to `stop`: the number of its sample, which is that of its row."""
-    numbers = np.empty(stop - start, dtype=np.int64)
-    places: dict[int, list[Ints]] = {}
-    found: list[tuple[Ints, Ints]] = []
-    for piece in pieces:
-        if piece.block < 0:
-            rows, at = order.place(piece)
-            where = _array(at)
-        else:
-            rows = order.split.rows(piece.cell, piece.lower, piece.upper)
-            if piece.block not in places:  # one by one their places would take five times as long
-                places[piece.block] = order.places(piece.block)
-            where = places[piece.block][piece.lane][piece.offset : piece.offset + piece.upper - piece.lower]
-        found.append((where, order.split.grid.numbers(piece.cell, _array(rows))))
-    numbers[np.concatenate([where for where, _ in found]) - start] = np.concatenate([which for _, which in found])
-    return numbers
 
 
 def _array(rows: slice | Ints) -> Ints:

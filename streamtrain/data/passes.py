@@ -507,7 +507,7 @@ class ZarrPass(Ending):
                 pieces = [piece for block in blocks for piece in order.pieces(block)]
             if self._recipe.ragged:
                 lay(unit, [laid for piece in pieces if (laid := self._laid(piece)) is not None], self._recipe)
-            runs, wants = self._gathered(unit, pieces, scratch), []
+            runs, wants = self._gathered(unit, pieces), []
             if runs is None:
                 jobs = self._jobs(pieces)
                 wants = [self._wants(job) for job in jobs]
@@ -530,12 +530,12 @@ class ZarrPass(Ending):
         if more and workers is not None:
             workers.submit(self._plan)
 
-    def _gathered(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> list[Job] | None:
+    def _gathered(self, unit: Unit, pieces: Sequence[Piece]) -> list[Job] | None:
         """Jobs that fill the unit without a look at each chunk, where that can be done."""
         if self._gathering is None:
             return None
         rows = self._job_rows(unit.stop - unit.start)
-        fills = self._gathering.jobs(self._order, unit, pieces, scratch, rows)
+        fills = self._gathering.jobs(self._order, unit, pieces, rows)
         return None if fills is None else [partial(self._run, unit, fill) for fill in fills]
 
     def _job_rows(self, rows: int) -> int:

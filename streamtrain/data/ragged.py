@@ -230,7 +230,7 @@ def copy_runs(out: NDArray[Any], to: Ints, source: NDArray[Any], starts: Ints, l
         into: Any = out
         given: Any = source
         each = 1
-        if lengths.max(initial=0) * (size := _bytes_of_one(out)) <= SHORT_BYTES and _plain(source, out.dtype):
+        if lengths.max(initial=0) * (size := _bytes_of_one(out)) <= SHORT_BYTES and _plain(source, out):
             into, given, each = _as_bytes(out), _as_bytes(source), size
         bounds = (to * each).tolist(), (starts * each).tolist(), (lengths * each).tolist()
         for place, start, length in zip(*bounds, strict=True):
@@ -248,9 +248,11 @@ def copy_runs(out: NDArray[Any], to: Ints, source: NDArray[Any], starts: Ints, l
             out[where] = source[np.repeat(starts[first:last] - before[first:last], here) + count]
 
 
-def _plain(source: NDArray[Any], dtype: np.dtype[Any]) -> bool:
-    """Whether its elements lie together, as they are wanted."""
-    return source.flags.c_contiguous and source.dtype == dtype
+def _plain(source: NDArray[Any], out: NDArray[Any]) -> bool:
+    """Whether elements lie together in both, as they are wanted, and in memory of ours: what can't be written to may be
+    a map of a file, whose pages may have to come from a disk."""
+    together = source.flags.c_contiguous and out.flags.c_contiguous
+    return together and source.flags.writeable and source.dtype == out.dtype
 
 
 def _bytes_of_one(array: NDArray[Any]) -> int:

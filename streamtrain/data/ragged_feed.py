@@ -104,9 +104,9 @@ class RaggedFeed(Feed):
         low, high = (first_ones, last_ones) if rising else (columns, columns)
         if int(low.min()) < 0 or int(high.max()) >= self.site.width:
             raise self._wrong(part, wanted)
-        before = wanted.last_columns[rows]
+        twice = not rising or bool((first_ones <= wanted.last_columns[rows]).any())
         wanted.last_columns[rows] = last_ones
-        return not rising or bool((first_ones <= before).any())
+        return twice
 
     def _wrong(self, part: Stretch, wanted: Wanted) -> DataError:
         """Names the first column of a row that is none."""

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from streamtrain.data.budget import available_memory, format_bytes
 from streamtrain.data.decode import Decoder
-from streamtrain.data.files import Map, StoreFiles, read_into, signature_of
+from streamtrain.data.files import SHORT_OF, Map, StoreFiles, read_into, signature_of
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
 from streamtrain.data.manifest import NOTHING, SLICE, Record, describe
-from streamtrain.data.reading import Scratch, Version, chunk_error
+from streamtrain.data.reading import ChunkName, Scratch, Version, chunk_error
 from streamtrain.data.seen import Signature, changed
 from streamtrain.data.trust import Trust, Verify, trust_in
+from streamtrain.errors import EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class LocalReader:
 
     def vouch(self, verify: Verify) -> None:
         self._trust = trust_in(self._files.root, self.layout, verify)
+        self._ready = {}
 
     def beside(self, total: int) -> None:
         """All arrays that are read together have so many bytes: pages may not stay, nor even be worth mapping."""
@@ -197,27 +199,37 @@ class LocalReader:
         except ValueError as error:
             raise chunk_error(layout, chunk, self._files.root / key, error) from error
         except OSError as error:
+            if error.errno in SHORT_OF:
+                raise EnvironmentProblem(
+                    f"{ChunkName(layout.name, tuple(chunk))}: {error.strerror}",
+                    hint="raise `ulimit -n`, or free memory",
+                ) from error
             raise chunk_error(layout, chunk, self._files.root / key, error.strerror or error) from error
 
-    def rows_of(self, chunks: Sequence[int], scratch: Scratch) -> NDArray[Any] | None:
+    def rows_of(self, chunks: Sequence[int]) -> NDArray[Any] | None:
         """All rows of the array in one piece of memory, of which those of these chunks (numbers along the first axis)
-        are as they were when they were first read; None where `read` has to see to one of them, or to pages."""
+        may be used after `check`; None where one of them is still to be read, or pages may not stay."""
         if self._region is None or self._beyond or self._touch == "always":
             return None
-        ready = self._ready
-        found = [ready[number] for number in chunks if number in ready]
-        if len(found) < len(chunks):
+        if not all(map(self._ready.__contains__, chunks)):
             return None
-        began = time.perf_counter()
-        try:
-            if any(signature_of(os.stat(path)) != file.signature for path, file in found):
-                return None
-        except OSError:
-            return None
-        scratch.chunks += len(found)
-        scratch.bytes_read += len(found) * self.layout.chunk_bytes
-        scratch.seconds["read"] += time.perf_counter() - began
         return self._region.data.view(self.layout.dtype).reshape(-1, *self.layout.chunk_shape[1:])
+
+    def check(self, chunks: Sequence[int], scratch: Scratch) -> None:
+        """Raise DataError unless the files of these chunks are what they were when they were first read."""
+        began = time.perf_counter()
+        others = (0,) * (self.layout.ndim - 1)
+        scratch.reading = (ChunkName(self.layout.name, (chunks[0], *others)), time.monotonic())
+        for number in chunks:
+            path, file = self._ready[number]
+            try:
+                same = signature_of(os.stat(path)) == file.signature
+            except OSError:
+                same = False
+            if not same:
+                self.read((number, *others), (0, self.layout.chunk_shape[0]), scratch)  # knows what to say
+        scratch.reading = None
+        scratch.seconds["read"] += time.perf_counter() - began
 
     def _out(self, scratch: Scratch) -> Bytes:
         return scratch.take("decoded", self._decoder.room) if self._decoder.compressed else _NOTHING

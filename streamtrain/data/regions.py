@@ -9,18 +9,21 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 import weakref
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-_NONE, _FIXED, _NORESERVE = 0, 0x10, 0x4000
-"""PROT_NONE, MAP_FIXED and MAP_NORESERVE of Linux, which `mmap` does not name."""
+_NONE, _FIXED = 0, 0x10
+"""PROT_NONE and MAP_FIXED of Linux, which `mmap` does not name."""
 _FAILED = ctypes.c_void_p(-1).value
 MAPS = "/proc/sys/vm/max_map_count"
+"""Where Linux says how many maps a process may have."""
 SHARE = 4
 """Of all maps that the kernel allows a process, one in so many is ours."""
 
@@ -29,10 +32,46 @@ SHARE = 4
 def most_maps() -> int:
     """Files that may be mapped in this way; 0 where the system does not say."""
     try:
-        with open(MAPS) as file:
+        with open(MAPS, encoding="ascii") as file:
             return int(file.read()) // SHARE
     except (OSError, ValueError):
         return 0
+
+
+class _Account:
+    """The files for which all regions of this process have room."""
+
+    def __init__(self) -> None:
+        self._lock, self._taken = threading.RLock(), 0  # a finalizer may run while it is held
+
+    def take(self, count: int) -> bool:
+        """Whether so many more may be mapped."""
+        with self._lock:
+            if self._taken + count > most_maps():
+                return False
+            self._taken += count
+            return True
+
+    def give_back(self, count: int) -> None:
+        """They are mapped no more."""
+        with self._lock:
+            self._taken -= count
+
+
+_ACCOUNT = _Account()
+
+
+def region_for(count: int, size: int) -> Region | None:
+    """Room for so many files, if the kernel allows it beside all others that this process has."""
+    if not _ACCOUNT.take(count):
+        return None
+    try:
+        made = Region(count, size)
+    except OSError:  # a limit of address space
+        _ACCOUNT.give_back(count)
+        return None
+    made.at_end(partial(_ACCOUNT.give_back, count))
+    return made
 
 
 class Region:
@@ -42,12 +81,19 @@ class Region:
         """Raises OSError where there is no such room."""
         assert size % mmap.PAGESIZE == 0
         self.count, self.size = count, size
-        self._address = _map(None, count * size, _NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE, -1)
+        self._address = _map(None, count * size, _NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         memory = (ctypes.c_ubyte * (count * size)).from_address(self._address)
+        self._memory = weakref.ref(memory)
         weakref.finalize(memory, _libc().munmap, self._address, count * size).atexit = False
         self.data: Bytes = np.frombuffer(memoryview(memory), dtype=np.uint8)
         """All of it; to read where no file was mapped kills the process."""
         self.data.flags.writeable = False
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call this once the last array that looks at it is gone."""
+        memory = self._memory()
+        assert memory is not None
+        weakref.finalize(memory, call).atexit = False
 
     def place(self, number: int, fd: int) -> Bytes:
         """Map a file of `size` bytes to its place; its bytes. Raises OSError."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -205,4 +207,25 @@ async def test_a_transform_that_looks_at_the_epoch_is_not_kept(store: Path) -> N
     source, never = plain(store, transform=by_epoch), plain(store, transform=by_epoch, cache_transform=False)
     for _ in range(2):
         assert same(await listed(source), await listed(never))
+    await source.aclose()
+
+
+async def test_who_waits_in_a_pass_that_another_ends_is_told_so(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An end without a word would pass for the end of the epoch."""
+    held = threading.Event()
+
+    def slow(batch: Batch) -> Any:
+        held.wait(30)
+        return batch
+
+    source = plain(store, transform=slow, batch_size=10)
+    first = aiter(source)
+    waiting = asyncio.ensure_future(anext(first))
+    await asyncio.sleep(0)
+    second = aiter(source)
+    held.set()
+    with pytest.raises(StopAsyncIteration):
+        await waiting
+    assert [record for record in caplog.records if "another one over this stream began" in record.getMessage()]
+    assert len(await anext(second)) == 10
     await source.aclose()

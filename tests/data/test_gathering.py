@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from streamtrain.data.files import StoreFiles
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.regions import Region
 from streamtrain.data.stream import ZarrStream
-from streamtrain.errors import DataError
+from streamtrain.errors import DataError, EnvironmentProblem
 from tests.data.stores import layout_of
 
 ROWS, CHUNK = 203, 8
@@ -169,6 +170,64 @@ async def test_an_absent_chunk_is_filled_in_each_epoch(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(batch.targets, np.where(gone[:, None], 0, Y[batch.index]))
 
 
+async def test_each_chunk_is_counted_once_where_one_of_another_array_is_absent(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.zarr")
+    (path / "y/c/2/0").unlink()
+    async with stream(path) as source, stream(path, io="pread") as plain:
+        for _ in range(2):
+            await listed(source)
+            await listed(plain)
+            assert source.statistics().chunks == plain.statistics().chunks
+
+
+@pytest.mark.parametrize("lanes", [None, 3])
+@pytest.mark.parametrize("size", [10, 33, 700])
+async def test_batches_with_padding_between_them_and_lanes_are_right(
+    tmp_path: Path, read: Read, size: int, lanes: int | None
+) -> None:
+    rows = np.random.default_rng(1).integers(0, 1 << 30, (3000, 9))
+    kept = {"chunks": (512, 9), "compressors": None}
+    zarr.create_group(tmp_path / "x.zarr").create_array("x", data=rows, **kept)
+    given: dict[str, Any] = {"inputs": "x", "targets": None, "batch_size": size, "shuffle_blocks": 2, "lanes": lanes}
+    async with (
+        stream(tmp_path / "x.zarr", **given) as source,
+        stream(tmp_path / "x.zarr", io="pread", **given) as plain,
+    ):
+        for epoch in range(3):
+            before = read.chunks
+            ours = await listed(source)
+            assert epoch == 0 or read.chunks == before
+            theirs = await listed(plain)
+            assert [batch.index.tolist() for batch in ours] == [batch.index.tolist() for batch in theirs]
+            for batch in ours:
+                np.testing.assert_array_equal(batch.inputs, rows[batch.index])
+
+
+async def test_a_look_at_files_that_hangs_is_named(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file system that does not answer, as a dead server's, holds who looks; here a pipe does that has no writer."""
+    pipe, there = tmp_path / "pipe", os.stat
+    os.mkfifo(pipe)
+    async with stream(store, read_timeout=0.3) as source:
+        await listed(source)
+
+        def look(path: Any, **named: Any) -> os.stat_result:
+            if str(path).startswith(str(store)):
+                os.close(os.open(pipe, os.O_RDONLY))
+            return there(path, **named)
+
+        monkeypatch.setattr(os, "stat", look)
+        with pytest.raises(EnvironmentProblem, match=r"was not read within 0\.3 s"):
+            await listed(source)
+        monkeypatch.undo()
+        for _ in range(20):  # let them go: each that waits has opened its end
+            try:
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:
+                break
+
+
 async def test_what_a_manifest_vouches_for_is_checked_before_it_is_gathered(tmp_path: Path, read: Read) -> None:
     path = synth(tmp_path / "s.zarr", rows=1000, columns=512, chunk_rows=50, codec="raw")
     chunk = path / "x/c/7/0"
@@ -193,7 +252,7 @@ async def test_small_files_take_no_descriptors_and_their_memory_is_let_go_of(sto
     source = stream(store)
     kept = await listed(source)
     mine = [each for each in process.memory_maps(grouped=False) if str(store) in each.path]
-    assert len(mine) >= 2 * -(-ROWS // CHUNK) // 2
+    assert len({each.path for each in mine}) == 2 * -(-ROWS // CHUNK)
     open_fds = process.num_fds()
     await source.aclose()
     del source
@@ -203,23 +262,34 @@ async def test_small_files_take_no_descriptors_and_their_memory_is_let_go_of(sto
     assert open_fds - before < ROWS // CHUNK
 
 
-def test_a_kernel_that_allows_few_maps_leaves_files_to_the_other_lanes(
+async def test_what_the_kernel_allows_is_one_account_for_all_streams_and_comes_back(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtrain.data.files.most_maps", lambda: 10)
+    files = -(-ROWS // CHUNK)
+    monkeypatch.setattr(regions, "most_maps", lambda: 2 * files)
+    monkeypatch.setattr(regions, "_ACCOUNT", regions._Account())
 
-    async def scenario() -> None:
-        async with stream(store) as source:
-            for _ in range(2):
-                right(await listed(source))
+    def mapped() -> int:
+        maps = psutil.Process().memory_maps(grouped=False)
+        return len({each.path for each in maps if str(store) in each.path})
 
-    asyncio.run(scenario())
+    first, second = stream(store), stream(store)
+    for _ in range(2):
+        right(await listed(first))
+        right(await listed(second))
+    assert mapped() == 2 * files
+    assert regions.region_for(1, mmap.PAGESIZE) is None
+    for each in (first, second):
+        await each.aclose()
+    del first, second, each
+    gc.collect()
+    assert regions.region_for(2 * files, mmap.PAGESIZE) is not None
 
 
 def test_a_region_refuses_what_it_has_no_room_for_and_tells_why() -> None:
     with pytest.raises(OSError, match="memory"):
         Region(1 << 40, 1 << 20)
-    region = Region(2, 4096)
+    region = Region(2, mmap.PAGESIZE)
     with pytest.raises(OSError, match="descriptor"):
         region.place(0, -1)
 

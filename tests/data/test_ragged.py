@@ -215,3 +215,18 @@ def test_rows_are_as_long_as_the_longest_of_all_stores(tmp_path: Path, shuffle: 
     assert np.array_equal(found["tokens.lengths"], np.concatenate(lengths)[found["index"]])
     with pytest.raises(DataError, match="all of its rows are empty"):
         epoch(stream(paths[1]))
+
+
+@pytest.mark.parametrize("inner", [(4,), (3, 2)])
+def test_long_rows_of_elements_that_are_cut_are_put_together_whole(tmp_path: Path, inner: tuple[int, ...]) -> None:
+    lengths = np.random.default_rng(0).integers(150, 300, 24).tolist()
+    path = rows_store(tmp_path / "x.zarr", lengths, inner, chunk=500)
+
+    async def scenario() -> None:
+        expected = padded(path, max(lengths))
+        async with stream(path, shuffle="block") as source:
+            async for batch in source:
+                rows = batch.inputs["tokens"]
+                np.testing.assert_array_equal(rows, expected[batch.index][:, : rows.shape[1]])
+
+    asyncio.run(scenario())
