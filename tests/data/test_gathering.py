@@ -186,7 +186,7 @@ async def test_batches_with_padding_between_them_and_lanes_are_right(
     tmp_path: Path, read: Read, size: int, lanes: int | None
 ) -> None:
     rows = np.random.default_rng(1).integers(0, 1 << 30, (3000, 9))
-    kept = {"chunks": (512, 9), "compressors": None}
+    kept: dict[str, Any] = {"chunks": (512, 9), "compressors": None}
     zarr.create_group(tmp_path / "x.zarr").create_array("x", data=rows, **kept)
     given: dict[str, Any] = {"inputs": "x", "targets": None, "batch_size": size, "shuffle_blocks": 2, "lanes": lanes}
     async with (
