@@ -10,14 +10,13 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamtrain import assembly
 from streamtrain.config import DataTable, Said, resolve_data
 from streamtrain.data import opening
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.layout import ALONE, trainable
+from streamtrain.data.layout import ALONE, Untrainable
 from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
@@ -27,15 +26,8 @@ if TYPE_CHECKING:
     from streamtrain.data.survey import Plan
 
 
-@dataclass(frozen=True)
-class Unfit:
-    """An array in good order that can't be trained on."""
-
-    why: DataError
-
-
-Arrays = Mapping[str, "OpenArray | Unfit | DataError"]
-"""By name; where one can't be read, why."""
+Arrays = Mapping[str, "OpenArray | DataError"]
+"""By name; where one can't be read, why: Untrainable is no damage."""
 
 SMALL_FILE = 256 << 10
 LARGE_CHUNK = 64 << 20
@@ -48,7 +40,7 @@ def inspect(said: Said) -> Iterator[str]:
     arrays = look(table)
     for name, array in arrays.items():
         yield from describe(name, array)
-    bad = [array for array in arrays.values() if isinstance(array, DataError)]
+    bad = [array for array in arrays.values() if isinstance(array, DataError) and not isinstance(array, Untrainable)]
     if bad and table.inputs is None:
         raise bad[0]
     table = chosen(table, arrays)
@@ -68,7 +60,7 @@ def look(table: DataTable) -> Arrays:
     where, loop = opening.locate(store, table.storage_options, retries=table.retries), ZarrLoop()
 
     async def open_all() -> Arrays:
-        found: dict[str, OpenArray | Unfit | DataError] = {}
+        found: dict[str, OpenArray | DataError] = {}
         for name in await opening.list_columns(where):
             try:
                 opened = await opening.open_arrays(
@@ -76,7 +68,7 @@ def look(table: DataTable) -> Arrays:
                 )
                 found[name] = next(iter(opened.values()))
             except DataError as error:
-                found[name] = Unfit(error) if await _in_order(where, name) else error
+                found[name] = error
         return found
 
     try:
@@ -94,17 +86,6 @@ def look(table: DataTable) -> Arrays:
     return found
 
 
-async def _in_order(where: opening.Located, name: str) -> bool:
-    """Whether what can't be opened is only no numbers, or nothing that AnnData's groups have as one array."""
-    try:
-        array = await opening.array_at(where, name)
-    except DataError:
-        return False
-    if array is not None:
-        return not trainable(array.dtype)
-    return await opening.is_refused(where, name)
-
-
 def with_inputs(table: DataTable) -> DataTable:
     """The same with inputs where none were named."""
     if table.inputs is not None:
@@ -114,7 +95,7 @@ def with_inputs(table: DataTable) -> DataTable:
 
 def chosen(table: DataTable, arrays: Arrays) -> DataTable:
     """The same with inputs: those that were named, else all arrays with as many rows as most of them have."""
-    found = {n: array for n, array in arrays.items() if not isinstance(array, Unfit | DataError)}
+    found = {n: array for n, array in arrays.items() if not isinstance(array, DataError)}
     alone = len(arrays) == 1 and all(array.encoding is None for array in found.values())
     if table.inputs is not None or alone:
         return table
@@ -134,10 +115,10 @@ def _rows_and_columns(array: OpenArray) -> tuple[int, ...]:
     return array.encoding.shape if array.encoding is not None and sparse else array.layout.shape
 
 
-def describe(name: str, array: OpenArray | Unfit | DataError) -> list[str]:
+def describe(name: str, array: OpenArray | DataError) -> list[str]:
     """How an array is stored and which lane reads it."""
-    if isinstance(array, Unfit):
-        return [f"{name or ALONE}: can't be trained on: {array.why}"]
+    if isinstance(array, Untrainable):
+        return [f"{name or ALONE}: can't be trained on: {array}"]
     if isinstance(array, DataError):
         return [f"{name or ALONE}: can't be read: {array}"]
     layout = array.layout
@@ -192,8 +173,8 @@ def _kind(array: OpenArray) -> str:
     return "column with a mask of missing values; its values: "
 
 
-def _advice(name: str, array: OpenArray | Unfit | DataError) -> Iterator[str]:
-    if isinstance(array, Unfit | DataError):
+def _advice(name: str, array: OpenArray | DataError) -> Iterator[str]:
+    if isinstance(array, DataError):
         return
     layout = array.layout
     if array.fallback is not None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from streamtrain.data.layout import Untrainable
 from streamtrain.errors import DataError
 
 Kind = Literal["csr", "categorical", "nullable"]
@@ -53,7 +54,7 @@ class Encoding:
 
 
 def encoding_of(name: str, attributes: object) -> Encoding | None:
-    """What this group is; None for a plain one. Raises DataError for what can't be trained on."""
+    """What this group is; None for a plain one. Raises Untrainable for what can't be trained on."""
     if not isinstance(attributes, Mapping):
         return None
     said = attributes.get("encoding-type") or attributes.get("h5sparse_format")
@@ -65,7 +66,7 @@ def encoding_of(name: str, attributes: object) -> Encoding | None:
         return Encoding("nullable")
     if isinstance(said, str) and said in REFUSED:
         example = f": '{name}/{_column(attributes)}'" if said == "dataframe" else ""
-        raise DataError(f"{name!r} is a {said}, which can't be trained on as it is", hint=f"{REFUSED[said]}{example}")
+        raise Untrainable(f"{name!r} is a {said}, which can't be trained on as it is", hint=f"{REFUSED[said]}{example}")
     return None
 
 

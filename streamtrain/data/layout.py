@@ -160,6 +160,10 @@ def decoded_whole(layout: ArrayLayout) -> bool:
     return layout.slow is not None or not layout.raw
 
 
+class Untrainable(DataError):
+    """What is there may be in good order, and is no numbers that a tensor could hold; no damage."""
+
+
 def trainable(dtype: np.dtype[Any]) -> bool:
     """Whether it is one of the dtypes that tensors have (of either byte order)."""
     if dtype.name == BFLOAT16:
@@ -179,12 +183,12 @@ def _refusal(dtype: np.dtype[Any]) -> str:
 def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fill_value: Any) -> ArrayLayout:
     """The layout that an array's metadata (zarr's `metadata.to_dict()`) describes.
 
-    Raises DataError if it can't be trained on or claims what can't be.
+    Raises Untrainable if no tensor could hold it, DataError if it claims what can't be.
     """
     shape = tuple(int(s) for s in metadata["shape"])
     if not trainable(dtype):
         whose = f"array {name or ALONE!r}"
-        raise DataError(f"{whose} has dtype {dtype}, which can't be trained on", hint=_refusal(dtype))
+        raise Untrainable(f"{whose} has dtype {dtype}, which can't be trained on", hint=_refusal(dtype))
     if fill_value is None:  # Zarr 2 leaves it open; zarr reads zero
         fill_value = dtype.type(0)
     parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3

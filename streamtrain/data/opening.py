@@ -166,8 +166,8 @@ async def open_arrays(
 ) -> dict[str, OpenArray]:
     """Open these arrays; None stands for the one array that the store holds. Data is read on `loop`.
 
-    Raises DataError where the store or an array is missing, damaged or can't be trained on, EnvironmentProblem where
-    it can't be reached.
+    Raises DataError where the store or an array is missing or damaged, Untrainable (one of those) where it is in order
+    but no numbers, EnvironmentProblem where it can't be reached.
     """
     if where.root is not None:
         _check_folder(where.root, where.path, where.name)
@@ -280,19 +280,6 @@ async def list_columns(where: Located) -> list[str]:
             if stands_for_one((await _member(node, where, group)).metadata.attributes):
                 whole.add(group)
     return list(dict.fromkeys(group if (group := name.rpartition("/")[0]) in whole else name for name in names))
-
-
-async def is_refused(where: Located, name: str) -> bool:
-    """Whether this is a group in good order that AnnData writes, and that can't be trained on."""
-    node = await _opened(where, "")
-    with contextlib.suppress(DataError):
-        member = await _member(node, where, name) if isinstance(node, zarr.AsyncGroup) else None
-        if isinstance(member, zarr.AsyncGroup) and stands_for_one(member.metadata.attributes):
-            try:
-                encoding_of(name, member.metadata.attributes)
-            except DataError:
-                return True
-    return False
 
 
 def _readable(

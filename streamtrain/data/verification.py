@@ -18,7 +18,7 @@ from streamtrain.data.afar import Objects
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.fetch import Fetcher
 from streamtrain.data.files import StoreFiles
-from streamtrain.data.layout import ABSENT, ArrayLayout
+from streamtrain.data.layout import ABSENT, ArrayLayout, Untrainable
 from streamtrain.data.manifest import PLACE, Manifest, Pages, Record, doubly, file_grid, first_chunk, unaddressable
 from streamtrain.data.opening import Located, OpenArray, locate
 from streamtrain.data.readers import describe_part, shard_index
@@ -40,11 +40,13 @@ class Count:
     files: int = 0
     bytes: int = 0
     damaged: int = 0
+    passed_over: int = 0
+    """Arrays that nothing was looked at of."""
 
     def add(self, other: Count) -> None:
         """Count these too."""
         self.files, self.bytes = self.files + other.files, self.bytes + other.bytes
-        self.damaged += other.damaged
+        self.damaged, self.passed_over = self.damaged + other.damaged, self.passed_over + other.passed_over
 
 
 def verify(
@@ -59,7 +61,7 @@ def verify(
     Metadata, presence, sizes, shard indexes and the manifests' own checksums; with `deep` every byte, against its
     manifest or, where there is none, by decoding every chunk. Of a store elsewhere (a URL) objects are looked at with
     `deep` alone. `write`: arrays without a damage get a new manifest, which vouches for their files as they are; that
-    takes a deep look before.
+    takes a deep look before. What can't be trained on, such as texts and times, is said and passed over.
     Raises ConfigError for manifests that would be written elsewhere, EnvironmentProblem for what can't be reached.
     """
     where = locate(os.fspath(store))
@@ -71,7 +73,10 @@ def verify(
     try:
         for name, opened in look(where, loop).items():
             count = Count()
-            if isinstance(opened, DataError):
+            if isinstance(opened, Untrainable):
+                yield f"{name or 'array'}: not looked at{', and without a manifest' if write else ''}: {opened}"
+                count.passed_over += 1
+            elif isinstance(opened, DataError):
                 yield f"damaged: {opened}"
                 count.damaged += 1
             else:
@@ -89,7 +94,9 @@ def verify(
             f"{where.name}: {every.damaged} damaged, {every.files} files looked at",
             hint="restore them from their source, or convert the data again; on_bad_chunk='skip' trains without them",
         )
-    yield f"ok: {_size(every)}{', every byte' if deep else ''}"
+    arrays = f"{every.passed_over} array{'' if every.passed_over == 1 else 's'}"
+    over = f"; {arrays} not looked at" if every.passed_over else ""
+    yield f"ok: {_size(every)}{', every byte' if deep else ''}{over}"
 
 
 def _array(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from streamtrain.data.files import StoreFiles
-from streamtrain.data.layout import ABSENT, ArrayLayout
+from streamtrain.data.layout import ABSENT, ArrayLayout, Untrainable
 from streamtrain.data.manifest import Draft, Record, doubly, first_chunk
 from streamtrain.data.opening import IO, Located, OpenArray, list_arrays, locate, open_arrays
 from streamtrain.data.readers import describe_part, shard_index
@@ -56,10 +56,12 @@ def write_manifest(root: Path, layout: ArrayLayout, *, progress: Progress | None
 
 
 def vouch(root: Path) -> None:
-    """Give every array of the store at `root` a manifest. Raises as `write_manifest` does."""
+    """Give every array of the store at `root` that can be trained on a manifest. Raises as `write_manifest` does."""
     loop = ZarrLoop()
     try:
         for opened in look(root, loop).values():
+            if isinstance(opened, Untrainable):
+                continue
             if isinstance(opened, DataError):
                 raise opened
             write_manifest(root, opened.layout)
@@ -68,7 +70,9 @@ def vouch(root: Path) -> None:
 
 
 def look(root: Path | Located, loop: ZarrLoop) -> dict[str, OpenArray | DataError]:
-    """Every array of a store by its name, opened for `pread`, or why it can't be. Raises DataError for none.
+    """Every array of a store by its name, opened for `pread`, or why it can't be (Untrainable: without damage).
+
+    Raises DataError for none.
 
     `loop` serves arrays that only zarr's own API can read, and is the caller's to close.
     """

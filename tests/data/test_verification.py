@@ -35,6 +35,32 @@ def damages(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("damaged: ")]
 
 
+@pytest.mark.parametrize("dtype", ["str", "M8[ns]", "m8[s]"])
+@pytest.mark.parametrize("options", [{}, {"deep": True}, {"write": True}], ids=str)
+def test_texts_and_times_are_passed_over_by_name_and_are_no_damage(
+    dtype: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    group = zarr.create_group(tmp_path)
+    group.create_array("x", data=np.ones((10, 3), "f4"), chunks=(5, 3))
+    group.create_array("name", shape=(10,), chunks=(5,), dtype=str if dtype == "str" else dtype)
+    lines = said(tmp_path, **options)
+    assert damages(lines) == []
+    (line,) = [line for line in lines if line.startswith("name: not looked at")]
+    assert "which can't be trained on" in line
+    assert ("without a manifest" in line) == ("write" in options)
+    assert lines[-1].endswith("; 1 array not looked at")
+    assert (tmp_path / "x" / PLACE).exists() == ("write" in options)
+    assert not (tmp_path / "name" / PLACE).exists()
+
+
+def test_damage_beside_texts_is_found(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path)
+    group.create_array("x", data=np.ones((10, 3), "f4"), chunks=(5, 3), compressors=None)
+    group.create_array("name", shape=(10,), chunks=(5,), dtype=str)
+    (tmp_path / "x/c/1/0").write_bytes(b"cut")
+    assert len(damages(said(tmp_path))) == 1
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_a_sound_store_of_any_layout_is_ok(case: Case, with_manifest: bool, tmp_path: Path) -> None:
