@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.others import carry
 from data_tools.source import Region, Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
 from streamtrain.data.layout import ALONE, ArrayLayout
@@ -36,7 +37,8 @@ def rechunk(
 ) -> Path:
     """Write `source` anew as `target`, laid out like this, and return its path.
 
-    An array that `chunks` does not name keeps its chunks, and its shards unless `shards` names it. Raises DataError for
+    An array that `chunks` does not name keeps its chunks, and its shards unless `shards` names it. Texts, times and
+    others that can't be trained on are copied in their own chunks and codecs. Raises DataError for
     damage in the source, ConfigError for sizes that do not fit or too little memory; what is left is nothing, or all.
     """
     target, limit = Path(target), parse_bytes(memory)
@@ -46,6 +48,8 @@ def rechunk(
             for name, array in opened.arrays.items()
         }
         for given in (*(chunks or ()), *(shards or ())):
+            if given in opened.others:
+                raise ConfigError(f"{opened.others[given].why}; it is copied as it is", hint="give no sizes for it")
             if given and given not in opened.arrays:
                 raise ConfigError(
                     f"{source} has no array {given!r}", hint=f"there are: {', '.join(map(repr, opened.arrays))}"
@@ -66,6 +70,8 @@ def rechunk(
                 made[tuple(slice(*bounds) for bounds in tile)] = array.region(tile)
                 if progress:
                     progress(done, len(every))
+        for other, group in opened.others_in(where):
+            carry(other, group, limit)
     return target
 
 
@@ -90,6 +96,8 @@ def tiles(array: SourceArray, unit: Sequence[int], memory: int) -> Iterator[Regi
     layout = array.layout
     if not layout.ndim:
         yield ()
+        return
+    if 0 in layout.shape:
         return
     tile, size = [min(u, s) for u, s in zip(unit, layout.shape, strict=True)], layout.dtype.itemsize
     limit = (memory - array.chunk_memory) // 4

@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.others import carry, carry_in_order
 from data_tools.source import Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
 from streamtrain.data.files import read_into
@@ -48,7 +49,8 @@ def reshuffle(
     """Write `source` anew as `target` with its samples permuted, and return its path.
 
     `arrays` with a row for each sample are permuted, alike; by default those with as many rows as most have, where
-    dimensions' names tell the others apart. The others are copied. Layout, codec (unless given), attributes and
+    dimensions' names tell the others apart. The others are copied. Texts and times go with their samples, too, read
+    whole. Layout, codec (unless given), attributes and
     dimension names are kept. On the disk of the target there must be room for the largest array, decoded, beside the
     target itself. Raises DataError for damage in the source, and for sparse matrices, categoricals and the like, whose
     rows can't be moved; ConfigError where it is not clear which arrays have samples, the memory is too small or the
@@ -59,8 +61,8 @@ def reshuffle(
         raise ConfigError(f"seed={seed} must be at least 0", hint="any number from 0 on will do")
     with Source(Path(source)) as opened, whole_or_nothing(target) as part:
         sampled = opened.with_samples(arrays)
-        permuted = {name for name, array in sampled.items() if array.row_bytes}
-        count = next(iter(sampled.values())).layout.shape[0]
+        permuted = {name for name, array in sampled.items() if isinstance(array, SourceArray) and array.row_bytes}
+        count = next(iter(sampled.values())).shape[0]
         sizes = {name: buckets(array, limit) for name, array in opened.arrays.items() if name in permuted}
         _check_room(target.parent, max((opened.arrays[name].row_bytes * count for name in permuted), default=0))
         permutation = Permutation(count, derive_key(seed, "reshuffle"))
@@ -71,6 +73,11 @@ def reshuffle(
                 _permute(array, made, permutation, sizes[name], part / ".rows", work)
             else:
                 copy(array, made, limit)
+        for other, group in opened.others_in(where):
+            if other.name in sampled:
+                carry_in_order(other, group, limit, _places(permutation.forward, 0, count))
+            else:
+                carry(other, group, limit)
     return target
 
 

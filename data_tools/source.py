@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,8 @@ import zarr
 from numpy.typing import NDArray
 
 from data_tools.convert import COMPLETE, Codec, create_array
-from streamtrain.data.layout import ArrayLayout
+from data_tools.others import OtherArray, dimension_names
+from streamtrain.data.layout import ArrayLayout, Untrainable
 from streamtrain.data.opening import OpenArray
 from streamtrain.data.reading import Scratch
 from streamtrain.data.vouching import in_threads, look
@@ -38,6 +39,16 @@ class SourceArray:
     def __init__(self, opened: OpenArray, node: zarr.Array[Any]) -> None:
         self._reader, self.layout, self.node = opened.reader, opened.layout, node
         self._reader.vouch("once")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its lengths."""
+        return self.layout.shape
+
+    @property
+    def dims(self) -> tuple[str | None, ...]:
+        """The axes' names; () where they have none."""
+        return self.layout.dims
 
     @property
     def row_bytes(self) -> int:
@@ -108,7 +119,7 @@ class SourceArray:
             shards=shards,
             codec=codec or _codec(layout),
             fill_value=layout.fill_value,
-            dimension_names=_dimension_names(node),
+            dimension_names=dimension_names(node),
         )
         made.attrs.update(_attributes(node, stats=stats))
         return made
@@ -122,14 +133,9 @@ def _codec(layout: ArrayLayout) -> Codec:
     return "blosc" if "blosc" in names else "zstd"
 
 
-def _first_dim(array: SourceArray) -> str | None:
+def _first_dim(array: SourceArray | OtherArray) -> str | None:
     """The name of the dimension along axis 0, where it has one."""
-    return array.layout.dims[0] if array.layout.dims else None
-
-
-def _dimension_names(node: zarr.Array[Any]) -> Sequence[str | None] | None:
-    names = getattr(node.metadata, "dimension_names", None) or node.attrs.get("_ARRAY_DIMENSIONS")
-    return list(names) if isinstance(names, list | tuple) and len(names) == node.ndim else None
+    return array.dims[0] if array.dims else None
 
 
 def _attributes(node: zarr.Array[Any] | zarr.Group, *, stats: bool) -> dict[str, Any]:
@@ -143,19 +149,30 @@ def _attributes(node: zarr.Array[Any] | zarr.Group, *, stats: bool) -> dict[str,
 class Source:
     """A store that is read from, by name of its arrays; `with Source(path) as source`."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DataError where the store or one of its arrays is missing, damaged or can't be trained on."""
+    def __init__(self, path: Path, *, only: Collection[str] | None = None) -> None:
+        """`only`: the arrays that are asked for, where not all are.
+
+        Raises DataError where the store or one of the arrays is missing or damaged, or none can be trained on.
+        """
         self.path = path
         self._loop = ZarrLoop()
         try:
             node = None
             self.arrays: dict[str, SourceArray] = {}
+            self.others: dict[str, OtherArray] = {}
             for name, opened in look(path, self._loop).items():
-                if isinstance(opened, DataError):
-                    raise opened
-                node = node or zarr.open(str(path), mode="r")
+                if isinstance(opened, DataError) and not isinstance(opened, Untrainable):
+                    if only is None or name in only:
+                        raise opened
+                    continue
+                node = zarr.open(str(path), mode="r") if node is None else node
                 member = zarr.open_array(str(path / name), mode="r")
-                self.arrays[name] = SourceArray(opened, member)
+                if isinstance(opened, Untrainable):
+                    self.others[name] = OtherArray(name, member, opened)
+                else:
+                    self.arrays[name] = SourceArray(opened, member)
+            if not self.arrays and self.others:
+                raise next(iter(self.others.values())).why
         except BaseException:
             self._loop.close()
             raise
@@ -170,8 +187,9 @@ class Source:
             raise DataError(f"{self.path} has no rows", hint="an array with a first axis is needed")
         return max(lengths, key=lambda length: (lengths[length], length))
 
-    def with_samples(self, named: Sequence[str] | None = None) -> dict[str, SourceArray]:
-        """The arrays whose axis 0 numbers the samples, by name: the `named` ones, else those as long as most.
+    def with_samples(self, named: Sequence[str] | None = None) -> dict[str, SourceArray | OtherArray]:
+        """The arrays whose axis 0 numbers the samples, by name: the `named` ones, else those as long as most, among
+        them texts and times.
 
         Raises DataError for groups whose arrays can't be moved each for itself, ConfigError where it is not clear which
         arrays have samples: one that no dimension's name tells apart may be part of a ragged array.
@@ -180,13 +198,13 @@ class Source:
         if named is not None:
             return self._named(named)
         count = self.samples
-        found = {name: array for name, array in self.arrays.items() if array.layout.shape[:1] == (count,)}
+        every = self._every()
+        found = {name: array for name, array in every.items() if array.shape[:1] == (count,)}
         dims = {_first_dim(array) for array in found.values()} - {None}
-        others = [array for name, array in self.arrays.items() if name not in found and array.layout.ndim]
-        unclear = [each for each in others if _first_dim(each) in {None, *dims}]
+        others = {name: array for name, array in every.items() if name not in found and array.shape}
+        unclear = {name: each for name, each in others.items() if _first_dim(each) in {None, *dims}}
         if unclear or len(dims) > 1:
-            lengths = ", ".join(f"{name!r} {array.layout.shape[0]}" for name, array in found.items())
-            lengths += "".join(f", {array.layout.name!r} {array.layout.shape[0]}" for array in unclear)
+            lengths = ", ".join(f"{name!r} {array.shape[0]}" for name, array in {**found, **unclear}.items())
             raise ConfigError(
                 f"{self.path}: which arrays have a row for each sample is not clear; rows: {lengths}",
                 hint=f"name them: --arrays {','.join(found)} (the others are copied as they are); rows of different "
@@ -194,16 +212,20 @@ class Source:
             )
         return found
 
-    def _named(self, named: Sequence[str]) -> dict[str, SourceArray]:
+    def _every(self) -> dict[str, SourceArray | OtherArray]:
+        return {**self.arrays, **self.others}
+
+    def _named(self, named: Sequence[str]) -> dict[str, SourceArray | OtherArray]:
+        every = self._every()
         for name in named:
-            if name not in self.arrays:
+            if name not in every:
                 raise ConfigError(
-                    f"{self.path} has no array {name!r}", hint=f"there are: {', '.join(map(repr, self.arrays))}"
+                    f"{self.path} has no array {name!r}", hint=f"there are: {', '.join(map(repr, every))}"
                 )
-        found = {name: self.arrays[name] for name in named}
-        lengths = {array.layout.shape[:1] for array in found.values()}
+        found = {name: every[name] for name in named}
+        lengths = {array.shape[:1] for array in found.values()}
         if len(lengths) != 1 or lengths <= {(), (0,)}:
-            shapes = ", ".join(f"{name!r} {array.layout.shape}" for name, array in found.items())
+            shapes = ", ".join(f"{name!r} {array.shape}" for name, array in found.items())
             raise ConfigError(f"the named arrays do not have as many rows each: {shapes}", hint="name others")
         return found
 
@@ -221,8 +243,11 @@ class Source:
                 )
 
     def _groups(self) -> list[str]:
-        """Paths of the groups in which arrays lie, but for the root."""
-        return sorted({name.rsplit("/", up)[0] for name in self.arrays for up in range(1, name.count("/") + 1)})
+        """Paths of the groups but for the root, the empty ones too."""
+        assert self.group is not None
+        there = {path for path, member in self.group.members(max_depth=None) if isinstance(member, zarr.Group)}
+        around = {name.rsplit("/", up)[0] for name in self._every() for up in range(1, name.count("/") + 1)}
+        return sorted(there | around)
 
     def create_groups(self, part: Path) -> Path | zarr.Group:
         """Make the groups of this store in `part`, with their attributes; what arrays are to be created in."""
@@ -232,6 +257,12 @@ class Source:
         for name in self._groups():
             made.create_group(name, attributes=dict(self.group[name].attrs))
         return made
+
+    def others_in(self, where: Path | zarr.Group) -> Iterator[tuple[OtherArray, zarr.Group]]:
+        """The arrays that can't be trained on, each with the group that `create_groups` has made for them."""
+        for array in self.others.values():
+            assert isinstance(where, zarr.Group), "one array alone is none of the others"
+            yield array, where
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.others import carry
 from data_tools.reshuffle import copy
 from data_tools.source import Source
 from streamtrain.data.budget import parse_bytes
@@ -52,7 +53,7 @@ def split(
             raise ConfigError(f"{path} exists already", hint="name another target, or remove this one")
     with Source(Path(source)) as opened:
         cut = opened.with_samples(arrays)
-        count = next(iter(cut.values())).layout.shape[0]
+        count = next(iter(cut.values())).shape[0]
         bounds = [math.floor(math.fsum(fractions[:at]) * count) for at in range(len(paths) + 1)]
         if math.fsum(fractions) > 1 - 1e-9:
             bounds[-1] = count  # as decimals, shares seldom add up to 1
@@ -76,3 +77,5 @@ def _write(
                 copy(array, array.create(where, shape=shape, codec=codec, stats=False), memory, *bounds)
             else:
                 copy(array, array.create(where, codec=codec), memory)
+        for other, group in opened.others_in(where):
+            carry(other, group, memory, bounds=bounds if other.name in cut else None)

@@ -171,6 +171,12 @@ def trainable(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
 
 
+def check_trainable(name: str, dtype: np.dtype[Any]) -> None:
+    """Raise Untrainable for an array of any other dtype."""
+    if not trainable(dtype):
+        raise Untrainable(f"array {name or ALONE!r} has dtype {dtype}, which can't be trained on", hint=_refusal(dtype))
+
+
 def _refusal(dtype: np.dtype[Any]) -> str:
     """What to do with an array that can't be trained on."""
     if dtype.kind in "Mm":
@@ -186,9 +192,7 @@ def parse_array(name: str, metadata: Mapping[str, Any], dtype: np.dtype[Any], fi
     Raises Untrainable if no tensor could hold it, DataError if it claims what can't be.
     """
     shape = tuple(int(s) for s in metadata["shape"])
-    if not trainable(dtype):
-        whose = f"array {name or ALONE!r}"
-        raise Untrainable(f"{whose} has dtype {dtype}, which can't be trained on", hint=_refusal(dtype))
+    check_trainable(name, dtype)
     if fill_value is None:  # Zarr 2 leaves it open; zarr reads zero
         fill_value = dtype.type(0)
     parse = _parse_v2 if metadata["zarr_format"] == 2 else _parse_v3

@@ -30,7 +30,7 @@ from streamtrain.data.consolidated import CONSOLIDATED, consolidated_names, open
 from streamtrain.data.encodings import Encoding, encoding_of, old_categories, stands_for_one
 from streamtrain.data.fetch import REFUSALS, ByteSource, Fetcher, one_line
 from streamtrain.data.files import StoreFiles, is_local
-from streamtrain.data.layout import ALONE, ArrayLayout, parse_array
+from streamtrain.data.layout import ALONE, ArrayLayout, check_trainable, parse_array
 from streamtrain.data.readers import LocalReader, maps_serve
 from streamtrain.data.reading import ChunkReader
 from streamtrain.data.remote import RemoteReader
@@ -291,6 +291,7 @@ def _readable(
     loop: ZarrLoop,
     timeout: float,
 ) -> OpenArray:
+    check_trainable(array.path, array.dtype)  # before `to_dict`, which warns of dtypes that Zarr 3 does not specify
     metadata: Mapping[str, Any] = array.metadata.to_dict()
     layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
     why = layout.slow or ("io='store'" if io == "store" else None)
