@@ -56,6 +56,8 @@ class Moments:
 
     def add(self, values: Floats, finite: NDArray[np.bool_]) -> None:
         """Take in a band, (channels, n)."""
+        if not values.size:
+            return
         self.nan += int(np.isnan(values).sum())
         self.infinite += int(np.isinf(values).sum())
         count = finite.sum(axis=1).astype(np.float64)
@@ -94,7 +96,7 @@ def stats(
     limit = parse_bytes(memory)
     if not 0 <= rows[0] < rows[1] <= 1:
         raise ConfigError(f"rows={rows} must be two fractions 0 <= a < b <= 1")
-    with Source(Path(store)) as source:
+    with Source(Path(store), only=arrays or None) as source:
         chosen = [_one(source, name) for name in arrays] if arrays else list(_real(source))
         found = {}
         for done, array in enumerate(chosen, 1):
@@ -107,6 +109,8 @@ def stats(
 
 
 def _one(source: Source, name: str) -> SourceArray:
+    if name in source.others:
+        raise source.others[name].why
     if name not in source.arrays:
         raise ConfigError(f"{source.path} has no array {name!r}", hint=f"there are: {', '.join(source.arrays)}")
     if source.arrays[name].layout.dtype.kind == "c":

@@ -146,3 +146,16 @@ def test_the_command_splits_and_the_parts_have_manifests(tmp_path: Path, capsys:
     assert capsys.readouterr().out.splitlines() == paths[1:]
     for path in paths[1:]:
         assert list(verify(path, deep=True))[-1].startswith("ok: ")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (0, 0)], ids=str)
+def test_an_array_with_an_axis_of_length_zero_stays_one(shape: tuple[int, ...], tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "a")
+    group.create_array("x", data=np.arange(8.0), chunks=(4,))
+    group.create_array("none", shape=shape, dtype="f4", chunks=(2,) * len(shape), attributes={"kept": 1})
+    rechunk(tmp_path / "a", tmp_path / "b", chunks={"": (3,)})
+    assert array(tmp_path / "b", "none").shape == shape
+    assert array(tmp_path / "b", "none").attrs["kept"] == 1
+    assert array(tmp_path / "b").chunks == (3,)
+    split(tmp_path / "a", [tmp_path / "c"], fractions=[0.5], arrays=["x"])
+    assert array(tmp_path / "c", "none").shape == shape

@@ -189,3 +189,9 @@ def test_the_command_prints_them_as_json(tmp_path: Path, capsys: pytest.CaptureF
     name, _, text = capsys.readouterr().out.partition(": ")
     assert (name, json.loads(text)["mean"]) == ("x", 2)
     assert main(["stats", str(path), "--axis", "1"]) == 2
+
+
+def test_an_array_without_a_number_counts_none(tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path / "x"), shape=(4, 0), dtype="f4", chunks=(2, 1))
+    found = stats(tmp_path / "x")[""]
+    assert (found["count"], found["mean"], found["min"], found["quantiles"]["0.5"]) == (0, None, None, None)
