@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import glob
+import itertools
 import logging
 import math
 import os
@@ -38,6 +39,12 @@ Progress = Callable[[int, int], None]
 
 COMPLETE = {"streamtrain": {"complete": True, "manifest": True}}
 """Attribute of arrays whose writer leaves no chunk out, and has a manifest beside them."""
+STREAMABLE = {
+    "Python objects": "make numbers of them, such as array.astype('float32'), and save those",
+    "a single number": "save it with an axis of samples: array[None]",
+    "Fortran order": "save it in C order: numpy.ascontiguousarray(array)",
+}
+"""What to do with arrays that can't be read row by row."""
 BAND_BYTES = 16 << 20
 """Aim for the bytes of a chunk where the caller names none."""
 
@@ -164,6 +171,20 @@ def check_size(shape: tuple[int, ...], itemsize: int, chunks: tuple[int, ...], c
     )
 
 
+def check_apart(source: str | Path, *targets: str | Path) -> None:
+    """Raise ConfigError where one of these lies within another, wherever links lead; before anything is written."""
+    try:
+        places = [(Path(path), Path(os.path.realpath(path))) for path in (source, *targets)]
+    except ValueError:  # no path at all: `whole_or_nothing` says so
+        return
+    for (outer, around), (inner, within) in itertools.permutations(places, 2):
+        if around in within.parents:
+            raise ConfigError(
+                f"{inner} lies within {outer}: a store can't be written into another, nor around its source",
+                hint="name a target beside it",
+            )
+
+
 @contextlib.contextmanager
 def whole_or_nothing(target: Path, *, need: int = 0) -> Iterator[Path]:
     """A folder to write arrays into that becomes `target` at the end, and vanishes on an error.
@@ -245,8 +266,8 @@ def _read_header(stream: IO[bytes], source: Path) -> tuple[tuple[int, ...], np.d
     except Exception as error:  # the header is a Python literal: what its parser raises is anybody's guess
         raise DataError(f"{source}: no array in numpy's format: {error}", hint="only .npy and .npz are read") from error
     if fortran or dtype.hasobject or not shape:
-        kind = "Fortran order" if fortran else "Python objects" if dtype.hasobject else "a single number"
-        raise DataError(f"{source} holds {kind}, which cannot be streamed", hint="save it as an array in C order")
+        kind = "Python objects" if dtype.hasobject else "a single number" if not shape else "Fortran order"
+        raise DataError(f"{source} holds {kind}, which cannot be streamed", hint=STREAMABLE[kind])
     if not trainable(dtype):
         raise DataError(f"{source} holds {dtype}, which can't be trained on", hint=f"supported: {TRAINABLE}")
     return tuple(int(size) for size in shape), dtype

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.convert import Codec, Progress, check_apart, whole_or_nothing
 from data_tools.others import carry
 from data_tools.source import Region, Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
@@ -42,6 +42,7 @@ def rechunk(
     damage in the source, ConfigError for sizes that do not fit or too little memory; what is left is nothing, or all.
     """
     target, limit = Path(target), parse_bytes(memory)
+    check_apart(source, target)
     with Source(Path(source)) as opened, whole_or_nothing(target) as part:
         layouts = {
             name: (chosen(array.layout, name, chunks), chosen(array.layout, name, shards))
@@ -54,6 +55,7 @@ def rechunk(
                 raise ConfigError(
                     f"{source} has no array {given!r}", hint=f"there are: {', '.join(map(repr, opened.arrays))}"
                 )
+        _check_axes(opened, chunks=chunks, shards=shards)
         where = opened.create_groups(part)
         for name, array in opened.arrays.items():
             new_chunks, new_shards = layouts[name]
@@ -73,6 +75,19 @@ def rechunk(
         for other, group in opened.others_in(where):
             carry(other, group, limit)
     return target
+
+
+def _check_axes(source: Source, **given: Sizes | None) -> None:
+    """Raise ConfigError for sizes of all arrays that are more than any array has axes."""
+    most = max(array.layout.ndim for array in source.arrays.values())
+    for option, sizes in given.items():
+        every = tuple((sizes or {}).get("", ()))
+        if len(every) > most:
+            raise ConfigError(
+                f"{option}={','.join(map(str, every))} has {len(every)} sizes, and no array of {source.path} has more "
+                f"than {most} {'axis' if most == 1 else 'axes'}",
+                hint=f"give at most {most}; what is left out is the whole axis",
+            )
 
 
 def chosen(layout: ArrayLayout, name: str, sizes: Sizes | None) -> tuple[int, ...] | None:

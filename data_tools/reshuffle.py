@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.convert import Codec, Progress, check_apart, whole_or_nothing
 from data_tools.others import carry, carry_in_order
 from data_tools.source import Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
@@ -59,6 +59,7 @@ def reshuffle(
     target, limit = Path(target), parse_bytes(memory)
     if seed < 0:
         raise ConfigError(f"seed={seed} must be at least 0", hint="any number from 0 on will do")
+    check_apart(source, target)
     with Source(Path(source)) as opened, whole_or_nothing(target) as part:
         sampled = opened.with_samples(arrays)
         permuted = {name for name, array in sampled.items() if isinstance(array, SourceArray) and array.row_bytes}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from data_tools.convert import Codec, Progress, whole_or_nothing
+from data_tools.convert import Codec, Progress, check_apart, whole_or_nothing
 from data_tools.others import carry
 from data_tools.reshuffle import copy
 from data_tools.source import Source
@@ -48,6 +48,7 @@ def split(
         )
     if len(set(paths)) < len(paths):
         raise ConfigError("two targets are the same", hint="name each once")
+    check_apart(source, *paths)
     for path in paths:
         if path.exists():
             raise ConfigError(f"{path} exists already", hint="name another target, or remove this one")

@@ -22,6 +22,10 @@ from numpy.typing import NDArray
 
 from data_tools.__main__ import main
 from data_tools.convert import Layout, convert
+from data_tools.rechunk import rechunk
+from data_tools.reshuffle import reshuffle
+from data_tools.split import split
+from data_tools.synth import synth
 from streamtrain.data.layout import parse_array
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data.stores import chunks_of, layout_of
@@ -327,6 +331,7 @@ SOURCES = {
     "goes on": (GOOD + b"!", "goes on after its array"),
     "fortran": (_npy(numbers(4, 3), fortran=True), "holds Fortran order, which cannot be streamed"),
     "scalar": (_npy(np.array(3.0)), "holds a single number"),
+    "objects": (_npy(np.array([None, 1])), "holds Python objects"),
     "text": (_npy(np.array(["a", "bc"])), "holds <U2, which can't be trained on"),
     "records": (_npy(np.zeros(3, dtype="i4,f8")), "which can't be trained on"),
     "dates": (_npy(np.zeros(3, dtype="M8[s]")), "which can't be trained on"),
@@ -478,3 +483,48 @@ def test_an_error_is_one_line_and_a_hint_and_its_code(
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["error", "hint"]
     assert left(tmp_path) == {"source.npy"}
+
+
+@pytest.mark.parametrize(
+    ("array", "hint"),
+    [
+        (np.asfortranarray(np.ones((4, 3))), "ascontiguousarray"),
+        (np.array(3.0), "array[None]"),
+        (np.array([None, 1]), "astype"),
+        (np.array([None, 1]).reshape(1, 2, order="F"), "astype"),
+    ],
+    ids=["fortran", "scalar", "objects", "objects of two axes"],
+)
+def test_what_can_not_be_streamed_is_said_with_what_makes_it_so(array: Any, hint: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(DataError) as caught:
+        convert(tmp_path / "a.npy", tmp_path / "t")
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("made", [rechunk, reshuffle], ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("link", [False, True])
+def test_a_target_within_its_source_is_refused_before_anything_is_written(
+    made: Any, link: bool, tmp_path: Path
+) -> None:
+    source = synth(tmp_path / "s", rows=20, columns=2)
+    (tmp_path / "link").symlink_to(source)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="lies within"):
+        made(source, (tmp_path / "link" if link else source) / "inside" / "deep")
+    with pytest.raises(ConfigError, match="lies within"):
+        made((tmp_path / "link" if link else source) / "x", source)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_parts_within_their_source_or_each_other_are_refused(tmp_path: Path) -> None:
+    source = synth(tmp_path / "s", rows=20, columns=2)
+    before = sorted(tmp_path.rglob("*"))
+    for targets in (
+        [tmp_path / "a", source / "b"],
+        [tmp_path / "a", tmp_path / "a/b"],
+        [tmp_path / "a/b", tmp_path / "a"],
+    ):
+        with pytest.raises(ConfigError, match="lies within"):
+            split(source, targets, fractions=[0.5, 0.5])
+    assert sorted(tmp_path.rglob("*")) == before

@@ -159,3 +159,11 @@ def test_an_array_with_an_axis_of_length_zero_stays_one(shape: tuple[int, ...], 
     assert array(tmp_path / "b").chunks == (3,)
     split(tmp_path / "a", [tmp_path / "c"], fractions=[0.5], arrays=["x"])
     assert array(tmp_path / "c", "none").shape == shape
+
+
+@pytest.mark.parametrize("option", ["chunks", "shards"])
+def test_more_sizes_than_any_array_has_axes_are_refused(option: str, tmp_path: Path) -> None:
+    sizes: Any = {option: {"": (1, 2, 3, 4)}}
+    with pytest.raises(ConfigError, match=f"{option}=1,2,3,4 has 4 sizes, and no array of .* has more than 3 axes"):
+        rechunk(store(tmp_path / "a"), tmp_path / "b", **sizes)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
