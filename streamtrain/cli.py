@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 128 + signum
     except Exception as error:
-        return say(_of_stdout(error) or error, debug=debug)
+        return say(_of_stdout(error) or error, debug=debug, command=tokens[0] if tokens else "")
 
 
 def _of_stdout(error: Exception) -> EnvironmentProblem | None:

@@ -40,8 +40,8 @@ def usage_error(error: CycloptsError, commands: list[str]) -> ConfigError:
     return ConfigError(str(error), hint=hint)
 
 
-def say(error: BaseException, *, debug: bool) -> int:
-    """Print an error's two lines; its exit code."""
+def say(error: BaseException, *, debug: bool, command: str = "") -> int:
+    """Print an error's two lines; its exit code. `command`: what was asked for, which the hint then does not name."""
     while isinstance(error, BaseExceptionGroup):
         error = next((one for one in error.exceptions if isinstance(one, StreamtrainError)), error.exceptions[0])
     known = error if isinstance(error, StreamtrainError) else _known(error)
@@ -50,7 +50,7 @@ def say(error: BaseException, *, debug: bool) -> int:
         message = f"internal error: {type(error).__name__}: {error}"
         complain(message, "This is a fault of streamtrain's own; --debug shows where.", traced)
         return 1
-    complain(str(known), known.hint or HINTS[known.exit_code], traced)
+    complain(str(known), known.hint or OWN_HINTS.get(command, {}).get(known.exit_code, HINTS[known.exit_code]), traced)
     return known.exit_code
 
 
@@ -64,6 +64,13 @@ HINTS = {
     7: "--debug shows the traceback.",
 }
 """What to do where an error itself does not say."""
+OWN_HINTS = {
+    "inspect": {
+        3: "Restore what is named, or convert the data again; `streamtrain verify DATA` looks for more damage."
+    },
+    "checkpoints": {4: "Restore the folder named, or start anew with another --run-dir."},
+}
+"""The same for commands that the others are sent to."""
 
 
 def _known(error: BaseException) -> StreamtrainError | None:

@@ -37,6 +37,15 @@ def test_whatever_was_raised_is_two_lines_and_a_code(error: Exception, code: int
     assert len(second) > len("hint: ")
 
 
+@pytest.mark.parametrize(("error", "command"), [(DataError("a"), "inspect"), (CheckpointError("a"), "checkpoints")])
+def test_no_command_sends_to_itself(error: StreamtrainError, command: str, capsys: Capture) -> None:
+    say(error, debug=False, command="fit")
+    say(error, debug=False, command=command)
+    others, own = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: ")]
+    assert f"`streamtrain {command} " in others
+    assert f"`streamtrain {command} " not in own
+
+
 @pytest.mark.parametrize("kind", StreamtrainError.__subclasses__())
 def test_every_kind_of_error_has_a_hint_where_it_gives_none(kind: type[StreamtrainError], capsys: Capture) -> None:
     assert say(kind("x"), debug=False) == kind.exit_code

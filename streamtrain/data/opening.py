@@ -46,6 +46,7 @@ METADATA = ("zarr.json", ".zgroup", ".zarray", CONSOLIDATED)
 MOST_BYTES = 4 << 30
 """Labels, coordinates and names of categories, which are read whole, are no larger."""
 _NO_STORE = "give the folder of a Zarr store; `python -m data_tools convert` makes one"
+_RESTORE = "restore the file from its source, or convert the data again"
 
 StoreLike = str | os.PathLike[str] | zarr.Group | zarr.Array[Any] | Store
 
@@ -256,7 +257,7 @@ async def array_at(where: Located, name: str) -> zarr.AsyncArray[Any] | None:
     except KeyError:
         return None
     except Exception as error:
-        raise _unusable(where, name, error, _NO_STORE) from error
+        raise _unusable(where, name, error, _RESTORE) from error
     return await own_metadata(node, member, name) if isinstance(member, zarr.AsyncArray) else None
 
 
@@ -340,7 +341,7 @@ async def _opened(where: Located, name: str) -> zarr.AsyncGroup | zarr.AsyncArra
                 f"{where.name} can't be reached: {one_line(error)}",
                 hint="check the network, the endpoint and the credentials (environment variables, storage_options=)",
             ) from error
-        raise _unusable(where, name, error, "restore the file from its source, or convert the data again") from error
+        raise _unusable(where, name, error, _RESTORE) from error
 
 
 async def _copied(where: Located) -> zarr.AsyncGroup | None:
@@ -356,6 +357,13 @@ def _unusable(where: Located, name: str, error: Exception, hint: str) -> DataErr
     cause = f"{type(error).__name__}: {error}".partition("\n")[0]
     if "data type" in cause:
         hint = f"zarr {zarr.__version__} knows no such data type; a package may add it, or convert the data to another"
+    elif type(error).__name__ == "UnknownCodecError":
+        quoted = re.search(r"'+([^']+)'+", str(error))
+        codec = f"codec {quoted[1]!r}" if quoted else "such codec"
+        hint = (
+            f"zarr {zarr.__version__} and numcodecs know no {codec}: install the package that registers it, or write "
+            "the data again with another, such as zstd, where it can be read"
+        )
     path = "/".join(part for part in (where.name, name) if part)
     return DataError(f"{path}: its metadata can't be used: {cause}", hint=hint)
 
@@ -384,7 +392,7 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
         hint = f"did you mean {near[0]!r}?" if near else "name one of those" if names else _NO_STORE
         raise DataError(f"{where.name} has no array {name!r}; {there}", hint=hint) from None
     except Exception as error:
-        raise _unusable(where, name, error, _NO_STORE) from error
+        raise _unusable(where, name, error, _RESTORE) from error
     if isinstance(member, zarr.AsyncGroup):
         return member
     assert isinstance(member, zarr.AsyncArray)
@@ -446,32 +454,33 @@ def _check_json(folder: Path) -> None:
         path = folder / file
         if not os.path.lexists(path):
             continue
-        hint = "restore the file from its source, or convert the data again"
         if not path.is_file():
-            raise DataError(f"{path} is no regular file", hint=hint)
+            raise DataError(f"{path} is no regular file", hint=_RESTORE)
         try:
             text = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path} can't be read: {error.strerror}", hint=hint) from error
+            raise DataError(f"{path} can't be read: {error.strerror}", hint=_RESTORE) from error
         if not text.strip():
-            raise DataError(f"{path} is empty (byte 0 of {len(text)})", hint=hint)
+            raise DataError(f"{path} is empty (byte 0 of {len(text)})", hint=_RESTORE)
         try:
             json.loads(text)
         except json.JSONDecodeError as error:
             at = len(error.doc[: error.pos].encode())
             raise DataError(
-                f"{path} is no JSON: {error.msg.removesuffix(' at')} at byte {at} of {len(text)}", hint=hint
+                f"{path} is no JSON: {error.msg.removesuffix(' at')} at byte {at} of {len(text)}", hint=_RESTORE
             ) from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=hint) from error
+            raise DataError(
+                f"{path} is no JSON: not UTF-8 at byte {error.start} of {len(text)}", hint=_RESTORE
+            ) from error
         except RecursionError as error:
-            raise DataError(f"{path} is no JSON that can be read: nested too deep", hint=hint) from error
+            raise DataError(f"{path} is no JSON that can be read: nested too deep", hint=_RESTORE) from error
         except ValueError as error:  # Python reads no integer of more than 4,300 digits
             digits = _longest_number(text)
             raise DataError(
                 f"{path} is no JSON that can be read: a number of {len(digits[0])} digits at byte {digits.start()} of "
                 f"{len(text)}",
-                hint=hint,
+                hint=_RESTORE,
             ) from error
 
 

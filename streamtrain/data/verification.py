@@ -77,7 +77,7 @@ def verify(
                 yield f"{name or 'array'}: not looked at{', and without a manifest' if write else ''}: {opened}"
                 count.passed_over += 1
             elif isinstance(opened, DataError):
-                yield f"damaged: {opened}"
+                yield f"damaged: {opened}{f' ({opened.hint})' if opened.hint else ''}"
                 count.damaged += 1
             else:
                 if where.root is None:
