@@ -69,7 +69,7 @@ class CropSite(ReachingSite):
     @cached_property
     def cell_holds_chunks(self) -> bool:
         """Whether no chunk reaches over more than one cell: as for plain samples, where each is one place."""
-        if any(reach.length or reach.stride > 1 for reach in self.reaches):
+        if any(reach.axis is None or reach.length or reach.stride > 1 for reach in self.reaches):
             return False
         return Site(self.layout, self.sample_axes, self.cell, self.dtype).cell_holds_chunks
 

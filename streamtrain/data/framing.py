@@ -5,6 +5,7 @@ Its law: a sample belongs to a split only whole, whatever it looks ahead to incl
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from streamtrain.data.ragged_site import RaggedArray, cell_rows
 from streamtrain.data.selecting import Wanted
 from streamtrain.data.windows import Reach, WindowSite
 from streamtrain.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 LARGE_CHUNK = 64 << 20
 RAW_CELL = 16 << 20
@@ -146,6 +149,7 @@ class Frame:
 def take_frames(stores: Sequence[Sequence[Field]], framings: Sequence[Framing]) -> list[Frame]:
     """One for each store; all must have samples of one kind. Raises DataError or ConfigError."""
     frames = [take_frame(fields, framing) for fields, framing in zip(stores, framings, strict=True)]
+    _say_paired(stores[0], framings[0])
     for number, (fields, frame) in enumerate(zip(stores, frames, strict=True)):
         for each, site, mine in zip(fields, frame.sites, frames[0].sites, strict=True):
             if site.row_shape != mine.row_shape or site.dtype != mine.dtype:
@@ -245,7 +249,8 @@ def row_axes_of(fields: Sequence[Field], framing: Framing) -> list[tuple[int, ..
     """The axes of one sample of each array."""
     _check_rows(fields, framing)
     if framing.plain:
-        return [tuple(a for a in range(f.layout.ndim) if a not in framing.sample_axes) for f in fields]
+        numbered = _numbered(fields, framing.sample_axes)
+        return [tuple(a for a in range(f.layout.ndim) if a not in own) for f, own in zip(fields, numbered, strict=True)]
     axes, window = _axes(fields[0].layout, fields[0].name, framing)
     found = []
     for each in fields:
@@ -260,21 +265,72 @@ def row_axes_of(fields: Sequence[Field], framing: Framing) -> list[tuple[int, ..
 
 def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
     axes = framing.sample_axes
-    shape = sample_shape({each.name: each.layout for each in fields}, axes)
+    own = _numbered(fields, axes)
+    by_number = [list(axes) == mine for mine in own]
+    shape = sample_shape({each.name: each.layout for each, rows in zip(fields, by_number, strict=True) if rows}, axes)
+    _places(fields, own, axes)
     cell = cell_shape(fields[0].layout, axes)
     ones = (1,) * len(axes)
     zeros = (0,) * len(axes)
     kept = _kept(fields, axes, shape, framing.taken)
     if framing.crop:
         still = (Shift(),) * len(axes)
-        make = _reaching(fields, framing, [tuple(map(Reach, axes))] * len(fields), still, shape)
+        make = _reaching(fields, framing, [tuple(map(Reach, mine)) for mine in own], still, shape)
         cell = _bounded(cell, make)
         return Frame(shape, cell, make(cell), ones, ones, shape, zeros, kept)
-    sites = [
-        Site(each.layout, axes, cell, each.dtype, _selection(each, fields[0].layout, axes, framing.taken))
-        for each in fields
-    ]
-    return Frame(shape, cell, sites, ones, ones, shape, zeros, kept)
+
+    def sites(cell: tuple[int, ...]) -> list[Site]:
+        first = fields[0].layout
+        made: list[Site] = []
+        for each, mine, rows in zip(fields, own, by_number, strict=True):
+            numbered = tuple(axis for axis in mine if axis is not None)
+            taken = _selection(each, first, numbered, framing.taken)
+            if rows:
+                made.append(Site(each.layout, numbered, cell, each.dtype, taken))
+            else:  # by the axes' names: as beside windows, of one place
+                made.append(WindowSite(each.layout, numbered, cell, each.dtype, taken, tuple(map(Reach, mine))))
+        return made
+
+    if not all(by_number):
+        cell = _bounded(cell, sites)
+    return Frame(shape, cell, sites(cell), ones, ones, shape, zeros, kept)
+
+
+def _numbered(fields: Sequence[Field], axes: Sequence[int]) -> list[list[int | None]]:
+    """Each array's axes that number samples of one place each: the same numbers as the first one's. But where one of
+    them is, by its name, another axis of the first, names decide, and an array that has no such axis has None."""
+    names = fields[0].layout.dims
+    found: list[list[int | None]] = [list(axes) for _ in fields]
+    if not all(names) or max(axes) >= len(names) or any(each.ragged is not None for each in fields):
+        return found
+    wanted = [names[axis] for axis in axes]
+    for number, each in enumerate(fields):
+        mine = each.layout.dims
+        there = [mine[axis] if axis < len(mine) else name for axis, name in zip(axes, wanted, strict=True)]
+        if all(mine) and any(own != name and own in names for own, name in zip(there, wanted, strict=True)):
+            found[number] = [mine.index(name) if name in mine else None for name in wanted]
+    return found
+
+
+def _say_paired(fields: Sequence[Field], framing: Framing) -> None:
+    """Tell which arrays are paired row by row though their axes are named otherwise."""
+    first, axes = fields[0], framing.sample_axes
+    if not framing.plain or not all(first.layout.dims) or any(each.ragged is not None for each in fields):
+        return
+    for each, own in zip(fields, _numbered(fields, axes), strict=True):
+        mine = each.layout.dims
+        if own != list(axes) or not mine or not all(mine):
+            continue
+        for axis in axes:
+            if first.layout.dims and mine[axis] != first.layout.dims[axis]:
+                logger.warning(
+                    "array %r is paired with %r row by row, though its axis %d is named %r and not %r",
+                    each.name,
+                    first.name,
+                    axis,
+                    mine[axis],
+                    first.layout.dims[axis],
+                )
 
 
 def _check_rows(fields: Sequence[Field], framing: Framing) -> None:
@@ -466,7 +522,11 @@ def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tup
     first = next(iter(shapes.values()))
     if any(shape != first for shape in shapes.values()):
         table = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
-        raise DataError(f"arrays differ in their numbers of samples: {table}", hint="all need the same")
+        raise DataError(
+            f"arrays differ in their numbers of samples: {table}",
+            hint="all need the same; one without the sample axis is the same for all samples where the names of its "
+            "dimensions say so",
+        )
     if 0 in first:
         raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
     return first

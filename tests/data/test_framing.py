@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,65 @@ async def test_chunks_from_which_nothing_is_taken_are_not_read(store: Path) -> N
 async def test_what_cannot_be_selected_is_refused(store: Path, select: Any, message: str) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         await epoch(store, select=select)
+
+
+CUBE: NDArray[np.float32] = np.arange(6 * 6 * 4, dtype=np.float32).reshape(6, 6, 4)
+MASK: NDArray[np.int64] = np.arange(24).reshape(6, 4)
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six times of a map beside arrays of its places: as many latitudes as times."""
+    path: Path = tmp_path_factory.mktemp("static") / "data.zarr"
+    group = zarr.create_group(path)
+    group.create_array("x", data=CUBE, chunks=(4, 3, 3), dimension_names=("time", "lat", "lon"))
+    group.create_array("mask", data=MASK, chunks=(4, 3), dimension_names=("lat", "lon"))
+    group.create_array("turned", data=MASK.repeat(2, axis=1)[:, :6], dimension_names=("lat", "time"))
+    group.create_array("obs", data=MASK, dimension_names=("obs", "lon"))
+    group.create_array("short", data=MASK[:5], dimension_names=("obs", "lon"))
+    group.create_array("nameless", data=MASK)
+    return path
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+async def test_an_array_without_the_sample_axis_is_the_same_for_all_samples(static: Path, shuffle: Any) -> None:
+    inputs, targets = await epoch(static, targets="mask", shuffle=shuffle)
+    assert (inputs == CUBE).all()
+    assert targets.shape == (6, 6, 4)
+    assert (targets == MASK).all()
+
+
+async def test_of_several_sample_axes_an_array_has_those_of_its_names(static: Path) -> None:
+    inputs, targets = await epoch(static, targets="mask", sample_axes=(0, 1))
+    assert (inputs == CUBE.reshape(36, 4)).all()
+    assert (targets == np.tile(MASK, (6, 1))).all()
+
+
+async def test_samples_are_found_along_the_axis_of_their_name(static: Path) -> None:
+    _, targets = await epoch(static, targets="turned")
+    assert (targets == MASK.repeat(2, axis=1)[:, :6].T).all()
+
+
+async def test_an_array_without_the_sample_axis_is_cut_like_the_others(static: Path) -> None:
+    inputs, targets = await epoch(static, targets="mask", crop={"lat": 2}, select={"lon": [3, 1]})
+    rows = inputs[:, :, 0] // 4 % 6  # the latitudes of each sample's crop
+    assert (targets == MASK[rows.astype(int)][:, :, [3, 1]]).all()
+    selected, beside = await epoch(static, targets="mask", select={"lat": [1, 5], "time": [0, 2]})
+    assert (selected == CUBE[[0, 2]][:, [1, 5]]).all()
+    assert (beside == MASK[[1, 5]]).all()
+
+
+async def test_pairing_by_rows_against_the_names_is_said_once(static: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "streamtrain"):
+        _, targets = await epoch([static, static], targets="obs")
+        await epoch(static, targets="nameless")
+        await epoch(static, targets="mask")
+    assert (targets == np.concatenate([MASK, MASK])).all()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["array 'obs' is paired with 'x' row by row, though its axis 0 is named 'obs' and not 'time'"]
+
+
+async def test_other_numbers_of_samples_hint_at_the_names(static: Path) -> None:
+    with pytest.raises(DataError, match="numbers of samples: x: 6, short: 5") as caught:
+        await epoch(static, targets="short")
+    assert "the same for all samples where the names of its dimensions say so" in caught.value.hint
