@@ -179,6 +179,7 @@ def take_frame(fields: Sequence[Field], framing: Framing) -> Frame:
     """Raises DataError or ConfigError where arrays and arguments do not fit together."""
     if any(each.ragged is not None for each in fields):
         return _ragged(fields, framing)
+    _check_selected(fields, framing)
     if framing.plain:
         return _plain(fields, framing)
     axes, window = _axes(fields[0].layout, fields[0].name, framing)
@@ -354,6 +355,7 @@ def _ragged(fields: Sequence[Field], framing: Framing) -> Frame:
             f"select= along the axis that numbers the rows of {first.name!r}, which have different lengths",
             hint="indices= takes some of the rows",
         )
+    _check_selected(fields, framing)
     assert first.ragged is not None
     cell = (cell_rows(first.layout, first.ragged.columns, rows),)
     sites: list[Site] = []
@@ -384,6 +386,29 @@ def _selection(
     return tuple(found)
 
 
+def _check_selected(fields: Sequence[Field], framing: Framing) -> None:
+    """Raise DataError where an axis of one sample, by its number, has other lengths in arrays that no names tell
+    apart."""
+    first = fields[0].layout
+    for axis in framing.select:
+        if not isinstance(axis, int) or axis in framing.sample_axes:
+            continue
+        named = axis < len(first.dims) and first.dims[axis] is not None
+        known: dict[int, str] = {}
+        for each in fields:
+            mine = each.layout
+            if axis >= mine.ndim or (mine is not first and named and mine.dims and all(mine.dims)):
+                continue
+            known.setdefault(mine.shape[axis], each.name)
+        if len(known) > 1:
+            (length, one), (other_length, other) = list(known.items())[:2]
+            raise DataError(
+                f"select= along axis {axis}: array {one!r} has {length} places there, {other!r} {other_length}, and "
+                "the same are taken of both",
+                hint="name the arrays' dimensions: of one without the axis all is taken then",
+            )
+
+
 def _kept(
     fields: Sequence[Field], axes: tuple[int, ...], lengths: tuple[int, ...], taken: Mapping[Axis, Ints]
 ) -> tuple[NDArray[np.bool_] | None, ...]:
@@ -404,10 +429,13 @@ def sample_axes_of(fields: Sequence[Field], framing: Framing) -> tuple[int, ...]
 def _axes(layout: ArrayLayout, name: str, framing: Framing) -> tuple[tuple[int, ...], dict[int, int]]:
     """The sample axes of the first array, and the window's length along some of them."""
     window = {_axis(axis, layout, name, "window"): length for axis, length in framing.window.items()}
-    axes = tuple(sorted({*framing.sample_axes, *window}))
-    if axes[-1] >= layout.ndim:
+    named = framing.sample_axes
+    axes = tuple(sorted({*named, *window}))
+    if list(named) != sorted(named):  # an order of its own, which windows keep
+        axes = (*named, *(axis for axis in axes if axis not in named))
+    if max(axes) >= layout.ndim:
         raise DataError(
-            f"array {name!r} has shape {layout.shape}: no axis {axes[-1]} for sample_axes={framing.sample_axes}",
+            f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={framing.sample_axes}",
             hint="choose axes that all arrays have",
         )
     if framing.horizon is not None and len(window) != 1:
@@ -436,15 +464,14 @@ def _stride(
     *,
     none: int = 1,
 ) -> dict[int, int]:
-    """Places by sample axis; `none` for those of which nothing is said."""
-    if given is None:
-        given = {} if len(window) == 1 else dict[Axis, int](window.items())
+    """Places by sample axis; where nothing is said, a stride is the patch's own along its axes, all else `none`."""
     if isinstance(given, int):
         return {axis: given if axis in window else none for axis in axes}
     steps = {_axis(axis, first.layout, first.name, what): step for axis, step in (given or {}).items()}
     if unknown := sorted(steps.keys() - set(axes)):
         raise ConfigError(f"{what}= names axis {unknown[0]}, along which samples are not numbered")
-    return {axis: steps.get(axis, none) for axis in axes}
+    patch = window if what == "stride" and len(window) > 1 else {}
+    return {axis: steps.get(axis, patch.get(axis, none)) for axis in axes}
 
 
 def _own_axes(each: Field, first: ArrayLayout, axes: tuple[int, ...]) -> list[int | None]:
@@ -453,9 +480,9 @@ def _own_axes(each: Field, first: ArrayLayout, axes: tuple[int, ...]) -> list[in
     names = [first.dims[axis] if first.dims else None for axis in axes]
     if all(names) and layout.dims and all(layout.dims):
         return [layout.dims.index(name) if name in layout.dims else None for name in names]
-    if axes[-1] >= layout.ndim:
+    if max(axes) >= layout.ndim:
         raise DataError(
-            f"array {each.name!r} has shape {layout.shape}: no axis {axes[-1]}",
+            f"array {each.name!r} has shape {layout.shape}: no axis {max(axes)}",
             hint="name the arrays' dimensions, so that one that has no such axis can stand beside the others",
         )
     return list(axes)
@@ -528,7 +555,7 @@ def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tup
             "dimensions say so",
         )
     if 0 in first:
-        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on")
+        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="there is nothing to train on")
     return first
 
 

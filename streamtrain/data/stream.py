@@ -97,14 +97,15 @@ class ZarrStream:
     `groups`: an array's name; a split takes samples with the same value there together. `indices`: sample numbers, or
     the name of a boolean array; a split is of those. `weights`: a number for each sample, or an array's name: samples
     come in proportion, as many in an epoch as there are; `balance`: an array of labels that come equally often.
-    `sample_axes`: axes that number the samples; (0, 1) makes each element of the first two axes a sample.
+    `sample_axes`: axes that number the samples, in this order; (0, 1) makes each element of the first two axes a
+    sample. Axes that a window adds come in their order, behind those here where these do not ascend.
     `window`: places that a sample covers along some axes, `{axis name or number: length}` (a length alone is along the
-    first sample axis); over several axes these are patches. `stride`: places from one sample to the next, 1 unless
-    told otherwise, for patches the patch itself. `horizon`: places from a window's last one to the first of its
-    target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover the window
-    itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has those that
-    lie in it whole. With a window or without: an array that has no such axis, by the names of the dimensions, is the
-    same for all samples (beside (time, lat, lon) one of (lat, lon) comes whole with each).
+    first sample axis); over several axes these are patches. `stride`: places from one sample to the next; along an
+    axis of which it says nothing 1, for patches the patch itself. `horizon`: places from a window's last one to the
+    first of its target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover
+    the window itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has
+    those that lie in it whole. With a window or without: an array that has no such axis, by the names of the
+    dimensions, is the same for all samples (beside (time, lat, lon) one of (lat, lon) comes whole with each).
     `jitter`: windows begin up to so many places later, a number or by axis, as far as there are places.
     `crop`: so many places in a row are taken of some axes of each sample, `{axis number or name: length}`: arrays that
     have the axis are cropped alike, and only chunks that crops touch are read. They begin at places keyed by seed,
@@ -124,7 +125,8 @@ class ZarrStream:
     does (missing ones are NaN), and says so once; False leaves them alone.
     `normalize`: "stats" makes of each input `(x - mean) / std` by the statistics among its attributes (`data_tools
     stats` writes them); or a dict by name, of targets too, of (mean, std) or (mean, std, axis): numbers, or one for
-    each entry of an axis. The result is float32 unless `dtype` says otherwise. The figures are part of the position.
+    each entry of an axis (its number or name). The result is float32 unless `dtype` says otherwise. The figures are
+    part of the position.
     `dtype`: cast inputs while gathering, and targets of the same kind (integers stay what they are); or a dict by
     name. Numbers are decoded, normalised, cast, then given to the transform.
     `transform`: `transform(batch) -> batch | (inputs, targets)` on numpy arrays: a plain function runs in our threads

@@ -177,10 +177,7 @@ def normalization(layout: ArrayLayout, given: object, row_axes: tuple[int, ...])
     Raises DataError where "stats" are not there, ConfigError for figures that do not fit the array's rows.
     """
     name = layout.name
-    if given == "stats":
-        mean, std, axis = _stats(layout)
-    else:
-        mean, std, axis = _given(name, given)
+    mean, std, axis = _stats(layout) if given == "stats" else _given(layout, given)
     figures = [_fitting(layout, what, value, axis, row_axes) for what, value in (("mean", mean), ("std", std))]
     mean_, std_ = np.broadcast_arrays(*figures)
     if not (np.isfinite(mean_).all() and np.isfinite(std_).all() and (std_ > 0).all()):
@@ -205,15 +202,22 @@ def _stats(layout: ArrayLayout) -> tuple[object, object, int | None]:
     return stats["mean"], stats["std"], axis if isinstance(axis, int) and not isinstance(axis, bool) else None
 
 
-def _given(name: str, given: object) -> tuple[object, object, int | None]:
+def _given(layout: ArrayLayout, given: object) -> tuple[object, object, int | None]:
+    name = layout.name
     if not isinstance(given, list | tuple) or len(given) not in (2, 3):
         raise ConfigError(
             f"normalize= of array {name!r} must be (mean, std) or (mean, std, axis), not {given!r:.80}",
             hint="normalize={'t2m': (280.0, 20.0)}",
         )
     axis = given[2] if len(given) == 3 else None
+    if isinstance(axis, str) and layout.dims.count(axis) == 1:
+        axis = layout.dims.index(axis)
     if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
-        raise ConfigError(f"normalize= of array {name!r}: its axis must be a number of an axis, not {axis!r}")
+        there = ", ".join(repr(dim) for dim in layout.dims if dim) or "no names"
+        raise ConfigError(
+            f"normalize= of array {name!r}: its axis must be the number or the name of an axis, not {axis!r}",
+            hint=f"its {layout.ndim} axes have {there}: normalize={{{name!r}: (mean, std, 1)}}",
+        )
     return given[0], given[1], axis
 
 

@@ -158,3 +158,28 @@ async def test_other_numbers_of_samples_hint_at_the_names(static: Path) -> None:
     with pytest.raises(DataError, match="numbers of samples: x: 6, short: 5") as caught:
         await epoch(static, targets="short")
     assert "the same for all samples where the names of its dimensions say so" in caught.value.hint
+
+
+async def test_a_number_takes_nothing_of_an_axis_that_only_has_its_place(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("x", data=MASK)
+    group.create_array("y", data=np.arange(30).reshape(6, 5))
+    group.create_array("like", data=-MASK)
+    group.create_array("flat", data=MASK[:, 0])
+    with pytest.raises(DataError, match="axis 1: array 'x' has 4 places there, 'y' 5, and the same are taken of both"):
+        await epoch(tmp_path / "s", select={1: [0, 2]})
+    with pytest.raises(DataError, match="array 'x' has 4 places there, 'y' 5"):
+        await epoch(tmp_path / "s", targets=["like", "y"], select={1: [0, 2]}, window={0: 2})
+    inputs, targets = await epoch(tmp_path / "s", targets="like", select={1: [0, 2], 0: [1, 4]})
+    assert (inputs == MASK[[1, 4]][:, [0, 2]]).all()
+    assert (targets == -inputs).all()
+    assert (await epoch(tmp_path / "s", targets="flat", select={1: [0, 2]}))[1].shape == (6,)
+
+
+async def test_a_number_takes_of_the_axis_of_its_name_alone(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("x", data=MASK, dimension_names=("time", "lat"))
+    group.create_array("y", data=np.arange(30).reshape(6, 5), dimension_names=("time", "level"))
+    inputs, targets = await epoch(tmp_path / "s", select={1: [0, 2]})
+    assert (inputs == MASK[:, [0, 2]]).all()
+    assert (targets == np.arange(30).reshape(6, 5)).all()

@@ -76,6 +76,17 @@ def test_figures_are_taken_off_and_divided_by(store: Path, name: str, given: Any
             np.testing.assert_allclose(batch.inputs, expected[batch.index], rtol=1e-6, atol=1e-5)
 
 
+def test_figures_go_along_the_axis_of_their_name(tmp_path: Path) -> None:
+    square = DATA[:, 0, :4, :4]
+    zarr.create_group(tmp_path / "s").create_array("x", data=square, dimension_names=("time", "lat", "lon"))
+    figures = [1.0, 2.0, 3.0, 4.0]
+    expected = (square - np.array(figures)[:, None]) / 2
+    np.testing.assert_allclose(inputs(tmp_path / "s", normalize={"x": (figures, 2, "lat")}), expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match="not 'level'") as caught:
+        inputs(tmp_path / "s", normalize={"x": (figures, 2, "level")})
+    assert "'time', 'lat', 'lon'" in caught.value.hint
+
+
 def test_float32_is_worked_out_in_float32_as_numpy_does(store: Path) -> None:
     expected = (DATA - np.float32(100.3)) / np.float32(33.7)
     np.testing.assert_array_equal(inputs(store, normalize={"x": (100.3, 33.7)}), expected)
@@ -166,7 +177,7 @@ def test_a_position_belongs_to_its_figures(store: Path) -> None:
         ({"normalize": {"x": ("a", 1)}}, ConfigError, "its mean is 'a', no numbers"),
         ({"normalize": {"x": ([1, 2], 1)}}, ConfigError, "2 figures, and no axis of a row is of that length"),
         ({"normalize": {"x": ([1, 2, 3], 1, 2)}}, ConfigError, r"3 figures.*\(axis 2 was named\)"),
-        ({"normalize": {"x": (1, 2, "time")}}, ConfigError, "its axis must be a number of an axis, not 'time'"),
+        ({"normalize": {"x": (1, 2, "time")}}, ConfigError, "the number or the name of an axis, not 'time'"),
         ({"normalize": {"x": (np.ones((2, 2)), 1)}}, ConfigError, r"shape \(2, 2\) fits no row of shape \(3, 5, 4\)"),
         ({"normalize": {"x": (1, 2)}, "dtype": "int32"}, ConfigError, "is int32, but it is normalised"),
         ({"inputs": "c", "normalize": {"c": (1, 2)}}, ConfigError, "it is complex64"),

@@ -115,6 +115,31 @@ async def test_patches_overlap_by_their_stride(store: Path) -> None:
     assert (inputs[12] == MAP[2:6, 1:6]).all()
 
 
+@pytest.mark.parametrize(
+    ("stride", "count"), [(None, 9), ({"lat": 2}, 15), ({"lon": 1}, 33), ({"lat": 2, "lon": 1}, 55), (4, 9)]
+)
+async def test_patches_keep_their_own_stride_along_axes_of_which_nothing_is_said(
+    store: Path, stride: Any, count: int
+) -> None:
+    numbers, _, _ = await samples(store, inputs="map", window={"lat": 4, "lon": 5}, stride=stride)
+    assert len(numbers) == count
+
+
+async def test_windows_keep_the_order_in_which_sample_axes_are_named(store: Path) -> None:
+    series = np.arange(4 * 12 * 15).reshape(4, 12, 15)
+    plain: dict[str, Any] = {"inputs": "series", "sample_axes": (2, 0)}
+    _, rows, _ = await samples(store, **plain)
+    assert (rows == series.transpose(2, 0, 1).reshape(60, 12)).all()
+    _, inputs, _ = await samples(store, **plain, window={"lon": 3})
+    starts = np.arange(13)[:, None] + np.arange(3)
+    assert (inputs == series[:, :, starts].transpose(2, 0, 1, 3).reshape(52, 12, 3)).all()
+    _, patches, _ = await samples(store, **plain, window={"lat": 4, "lon": 5})
+    assert len(patches) == 3 * 4 * 3
+    assert (patches[1] == series[0, 4:8, :5]).all()
+    assert (patches[3] == series[1, :4, :5]).all()
+    assert (patches[12] == series[0, :4, 5:10]).all()
+
+
 async def test_patches_of_each_step_of_a_series(store: Path) -> None:
     numbers, inputs, _ = await samples(store, inputs="series", window={"lat": 4, "lon": 5})
     assert len(numbers) == 4 * 9
