@@ -158,6 +158,8 @@ def draw(choice: Choice, values: Mapping[str, Values], grid: Cells, numbers: Int
     weights = _weights(choice, values, chosen.numbers, grid.num_samples)
     digest = hashlib.blake2b(numbers.tobytes(), digest_size=8)
     digest.update(b"" if weights is None else weights.tobytes())
+    if weights is not None:  # by a power of two, which changes no draw, so that no sum of them overflows or is lost
+        weights = np.ldexp(weights, -np.frexp(weights.max())[1])
     return Draw(chosen, weights, f"{len(numbers)} of {grid.num_samples}, {digest.hexdigest()}")
 
 
@@ -190,7 +192,7 @@ def _weights(choice: Choice, values: Mapping[str, Values], numbers: Ints, count:
     if given.dtype.kind not in "biuf":
         raise DataError(f"weights={choice.weights!r}: the array is {given.dtype}, no numbers")
     weights: Floats = given[numbers].astype(np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise DataError("weights= must be finite, not negative, and not all 0")
     return weights
 

@@ -172,3 +172,13 @@ async def test_rare_rows_of_one_chunk_fit_into_their_block(store: Path) -> None:
     weights[:3] = 1
     async with stream(store, weights=weights, shuffle_blocks=1) as source:
         assert {*(await numbers(source)).tolist()} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e-310, 5e-324, 2.0**-1000, 2.0**1000, 2.0**-3])
+async def test_weights_of_any_size_draw_by_their_proportion(store: Path, scale: float) -> None:
+    weights = np.where(RARE == 1, 1.0, 0.0)
+    for shuffle in (False, "block"):
+        async with stream(store, weights=weights, shuffle=shuffle, seed=3) as source:
+            expected = await numbers(source)
+        async with stream(store, weights=weights * scale, shuffle=shuffle, seed=3) as source:
+            assert (await numbers(source) == expected).all()
