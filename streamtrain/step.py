@@ -183,7 +183,7 @@ class TrainStep:
             batch = self._batch = self._move(batch)
             samples = len(batch)
         else:  # nearly every batch on the CPU: nothing to move, and each call here is one of its microseconds
-            samples = len(batch.inputs)
+            samples = len(batch.inputs) if batch.inputs.ndim else len(batch)
         if not samples:
             return  # a filter dropped every row: its mean is no number
         if self._autocast is None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from streamtrain.errors import DataError
+
 
 class Cursor(NamedTuple):
     """A position in the order: so many source samples of this epoch lie behind."""
@@ -17,6 +19,10 @@ class Cursor(NamedTuple):
 
 
 START = Cursor(0, 0)
+
+
+class NoRows(DataError, TypeError):
+    """A batch whose inputs have no rows that could be counted."""
 
 
 @dataclass(slots=True)
@@ -42,11 +48,17 @@ class Batch:
         yield self.targets
 
     def __len__(self) -> int:
-        """Number of samples in this batch (rows of the first input where there is no index)."""
+        """Number of samples in this batch (rows of the first input where there is no index). Raises DataError."""
         if self.index is not None:
             return len(self.index)
         first: Any = self.inputs
-        while isinstance(first, dict | list | tuple) and not hasattr(first, "shape"):
-            first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-        sparse = isinstance(first, tuple)
-        return int(getattr(first, "shape", (0,))[0]) if sparse else len(first)
+        try:
+            while isinstance(first, dict | list | tuple) and not hasattr(first, "shape"):
+                first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+            sparse = isinstance(first, tuple)
+            return int(getattr(first, "shape", (0,))[0]) if sparse else len(first)
+        except (TypeError, StopIteration, IndexError) as error:
+            raise NoRows(
+                f"a batch whose inputs are {self.inputs!r:.80} has no rows",
+                hint="inputs are arrays or tensors of shape (rows, ...), or dicts of them; a sample is a batch of one",
+            ) from error

@@ -166,6 +166,13 @@ class IterableStream:
         """How it does."""
         return IterableStatistics(self._items, self._discarded)
 
+    async def __aenter__(self) -> IterableStream:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
     async def aclose(self) -> None:
         """End the live pass."""
         if self._live is not None:

@@ -315,6 +315,13 @@ class Mix:
             tuple(self.drawn), tuple(self.restarts), tuple(source.statistics() for source in self.sources)
         )
 
+    async def __aenter__(self) -> Mix:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
     async def aclose(self) -> None:
         """End what is live, and give the memory of all sources back."""
         if self._live is not None:

@@ -267,3 +267,27 @@ async def test_what_a_fit_did_not_train_is_given_again_after_it(kind: str) -> No
     again = from_iterable(count(list, 5))
     again.load_state_dict(stream.state_dict())
     assert await numbers(again) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("inputs", [1.0, None, np.float32(2), torch.tensor(3.0), {}, [], {"x": 1}], ids=str)
+async def test_a_batch_without_rows_says_so_when_it_is_counted(inputs: Any) -> None:
+    [batch] = [batch async for batch in from_iterable([(inputs, 2.0)])]
+    with pytest.raises(DataError, match=r"a batch whose inputs are .* has no rows"):
+        len(batch)
+    assert len(list(batch)) == 2
+
+
+async def test_it_opens_and_closes_itself() -> None:
+    ended = []
+
+    async def items() -> AsyncIterator[Any]:
+        try:
+            yield ROWS
+            yield ROWS
+        finally:
+            ended.append(True)
+
+    async with from_iterable(items()) as stream:
+        await anext(aiter(stream))
+        assert not ended
+    assert ended

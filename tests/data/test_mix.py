@@ -330,3 +330,11 @@ async def test_it_is_trained_validated_and_resumed(stores: list[Path], tmp_path:
 def test_cursors_count_draws() -> None:
     passing = aiter(mix([Numbers(3, 0), Numbers(3, 9)], stop=2))
     assert passing.next_nowait().cursor == Cursor(0, 1)  # type: ignore[union-attr]
+
+
+async def test_it_opens_and_closes_itself(stores: list[Path]) -> None:
+    async with mixed(stores, stop=3) as source:
+        assert len(source) == 3
+        await anext(aiter(source))
+        assert ours() != []
+    assert ours() == []
