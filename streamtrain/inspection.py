@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from streamtrain import assembly
 from streamtrain.config import DataTable, Said, resolve_data
 from streamtrain.data import opening
-from streamtrain.data.budget import format_bytes
+from streamtrain.data.budget import format_bytes, format_enough
 from streamtrain.data.layout import ALONE, Untrainable
 from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
@@ -147,7 +147,7 @@ def cost(plan: Plan, table: DataTable) -> Iterator[str]:
     together = f", {plan.cells_per_block} of {plan.cells} cells permuted together" if shuffle == "block" else ""
     yield f"  shuffle {shuffle}{together}: quality {plan.shuffle_quality:.2f} (1 is a full shuffle)"
     yield (
-        f"  memory {format_bytes(plan.memory)}, of which {format_bytes(plan.memory_least)} is the least that works; "
+        f"  memory {format_bytes(plan.memory)}, of which {format_enough(plan.memory_least)} is the least that works; "
         f"buffers of {format_bytes(plan.buffer_bytes)}"
     )
 

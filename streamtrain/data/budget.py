@@ -56,6 +56,16 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def format_enough(size: int) -> str:
+    """The same rounded up: what is read of it is no less than the size."""
+    power = 0
+    while size >= 1024 ** (power + 1) and power < 4:
+        power += 1
+    tenths = -(-10 * size // 1024**power)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{-(-tenths // 10)} {unit}" if not power or tenths > 1000 else f"{tenths // 10}.{tenths % 10} {unit}"
+
+
 def available_memory(root: Path = ROOT, own: Path = OWN) -> int:
     """Bytes this process may use: the tightest limit of its cgroups and those above, where it is below the host's RAM.
 

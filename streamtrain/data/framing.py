@@ -146,9 +146,16 @@ class Frame:
         return first * each, max(first, last) * each
 
 
-def take_frames(stores: Sequence[Sequence[Field]], framings: Sequence[Framing]) -> list[Frame]:
-    """One for each store; all must have samples of one kind. Raises DataError or ConfigError."""
-    frames = [take_frame(fields, framing) for fields, framing in zip(stores, framings, strict=True)]
+def take_frames(stores: Sequence[Sequence[Field]], framings: Sequence[Framing], names: Sequence[str]) -> list[Frame]:
+    """One for each store, of these names; all must have samples of one kind. Raises DataError or ConfigError."""
+    frames = []
+    for fields, framing, name in zip(stores, framings, names, strict=True):
+        try:
+            frames.append(take_frame(fields, framing))
+        except DataError as error:
+            if len(stores) == 1:
+                raise
+            raise DataError(f"{name}: {error}", hint=error.hint) from error
     _say_paired(stores[0], framings[0])
     for number, (fields, frame) in enumerate(zip(stores, frames, strict=True)):
         for each, site, mine in zip(fields, frame.sites, frames[0].sites, strict=True):
@@ -555,7 +562,9 @@ def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tup
             "dimensions say so",
         )
     if 0 in first:
-        raise DataError(f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="there is nothing to train on")
+        raise DataError(
+            f"arrays {', '.join(map(repr, shapes))} have 0 samples", hint="nothing to train on: fill or leave it out"
+        )
     return first
 
 

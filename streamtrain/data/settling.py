@@ -190,6 +190,7 @@ class Opening:
             cache=self._asked.cache_bytes,
             prefetch=self._asked.prefetch,
             store=self._asked.name,
+            names=[where.name for where in self.where],
             change_bytes=max((c.scratch_bytes for made in changes for c in made if not c.plain), default=0),
         )
         if survey.cut:

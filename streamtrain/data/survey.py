@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data import entropy
 from streamtrain.data.block import Column, block_bytes
-from streamtrain.data.budget import format_bytes
+from streamtrain.data.budget import format_bytes, format_enough
 from streamtrain.data.cells import CellGrid, Cells, joined
 from streamtrain.data.choosing import Choice, Draw, draw, pick
 from streamtrain.data.chosen import Chosen
@@ -156,15 +156,17 @@ def take_survey(
     cache: int | None,
     prefetch: int | None,
     store: str,
+    names: Sequence[str],
     change_bytes: int = 0,
 ) -> Survey:
     """Work out all that can be known before any data is read.
 
-    `values` gives what the choice's arrays say of each sample, `change_bytes` is one thread's scratch for what is done
+    `names` are what messages call each store, and `store` all of them. `values` gives what the choice's arrays say of
+    each sample, `change_bytes` is one thread's scratch for what is done
     to rows on their way.
     Raises DataError where arrays and arguments do not fit together, ConfigError where the memory is too small.
     """
-    frames = take_frames(stores, framings)
+    frames = take_frames(stores, framings, names)
     fields, sites = stores[0], [site for frame in frames for site in frame.sites]
     grid = joined([CellGrid(frame.sample_shape, frame.cell) for frame in frames])
     drawn: Draw | None = None
@@ -213,7 +215,7 @@ def take_survey(
     if least > memory:
         raise ConfigError(
             f"memory={format_bytes(memory)} is too small: a block of {min(k, part.num_cells)} chunks takes "
-            f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_bytes(least)}",
+            f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_enough(least)}",
             hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtrain.data.budget import Budget, BudgetHeld, available_memory, format_bytes, parse_bytes
+from streamtrain.data.budget import Budget, BudgetHeld, available_memory, format_bytes, format_enough, parse_bytes
 from streamtrain.errors import ConfigError, UserCodeError
 
 
@@ -67,6 +67,12 @@ def test_sizes_are_written_as_people_read_them(size: int, text: str) -> None:
 @given(st.integers(0, 1 << 60))
 def test_a_written_size_reads_back_nearly_the_same(size: int) -> None:
     assert abs(parse_bytes(format_bytes(size)) - size) <= size * 0.06
+
+
+@given(st.integers(0, 1 << 52) | st.sampled_from([1 << power for power in range(50)]), st.integers(-1, 1))
+def test_what_is_enough_is_no_less_when_it_is_read_back(size: int, more: int) -> None:
+    size = max(0, size + more)
+    assert size <= parse_bytes(format_enough(size)) <= max(size + 1, size * 1.11)
 
 
 @given(st.lists(st.integers(-60, 60), max_size=50))

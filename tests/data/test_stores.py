@@ -151,3 +151,11 @@ async def test_what_differs_cannot_be_stacked(tmp_path: Path) -> None:
     group.create_array("v", data=np.zeros((5, 3), dtype=np.float32))
     with pytest.raises(DataError, match="stack=True"):
         await stream(tmp_path / "s", inputs=["u", "v"], targets=None, stack=True).open()
+
+
+async def test_an_empty_store_among_several_is_named(tmp_path: Path) -> None:
+    for name, rows in (("one", 3), ("none", 0), ("two", 3)):
+        zarr.create_group(tmp_path / name).create_array("x", shape=(rows, 2), chunks=(2, 2), dtype="f4")
+    with pytest.raises(DataError, match=r"none: arrays 'x' have 0 samples") as caught:
+        await ZarrStream([tmp_path / name for name in ("one", "none", "two")], inputs="x", batch_size=2).open()
+    assert "leave it out" in caught.value.hint
