@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from streamtrain.control import Control
 from streamtrain.data.batch import Batch
 from streamtrain.device import mover
-from streamtrain.errors import ConfigError, NonFiniteError, UserCodeError
+from streamtrain.errors import ConfigError, DataError, NonFiniteError, UserCodeError
 from streamtrain.optimizers import build_optimizer
 from streamtrain.outcome import Compute, Outcome, supervised
 from streamtrain.schedulers import build_scheduler
@@ -245,6 +245,12 @@ def test_a_batch_without_rows_is_passed_over() -> None:
     report = burst(step, Hand(given))
     assert (report.updates, report.batches, report.error) == (2, 4, None)
     assert same(model, bare_loop(network(), [pairs(Samples(32), 1)[0]], seed=5, accumulate=2))
+
+
+def test_a_single_number_is_no_batch() -> None:
+    report = burst(made(network()), Hand([Batch(torch.tensor(1.0), torch.tensor(2.0))]))
+    assert isinstance(report.error, DataError)
+    assert "a batch whose inputs are tensor(1.) has no rows" in str(report.error)
 
 
 def test_undo_forgets_the_batches_of_an_unfinished_update() -> None:
