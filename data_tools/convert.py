@@ -172,11 +172,17 @@ def check_size(shape: tuple[int, ...], itemsize: int, chunks: tuple[int, ...], c
 
 
 def check_apart(source: str | Path, *targets: str | Path) -> None:
-    """Raise ConfigError where one of these lies within another, wherever links lead; before anything is written."""
+    """Raise ConfigError where one of these lies within another, or a target is the source, wherever links lead.
+
+    To be asked before anything is written.
+    """
     try:
         places = [(Path(path), Path(os.path.realpath(path))) for path in (source, *targets)]
     except ValueError:  # no path at all: `whole_or_nothing` says so
         return
+    for path, place in places[1:]:
+        if place == places[0][1]:
+            raise ConfigError(f"{path} is the source itself", hint="name a target beside it")
     for (outer, around), (inner, within) in itertools.permutations(places, 2):
         if around in within.parents:
             raise ConfigError(

@@ -514,6 +514,8 @@ def test_a_target_within_its_source_is_refused_before_anything_is_written(
         made(source, (tmp_path / "link" if link else source) / "inside" / "deep")
     with pytest.raises(ConfigError, match="lies within"):
         made((tmp_path / "link" if link else source) / "x", source)
+    with pytest.raises(ConfigError, match="is the source itself"):
+        made(source, tmp_path / "link" if link else source)
     assert sorted(tmp_path.rglob("*")) == before
 
 
