@@ -42,6 +42,8 @@ async def own_metadata(node: zarr.AsyncGroup, array: zarr.AsyncArray[Any], name:
         )
     except FileNotFoundError:
         return array
+    if repr(array.metadata) == repr(own.metadata):  # `to_dict` warns of dtypes that Zarr 3 does not specify
+        return own
     if different := _differences(array.metadata.to_dict(), own.metadata.to_dict()):
         level = logging.INFO if different == ["attributes"] else logging.WARNING
         logger.log(

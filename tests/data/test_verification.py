@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def test_texts_and_times_are_passed_over_by_name_and_are_no_damage(
     assert lines[-1].endswith("; 1 array not looked at")
     assert (tmp_path / "x" / PLACE).exists() == ("write" in options)
     assert not (tmp_path / "name" / PLACE).exists()
+
+
+def test_texts_that_zarr_3_does_not_specify_are_passed_over_without_a_warning(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path)
+    group.create_array("x", data=np.ones((10, 3), "f4"), chunks=(5, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group.create_array("name", shape=(10,), chunks=(5,), dtype="U3")
+        zarr.consolidate_metadata(tmp_path)
+    assert said(tmp_path)[-1].endswith("; 1 array not looked at")
 
 
 def test_damage_beside_texts_is_found(tmp_path: Path) -> None:
