@@ -5,6 +5,7 @@ Its law: never anything but a regular file of the store, and never one that is n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -136,16 +137,24 @@ class StoreFiles:
 
     def describe(self, name: str) -> None:
         """Keep in mind what an array's metadata say, before the first of its chunks is looked for."""
-        self._described.setdefault(name, self._description(name))
+        if name in self._described:
+            return
+        path, signature = self._metadata(name)
+        said: object = None
+        if signature is not None:
+            try:
+                said = said_by(path.read_bytes())
+            except OSError:  # gone in this very moment: the first chunk that is not there will tell
+                said = None
+        self._described[name] = signature, said
 
-    def _description(self, name: str) -> tuple[Signature | None, object]:
+    def _metadata(self, name: str) -> tuple[Path, Signature | None]:
+        """The file that describes an array, and what it is; None where consolidated metadata alone tell of it."""
         for file in METADATA:
             path = self.root / name / file
-            try:
-                return signature_of(os.stat(path)), said_by(path.read_bytes())
-            except OSError:
-                continue
-        return None, None  # consolidated metadata alone tell of it
+            with contextlib.suppress(OSError):
+                return path, signature_of(os.stat(path))
+        return self.root / name, None
 
     def check_described(self, name: str) -> None:
         """Raise ValueError where the metadata of an array are gone or say something else: then a chunk that can't be
@@ -153,11 +162,16 @@ class StoreFiles:
         before, said = self._described.get(name, (None, None))
         if before is None:
             return
-        now, says = self._description(name)
-        if now is None:
-            raise ValueError(f"it is not there, nor are the metadata of its array: {GONE}")
-        if now != before and says != said:
+        path, now = self._metadata(name)
+        if now == before:
+            return
+        try:
+            says = said_by(path.read_bytes())
+        except OSError:
+            raise ValueError(f"it is not there, nor are the metadata of its array: {GONE}") from None
+        if says != said:
             raise ValueError(f"it is not there, and the metadata of its array have changed: {GONE}")
+        self._described[name] = now, said
 
     def version(self, key: str) -> Version:
         """What a file is now; of one that is not there, that. It counts as seen: a change from now on is one."""
