@@ -220,15 +220,17 @@ class LocalReader:
         began = time.perf_counter()
         others = (0,) * (self.layout.ndim - 1)
         scratch.reading = (ChunkName(self.layout.name, (chunks[0], *others)), time.monotonic())
-        for number in chunks:
-            path, file = self._ready[number]
-            try:
-                same = signature_of(os.stat(path)) == file.signature
-            except OSError:
-                same = False
-            if not same:
-                self.read((number, *others), (0, self.layout.chunk_shape[0]), scratch)  # knows what to say
-        scratch.reading = None
+        try:
+            for number in chunks:
+                path, file = self._ready[number]
+                try:
+                    same = signature_of(os.stat(path)) == file.signature
+                except OSError:
+                    same = False
+                if not same:
+                    self.read((number, *others), (0, self.layout.chunk_shape[0]), scratch)  # knows what to say
+        finally:
+            scratch.reading = None
         scratch.seconds["read"] += time.perf_counter() - began
 
     def _out(self, scratch: Scratch) -> Bytes:
