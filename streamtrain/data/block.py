@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import Share
-from streamtrain.data.permutation import Ints
+from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.reading import anonymous
 
 ALIGN = 64
@@ -136,13 +136,13 @@ class Block:
         """Copy rows of column `number` to these positions of the epoch, cast to the column's dtype."""
         column, rows = self.columns[number], self._rows[number]
         if number in self._areas:
-            self._areas[number].put(_array(at) - self.first, values)
+            self._areas[number].put(numbers_in(at) - self.first, values)
             return
         plain = values.dtype == column.dtype and (
             values.flags.c_contiguous or (values.size and values[0].flags.c_contiguous)
         )
         if rows is None:
-            slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
+            slot, inside = np.divmod(numbers_in(at) - self.first, self.batch_size)
             self._slots[number][slot, inside] = values
         elif plain:
             rows[self._flat(column, at)] = _as_items(values, column.mover)
@@ -151,7 +151,7 @@ class Block:
 
     def put_part(self, number: int, at: Places, values: NDArray[Any], part: tuple[slice | int, ...]) -> None:
         """The same for a part of each row."""
-        slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
+        slot, inside = np.divmod(numbers_in(at) - self.first, self.batch_size)
         where: tuple[Any, ...] = (slot, inside, *part)
         self._slots[number][where] = values
 
@@ -211,7 +211,7 @@ class Block:
         """Positions of the epoch as rows of the buffer."""
         if column.pitch == self.batch_size:
             return slice(at.start - self.first, at.stop - self.first) if isinstance(at, slice) else at - self.first
-        slot, inside = np.divmod(_array(at) - self.first, self.batch_size)
+        slot, inside = np.divmod(numbers_in(at) - self.first, self.batch_size)
         return slot * column.pitch + inside
 
 
@@ -222,10 +222,6 @@ def _as_items(values: NDArray[Any], mover: np.dtype[Any]) -> NDArray[Any]:
         return flat.view(mover).reshape(len(values))
     first = values[:1].reshape(-1).view(mover)  # a view, since a row lies together
     return np.lib.stride_tricks.as_strided(first, shape=(len(values),), strides=values.strides[:1], writeable=False)
-
-
-def _array(at: Places) -> Ints:
-    return np.arange(at.start, at.stop, dtype=np.int64) if isinstance(at, slice) else at
 
 
 def _slots(part: Bytes, column: Column, slots: int) -> NDArray[Any]:

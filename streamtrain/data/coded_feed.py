@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Part, Put, Rows
-from streamtrain.data.permutation import Ints
-from streamtrain.data.ragged_site import number_array, numbers_of
+from streamtrain.data.permutation import Ints, numbers_in
+from streamtrain.data.ragged_site import numbers_of
 from streamtrain.data.reading import Scratch
 from streamtrain.errors import DataError
 
@@ -28,7 +28,7 @@ class CodesFeed(Feed):
         def checked(wanted: Rows, values: NDArray[Any], part: Part | None) -> None:
             outside = self.checked and (int(values.min()) < 0 or int(values.max()) >= self.categories)
             if outside and not _damaged(scratch):
-                self._refuse(values, number_array(numbers_of(box, rows))[wanted])
+                self._refuse(values, numbers_in(numbers_of(box, rows))[wanted])
             put(wanted, values, part)
 
         super().fill(box, rows, checked, scratch)
@@ -58,9 +58,9 @@ class NullableFeed(Feed):
 
         def look(wanted: Rows, missing: NDArray[Any], part: Part | None) -> None:
             if _damaged(scratch):
-                unknown.append(np.arange(len(number_array(numbers_of(box, rows))))[wanted])
+                unknown.append(np.arange(len(numbers_in(numbers_of(box, rows))))[wanted])
             elif self.checked and missing.any():
-                row = number_array(numbers_of(box, rows))[wanted][int(np.flatnonzero(missing)[0])]
+                row = numbers_in(numbers_of(box, rows))[wanted][int(np.flatnonzero(missing)[0])]
                 raise DataError(
                     f"array {mask.layout.name!r}: row {row} has no value",
                     hint="leave such rows out: indices= takes sample numbers, or the name of a boolean array",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from streamtrain.data.block import Block, Column, Places
 from streamtrain.data.feed import Feed, Part
 from streamtrain.data.order import EpochOrder, Piece
-from streamtrain.data.permutation import Ints
+from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.reading import Scratch
 from streamtrain.data.survey import Place
@@ -120,13 +120,13 @@ class Gathering:
         for piece in pieces:
             if piece.block < 0:
                 rows, at = order.place(piece)
-                where = _array(at)
+                where = numbers_in(at)
             else:
                 rows = order.split.rows(piece.cell, piece.lower, piece.upper)
                 if piece.block not in places:  # one by one their places would take five times as long
                     places = {piece.block: order.places(piece.block)}
                 where = places[piece.block][piece.lane][piece.offset : piece.offset + piece.upper - piece.lower]
-            found.append((where, order.split.grid.numbers(piece.cell, _array(rows))))
+            found.append((where, order.split.grid.numbers(piece.cell, numbers_in(rows))))
             count += len(where)
             total += len(where)
             if count >= TOGETHER or piece is pieces[-1]:
@@ -156,7 +156,3 @@ class Gathering:
                 block.gather(sources, self.numbers, first, last)
         scratch.reading = None
         scratch.seconds["gather"] += time.perf_counter() - began
-
-
-def _array(rows: slice | Ints) -> Ints:
-    return np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows

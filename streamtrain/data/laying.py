@@ -13,7 +13,7 @@ import numpy as np
 
 from streamtrain.data.block import Column, Places
 from streamtrain.data.feed import Box, Feed, Rows
-from streamtrain.data.permutation import Ints
+from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.ragged import RaggedColumn
 from streamtrain.data.ragged_site import RaggedSite, numbers_of
 from streamtrain.data.survey import Place
@@ -53,7 +53,7 @@ def lay(blocks: Blocks, rows: Sequence[Laid], reads: Reads) -> None:
     """Set aside room for these rows, which are all of their positions from the first to the last."""
     if not rows:
         return
-    at = np.concatenate([_array(each.at) for each in rows])
+    at = np.concatenate([numbers_in(each.at) for each in rows])
     first = int(at.min())
     for index, place in enumerate(reads.places[:-1]):
         if isinstance(reads.columns[place.column], RaggedColumn):
@@ -65,7 +65,3 @@ def lay(blocks: Blocks, rows: Sequence[Laid], reads: Reads) -> None:
 def _lengths(rows: Laid, feed: Feed) -> Ints:
     assert isinstance(feed.site, RaggedSite)
     return feed.site.table.of(numbers_of(rows.box, rows.rows))[1]
-
-
-def _array(at: Places) -> Ints:
-    return np.arange(at.start, at.stop, dtype=np.int64) if isinstance(at, slice) else at

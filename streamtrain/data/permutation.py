@@ -25,6 +25,11 @@ KEPT_TILES = 4
 _MIX = tuple(np.uint64(number) for number in (0xBF58476D1CE4E5B9, 29, 0x94D049BB133111EB, 24))
 
 
+def numbers_in(rows: slice | Ints) -> Ints:
+    """The numbers that a slice with both bounds stands for; those given else."""
+    return np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
+
+
 def derive_key(*parts: int | str) -> int:
     """A 64-bit key from integers and words: the same on every machine and version."""
     text = "/".join(str(part) for part in parts)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Part, Put, Rows
-from streamtrain.data.permutation import Ints
+from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.ragged import Run, copy_runs, strictly_rising
 from streamtrain.data.ragged_parts import Stretch, Wanted, gathered, inner_chunks, parts_of
-from streamtrain.data.ragged_site import RaggedSite, number_array, numbers_of
+from streamtrain.data.ragged_site import RaggedSite, numbers_of
 from streamtrain.data.reading import Scratch
 from streamtrain.errors import DataError
 
@@ -88,7 +88,7 @@ class RaggedFeed(Feed):
         rows, first, lengths = part.rows, part.starts, part.lengths
         if not lengths.all():
             some = lengths > 0
-            rows, first, lengths = number_array(rows)[some], first[some], lengths[some]
+            rows, first, lengths = numbers_in(rows)[some], first[some], lengths[some]
             if not len(first):
                 return False
         ends, columns = first + lengths, part.elements

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from streamtrain.data.feed import Feed, Rows
 from streamtrain.data.layout import ArrayLayout
-from streamtrain.data.permutation import Ints
+from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.ragged import Table, copy_runs
-from streamtrain.data.ragged_site import number_array
 from streamtrain.data.reading import Scratch
 
 
@@ -77,7 +76,7 @@ class Wanted:
 
     def numbers_at(self, which: slice | Ints) -> Ints:
         """Numbers of the rows, in their store."""
-        return number_array(self.numbers)[which]
+        return numbers_in(self.numbers)[which]
 
     @property
     def lost(self) -> NDArray[np.bool_]:

@@ -165,7 +165,3 @@ def numbers_of(box: Box, rows: Rows) -> slice | Ints:
         start, stop, _ = rows.indices(box.extent[0])
         return slice(box.origin[0] + start, box.origin[0] + stop)
     return rows + box.origin[0]
-
-
-def number_array(numbers: slice | Ints) -> Ints:
-    return np.arange(numbers.start, numbers.stop, dtype=np.int64) if isinstance(numbers, slice) else numbers
