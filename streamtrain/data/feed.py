@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.cells import CellGrid
+from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ArrayLayout, essence
 from streamtrain.data.permutation import Ints
 from streamtrain.data.readers import LocalReader
@@ -204,6 +205,32 @@ class Feed:
         if not plain or not isinstance(self.reader, LocalReader) or self.layout.dtype != dtype:
             return None
         return self.reader
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether a decoded chunk is its samples one after another, and nothing between or behind them."""
+        same = self.layout.chunk_shape[1:] == self.site.row_shape
+        return same and self.layout.axes == tuple(range(self.layout.ndim))
+
+    def whole(self, cell: int, out: Bytes, scratch: Scratch) -> NDArray[Any]:
+        """All rows of the chunk that is this cell (where `lined_up` and `in_order`); at the beginning of `out`, where
+        it is encoded, else valid until the scratch is used again. Raises DataError if it can't be used."""
+        assert isinstance(self.reader, LocalReader)
+        chunk = (cell, *self._first_columns)
+        scratch.reading = (ChunkName(self.layout.name, chunk), time.monotonic())
+        scratch.chunks += 1
+        try:
+            values = self.reader.read(chunk, (0, self.layout.chunk_shape[0]), scratch, out=out)
+        finally:
+            scratch.reading = None
+        if values is not None:
+            return values
+        shape, fill = self.layout.chunk_shape, np.asarray(self.layout.fill_value, self.layout.dtype)
+        if not self.layout.decode_room:
+            return np.broadcast_to(fill, shape)
+        values = out[: self.layout.chunk_bytes].view(self.layout.dtype).reshape(shape)
+        values[...] = fill
+        return values
 
     @cached_property
     def _whole_rows(self) -> tuple[slice, ...]:

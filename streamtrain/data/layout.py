@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.codecs import Codec, chain_of, decode_room, endian_of, slow_codec
+from streamtrain.data.codecs import ALIGN, Codec, chain_of, decode_room, endian_of, slow_codec
 from streamtrain.errors import DataError
 
 MAX_SAMPLES = 1 << 48
+TOGETHER_BYTES = 1 << 20
+"""Chunks of so many bytes in all are decoded side by side: what is put to its places is then in the cache still."""
 MAX_CHUNK_BYTES = 1 << 36
 ABSENT = (1 << 64) - 1
 ALONE = "array"
@@ -89,6 +91,18 @@ class ArrayLayout:
     def decode_room(self) -> int:
         """Bytes in which one chunk is decoded; 0 where it is used as it is read."""
         return decode_room(self.codecs, self.chunk_bytes) if self.slow is None else 0
+
+    @property
+    def spill(self) -> int:
+        """Bytes of that room behind the decoded chunk."""
+        return max(0, self.decode_room - self.chunk_bytes)
+
+    @cached_property
+    def together(self) -> int:
+        """How many encoded chunks are decoded side by side: small ones that end at aligned bytes."""
+        if not self.decode_room or self.chunk_bytes % ALIGN:
+            return 1
+        return max(1, min(TOGETHER_BYTES // self.chunk_bytes, self.num_files * math.prod(self.inner)))
 
     @cached_property
     def file_shape(self) -> tuple[int, ...]:

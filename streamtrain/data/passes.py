@@ -45,6 +45,7 @@ from streamtrain.data.remote import Want
 from streamtrain.data.skipping import Losses, Skips, Watch
 from streamtrain.data.source import Ending
 from streamtrain.data.survey import Place
+from streamtrain.data.together import Together
 from streamtrain.data.transform import Transform
 from streamtrain.data.transforming import Made, Ready, Rooms, ThreadRunner, TransformStage
 from streamtrain.data.units import Sizes, unit_spans
@@ -202,6 +203,8 @@ class ZarrPass(Ending):
         self._scratch_granted = 0
         alone = recipe.ranks.alone and not recipe.ragged
         self._gathering = Gathering.of(recipe.feeds, recipe.columns, recipe.places) if alone else None
+        plain = alone and not order.scattered and recipe.sizes.beside_bytes
+        self._together = Together.of(recipe.feeds, recipe.columns, recipe.places) if plain else None
         self.paused = False
         self.closed = False
         self._finished = False
@@ -648,8 +651,14 @@ class ZarrPass(Ending):
     # ---- in the threads
 
     def _fill_all(self, unit: Unit, pieces: Sequence[Piece], scratch: Scratch) -> None:
+        def over() -> bool:
+            return self.closed or unit.error is not None
+
+        if self._together is not None:
+            self._together.fill(unit, self._order, pieces, scratch, over)
+            return
         for piece in pieces:
-            if self.closed or unit.error is not None:
+            if over():
                 break
             self._fill(unit, piece, scratch)
 

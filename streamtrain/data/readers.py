@@ -171,8 +171,16 @@ class LocalReader:
         return f"mmap ({refused})" if refused else "mmap"
 
     def read(
-        self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
+        self,
+        chunk: Sequence[int],
+        rows: tuple[int, int],
+        scratch: Scratch,
+        *,
+        few: bool = False,
+        out: Bytes | None = None,
     ) -> NDArray[Any] | None:
+        """`out`: where an encoded chunk is decoded, at the beginning, in place of the scratch (`layout.decode_room`
+        bytes)."""
         layout, trust = self.layout, self._trust
         key = layout.key(chunk)
         due = trust is not None and trust.due(chunk)
@@ -187,7 +195,8 @@ class LocalReader:
                 return None
             fetched = time.perf_counter()
             sound = trust is not None and not due
-            decoded = self._decoder.view(self._decoder.decode(data, self._out(scratch), sound=sound))
+            room = self._out(scratch) if out is None else out
+            decoded = self._decoder.view(self._decoder.decode(data, room, sound=sound))
             if trust is not None and due:
                 trust.found_good(chunk)
             if self._region is not None and chunk[0] not in self._ready:

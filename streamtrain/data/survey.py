@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ from streamtrain.errors import ConfigError, DataError
 
 UNIT_BYTES = 16 << 20
 """Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
+WORTH_BESIDE = 16
+"""Chunks are decoded side by side where memory is at least so many times what that takes of a thread."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,11 @@ def take_survey(
             f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_enough(least)}",
             hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
         )
+    beside = max(
+        ((site.layout.together - 1) * site.layout.chunk_bytes for site in sites if site.one_chunk), default=0
+    )
+    if WORTH_BESIDE * beside <= memory:
+        sizes = replace(sizes, beside_bytes=beside, scratch_bytes=sizes.scratch_bytes + beside)
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.least)
     return Survey(

@@ -37,6 +37,8 @@ class Sizes:
     """How many units an epoch has, if none were small."""
     scratch_bytes: int
     """Of one thread."""
+    beside_bytes: int = 0
+    """Of that: for chunks that are decoded side by side; 0 where there is none to spare."""
     room_bytes: int = 0
     """Of what is laid out only when a batch is made."""
     kept_bytes: int = 0
