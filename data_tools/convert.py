@@ -90,7 +90,8 @@ def convert(
 ) -> Path:
     """Write one array of a .npy or .npz file as the Zarr array `target`, and return its path.
 
-    `member` names the array in an .npz; it may be left out where there is but one. With `every=n` each n-th element
+    A target within a folder that is called `*.zarr` becomes an array of that store, which is made where there is none:
+    `convert("x.npy", "data.zarr/x")`. `member` names the array in an .npz; it may be left out where there is but one. With `every=n` each n-th element
     along each axis is kept. Memory: one band of rows (those of a shard or chunk), whatever the size of the array.
     Raises DataError where the source is missing, cut short, damaged, empty or of a kind that cannot be streamed
     (Fortran order, Python objects, text), ConfigError where the layout does not fit, EnvironmentProblem where the disk
@@ -113,7 +114,19 @@ def convert(
                 if progress:
                     progress(start + len(band), kept[0])
             _check_end(stream, source)
+            _make_groups(target)
     return target
+
+
+def _make_groups(target: Path) -> None:
+    """See to it that the folders from the store's own, which is called `*.zarr`, down to the array are groups."""
+    store = next((folder for folder in target.parents if folder.suffix == ".zarr"), None)
+    if store is None:
+        return
+    within = [store, *reversed(target.parents[: target.parents.index(store)])]
+    for folder in within:
+        if not any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+            zarr.create_group(folder)
 
 
 def create_array(

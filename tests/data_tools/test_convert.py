@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -27,6 +28,7 @@ from data_tools.reshuffle import reshuffle
 from data_tools.split import split
 from data_tools.synth import synth
 from streamtrain.data.layout import parse_array
+from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data.stores import chunks_of, layout_of
 
@@ -92,6 +94,36 @@ def test_members_of_an_archive_are_found_by_name(save: Any, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=text) as caught:
             convert(tmp_path / "two.npz", tmp_path / "t", member=member)
         assert caught.value.hint == "choose one of: a, b"
+
+
+def test_arrays_of_one_folder_are_one_store(tmp_path: Path) -> None:
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    convert(tmp_path / "x.npy", tmp_path / "deep.zarr" / "fields" / "x")
+    convert(tmp_path / "y.npy", tmp_path / "deep.zarr" / "y")
+    found = zarr.open_group(tmp_path / "deep.zarr", mode="r")
+    np.testing.assert_array_equal(found["fields/x"][:], x)
+    np.testing.assert_array_equal(found["y"][:], y)
+    assert not (tmp_path / "zarr.json").exists()
+    stream = ZarrStream(tmp_path / "deep.zarr", inputs="fields/x", targets="y", batch_size=4, output="numpy")
+    asyncio.run(_same(stream, x, y))
+
+
+async def _same(stream: ZarrStream, x: Any, y: Any) -> None:
+    async for batch in stream:
+        np.testing.assert_array_equal(batch.inputs, x[batch.index])
+        np.testing.assert_array_equal(batch.targets, y[batch.index])
+
+
+def test_a_store_that_stands_keeps_what_it_says_of_itself(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(6))
+    zarr.create_group(tmp_path / "s.zarr", attributes={"title": "old"})
+    convert(tmp_path / "x.npy", tmp_path / "s.zarr" / "x")
+    assert zarr.open_group(tmp_path / "s.zarr", mode="r").attrs["title"] == "old"
+    np.save(tmp_path / "y.npy", np.arange(6))
+    convert(tmp_path / "y.npy", tmp_path / "plain" / "y")
+    assert not (tmp_path / "plain" / "zarr.json").exists()
 
 
 def test_newer_headers_are_read(tmp_path: Path) -> None:
