@@ -91,11 +91,11 @@ def convert(
     """Write one array of a .npy or .npz file as the Zarr array `target`, and return its path.
 
     A target within a folder that is called `*.zarr` becomes an array of that store, which is made where there is none:
-    `convert("x.npy", "data.zarr/x")`. `member` names the array in an .npz; it may be left out where there is but one. With `every=n` each n-th element
-    along each axis is kept. Memory: one band of rows (those of a shard or chunk), whatever the size of the array.
-    Raises DataError where the source is missing, cut short, damaged, empty or of a kind that cannot be streamed
-    (Fortran order, Python objects, text), ConfigError where the layout does not fit, EnvironmentProblem where the disk
-    refuses, and leaves no half-written store.
+    `convert("x.npy", "data.zarr/x")`. `member` names the array in an .npz; it may be left out where there is but one.
+    With `every=n` each n-th element along each axis is kept. Memory: one band of rows (those of a shard or chunk),
+    whatever the size of the array. Raises DataError where the source is missing, cut short, damaged, empty or of a kind
+    that cannot be streamed (Fortran order, Python objects, text), ConfigError where the layout does not fit,
+    EnvironmentProblem where the disk refuses, and leaves no half-written store.
     """
     source, target, layout = Path(source), Path(target), layout or Layout()
     if every < 1:

@@ -220,9 +220,7 @@ def take_survey(
             f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_enough(least)}",
             hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
         )
-    beside = max(
-        ((site.layout.together - 1) * site.layout.chunk_bytes for site in sites if site.one_chunk), default=0
-    )
+    beside = max(((site.layout.together - 1) * site.layout.chunk_bytes for site in sites if site.one_chunk), default=0)
     if WORTH_BESIDE * beside <= memory:
         sizes = replace(sizes, beside_bytes=beside, scratch_bytes=sizes.scratch_bytes + beside)
     batches = count // batch_size if drop_last else -(-count // batch_size)

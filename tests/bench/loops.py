@@ -20,6 +20,11 @@ LR = 1e-3
 LOG_EVERY = 50
 
 
+def parts(whole: Tensor, size: int) -> list[Tensor]:
+    """A tensor in pieces of so many rows."""
+    return [whole[first : first + size] for first in range(0, len(whole), size)]
+
+
 @dataclass(frozen=True)
 class Size:
     """A model of fully connected layers and its batches."""

@@ -102,7 +102,7 @@ def test_arrays_of_one_folder_are_one_store(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", y)
     convert(tmp_path / "x.npy", tmp_path / "deep.zarr" / "fields" / "x")
     convert(tmp_path / "y.npy", tmp_path / "deep.zarr" / "y")
-    found = zarr.open_group(tmp_path / "deep.zarr", mode="r")
+    found: Any = zarr.open_group(tmp_path / "deep.zarr", mode="r")
     np.testing.assert_array_equal(found["fields/x"][:], x)
     np.testing.assert_array_equal(found["y"][:], y)
     assert not (tmp_path / "zarr.json").exists()
