@@ -29,6 +29,7 @@ BENCHES = {
     "equal": "weights after fit against a bare loop with the same batches",
     "memory": "memory over that of an open stream, for a pass over 4 GiB in 256 MiB",
     "passes": "200 passes in one process: descriptors, threads, tasks and memory",
+    "fits": "200 fits in one loop, and two at a time: what is left, and whether each is what it is alone",
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
     "shuffle": "whether shuffling is real",

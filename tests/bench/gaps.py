@@ -107,7 +107,7 @@ def _mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def sea(room: Path, options: Options) -> Iterator[tuple[float, float]]:
     """Errors where there is sea, ours and the bare loop's."""
-    land = datasets.land_mask(datasets.land(), EVERY)
+    land = datasets.land_mask(EVERY)
     field = _waves(land, 60 if options.quick else DAYS)
     group = zarr.create_group(room / "sea.zarr")
     dims = ("time", "lat", "lon")

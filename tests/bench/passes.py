@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,16 +46,19 @@ def run(options: Options) -> Iterator[Measure]:
         )
         command = [sys.executable, "-m", "tests.bench.passes", str(store), str(passes)]
         done = subprocess.run(command, capture_output=True, check=True)
-    stocks = [Stock(**each) for each in json.loads(done.stdout)]
-    early = min(EARLY, passes // 3)
+    yield from growth(f"{passes} passes", [Stock(**each) for each in json.loads(done.stdout)])
+
+
+def growth(what: str, stocks: Sequence[Stock], *, memory: float = 2) -> Iterator[Measure]:
+    """How much more of each there is at the end than early on; at most so many MiB of `memory`."""
+    early, looks = min(EARLY, len(stocks) // 3), min(LOOKS, len(stocks) // 3)
     for name in ("descriptors", "threads", "tasks"):
         grown = max(getattr(stock, name) for stock in stocks[early:]) - getattr(stocks[early - 1], name)
-        yield Measure(name=f"{passes} passes: {name} more", values=(grown,), at_most=0)
-    memory = [stock.memory for stock in stocks]
-    looks = min(LOOKS, passes // 3)
-    grown = statistics.median(memory[-looks:]) - statistics.median(memory[early : early + looks])
-    yield Measure(name=f"{passes} passes: memory more", values=(grown / MIB,), at_most=2, unit=" MiB")
-    yield Measure(name="  memory", values=(memory[-1] / MIB,), unit=" MiB")
+        yield Measure(name=f"{what}: {name} more", values=(grown,), at_most=0)
+    held = [stock.memory for stock in stocks]
+    grown = statistics.median(held[-looks:]) - statistics.median(held[early : early + looks])
+    yield Measure(name=f"{what}: memory more", values=(grown / MIB,), at_most=memory, unit=" MiB")
+    yield Measure(name="  memory", values=(held[-1] / MIB,), unit=" MiB")
 
 
 # ---- in the process
@@ -77,7 +80,7 @@ async def main(store: Path, passes: int) -> list[Stock]:
         await _pass(stream, 7 if number % 3 == 1 else 1 << 30)
         await stream.aclose()
         del stream
-        stocks.append(_stock())
+        stocks.append(stock())
     return stocks
 
 
@@ -89,7 +92,8 @@ async def _pass(stream: object, most: int) -> None:
             return
 
 
-def _stock() -> Stock:
+def stock() -> Stock:
+    """What this process holds now, after a collection."""
     gc.collect()
     tasks = len(asyncio.all_tasks())
     return Stock(len(os.listdir("/proc/self/fd")), threading.active_count(), tasks, resident(os.getpid()))

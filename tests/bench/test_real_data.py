@@ -31,7 +31,6 @@ def test_images_are_learned_as_in_a_bare_loop() -> None:
 
 def test_gaps_and_masks_are_learned_as_in_a_bare_loop() -> None:
     there(datasets.flights)
-    there(datasets.land)
     found = {measure.name: measure for measure in gaps.run(QUICK)}
     assert found["flights: error over a bare loop's"].median < 1.1
     assert found["sea: error over a bare loop's"].median < 1.1
@@ -45,4 +44,4 @@ def test_flights_have_gaps_and_texts_are_numbers() -> None:
 
 
 def test_a_third_of_the_globe_is_land() -> None:
-    assert 0.3 < datasets.land_mask(there(datasets.land), 600).mean() < 0.36
+    assert 0.3 < datasets.land_mask(600).mean() < 0.36

@@ -10,7 +10,7 @@ import pytest
 
 from data_tools.synth import synth
 from streamtrain.errors import EnvironmentProblem
-from tests.bench import cgroup, dial, groups, huge, passes, window_peers, windows
+from tests.bench import cgroup, dial, fits, groups, huge, passes, window_peers, windows
 from tests.bench.measure import Measure, Options
 
 QUICK = Options(rounds=1, quick=True)
@@ -81,3 +81,7 @@ def test_files_are_read_in_order_and_can_be_dropped_from_the_cache(tmp_path: Pat
     assert [path.parent.name for path in cgroup.files_of(store)] == [str(number) for number in range(11)]
     cgroup.drop(store)
     assert cgroup.plain(store) == 2200 * 16 * 4
+
+
+def test_fits_leave_nothing_and_each_is_what_it_is_alone() -> None:
+    assert not [measure for measure in fits.run(QUICK) if not measure.ok and "memory" not in measure.name]
