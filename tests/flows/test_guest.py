@@ -35,9 +35,11 @@ def house(loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
     """All that a library could have changed in its process, by name, as texts."""
     umask = os.umask(0)
     os.umask(umask)
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
     found = {
         "signal handlers": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
-        "wakeup descriptor": signal.set_wakeup_fd(-1),
+        "wakeup descriptor": wakeup,
         "default executor": getattr(loop, "_default_executor", None),
         "exception handler": loop.get_exception_handler(),
         "debug": (loop.get_debug(), loop.slow_callback_duration, loop.get_task_factory()),
