@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,12 @@ def run(options: Options) -> Iterator[Measure]:
 
 def watched(store: Path, memory: str, blocks: int | None = None) -> Peak:
     """Have a process stream the store once, and look at its memory each 5 ms."""
-    command = [sys.executable, "-m", "tests.bench.reader", str(store), memory, *([str(blocks)] if blocks else [])]
+    return watch(["tests.bench.reader", str(store), memory, *([str(blocks)] if blocks else [])])
+
+
+def watch(module: Sequence[str]) -> Peak:
+    """Run a module (and its arguments) that says `open`, waits for a line, and says how many samples it has seen."""
+    command = [sys.executable, "-m", *module]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -10,7 +10,7 @@ import pytest
 
 from data_tools.synth import synth
 from streamtrain.errors import EnvironmentProblem
-from tests.bench import cgroup, dial, fits, groups, huge, passes, window_peers, windows
+from tests.bench import cgroup, dial, fits, groups, huge, passes, slow, window_peers, windows
 from tests.bench.measure import Measure, Options
 
 QUICK = Options(rounds=1, quick=True)
@@ -85,3 +85,9 @@ def test_files_are_read_in_order_and_can_be_dropped_from_the_cache(tmp_path: Pat
 
 def test_fits_leave_nothing_and_each_is_what_it_is_alone() -> None:
     assert not [measure for measure in fits.run(QUICK) if not measure.ok and "memory" not in measure.name]
+
+
+def test_a_slow_callback_is_told_of_every_step_and_said_once() -> None:
+    found = by_name(slow.run(QUICK))
+    assert found["  steps that it was not told of"].ok
+    assert found["  times that this was said, a fit"].ok
