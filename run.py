@@ -227,15 +227,16 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def environment(interpreter: str, version: str, wanted: list[str]) -> Path:
-    """An environment of its own with these packages in their newest versions, made where there is none."""
+def environment(interpreter: str, version: str, wanted: list[str], needs: str = "zarr, numpy") -> Path:
+    """An environment of its own with these packages in their newest versions, made where there is none, or where it
+    can't import what it `needs`."""
     folder = ROOT / f".venv-{version}"
     python, mark = folder / "bin" / "python", folder / "made-from.json"
     with open(ROOT / f".venv-{version}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             if json.loads(mark.read_text()) == wanted:
-                subprocess.run([python, "-c", "import zarr, numpy"], check=True, capture_output=True)
+                subprocess.run([python, "-c", f"import {needs}"], check=True, capture_output=True)
                 return python
         except (OSError, ValueError, subprocess.CalledProcessError):
             pass
