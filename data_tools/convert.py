@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import glob
-import itertools
-import logging
 import math
 import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +23,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.layout import MAX_CHUNK_BYTES, MAX_SAMPLES, TRAINABLE, trainable
-from streamtrain.data.manifest import PLACE, fsync
-from streamtrain.data.vouching import vouch
-from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
-
-logger = logging.getLogger(__name__)
+from streamtrain.data.whole import whole_or_nothing
+from streamtrain.errors import ConfigError, DataError
 
 Codec = Literal["raw", "zstd", "blosc"]
 Progress = Callable[[int, int], None]
@@ -182,69 +175,6 @@ def check_size(shape: tuple[int, ...], itemsize: int, chunks: tuple[int, ...], c
     return (
         math.prod(-(-size // step) for size, step in zip(shape, chunks, strict=True)) * chunk if codec == "raw" else 0
     )
-
-
-def check_apart(source: str | Path, *targets: str | Path) -> None:
-    """Raise ConfigError where one of these lies within another, or a target is the source, wherever links lead.
-
-    To be asked before anything is written.
-    """
-    try:
-        places = [(Path(path), Path(os.path.realpath(path))) for path in (source, *targets)]
-    except ValueError:  # no path at all: `whole_or_nothing` says so
-        return
-    for path, place in places[1:]:
-        if place == places[0][1]:
-            raise ConfigError(f"{path} is the source itself", hint="name a target beside it")
-    for (outer, around), (inner, within) in itertools.permutations(places, 2):
-        if around in within.parents:
-            raise ConfigError(
-                f"{inner} lies within {outer}: a store can't be written into another, nor around its source",
-                hint="name a target beside it",
-            )
-
-
-@contextlib.contextmanager
-def whole_or_nothing(target: Path, *, need: int = 0) -> Iterator[Path]:
-    """A folder to write arrays into that becomes `target` at the end, and vanishes on an error.
-
-    At the end its files are read again for their manifests, then all is made durable, then it gets its name.
-    Raises EnvironmentProblem at once where fewer than `need` bytes are free.
-    """
-    if "\0" in str(target):
-        raise ConfigError(f"{str(target)!r} is no path", hint="name a folder that is not there yet")
-    if os.path.lexists(target):
-        whole = " and is complete" if next(target.glob(f"**/{PLACE}"), None) else ""
-        raise ConfigError(f"{target} exists already{whole}", hint="name another target, or remove this one")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        if need > (free := shutil.disk_usage(target.parent).free):
-            raise EnvironmentProblem(
-                f"cannot write {target}: it takes {format_bytes(need)}, and {format_bytes(free)} are free there",
-                hint="make room, write elsewhere, or compress it: codec zstd or blosc",
-            )
-        yield part
-        vouch(part)
-        for folder, _, files in os.walk(part):
-            for path in (*(os.path.join(folder, name) for name in files), folder):
-                fsync(Path(path))
-        part.rename(target)
-        fsync(target.parent)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {target}: {error}", hint="is there room, and may you write?") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _sweep(target: Path) -> None:
-    """Remove what conversions to this target that were killed have left."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        pid = part.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            logger.warning("%s is not there: its writing was cut short, and starts anew", target)
-            shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_tools.convert import Codec, Progress, check_apart, whole_or_nothing
+from data_tools.convert import Codec, Progress
 from data_tools.others import carry
 from data_tools.source import Region, Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
 from streamtrain.data.layout import ALONE, ArrayLayout
+from streamtrain.data.whole import check_apart, whole_or_nothing
 from streamtrain.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,14 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data_tools.convert import Codec, Progress, check_apart, whole_or_nothing
+from data_tools.convert import Codec, Progress
 from data_tools.others import carry, carry_in_order
 from data_tools.source import Source, SourceArray
 from streamtrain.data.budget import format_bytes, parse_bytes
 from streamtrain.data.files import read_into
 from streamtrain.data.layout import ALONE
 from streamtrain.data.permutation import Ints, Permutation, derive_key
+from streamtrain.data.whole import check_apart, whole_or_nothing
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
 SLICE = 1 << 16

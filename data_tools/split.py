@@ -10,11 +10,12 @@ import math
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from data_tools.convert import Codec, Progress, check_apart, whole_or_nothing
+from data_tools.convert import Codec, Progress
 from data_tools.others import carry
 from data_tools.reshuffle import copy
 from data_tools.source import Source
 from streamtrain.data.budget import parse_bytes
+from streamtrain.data.whole import check_apart, whole_or_nothing
 from streamtrain.errors import ConfigError, DataError
 
 

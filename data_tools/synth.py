@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from data_tools.convert import Codec, Progress, check_size, create_array, whole_or_nothing
+from data_tools.convert import Codec, Progress, check_size, create_array
+from streamtrain.data.whole import whole_or_nothing
 from streamtrain.errors import ConfigError
 
 

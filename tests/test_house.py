@@ -30,7 +30,7 @@ data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolid
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes
 data.scanning
 data.options data.transform data.survey data.gathering data.together data.laying data.skipping data.transforming
-data.transform_child data.transform_processes data.vouching data.afar data.verification data.crews data.pulling
+data.transform_child data.transform_processes data.vouching data.whole data.afar data.verification data.crews data.pulling
 data.handing data.loader
 data.iterable data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
