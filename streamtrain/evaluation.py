@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -90,18 +90,11 @@ class Evaluator:
             raise DataError("a stream to evaluate on gave no batch", hint="Check its split and filters.")
         return await thread.run(sums.compute)
 
-    async def outputs(
-        self, stream: Stream, thread: TrainThread, rng: Rng, compute: Compute
-    ) -> AsyncGenerator[Any, None]:
-        """What the model makes of each batch, in order."""
-
-        def keep(batch: Batch, outcome: Outcome) -> Any:
-            return outcome.outputs
-
-        async with aclosing(self._bursts(stream, thread, rng, None, keep, compute)) as bursts:
-            async for outputs in bursts:
-                for output in outputs:
-                    yield output
+    def each(
+        self, stream: Stream, thread: TrainThread, rng: Rng, compute: Compute, use: Callable[[Batch, Outcome], T]
+    ) -> AsyncGenerator[list[T], None]:
+        """What `use` makes of each batch and what it came to, on the train thread: a list for each burst, in order."""
+        return self._bursts(stream, thread, rng, None, use, compute)
 
     async def _bursts(
         self,

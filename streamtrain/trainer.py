@@ -58,6 +58,7 @@ from streamtrain.options import (
 from streamtrain.outcome import called, custom_outputs
 from streamtrain.parts import Parts, UserSteps
 from streamtrain.plan import Plan
+from streamtrain.prediction import Prediction, Predictions
 from streamtrain.progress import FitResult, Progress
 from streamtrain.resume import Resume
 from streamtrain.rng import Rng
@@ -306,13 +307,23 @@ class Trainer:
             await self._log_outside(RunFolder(self.run_dir), values)
         return values
 
-    def predict(self, stream: Streams, out: str | os.PathLike[str] | None = None) -> AsyncGenerator[Any, None]:
-        """`async for outputs in trainer.predict(stream)`: what the model makes of each batch, in order."""
-        if out is not None:
-            raise ConfigError(
-                "predict(out=...) comes later", hint="Write the outputs yourself: async for ... in predict"
-            )
-        return self._predict(as_stream(stream))
+    def predict(
+        self, stream: Streams, out: str | os.PathLike[str] | None = None, *, overwrite: bool = False
+    ) -> Predictions:
+        """`async for outputs in trainer.predict(stream)`: what the model makes of each batch, in order; or
+        `path = await trainer.predict(stream, out="p.zarr")`: written to a Zarr 3 store as it comes.
+
+        The store is a group with an array `prediction`, or one for each name of a dict, and the source's dimensions and
+        coordinates, as xarray opens them. Each sample's row stands at its own number, whatever the order; where none
+        came is NaN. Outputs of windows and patches stand at the places that they cover, overlapping ones as their mean,
+        weighted by a Hann window; outputs of another shape have a row for each window. Outputs of the shape of a
+        normalised target (without targets: input) are in its units again, given or written. The store appears when it
+        is whole and durable; one that stands there is refused, or with `overwrite` replaced then.
+
+        Raises ConfigError for an `out` that is there, or within the source; EnvironmentProblem for a full disk.
+        """
+        path = None if out is None else Path.cwd() / out
+        return Predictions(self._predict(as_stream(stream), path, overwrite=overwrite), path)
 
     # --- checkpoints ---
 
@@ -595,13 +606,14 @@ class Trainer:
             finally:
                 await files(folder.release)
 
-    async def _predict(self, stream: Stream) -> AsyncGenerator[Any, None]:
+    async def _predict(self, stream: Stream, out: Path | None, *, overwrite: bool) -> AsyncGenerator[Any, None]:
         compute = custom_outputs(called(self.predict_step, self.model))
         async with train_thread() as thread:
             await stream.open()
             await thread.run(lambda: self.model.to(self._options.device))
-            rng = self._random()
-            async with aclosing(self.evaluator.outputs(stream, thread, rng, compute)) as outputs:
+            prediction = Prediction(self.evaluator, thread, self._random(), compute)
+            given = prediction.given(stream) if out is None else prediction.written(stream, out, overwrite=overwrite)
+            async with aclosing(given) as outputs:
                 async for output in outputs:
                     yield output
 

@@ -30,14 +30,15 @@ data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolid
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes
 data.scanning
 data.options data.transform data.survey data.gathering data.together data.laying data.skipping data.transforming
-data.transform_child data.transform_processes data.vouching data.whole data.afar data.verification data.crews data.pulling
-data.handing data.loader
+data.transform_child data.transform_processes data.vouching data.whole data.afar data.verification data.crews
+data.pulling data.handing data.loader
+data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
 options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
 run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 streams blame outcome supply tally step
-callbacks.base callbacks.bus own_rng early_stopping evaluation life resume plan telling
+callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving

@@ -54,7 +54,7 @@ async def open_labels(where: Located, names: Sequence[str], *, timeout: float) -
 def _read(where: Located, name: str, array: Any, timeout: float) -> Values:
     loop = ZarrLoop()
     try:
-        return loop.run(_texts(where, name, array), timeout)
+        return loop.run(texts(where, name, array), timeout)
     except TimeoutError:
         raise EnvironmentProblem(
             f"{where.name}: array {name!r} was not read within {timeout:g} s",
@@ -64,7 +64,8 @@ def _read(where: Located, name: str, array: Any, timeout: float) -> Values:
         loop.close()
 
 
-async def _texts(where: Located, name: str, array: Any) -> Values:
+async def texts(where: Located, name: str, array: Any) -> Values:
+    """All values of an array of texts or times. Raises DataError."""
     check_whole(where, array, name)
     try:
         values = np.asarray(await array.getitem(Ellipsis))
@@ -112,6 +113,12 @@ async def read_coordinates(
     return found
 
 
+def names_beside(where: Located, name: str, beside: str) -> list[str]:
+    """Where an array of this name may lie: in the group of the array `beside`, then at the root."""
+    group = beside.removeprefix(f"{where.path}/").rpartition("/")[0]
+    return list(dict.fromkeys([f"{group}/{name}" if group else name, name]))
+
+
 async def read_coordinate(
     where: Located, dim: str, length: int, beside: str, *, loop: ZarrLoop, timeout: float, retries: int, verify: Verify
 ) -> Coordinate | None:
@@ -120,8 +127,7 @@ async def read_coordinate(
     Its values are numbers (unpacked as CF says), times (datetime64) or texts. Raises DataError where it can't be used,
     or has not the dimension's length.
     """
-    group = beside.removeprefix(f"{where.path}/").rpartition("/")[0]
-    for name in dict.fromkeys([f"{group}/{dim}" if group else dim, dim]):
+    for name in names_beside(where, dim, beside):
         array = await array_at(where, name)
         if array is None or len(array.shape) != 1:
             continue
@@ -131,7 +137,7 @@ async def read_coordinate(
                 hint="correct it, or rename it: an array named as a dimension tells its places' values",
             )
         if not trainable(array.dtype):
-            return Coordinate(dim, await _texts(where, name, array))
+            return Coordinate(dim, await texts(where, name, array))
         check_whole(where, array, name)
         opened = (await open_arrays(where, [name], io="auto", loop=loop, timeout=timeout, retries=retries))[name]
         opened.reader.vouch(verify)

@@ -21,6 +21,8 @@ from streamtrain.data.asked import Asked
 from streamtrain.data.batch import START, Batch, Cursor
 from streamtrain.data.block import Pool
 from streamtrain.data.budget import Budget, parse_bytes
+from streamtrain.data.canvas import Ground, Part
+from streamtrain.data.chosen import Chosen
 from streamtrain.data.crops import CropAt
 from streamtrain.data.disk_cache import disk_cache_of
 from streamtrain.data.finished import Kept, KeptPass, Watched, WatchedAsync
@@ -721,6 +723,42 @@ class ZarrStream:
         except TimeoutError:
             raise self._asked.hung() from None
         return found[0] if np.ndim(index) == 0 else found
+
+    def parts(self) -> tuple[Part, ...]:
+        """The arrays of a batch, inputs first, as they lie in the first store. Metadata must be known."""
+        feeds = self._known().feeds[0]
+        first = len(feeds) - self._asked.num_targets
+        return tuple(
+            Part(feed.layout, feed.site, getattr(feed.change, "normal", None), number >= first)
+            for number, feed in enumerate(feeds)
+        )
+
+    def ground(self) -> Ground:
+        """What the numbers of its samples stand for: where predictions belong. Metadata must be known.
+
+        Raises ConfigError where samples lie at other places in each epoch, or this is one rank's part.
+        """
+        opened, asked = self._known(), self._asked
+        if asked.framing.random:
+            raise ConfigError(
+                "predict(out=...) on a stream of random crops or jitter: their places are others in each epoch",
+                hint="give crop_at='center' and leave jitter= out",
+            )
+        if not asked.ranks.alone:
+            raise ConfigError(
+                f"predict(out=...) on a stream of rank {asked.ranks.rank} alone: it has a part of each batch",
+                hint="give a stream without rank= and world_size=",
+            )
+        survey = opened.survey
+        return Ground(
+            parts=self.parts(),
+            frames=tuple(survey.frames),
+            where=tuple(self._opening.where),
+            ordered=asked.shuffle == "none" and (isinstance(survey.split, Chosen) or survey.split.by == "range"),
+            memory=self.budget.total,
+            timeout=asked.read_timeout,
+            retries=asked.retries,
+        )
 
 
 KEPT_DRAWS = (

@@ -1,0 +1,67 @@
+"""Coordinates as they are stored, to be written beside something else: values, dimensions, attributes.
+
+Its law: nothing is decoded, so that whoever opens the copy sees what the source says; what can be held against a
+manifest is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamtrain.data.columns import names_beside, texts, whole
+from streamtrain.data.layout import trainable
+from streamtrain.data.opening import Located, array_at, check_whole, open_arrays
+from streamtrain.data.zarr_lane import ZarrLoop
+
+OWN = ("streamtrain", "_ARRAY_DIMENSIONS")
+"""Attributes that tell of an array's files or its format, not of its values."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array as it is stored, whole."""
+
+    values: NDArray[Any]
+    dims: tuple[str | None, ...]
+    attributes: Mapping[str, Any]
+
+
+async def read_stored(
+    where: Located, name: str, beside: str, *, loop: ZarrLoop, timeout: float, retries: int
+) -> Stored | None:
+    """The array of this name in the group of the array `beside`, or at the root; None without one. Any dtype that zarr
+    knows: texts come as objects. Raises DataError where it can't be read."""
+    for found in names_beside(where, name, beside):
+        array = await array_at(where, found)
+        if array is None or not array.shape:
+            continue
+        check_whole(where, array, found)
+        attributes = {key: value for key, value in array.metadata.attributes.items() if key not in OWN}
+        if not trainable(array.dtype):
+            values = await texts(where, found, array)
+            return Stored(values, _dims(array), attributes)
+        opened = (await open_arrays(where, [found], io="auto", loop=loop, timeout=timeout, retries=retries))[found]
+        opened.reader.vouch("once")
+        values = await asyncio.get_running_loop().run_in_executor(None, whole, opened)  # the private loop's own threads
+        return Stored(values, _dims(array), attributes)
+    return None
+
+
+def _dims(array: Any) -> tuple[str | None, ...]:
+    names = getattr(array.metadata, "dimension_names", None) or array.metadata.attributes.get("_ARRAY_DIMENSIONS")
+    if isinstance(names, list | tuple) and len(names) == len(array.shape):
+        return tuple(names)
+    return (None,) * len(array.shape)
+
+
+def as_texts(values: NDArray[Any]) -> NDArray[Any]:
+    """Texts as Python's own strings, which Zarr 3 has a dtype for; all else as it is."""
+    if values.dtype.kind not in "USTO":
+        return values
+    return np.array([str(value) for value in values.reshape(-1)], dtype=object).reshape(values.shape)

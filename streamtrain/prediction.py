@@ -1,0 +1,204 @@
+"""A stream through the model, for what comes out: given batch by batch, or written to a Zarr store without holding it.
+
+Its law: outputs are in the data's own units, given or written; nothing waits on the event loop but for the next burst,
+and the writing of one burst goes on beside the computing of the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamtrain.data.batch import Batch
+from streamtrain.data.canvas import Part, same_shape
+from streamtrain.data.mix import Mix
+from streamtrain.data.predicted import PredictedStore
+from streamtrain.data.source import Stream
+from streamtrain.data.stream import ZarrStream
+from streamtrain.data.values import Normalization
+from streamtrain.errors import ConfigError, UserCodeError
+from streamtrain.evaluation import Evaluator
+from streamtrain.file_thread import file_thread
+from streamtrain.outcome import Compute, Outcome
+from streamtrain.rng import Rng
+from streamtrain.threads import TrainThread
+
+NAME = "prediction"
+"""The array of a model that gives one tensor; of a list or tuple they are numbered."""
+Arrays = dict[str, NDArray[Any]]
+Rows = tuple[NDArray[np.int64] | None, Arrays, int]
+"""Numbers of samples, their outputs by name, and how many they are."""
+
+
+class Predictions(AsyncGenerator[Any, None]):
+    """`async for outputs in predictions`; or, where they are written, `path = await predictions`."""
+
+    def __init__(self, outputs: AsyncGenerator[Any, None], out: Path | None) -> None:
+        self._outputs, self._out = outputs, out
+
+    def __await__(self) -> Generator[Any, None, Path]:
+        """Write them all, and return where. Raises ConfigError without out=."""
+        return self._all().__await__()
+
+    async def _all(self) -> Path:
+        if self._out is None:
+            await self._outputs.aclose()
+            raise ConfigError(
+                "await predict(stream) needs a place to write to",
+                hint="Give out='p.zarr', or take the outputs: async for outputs in trainer.predict(stream).",
+            )
+        async with aclosing(self._outputs):
+            async for _ in self._outputs:
+                pass
+        return self._out
+
+    async def __anext__(self) -> Any:
+        return await self._outputs.__anext__()
+
+    async def asend(self, value: None) -> Any:
+        """As a generator has it."""
+        return await self._outputs.asend(value)
+
+    async def athrow(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> Any:
+        """As a generator has it."""
+        return await self._outputs.athrow(typ, val, tb)  # type: ignore[arg-type]
+
+    async def aclose(self) -> None:
+        """End; what was being written vanishes."""
+        await self._outputs.aclose()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a stream goes through a model."""
+
+    evaluator: Evaluator
+    thread: TrainThread
+    rng: Rng
+    compute: Compute
+
+    async def given(self, stream: Stream) -> AsyncGenerator[Any, None]:
+        """The outputs of each batch, in order, as the model gives them; what is normalised, as it was before."""
+        undo = _undoing(stream)
+
+        def keep(batch: Batch, outcome: Outcome) -> Any:
+            return undo(outcome.outputs)
+
+        async with aclosing(self.evaluator.each(stream, self.thread, self.rng, self.compute, keep)) as bursts:
+            async for outputs in bursts:
+                for output in outputs:
+                    yield output
+
+    async def written(self, stream: Stream, out: Path, *, overwrite: bool) -> AsyncGenerator[Any, None]:
+        """The same, written to a store as well, which is there once the last one was taken."""
+        undo, ground = _undoing(stream), stream.ground() if isinstance(stream, ZarrStream) else None
+        numbered = ground is not None or (stream.num_samples is not None and not isinstance(stream, Mix))
+        expected = (stream.num_samples or 0) if numbered else 0
+        store = PredictedStore(out, ground, overwrite=overwrite, expected=expected)
+
+        def keep(batch: Batch, outcome: Outcome) -> tuple[Any, NDArray[np.int64] | None, Arrays, int]:
+            outputs = undo(outcome.outputs)
+            index = None if not numbered or batch.index is None else np.array(batch.index, dtype=np.int64)
+            return outputs, index, _arrays(outputs), len(batch)
+
+        made = self.evaluator.each(stream, self.thread, self.rng, self.compute, keep)
+        async with _writing(store) as write, aclosing(made) as bursts:
+            async for burst in bursts:
+                await write([(index, arrays, samples) for _, index, arrays, samples in burst])
+                for outputs, *_ in burst:
+                    yield outputs
+
+
+@asynccontextmanager
+async def _writing(store: PredictedStore) -> AsyncGenerator[Callable[[Sequence[Rows]], Any], None]:
+    """Opens a store, takes rows for it (the call returns when those before are in), and commits it; or gives it up."""
+    async with file_thread() as files:
+        last: asyncio.Task[None] | None = None
+
+        def add(batches: Sequence[Rows]) -> None:
+            for numbers, arrays, samples in batches:
+                store.add(numbers, arrays, samples)
+
+        async def write(batches: Sequence[Rows]) -> None:
+            nonlocal last
+            if last is not None:
+                await last
+            last = asyncio.create_task(files(partial(add, batches)), name="streamtrain-predict")
+
+        try:
+            await files(store.open)
+            yield write
+            if last is not None:
+                await last
+            await files(store.commit)
+        finally:
+            if last is not None:
+                await asyncio.gather(last, return_exceptions=True)
+            await files(store.close)
+
+
+def _undoing(stream: Stream) -> Callable[[Any], Any]:
+    """What brings outputs of the shape of a normalised target (of an input, without targets) back to its units."""
+    parts = stream.parts() if isinstance(stream, ZarrStream) else ()
+    if not any(part.normal is not None for part in parts):
+        return lambda outputs: outputs
+    return lambda outputs: _undone(outputs, parts, "")
+
+
+def _undone(outputs: Any, parts: Sequence[Part], name: str) -> Any:
+    if isinstance(outputs, Mapping):
+        return {key: _undone(value, parts, str(key)) for key, value in outputs.items()}
+    if isinstance(outputs, list | tuple):
+        return [_undone(value, parts, name) for value in outputs]
+    if not isinstance(outputs, Tensor) or not outputs.ndim:
+        return outputs
+    part = same_shape(tuple(outputs.shape[1:]), parts, name)
+    return outputs if part is None or part.normal is None else _restored(outputs, part.normal)
+
+
+def _restored(outputs: Tensor, normal: Normalization) -> Tensor:
+    """`x * std + mean` in float64, as float32, or float64 where the outputs are."""
+    mean, std = (torch.from_numpy(figures).to(outputs.device) for figures in (normal.mean, normal.std))
+    dtype = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+    return outputs.double().mul_(std).add_(mean).to(dtype)
+
+
+def _arrays(outputs: Any) -> Arrays:
+    """Outputs by name, in memory of their own; on the train thread. Raises UserCodeError."""
+    if isinstance(outputs, Mapping):
+        return {str(name): _array(value, str(name)) for name, value in outputs.items()}
+    if isinstance(outputs, list | tuple):
+        return {f"{NAME}_{n}": _array(value, f"{NAME}_{n}") for n, value in enumerate(outputs)}
+    return {NAME: _array(outputs, NAME)}
+
+
+def _array(value: Any, name: str) -> NDArray[Any]:
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        what = f"a {value.layout} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UserCodeError(
+            f"predict: {name} is {what}, which can't be written",
+            hint="Give a tensor, or a dict or tuple of them; predict_step can choose.",
+        )
+    if value.dtype == torch.bfloat16:  # numpy has no such dtype
+        value = value.float()
+    # A copy: a model may give back what it was given, which the stream wants back before all is written.
+    made: NDArray[Any] = value.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous().numpy()
+    return made
