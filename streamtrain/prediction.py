@@ -44,8 +44,16 @@ Rows = tuple[NDArray[np.int64] | None, Arrays, int]
 class Predictions(AsyncGenerator[Any, None]):
     """`async for outputs in predictions`; or, where they are written, `path = await predictions`."""
 
-    def __init__(self, outputs: AsyncGenerator[Any, None], out: Path | None) -> None:
-        self._outputs, self._out = outputs, out
+    def __init__(self, make: Callable[[bool], AsyncGenerator[Any, None]], out: Path | None) -> None:
+        """`make`: begins the prediction; it is told whether somebody takes the outputs."""
+        self._make, self._out = make, out
+        self._begun: AsyncGenerator[Any, None] | None = None
+
+    @property
+    def _outputs(self) -> AsyncGenerator[Any, None]:
+        if self._begun is None:
+            self._begun = self._make(True)
+        return self._begun
 
     def __await__(self) -> Generator[Any, None, Path]:
         """Write them all, and return where. Raises ConfigError without out=."""
@@ -53,13 +61,13 @@ class Predictions(AsyncGenerator[Any, None]):
 
     async def _all(self) -> Path:
         if self._out is None:
-            await self._outputs.aclose()
             raise ConfigError(
                 "await predict(stream) needs a place to write to",
                 hint="Give out='p.zarr', or take the outputs: async for outputs in trainer.predict(stream).",
             )
-        async with aclosing(self._outputs):
-            async for _ in self._outputs:
+        self._begun = self._begun or self._make(False)
+        async with aclosing(self._begun) as outputs:
+            async for _ in outputs:
                 pass
         return self._out
 
@@ -102,11 +110,11 @@ class Prediction:
 
         async with aclosing(self.evaluator.each(stream, self.thread, self.rng, self.compute, keep)) as bursts:
             async for outputs in bursts:
-                for output in outputs:
-                    yield output
+                while outputs:
+                    yield outputs.pop(0)  # one that was given is not kept here: it may hold a batch of the stream
 
-    async def written(self, stream: Stream, out: Path, *, overwrite: bool) -> AsyncGenerator[Any, None]:
-        """The same, written to a store as well, which is there once the last one was taken."""
+    async def written(self, stream: Stream, out: Path, *, overwrite: bool, give: bool) -> AsyncGenerator[Any, None]:
+        """The same, written to a store, which is there at the end; the outputs are given too, or None for each."""
         undo, ground = _undoing(stream), stream.ground() if isinstance(stream, ZarrStream) else None
         numbered = ground is not None or (stream.num_samples is not None and not isinstance(stream, Mix))
         expected = (stream.num_samples or 0) if numbered else 0
@@ -114,15 +122,15 @@ class Prediction:
 
         def keep(batch: Batch, outcome: Outcome) -> tuple[Any, NDArray[np.int64] | None, Arrays, int]:
             outputs = undo(outcome.outputs)
-            index = None if not numbered or batch.index is None else np.array(batch.index, dtype=np.int64)
-            return outputs, index, _arrays(outputs), len(batch)
+            index = _array(torch.as_tensor(batch.index), "index") if numbered and batch.index is not None else None
+            return outputs if give else None, index, _arrays(outputs), len(batch)
 
         made = self.evaluator.each(stream, self.thread, self.rng, self.compute, keep)
         async with _writing(store) as write, aclosing(made) as bursts:
             async for burst in bursts:
                 await write([(index, arrays, samples) for _, index, arrays, samples in burst])
-                for outputs, *_ in burst:
-                    yield outputs
+                while burst:
+                    yield burst.pop(0)[0]
 
 
 @asynccontextmanager

@@ -323,7 +323,8 @@ class Trainer:
         Raises ConfigError for an `out` that is there, or within the source; EnvironmentProblem for a full disk.
         """
         path = None if out is None else Path.cwd() / out
-        return Predictions(self._predict(as_stream(stream), path, overwrite=overwrite), path)
+        source = as_stream(stream)
+        return Predictions(lambda give: self._predict(source, path, overwrite=overwrite, give=give), path)
 
     # --- checkpoints ---
 
@@ -606,16 +607,22 @@ class Trainer:
             finally:
                 await files(folder.release)
 
-    async def _predict(self, stream: Stream, out: Path | None, *, overwrite: bool) -> AsyncGenerator[Any, None]:
+    async def _predict(
+        self, stream: Stream, out: Path | None, *, overwrite: bool, give: bool
+    ) -> AsyncGenerator[Any, None]:
         compute = custom_outputs(called(self.predict_step, self.model))
         async with train_thread() as thread:
             await stream.open()
             await thread.run(lambda: self.model.to(self._options.device))
             prediction = Prediction(self.evaluator, thread, self._random(), compute)
-            given = prediction.given(stream) if out is None else prediction.written(stream, out, overwrite=overwrite)
-            async with aclosing(given) as outputs:
+            if out is None:
+                made = prediction.given(stream)
+            else:
+                made = prediction.written(stream, out, overwrite=overwrite, give=give)
+            async with aclosing(made) as outputs:
                 async for output in outputs:
                     yield output
+                    del output  # it may hold a batch of the stream
 
     async def _save_outside(self, target: Path | None) -> Path:
         if self.optimizer is None:

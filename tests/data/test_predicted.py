@@ -32,10 +32,10 @@ def climate(where: Path, *, start: int = 0, times: int = TIMES) -> Values:
     """A store as a climate model leaves it: time, lat, lon, and rain by time; the field."""
     group = zarr.create_group(where)
     field = np.random.default_rng(start).standard_normal((times, LATS, LONS)).astype("f4") * 20 + 280
-    said = {"units": "K", "long_name": "temperature", "coordinates": "area station"}
+    said: Any = {"units": "K", "long_name": "temperature", "coordinates": "area station"}
     group.create_array("t2m", data=field, chunks=(7, 4, 11), dimension_names=("time", "lat", "lon"), attributes=said)
     group.create_array("rain", data=field[:, 0, 0], chunks=(7,), dimension_names=("time",), attributes={"units": "mm"})
-    hours = {"units": "hours since 2000-01-01", "calendar": "standard", "bounds": "time_bnds"}
+    hours: Any = {"units": "hours since 2000-01-01", "calendar": "standard", "bounds": "time_bnds"}
     clock = np.arange(start, start + times) * 6
     group.create_array("time", data=clock, chunks=(5,), dimension_names=("time",), attributes=hours)
     bounds = np.stack([clock - 3, clock + 3], axis=1)
@@ -73,13 +73,15 @@ def predict(
 def opened(target: Path) -> xarray.Dataset:
     """A store of ours, by its consolidated metadata."""
     with xarray.open_zarr(target) as data:
-        return data.load()
+        loaded: xarray.Dataset = data.load()
+    return loaded
 
 
 def known(source: Path) -> xarray.Dataset:
     """A store that `climate` made."""
     with xarray.open_zarr(source, consolidated=False) as data:
-        return data.load()
+        loaded: xarray.Dataset = data.load()
+    return loaded
 
 
 def values(target: Path, name: str = "prediction") -> Values:
@@ -133,8 +135,11 @@ def test_it_opens_in_xarray_with_the_coordinates_of_its_source(tmp_path: Path) -
 def test_attributes_are_those_of_the_array_that_it_has_the_shape_of(tmp_path: Path) -> None:
     climate(tmp_path / "s")
     source = stream(tmp_path / "s", targets="rain")
-    outputs = {"rain": lambda b: b.targets, "classes": lambda b: np.ones((len(b), 3), "f4")}
-    found = opened(predict(source, tmp_path / "p", lambda batch: {k: f(batch) for k, f in outputs.items()}))
+
+    def model(batch: Batch) -> Any:
+        return {"rain": batch.targets, "classes": np.ones((len(batch), 3), "f4")}
+
+    found = opened(predict(source, tmp_path / "p", model))
     assert found.rain.attrs["units"] == "mm"
     assert "units" not in found.classes.attrs
     assert found.classes.dims == ("time", "classes_1")
@@ -143,7 +148,7 @@ def test_attributes_are_those_of_the_array_that_it_has_the_shape_of(tmp_path: Pa
 
 def test_numbers_of_the_packing_are_not_copied(tmp_path: Path) -> None:
     group = zarr.create_group(tmp_path / "s")
-    packed = {"scale_factor": 0.5, "add_offset": 3.0, "_FillValue": -9, "units": "K"}
+    packed: Any = {"scale_factor": 0.5, "add_offset": 3.0, "_FillValue": -9, "units": "K"}
     array = group.create_array("t2m", shape=(8, 3), dtype="i2", dimension_names=("time", "lat"), attributes=packed)
     array[:] = np.arange(24).reshape(8, 3)
     found = opened(predict(stream(tmp_path / "s"), tmp_path / "p")).prediction
@@ -296,7 +301,7 @@ def test_axes_without_names_are_named(tmp_path: Path) -> None:
 def test_what_is_written_can_be_verified_and_trained_on(tmp_path: Path) -> None:
     field = climate(tmp_path / "s")
     for name, said in {"whole": {}, "part": {"split": (0, 9)}}.items():
-        target = predict(stream(tmp_path / "s", **said), tmp_path / name)  # type: ignore[arg-type]
+        target = predict(stream(tmp_path / "s", **said), tmp_path / name)
         assert not [line for line in verify(str(target), deep=True) if "damaged" in line or "bad" in line]
     again = [b.inputs for b in stream(tmp_path / "whole", inputs="prediction").as_loader()]
     np.testing.assert_array_equal(np.concatenate(again), field)
@@ -327,7 +332,7 @@ def test_what_lies_elsewhere_in_each_epoch_has_no_place(tmp_path: Path) -> None:
     climate(tmp_path / "s")
     for said in ({"crop": {"lon": 5}}, {"window": {"time": 3}, "jitter": 1}):
         with pytest.raises(ConfigError, match="random crops or jitter"):
-            predict(stream(tmp_path / "s", **said), tmp_path / "p")  # type: ignore[arg-type]
+            predict(stream(tmp_path / "s", **said), tmp_path / "p")
     with pytest.raises(ConfigError, match="rank 1 alone"):
         predict(stream(tmp_path / "s", rank=1, world_size=2, batch_size=8), tmp_path / "p")
 

@@ -22,7 +22,7 @@ def write(target: Path, values: list[int], *, overwrite: bool = False) -> None:
 
 
 def read(target: Path) -> list[int]:
-    found: list[int] = zarr.open_array(target / "x", mode="r")[:].tolist()
+    found: list[int] = np.asarray(zarr.open_array(target / "x", mode="r")[:]).tolist()
     return found
 
 
