@@ -21,7 +21,7 @@ from cyclopts import App, CycloptsError, Parameter
 from streamtrain import __version__
 from streamtrain.complaints import complain, say, usage_error
 from streamtrain.errors import ConfigError, EnvironmentProblem
-from streamtrain.flags import Flags, StreamFlags, assignments, normalise, parse_value
+from streamtrain.flags import Flags, RunFlags, StreamFlags, assignments, normalise, parse_value
 from streamtrain.signals import Interrupted
 from streamtrain.spelling import shown
 
@@ -126,6 +126,70 @@ def fit(
         error.add_note(done)
         raise
     return code
+
+
+RUN = Parameter(help="a run's folder, a checkpoint, or a configuration")
+CHECKPOINT = option("auto (the newest), best or the path of a checkpoint")
+SET = option("set any key of the configuration: a.b=value", "--set")
+
+
+@command
+def validate(
+    run: Annotated[str, RUN],
+    /,
+    *,
+    checkpoint: Annotated[str | None, CHECKPOINT] = None,
+    json: Annotated[bool, option("print one JSON object")] = False,
+    set_: Annotated[list[str] | None, SET] = None,
+    flags: Annotated[RunFlags | None, Parameter(name="*")] = None,
+) -> int:
+    """Measure a checkpoint on the run's validation data, or others."""
+    from streamtrain import run_commands
+
+    found = run_commands.find(run, checkpoint)
+    typed = [*_sets(set_ or ()), *assignments(flags)]
+    _print(run_commands.in_words(run_commands.measure(found, "validate", typed, level=logging.INFO), as_json=json))
+    return 0
+
+
+@command
+def evaluate(
+    run: Annotated[str, RUN],
+    /,
+    *,
+    checkpoint: Annotated[str | None, CHECKPOINT] = None,
+    json: Annotated[bool, option("print one JSON object")] = False,
+    set_: Annotated[list[str] | None, SET] = None,
+    flags: Annotated[RunFlags | None, Parameter(name="*")] = None,
+) -> int:
+    """The same as a test: named test_..., and kept in the run's log."""
+    from streamtrain import run_commands
+
+    found = run_commands.find(run, checkpoint)
+    typed = [*_sets(set_ or ()), *assignments(flags)]
+    _print(run_commands.in_words(run_commands.measure(found, "evaluate", typed, level=logging.INFO), as_json=json))
+    return 0
+
+
+@command
+def predict(
+    run: Annotated[str, RUN],
+    /,
+    *,
+    out: Annotated[str, option("the Zarr store that is written")],
+    overwrite: Annotated[bool, option("replace a store that stands there")] = False,
+    checkpoint: Annotated[str | None, CHECKPOINT] = None,
+    set_: Annotated[list[str] | None, SET] = None,
+    flags: Annotated[RunFlags | None, Parameter(name="*")] = None,
+) -> int:
+    """Write a checkpoint's predictions of all the data, or of others."""
+    from streamtrain import run_commands
+
+    found = run_commands.find(run, checkpoint)
+    typed = [*_sets(set_ or ()), *assignments(flags)]
+    written = run_commands.predict(found, out, typed, overwrite=overwrite, level=logging.INFO)
+    _print([f"predictions are in {written}"])
+    return 0
 
 
 @command

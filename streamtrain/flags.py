@@ -129,6 +129,12 @@ _TRAINER = [
 FLAGS: tuple[Flag, ...] = (*_STORE, *_STREAM, *_VALIDATION, *_MODEL, *_TRAINER)
 STREAM_FLAGS: tuple[Flag, ...] = (*_STREAM, Flag("--seed", ("data.seed",), "seed of the order"))
 """Of `inspect` and `bench`: how a stream reads the store that they are given."""
+RUN_FLAGS: tuple[Flag, ...] = (
+    *_STORE,
+    *_STREAM,
+    *(flag for flag in _TRAINER if flag.name in ("--device", "--precision")),
+)
+"""Of `validate`, `evaluate` and `predict`: what a run's model is given, and where it runs."""
 
 
 def _fields(*groups: tuple[str, Sequence[Flag]]) -> Iterator[tuple[str, Any, None]]:
@@ -150,16 +156,21 @@ if TYPE_CHECKING:
     class StreamFlags:
         """What was typed of a stream's options alone."""
 
+    class RunFlags:
+        """What was typed of those of a command on a checkpoint."""
+
 else:
     _GROUPS = ("Data", [*_STORE, *_STREAM, *_VALIDATION]), ("Model", _MODEL), ("Training", _TRAINER)
     Flags = make_dataclass("Flags", list(_fields(*_GROUPS)), frozen=True)
     StreamFlags = make_dataclass("StreamFlags", list(_fields(("Reading", STREAM_FLAGS))), frozen=True)
-    Flags.__module__ = StreamFlags.__module__ = __name__
+    RunFlags = make_dataclass("RunFlags", list(_fields(("Data", RUN_FLAGS))), frozen=True)
+    Flags.__module__ = StreamFlags.__module__ = RunFlags.__module__ = __name__
 
 
-def assignments(typed: Flags | StreamFlags | None) -> Iterator[tuple[str, str, object]]:
+def assignments(typed: Flags | StreamFlags | RunFlags | None) -> Iterator[tuple[str, str, object]]:
     """(flag, key, value) for each flag that was typed."""
-    for flag in STREAM_FLAGS if isinstance(typed, StreamFlags) else FLAGS:
+    known = STREAM_FLAGS if isinstance(typed, StreamFlags) else RUN_FLAGS if isinstance(typed, RunFlags) else FLAGS
+    for flag in known:
         given = getattr(typed, flag.field, None)
         if given is None:
             continue

@@ -353,12 +353,15 @@ class Trainer:
         return await self._save_outside(target)
 
     async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Load model and optimizer from a checkpoint, or from the newest of a run's folder. Raises CheckpointError."""
+        """Load model and optimizer from a checkpoint, or from the newest of a run's folder; of this trainer's run_dir
+        by "auto" (the newest) or "best". Raises CheckpointError."""
         if self._fitting:
             raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
         async with file_thread() as files, train_thread() as thread:
-            found = await files(lambda: resume.find(_NOWHERE, path))
-            assert found is not None
+            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
+            found = await files(lambda: resume.find(checkpoints, path))
+            if found is None:
+                raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
             where, snapshot = found
             await thread.run(lambda: self._parts.load(where, snapshot, self.state))
             self._lasting = None

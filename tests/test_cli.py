@@ -62,11 +62,14 @@ def test_help_lists_the_commands_that_there_are(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     listed = [line.split(":")[0].strip() for line in shown.splitlines() if line.startswith("  ") and ": " in line]
-    assert listed[:6] == ["bench", "checkpoints", "demo", "fit", "inspect", "verify"]
+    commands = ["bench", "checkpoints", "demo", "evaluate", "fit", "inspect", "predict", "validate", "verify"]
+    assert listed[: len(commands)] == commands
     assert shown.isascii()
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "inspect", "bench", "checkpoints", "verify"])
+@pytest.mark.parametrize(
+    "command", ["demo", "fit", "validate", "evaluate", "predict", "inspect", "bench", "checkpoints", "verify"]
+)
 def test_each_command_has_help(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: streamtrain {command}")
@@ -76,7 +79,11 @@ def test_each_command_has_help(command: str, capsys: Capture) -> None:
     ("arguments", "error", "hint"),
     [
         (["fitt"], "unknown command fitt", "Did you mean fit?"),
-        (["validate"], "unknown command validate", "There are: demo, fit, inspect, bench, checkpoints, verify."),
+        (
+            ["plot"],
+            "unknown command plot",
+            "There are: demo, fit, validate, evaluate, predict, inspect, bench, checkpoints, verify.",
+        ),
         (["--epochs=3"], "unknown option --epochs", "`streamtrain --help` lists what there is."),
         (["fit", "--epcohs", "3"], "unknown option --epcohs", "Did you mean --max-epochs?"),
         (["fit", "--batchsize=3"], "unknown option --batchsize", "Did you mean --batch-size?"),

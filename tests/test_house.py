@@ -44,7 +44,7 @@ callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving
 loop
 trainer
-config assembly watch inspection peers bench fit_command demo
+config assembly watch inspection peers bench fit_command run_commands demo
 complaints cli
 __main__
 """

@@ -35,6 +35,8 @@ Values = NDArray[Any]
 
 CHUNK_BYTES = 16 << 20
 """The most that a chunk has, decoded; a row that is larger is divided."""
+SUMMED = 16
+"""Bytes of a place where samples overlap: sum and weight, float64. A band of those is as large as a chunk elsewhere."""
 UNKNOWN_ROWS = 1 << 16
 """Rows of a chunk, at most, where nobody knows how many there will be."""
 LEAST_MEMORY = 64 << 20
@@ -188,7 +190,8 @@ class PredictedStore:
     def _create(self, name: str, canvas: Canvas, values: Values, *, ordered: bool) -> _Output:
         assert self._part is not None
         unknown = self._ground is None
-        chunks = chunk_shape(canvas.shape, values.dtype.itemsize, unknown=unknown)
+        place = max(values.dtype.itemsize, SUMMED) if canvas.blends else values.dtype.itemsize
+        chunks = chunk_shape(canvas.shape, place, unknown=unknown)
         fill = fill_of(values.dtype)
         dims = [self._dim(name, number, axis, canvas) for number, axis in enumerate(canvas.axes)]
         attributes = (
