@@ -322,6 +322,8 @@ class Trainer:
 
         Raises ConfigError for an `out` that is there, or within the source; EnvironmentProblem for a full disk.
         """
+        if out is not None and "://" in os.fspath(out):
+            raise ConfigError(f"predict(out={os.fspath(out)!r}): only folders of this machine are written to")
         path = None if out is None else Path.cwd() / out
         source = as_stream(stream)
         return Predictions(lambda give: self._predict(source, path, overwrite=overwrite, give=give), path)

@@ -60,6 +60,11 @@ async def test_awaited_without_a_place_it_says_so() -> None:
         await Trainer(network(), loss="mse").predict(Samples())
 
 
+async def test_a_store_elsewhere_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="only folders of this machine are written to"):
+        Trainer(network(), loss="mse").predict(Samples(), out="s3://bucket/p.zarr")
+
+
 async def test_one_that_is_left_early_or_cancelled_leaves_nothing(tmp_path: Path) -> None:
     await made(climate, tmp_path / "s")
     trainer, source = Trainer(Same(), loss="mse"), stream(tmp_path / "s")

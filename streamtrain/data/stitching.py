@@ -109,7 +109,8 @@ class InMemory:
 class OnDisk:
     """Bands in a file without a name, mapped: for samples in any order, and for more than memory should hold.
 
-    Its bytes are asked for before they are mapped, so that a full disk is an OSError here, and no SIGBUS.
+    A band's bytes are asked for before they are touched, so that a full disk is an OSError here, and no SIGBUS; where
+    nothing comes, none are taken.
     """
 
     def __init__(self, plan: Plan, folder: Path, bands: int) -> None:
@@ -124,20 +125,25 @@ class OnDisk:
         self._grow(max(1, bands))
 
     def _grow(self, bands: int) -> None:
-        try:
-            os.posix_fallocate(self._fd, 0, bands * self._each)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            os.ftruncate(self._fd, bands * self._each)
+        os.ftruncate(self._fd, bands * self._each)
         self._map = mmap.mmap(self._fd, bands * self._each)  # views keep the one before alive as long as they live
         self._touched = np.concatenate([self._touched, np.zeros(bands - len(self._touched), dtype=bool)])
 
     def band(self, number: int) -> tuple[Values, Values]:
         if number >= len(self._touched):
             self._grow(max(number + 1, 2 * len(self._touched)))
-        self._touched[number] = True
+        if not self._touched[number]:
+            self._allocate(number)
+            self._touched[number] = True
         return self._views(number)
+
+    def _allocate(self, number: int) -> None:
+        """Have room on the disk, where the file system can promise that."""
+        try:
+            os.posix_fallocate(self._fd, number * self._each, self._each)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
     def _views(self, number: int) -> tuple[Values, Values]:
         assert self._map is not None

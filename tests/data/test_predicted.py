@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamtrain.data import predicted
 from streamtrain.data.batch import Batch
 from streamtrain.data.predicted import PredictedStore, chunk_shape
 from streamtrain.data.stream import ZarrStream
@@ -102,6 +103,14 @@ ORDERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(params=["one band", "many bands"])
+def _bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of 16 MiB, or of a few rows."""
+    if request.param == "many bands":
+        monkeypatch.setattr(predicted, "CHUNK_BYTES", 100)
+
+
+@pytest.mark.usefixtures("_bands")
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_sample_stands_at_its_own_number_and_what_no_batch_had_is_nan(tmp_path: Path, order: str) -> None:
     field = climate(tmp_path / "s")
@@ -163,15 +172,22 @@ windows = st.fixed_dictionaries(
 
 
 @settings(max_examples=40)
-@given(windows, st.data(), st.sampled_from([False, "block", "global"]), st.integers(1, 40))
+@given(windows, st.data(), st.sampled_from([False, "block", "global"]), st.integers(1, 40), st.integers(500, 9000))
 def test_patches_that_a_model_gives_back_are_the_source(
-    tmp_path_factory: pytest.TempPathFactory, window: dict[str, int], data: st.DataObject, shuffle: Any, batch: int
+    tmp_path_factory: pytest.TempPathFactory,
+    window: dict[str, int],
+    data: st.DataObject,
+    shuffle: Any,
+    batch: int,
+    chunk_bytes: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("patches")
     field = climate(folder / "s", times=12)
     stride = {axis: data.draw(st.integers(1, length), axis) for axis, length in window.items()}
     said: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch, "shuffle": shuffle}
-    found = opened(predict(stream(folder / "s", **said), folder / "p")).prediction
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predicted, "CHUNK_BYTES", chunk_bytes)
+        found = opened(predict(stream(folder / "s", **said), folder / "p")).prediction
     covered = np.ones((), dtype=bool)
     for axis, length in zip(("time", "lat", "lon"), field.shape, strict=True):
         w, s = window.get(axis, 1), stride.get(axis, 1)
@@ -217,6 +233,7 @@ def test_outputs_of_another_shape_have_a_row_for_each_window_where_that_begins(
     np.testing.assert_allclose(found.prediction[2, 1, 0], field[8:14, 3:6].mean(), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("_bands")
 def test_the_axis_of_the_samples_comes_first(tmp_path: Path) -> None:
     field = climate(tmp_path / "s")
     found = opened(predict(stream(tmp_path / "s", sample_axes=(1,)), tmp_path / "p")).prediction
@@ -225,6 +242,8 @@ def test_the_axis_of_the_samples_comes_first(tmp_path: Path) -> None:
     found = opened(predict(stream(tmp_path / "s", sample_axes=(0, 2)), tmp_path / "q")).prediction
     assert found.dims == ("time", "lon", "lat")
     np.testing.assert_array_equal(found, field.transpose(0, 2, 1))
+    found = opened(predict(stream(tmp_path / "s", sample_axes=(2, 1, 0), batch_size=50), tmp_path / "r")).prediction
+    np.testing.assert_array_equal(found, field.transpose(2, 1, 0))
 
 
 def test_coordinates_are_those_of_the_places_that_are_taken(tmp_path: Path) -> None:
@@ -290,6 +309,25 @@ def test_dimensions_of_one_name_and_other_places_get_names_of_their_own(tmp_path
     assert found.field.dims == ("time", "lat", "lon")
     assert found["mean"].dims == ("mean_time", "mean_1")
     assert found.mean_time.values.tolist() == found.time.values[:38:2].tolist()
+
+
+def test_rows_of_different_lengths_have_a_row_each(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("tokens", data=np.arange(100), chunks=(30,), dimension_names=("token",))
+    group.create_array("ends", data=np.array([0, 5, 5, 40, 100]), chunks=(5,))
+    source = stream(tmp_path / "s", inputs="tokens", ragged={"tokens": "ends"}, batch_size=3)
+    target = predict(source, tmp_path / "p", lambda b: b.inputs["tokens.lengths"].astype("f4"))
+    assert values(target).tolist() == [5, 0, 35, 60]
+    assert opened(target).prediction.dims == ("sample",)
+
+
+def test_a_store_in_memory_has_coordinates_too(tmp_path: Path) -> None:
+    group = zarr.create_group(zarr.storage.MemoryStore())
+    group.create_array("t2m", data=np.arange(12.0).reshape(6, 2), dimension_names=("time", "lat"))
+    group.create_array("lat", data=np.array([3, 4]), dimension_names=("lat",))
+    found = opened(predict(stream(group), tmp_path / "p"))
+    assert found.prediction.values.tolist() == np.arange(12.0).reshape(6, 2).tolist()
+    assert found.lat.values.tolist() == [3, 4]
 
 
 def test_axes_without_names_are_named(tmp_path: Path) -> None:
