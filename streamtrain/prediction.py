@@ -22,7 +22,6 @@ from torch import Tensor
 
 from streamtrain.data.batch import Batch
 from streamtrain.data.canvas import Part, same_shape
-from streamtrain.data.mix import Mix
 from streamtrain.data.predicted import PredictedStore
 from streamtrain.data.source import Stream
 from streamtrain.data.stream import ZarrStream
@@ -116,7 +115,7 @@ class Prediction:
     async def written(self, stream: Stream, out: Path, *, overwrite: bool, give: bool) -> AsyncGenerator[Any, None]:
         """The same, written to a store, which is there at the end; the outputs are given too, or None for each."""
         undo, ground = _undoing(stream), stream.ground() if isinstance(stream, ZarrStream) else None
-        numbered = ground is not None or (stream.num_samples is not None and not isinstance(stream, Mix))
+        numbered = stream.num_samples is not None  # a mix, or what is merely iterated, has no numbers of its own
         expected = (stream.num_samples or 0) if numbered else 0
         store = PredictedStore(out, ground, overwrite=overwrite, expected=expected)
 

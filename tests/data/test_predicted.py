@@ -244,6 +244,10 @@ def test_the_axis_of_the_samples_comes_first(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, field.transpose(0, 2, 1))
     found = opened(predict(stream(tmp_path / "s", sample_axes=(2, 1, 0), batch_size=50), tmp_path / "r")).prediction
     np.testing.assert_array_equal(found, field.transpose(2, 1, 0))
+    windows: dict[str, Any] = {"sample_axes": (1,), "window": {"lat": 3}, "batch_size": 2}
+    found = opened(predict(stream(tmp_path / "s", **windows), tmp_path / "w")).prediction
+    assert found.dims == ("lat", "time", "lon")
+    np.testing.assert_array_equal(found, field.transpose(1, 0, 2))
 
 
 def test_coordinates_are_those_of_the_places_that_are_taken(tmp_path: Path) -> None:
@@ -343,6 +347,16 @@ def test_what_is_written_can_be_verified_and_trained_on(tmp_path: Path) -> None:
         assert not [line for line in verify(str(target), deep=True) if "damaged" in line or "bad" in line]
     again = [b.inputs for b in stream(tmp_path / "whole", inputs="prediction").as_loader()]
     np.testing.assert_array_equal(np.concatenate(again), field)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "bool"])
+def test_chunks_of_nothing_but_fill_are_written_too(tmp_path: Path, dtype: str) -> None:
+    climate(tmp_path / "s")
+    nothing = np.float32(np.nan) if dtype == "f4" else np.False_
+    target = predict(stream(tmp_path / "s"), tmp_path / "p", lambda batch: np.full(len(batch), nothing))
+    assert len(list((target / "prediction" / "c").iterdir())) == 1
+    (again,) = [b.inputs for b in stream(target, inputs="prediction", batch_size=TIMES).as_loader()]
+    np.testing.assert_array_equal(again, np.full(TIMES, nothing))
 
 
 def test_nothing_that_looks_whole_is_left_by_a_writer_that_gave_up(tmp_path: Path) -> None:
