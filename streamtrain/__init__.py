@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from streamtrain.progress import Best as Best
     from streamtrain.progress import FitResult as FitResult
     from streamtrain.schedulers import build_scheduler as build_scheduler
+    from streamtrain.schedules import Scheduler as Scheduler
     from streamtrain.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ _HOMES = {
     "ModelCheckpoint": "callbacks.model_checkpoint",
     "NonFiniteError": "errors",
     "ProgressBar": "callbacks.progress_bar",
+    "Scheduler": "schedules",
     "StreamtrainError": "errors",
     "Trainer": "trainer",
     "UserCodeError": "errors",

@@ -167,10 +167,7 @@ def scheduler(named: Named | None, said: Said) -> object:
     if named is None:
         return None
     if ":" in named.name:
-        target: Any = load(named.name, _where(said, ("scheduler", "name")))
-        ours = {key: value for key, value in named.arguments.items() if key in ("interval", "monitor")}
-        theirs = {key: value for key, value in named.arguments.items() if key not in ours}
-        return {"name": functools.partial(target, **theirs), **ours}
+        return {"name": load(named.name, _where(said, ("scheduler", "name"))), **named.arguments}
     from torch import nn
     from torch.optim import SGD
 
@@ -179,7 +176,8 @@ def scheduler(named: Named | None, said: Said) -> object:
     spec = {"name": named.name, **named.arguments}
     try:
         trial = SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-        build_scheduler(trial, spec, total_steps=1 << 40, total_epochs=1 << 20, steps_per_epoch=1 << 20)
+        totals = {"total_steps": 1 << 40, "total_epochs": 1 << 20, "total_samples": 1 << 50, "total_seconds": 1e9}
+        build_scheduler(trial, spec, **totals, steps_per_epoch=1 << 20, samples_per_epoch=1 << 30)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"{_where(said, ('scheduler',))}{error}", hint=error.hint) from error
     return spec

@@ -100,11 +100,20 @@ class Driver:
         if not step.seconds:
             updates = 1  # nobody knows yet how long one takes
         remaining, epoch, kernels = self._plan.remaining(progress, step.taken), progress.epoch, self._kernels
+        samples, elapsed = progress.samples, progress.time
 
         def job() -> Report:
             self._life.before_ahead = None
             with rng.swapped_in(), kernels():
-                return step.run(batches, updates=updates, seconds=BURST, epoch=epoch, remaining=remaining)
+                return step.run(
+                    batches,
+                    updates=updates,
+                    seconds=BURST,
+                    epoch=epoch,
+                    remaining=remaining,
+                    samples=samples,
+                    elapsed=elapsed,
+                )
 
         waited = batches.waited
         self._flying = self._thread.submit(job)

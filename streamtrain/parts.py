@@ -6,6 +6,7 @@ Its law: nothing here knows of epochs, files or limits of a run beyond what a sc
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from streamtrain.supply import supply
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 Function = Callable[..., Any]
 
 
@@ -75,6 +77,8 @@ class Parts:
         """None while the model has parameters whose size only the first batch tells."""
         self.scheduler: LearningRate | None = None
         """Bound at the beginning of a fit, which knows how long the run is."""
+        self._schedule_left: tuple[str, Any] | None = None
+        """Name and state of a loaded checkpoint's schedule, until one is bound."""
         self.rng: Rng | None = None
         self._settings: dict[str, Any] = {}
         if not any(map(is_lazy, model.parameters())):
@@ -152,15 +156,20 @@ class Parts:
     def schedule(self, limits: Limits, train: Stream | None, optimizer: Optimizer | None = None) -> LearningRate:
         """The learning rate's schedule for a run of this length, bound to the optimizer, or to one that stands in."""
         known = None if train is None else length(train)
-        batches = least(known, self.options.batches(known))
+        most = self.options.batches(known)
+        batches = least(known, most)
         per_epoch = None if batches is None else -(-batches // self.options.accumulate)
         total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
+        samples = None if train is None or known is None or batches != known else train.num_samples
         return build_scheduler(
             optimizer or torch.optim.SGD([torch.zeros(1)], lr=self.lr),
             self.scheduler_spec,
             total_steps=least(total, limits.max_steps),
             total_epochs=limits.max_epochs,
+            total_samples=None if samples is None or limits.max_epochs is None else samples * limits.max_epochs,
+            total_seconds=limits.max_time,
             steps_per_epoch=per_epoch,
+            samples_per_epoch=samples,
         )
 
     # --- a life ---
@@ -169,7 +178,7 @@ class Parts:
         """All live objects of a fit; on the train thread."""
         options, optimizer = self.options, self.optimizer
         assert optimizer is not None
-        self.scheduler = self.schedule(limits, train, optimizer)
+        self.scheduler = self._go_on_with(self.schedule, limits, train, optimizer)
         if not self.model.training:
             self.model.train()
         fixed = {"scheduler": schedule_name(self.scheduler), "seed": options.seed, "precision": options.precision}
@@ -187,6 +196,32 @@ class Parts:
             habits=habits(options.device, accumulate_grad_batches=options.accumulate, **clip),
             config=options.config,
         )
+
+    def _go_on_with(
+        self, bind: Callable[..., LearningRate], limits: Limits, train: Stream | None, optimizer: Optimizer
+    ) -> LearningRate:
+        """The schedule where the last fit of this process, or a loaded checkpoint, left it.
+
+        torch's schedulers set rates when they are made, and know only afterwards that they are to go on.
+        """
+        left = self._schedule_left
+        if self.scheduler is not None and left is None:
+            left = schedule_name(self.scheduler), self.scheduler.state_dict()
+        self._schedule_left = None
+        before = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        scheduler = bind(limits, train, optimizer)
+        if left is None:
+            return scheduler
+        name, state = left
+        if name != schedule_name(scheduler):
+            logger.warning(
+                "the schedule of the checkpoint is %s, not %s: this one begins anew", name, schedule_name(scheduler)
+            )
+            return scheduler
+        scheduler.load_state_dict(state)
+        for group, options in zip(optimizer.param_groups, before, strict=True):
+            group.update(options)
+        return scheduler
 
     def _step(self, optimizer: Optimizer, lr: LearningRate, door: Door, begin: int) -> TrainStep:
         options = self.options
@@ -220,6 +255,7 @@ class Parts:
         self.optimizer.load_state_dict(snapshot.optimizer)
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
+        self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
 
 
 def as_loss(loss: Any) -> Function | None:

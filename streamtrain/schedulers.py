@@ -1,47 +1,73 @@
-"""Learning rates as pure functions of progress: `Schedule.lr(base, t)` needs no history, so nothing can drift.
+"""Schedules by name, object, class, function or torch scheduler, checked and bound to an optimizer.
 
-    constant   1
-    linear     from 1 to the floor over what is left after the warm-up
-    cosine     half a cosine, likewise
-    step       gamma ** (t // step_size)
+    constant                                                      the optimizer's own rate
+    step multistep exponential                                    times gamma, now and then
+    cosine linear polynomial wsd onecycle                         down by the end of the run
+    cosine_restarts cyclic inverse_sqrt                           without an end
+    plateau                                                       down when the monitor no longer improves
 
-`t` counts updates from 0 (`interval="step"`) or epochs (`interval="epoch"`). Any torch scheduler works as well: give a
-callable that takes the optimizer.
+Its law: a key that a schedule does not know, and a value that it can't use, are refused before training.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
+import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from streamtrain.dotted import found_at, is_path
 from streamtrain.errors import ConfigError
+from streamtrain.learning_rate import (
+    FixedLearningRate,
+    LearningRate,
+    ScheduledLearningRate,
+    TorchLearningRate,
+    get_lr,
+    set_group_lr,
+)
+from streamtrain.schedules import NAMED, FunctionOf, Scheduler
 
-NAMES = ("constant", "cosine", "linear", "step")
-_KEYS = ("name", "warmup", "min_lr", "interval", "total", "step_size", "gamma", "monitor")
-_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|s|sec|second|min|minute|h|hour)s?\s*", re.IGNORECASE)
+__all__ = [
+    "FixedLearningRate",
+    "LearningRate",
+    "ScheduledLearningRate",
+    "Scheduler",
+    "SchedulerSpec",
+    "TorchLearningRate",
+    "build_scheduler",
+    "get_lr",
+    "parse_span",
+    "set_group_lr",
+]
+
+UNIT_OF = {"step": "step", "epoch": "epoch", "samples": "sample", "time": "second"}
+"""What an interval counts in."""
+_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|sample|s|sec|second|min|minute|h|hour)s?\s*", re.IGNORECASE)
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 UNITS = "The units are step, epoch, s, sec, second, min, minute, h and hour, with or without an s behind them."
 
 SchedulerSpec = Any
-"""None, a name, a dict with a name, a Schedule, or a callable from optimizer to a torch scheduler."""
+"""None, a name, a dict with a name, a Scheduler, a function of progress, or a callable from optimizer to scheduler."""
 
 
-def parse_span(text: str | float, what: str, *, bare: str = "step") -> tuple[float, str]:
+def parse_span(text: str | float, what: str, *, bare: str = "step", samples: bool = False) -> tuple[float, str]:
     """Read "500steps", "1epoch" or "10min" as (500, "step"), (1, "epoch") or (600, "second"); a number is of `bare`.
 
-    Steps and epochs must be whole and at least 1 (0 is allowed for a bare number). Raises ConfigError naming `what`.
+    Steps and epochs must be whole and at least 1 (0 is allowed for a bare number). `samples`: whether "1000samples" is
+    allowed as well. Raises ConfigError naming `what`.
     """
     if isinstance(text, str):
         match = _SPAN.fullmatch(text)
-        if match is None:
+        if match is None or (match[2].lower() == "sample" and not samples):
             raise ConfigError(f"{what} must be like '500steps', '1epoch' or '10min', not {text!r}", hint=UNITS)
         amount, unit = float(match[1]), match[2].lower()
         if unit in _SECONDS:
@@ -55,182 +81,39 @@ def parse_span(text: str | float, what: str, *, bare: str = "step") -> tuple[flo
     return amount, unit
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A learning rate as a function of progress."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """How long the run is, as far as that is known: in each interval's unit, and of an epoch."""
 
-    name: str = "constant"
-    warmup: int = 0
-    """Updates (or epochs) of linear growth from base/warmup to base."""
-    total: int | None = None
-    """Updates (or epochs) of the whole run; cosine and linear need it. Past it the rate stays at the floor."""
-    min_lr: float = 0.0
-    """The floor; a group whose base is lower keeps its base."""
-    interval: str = "step"
-    """What `t` counts: "step" or "epoch"."""
-    step_size: int = 1
-    """For "step": so many `t` between two reductions."""
-    gamma: float = 0.1
-    """For "step": the factor of each reduction."""
+    totals: Mapping[str, float | None]
+    epochs: Mapping[str, float | None]
 
-    def lr(self, base: float, t: int) -> float:
-        """The learning rate of the update made at progress `t`."""
-        if t < self.warmup:
-            return base * (t + 1) / self.warmup
-        floor = min(self.min_lr, base)
-        return floor + (base - floor) * self._shape(t - self.warmup)
+    def span(self, value: Any, key: str, interval: str) -> float:
+        """A span in units of the interval."""
+        unit = UNIT_OF[interval]
+        amount, given = parse_span(value, f"scheduler.{key}", bare=unit, samples=True)
+        if given == "epoch" and interval in ("step", "samples") and self.epochs[interval] is not None:
+            amount, given = amount * (self.epochs[interval] or 0), unit
+        if given != unit:
+            raise ConfigError(
+                f"scheduler.{key}: {value!r} can't be counted in {unit}s here",
+                hint=f"The interval {interval!r} counts in {unit}s.",
+            )
+        if not math.isfinite(amount) or amount < 0:
+            raise ConfigError(f"scheduler.{key} must be a finite number of {unit}s, at least 0, not {value!r}")
+        return amount if interval == "time" else int(amount)
 
-    def _shape(self, t: int) -> float:
-        if self.name == "step":
-            return float(self.gamma ** (t // self.step_size))
-        if self.name == "constant" or self.total is None:
-            return 1.0
-        done = min(1.0, t / max(1, self.total - self.warmup))
-        return 1.0 - done if self.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-class LearningRate(Protocol):
-    """What the wheel needs of a schedule that is bound to an optimizer."""
-
-    by_epoch: bool
-
-    def before_update(self, step: int, epoch: int) -> None:
-        """Set the rates for update number `step` (from 0) of epoch `epoch`."""
-
-    def after_update(self) -> None:
-        """An update was made."""
-
-    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
-        """An epoch and its validation, if it had one, are done; `metrics` holds what can be monitored."""
-
-    def scale(self, factor: float) -> None:
-        """Multiply the rates by `factor`, now and for the rest of the schedule."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What can't be computed from progress."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-
-
-def get_lr(optimizer: Optimizer) -> float:
-    """The first group's learning rate."""
-    return float(optimizer.param_groups[0]["lr"])
-
-
-def set_group_lr(group: dict[str, Any], lr: float) -> None:
-    """Set one group's rate; where it is a tensor (capturable optimizers), in place."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
-
-
-class FixedLearningRate:
-    """No schedule: the optimizer's rates are left alone."""
-
-    by_epoch = False
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def before_update(self, step: int, epoch: int) -> None:
-        pass
-
-    def after_update(self) -> None:
-        pass
-
-    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
-        pass
-
-    def scale(self, factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            set_group_lr(group, float(group["lr"]) * factor)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class ScheduledLearningRate:
-    """A Schedule applied to the base rates that the groups have when it is bound."""
-
-    def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
-        self.by_epoch = schedule.interval == "epoch"
-        self.schedule = schedule
-        self._optimizer = optimizer  # not its groups: loading a state makes new ones
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
-        self._bases = [float(group["initial_lr"]) for group in optimizer.param_groups]
-
-    def before_update(self, step: int, epoch: int) -> None:
-        t = epoch if self.by_epoch else step
-        lr = self.schedule.lr
-        for group, base in zip(self._optimizer.param_groups, self._bases, strict=False):
-            set_group_lr(group, lr(base, t))
-
-    def after_update(self) -> None:
-        pass
-
-    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
-        pass
-
-    def scale(self, factor: float) -> None:
-        self._bases = [base * factor for base in self._bases]
-        for group in self._optimizer.param_groups:
-            set_group_lr(group, float(group["lr"]) * factor)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"bases": list(self._bases)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._bases = [float(base) for base in state["bases"]]
-
-
-class TorchLearningRate:
-    """A torch scheduler, stepped after each update or each epoch."""
-
-    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler, *, interval: str, monitor: str | None) -> None:
-        self.by_epoch = interval == "epoch"
-        self.scheduler = scheduler
-        self.monitor = (monitor or "val_loss") if isinstance(scheduler, ReduceLROnPlateau) else None
-        """What must be logged; None where nothing need be."""
-        self._optimizer = optimizer
-
-    def before_update(self, step: int, epoch: int) -> None:
-        pass
-
-    def after_update(self) -> None:
-        if not self.by_epoch:
-            self.scheduler.step()
-
-    def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
-        if not self.by_epoch:
-            return
-        if not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
-            return
-        assert self.monitor is not None
-        if self.monitor.startswith("val_") and not validated:
-            return  # what it would see is an earlier epoch's
-        if self.monitor not in metrics:
-            logged = ", ".join(sorted(metrics)) or "nothing"
-            raise ConfigError(f"the scheduler monitors {self.monitor!r}, which nothing logs", hint=f"logged: {logged}")
-        self.scheduler.step(metrics[self.monitor])
-
-    def scale(self, factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            set_group_lr(group, float(group["lr"]) * factor)
-        if isinstance(bases := getattr(self.scheduler, "base_lrs", None), list):
-            self.scheduler.base_lrs = [base * factor for base in bases]
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.scheduler.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state)
+    def total(self, table: Mapping[str, Any], interval: str) -> float | None:
+        """The length of the run, as the table says or as it is known."""
+        if "total" not in table:
+            return self.totals[interval]
+        value, unit = table["total"], UNIT_OF[interval]
+        if isinstance(value, str) and _SPAN.fullmatch(value):
+            value = self.span(value, "total", interval)
+        whole = type(value) is int or (interval == "time" and type(value) is float and math.isfinite(value))
+        if not whole or value < 1:
+            raise ConfigError(f"scheduler.total must be a number of {unit}s of at least 1, not {table['total']!r}")
+        return float(value) if interval == "time" else int(value)
 
 
 def build_scheduler(
@@ -239,107 +122,231 @@ def build_scheduler(
     *,
     total_steps: int | None = None,
     total_epochs: int | None = None,
+    total_samples: int | None = None,
+    total_seconds: float | None = None,
     steps_per_epoch: int | None = None,
+    samples_per_epoch: int | None = None,
 ) -> LearningRate:
     """Bind a schedule to an optimizer.
 
-    `spec`: None; "constant", "cosine", "linear" or "step"; a dict such as {"name": "cosine", "warmup": "500steps",
-    "min_lr": 1e-6, "interval": "step"}; a Schedule; or a callable from optimizer to a torch scheduler, alone or as a
-    dict's "name" (then with "interval" and, for ReduceLROnPlateau, "monitor"). Without an interval torch's schedulers
-    are stepped after each update, ReduceLROnPlateau after each epoch's validation.
+    `spec`: None; a name (see the module), a dict such as {"name": "cosine", "warmup": "500steps", "min_lr": 1e-6,
+    "interval": "step"} with the fields of the schedule's class as keys; a Scheduler, or its class; a function with
+    a parameter named `progress` (0.0 to 1.0 of the run) or `t` (the count), which gives the factor of the rate; or a
+    torch scheduler, its class, a path to it ("torch.optim.lr_scheduler.StepLR"), or a callable from optimizer to one.
+    All of these may be the dict's "name"; further keys are its keywords. Keys for all: `warmup`, `interval` (what is
+    counted: "step", "epoch", "samples" or "time", the last two not for torch's) and `total`. Without an interval
+    torch's are stepped after each update, ReduceLROnPlateau (with "monitor") after each epoch's validation.
 
     Raises ConfigError.
     """
     if spec is None:
         return FixedLearningRate(optimizer)
-    if isinstance(spec, Schedule):
-        if spec.total is not None:
-            _total(spec.total, spec.interval)
-        return ScheduledLearningRate(optimizer, spec)
     table: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
-    for key in table:
-        if key not in _KEYS:
-            raise ConfigError(f"scheduler: unknown key {key!r}", hint=_nearest(str(key), _KEYS))
-    name, interval, monitor = table.get("name"), table.get("interval"), table.get("monitor")
+    name, interval, monitor = table.pop("name", None), table.get("interval"), table.get("monitor")
     if monitor is not None and not (isinstance(monitor, str) and monitor):
         raise ConfigError(f"scheduler.monitor must be the name of a metric such as 'val_loss', not {monitor!r}")
-    if interval not in (None, "step", "epoch"):
-        raise ConfigError(f"scheduler.interval must be 'step' or 'epoch', not {interval!r}")
-    if isinstance(name, LRScheduler) or callable(name):
-        return _torch(optimizer, name, interval, monitor)
-    if name not in NAMES:
-        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(str(name or ""), NAMES))
-    if "monitor" in table:
-        raise ConfigError(f"scheduler.monitor is for ReduceLROnPlateau, not for {name!r}")
-    return ScheduledLearningRate(
-        optimizer, _schedule(table, interval or "step", total_steps, total_epochs, steps_per_epoch)
+    if interval not in (None, *UNIT_OF):
+        raise ConfigError(f"scheduler.interval must be 'step', 'epoch', 'samples' or 'time', not {interval!r}")
+    run = _Run(
+        totals={"step": total_steps, "epoch": total_epochs, "samples": total_samples, "time": total_seconds},
+        epochs={"step": steps_per_epoch, "samples": samples_per_epoch},
     )
+    if isinstance(name, str) and is_path(name):
+        name = found_at(name, "scheduler")
+    if isinstance(name, str) or name is None:
+        return ScheduledLearningRate(optimizer, _named(name, table, run))
+    if isinstance(name, Scheduler):
+        return ScheduledLearningRate(optimizer, _given(copy.copy(name), table, run))
+    if isinstance(name, LRScheduler):
+        return _torch(optimizer, name, table, run)
+    if not callable(name):
+        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest("", NAMED))
+    if inspect.isclass(name) and issubclass(name, Scheduler):
+        return ScheduledLearningRate(optimizer, _of_class(name, table, run))
+    return _called(optimizer, name, table, run)
 
 
-def _torch(
-    optimizer: Optimizer, made: LRScheduler | Callable[[Optimizer], Any], interval: str | None, monitor: str | None
-) -> LearningRate:
-    scheduler = made if isinstance(made, LRScheduler) else made(optimizer)
-    if isinstance(scheduler, Schedule):
-        return ScheduledLearningRate(optimizer, scheduler)
+def _called(optimizer: Optimizer, make: Callable[..., Any], table: dict[str, Any], run: _Run) -> LearningRate:
+    """What a function of progress comes to, or what a callable makes of the optimizer."""
+    parameters = _parameters(make)
+    first = next(iter(parameters), "")
+    ours: dict[str, Any] = {key: table.pop(key) for key in ("warmup", "interval", "total", "monitor") if key in table}
+    open_to_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in table:
+        if parameters and key not in parameters and not open_to_all:
+            raise ConfigError(
+                f"scheduler: unknown key {key!r}", hint=_nearest(str(key), [*list(parameters)[1:], *ours])
+            )
+    bound = functools.partial(make, **table) if table else make
+    if first in ("progress", "t"):
+        function = FunctionOf(function=bound, of_progress=first == "progress")
+        return ScheduledLearningRate(optimizer, _given(function, ours, run, needs_total=first == "progress"))
+    try:
+        made = bound(optimizer)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"scheduler: {_called_name(make)}: {error}") from error
+    if isinstance(made, Scheduler):
+        return ScheduledLearningRate(optimizer, _given(made, ours, run))
+    return _torch(optimizer, made, ours, run)
+
+
+def _called_name(make: Callable[..., Any]) -> str:
+    return str(getattr(make, "__name__", type(make).__name__))
+
+
+def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(make).parameters
+    except (TypeError, ValueError):  # of C
+        return {}
+
+
+def _torch(optimizer: Optimizer, scheduler: object, table: Mapping[str, Any], run: _Run) -> LearningRate:
     if not isinstance(scheduler, LRScheduler):
-        raise ConfigError(f"the scheduler callable gave a {type(scheduler).__name__}, not a torch LRScheduler")
+        raise ConfigError(
+            f"the scheduler callable gave a {type(scheduler).__name__}, not a torch LRScheduler",
+            hint="A function that gives a factor has a parameter named progress, or t.",
+        )
     if scheduler.optimizer is not optimizer:
         raise ConfigError("the scheduler belongs to another optimizer", hint="Give a callable: lambda optimizer: ...")
+    for key in table:
+        if key not in ("warmup", "interval", "monitor"):
+            raise ConfigError(
+                f"scheduler: unknown key {key!r}", hint="Of a torch scheduler: warmup, interval, monitor."
+            )
+    interval = table.get("interval")
+    if interval in ("samples", "time"):
+        raise ConfigError(
+            f"torch's schedulers count their steps: interval={interval!r} can't be",
+            hint="interval='step' or 'epoch', or a schedule by name.",
+        )
     if isinstance(scheduler, ReduceLROnPlateau):
         if interval == "step":
             raise ConfigError("ReduceLROnPlateau can't be stepped after each update", hint="interval='epoch'")
         interval = "epoch"
-    return TorchLearningRate(optimizer, scheduler, interval=interval or "step", monitor=monitor)
+    interval = interval or "step"
+    warmup = int(run.span(table.get("warmup", 0), "warmup", interval))
+    return TorchLearningRate(optimizer, scheduler, interval=interval, monitor=table.get("monitor"), warmup=warmup)
 
 
-def _schedule(
-    table: Mapping[str, Any], interval: str, steps: int | None, epochs: int | None, per_epoch: int | None
-) -> Schedule:
-    """Work out a Schedule from its table: spans in units of the interval, and the total."""
+def _named(name: str | None, table: dict[str, Any], run: _Run) -> Scheduler:
+    """One of ours, its values checked."""
+    plain = (name or "").lower().replace("-", "_")
+    if plain not in NAMED:
+        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(name or "", NAMED))
+    kind = NAMED[plain]
+    known = [field.name for field in dataclasses.fields(kind)]
+    if kind.monitor is None:
+        known.remove("monitor")
+        if "monitor" in table:
+            raise ConfigError(f"scheduler.monitor is for ReduceLROnPlateau and 'plateau', not for {name!r}")
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"scheduler: unknown key {key!r}", hint=_nearest(str(key), ["name", *known]))
+    interval = table.get("interval") or "step"
+    values = {key: _value(plain, key, value, interval, run) for key, value in table.items() if key not in _COMMON}
+    if plain == "multistep" and "milestones" not in values:
+        raise ConfigError("scheduler.milestones is missing", hint="For instance [1000, 2000], or ['10epochs'].")
+    if plain == "cosine_restarts" and "period" not in values:
+        raise ConfigError("scheduler.period is missing", hint="How long the first cosine is, such as '10epochs'.")
+    return _given(kind(**values), table, run)
 
-    def span(key: str, default: float) -> int:
-        amount, unit = parse_span(table.get(key, default), f"scheduler.{key}", bare=interval)
-        if unit == interval:
-            return int(amount)
-        if unit == "epoch" and per_epoch is not None:
-            return int(amount) * per_epoch
-        raise ConfigError(f"scheduler.{key}: {table[key]!r} can't be counted in {interval}s here")
 
-    name = table["name"]
-    total = _total(table["total"], interval) if "total" in table else (steps if interval == "step" else epochs)
-    if name in ("cosine", "linear") and total is None:
+_COMMON = ("warmup", "interval", "total")
+
+
+def _of_class(kind: type[Scheduler], table: dict[str, Any], run: _Run) -> Scheduler:
+    """One of the user's, its keywords checked against its signature."""
+    known = _parameters(kind)
+    own = {key: value for key, value in table.items() if key not in _COMMON or key in known}
+    for key in own:
+        if key not in known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            raise ConfigError(f"scheduler: unknown key {key!r}", hint=_nearest(str(key), [*known, *_COMMON]))
+    try:
+        made = kind(**{key: value for key, value in own.items() if key not in _COMMON})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"scheduler: {kind.__name__}: {error}") from error
+    return _given(made, table, run)
+
+
+def _given(schedule: Scheduler, table: Mapping[str, Any], run: _Run, *, needs_total: bool = False) -> Scheduler:
+    """The same with what is said of it, and of the run, put in."""
+    name = getattr(schedule, "name", type(schedule).__name__)
+    interval = schedule.interval = table.get("interval") or schedule.interval
+    if interval not in UNIT_OF:
+        raise ConfigError(f"scheduler.interval must be 'step', 'epoch', 'samples' or 'time', not {interval!r}")
+    schedule.warmup = run.span(table.get("warmup", schedule.warmup), "warmup", interval)
+    if table.get("monitor") is not None:
+        schedule.monitor = table["monitor"]
+    given = {"total": schedule.total} if schedule.total is not None and "total" not in table else table
+    schedule.total = run.total(given, interval)
+    if schedule.total is None and (schedule.needs_total or needs_total):
+        limit = {"step": "max_steps", "epoch": "max_epochs", "samples": "max_epochs", "time": "max_time"}[interval]
         raise ConfigError(
             f"the {name} schedule needs to know how long the run is",
-            hint="Give max_steps, or scheduler={..., 'total': number of steps}.",
+            hint=f"Give {limit}, or scheduler={{..., 'total': number of {UNIT_OF[interval]}s}}.",
         )
-    number = {key: _number(table.get(key, default), key) for key, default in (("min_lr", 0.0), ("gamma", 0.1))}
-    step_size = span("step_size", 1)
-    if name == "step" and step_size < 1:
-        raise ConfigError(f"scheduler.step_size must be at least 1, not {table.get('step_size')!r}")
-    return Schedule(
-        name=name,
-        warmup=span("warmup", 0),
-        total=total,
-        interval=interval,
-        step_size=max(1, step_size),
-        min_lr=number["min_lr"],
-        gamma=number["gamma"],
-    )
+    return schedule
 
 
-def _total(value: object, interval: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"scheduler.total must be a number of {interval}s of at least 1, not {value!r}")
-    return value
+_SPANS = ("step_size", "period", "step_size_up", "step_size_down", "timescale")
+_CHOICES = {
+    ("cyclic", "mode"): ("triangular", "triangular2", "exp_range"),
+    ("plateau", "mode"): ("auto", "min", "max"),
+    ("plateau", "threshold_mode"): ("rel", "abs"),
+    ("onecycle", "anneal"): ("cos", "linear"),
+    ("wsd", "shape"): ("linear", "cosine", "sqrt"),
+}
+_COUNTS = {"patience": 0, "cooldown": 0, "period_factor": 1}
+_ABOVE_ZERO = ("div_factor", "final_div_factor")
 
 
-def _number(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+def _value(name: str, key: str, value: Any, interval: str, run: _Run) -> Any:
+    """A value of one of our schedules. Raises ConfigError."""
+    where = f"scheduler.{key}"
+    if key == "monitor":
+        return value
+    if key in _SPANS:
+        span = run.span(value, key, interval)
+        if span <= 0:
+            raise ConfigError(f"{where} must be at least 1, not {value!r}")
+        return span
+    if key == "milestones":
+        if not isinstance(value, list | tuple) or not value:
+            raise ConfigError(f"{where} must be a list such as [1000, 2000] or ['10epochs'], not {value!r}")
+        return tuple(run.span(one, f"milestones[{number}]", interval) for number, one in enumerate(value))
+    if (choices := _CHOICES.get((name, key))) is not None:
+        if value not in choices:
+            raise ConfigError(f"{where} must be {', '.join(map(repr, choices))}, not {value!r}")
+        return value
+    if key in _COUNTS:
+        if type(value) is not int or value < _COUNTS[key]:
+            raise ConfigError(f"{where} must be a whole number of at least {_COUNTS[key]}, not {value!r}")
+        return value
+    if key == "three_phase":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} must be true or false, not {value!r}")
+        return value
+    if key == "decay" and (isinstance(value, str) or (_is_number(value) and value >= 1)):
+        return run.span(value, key, interval)
+    number = _number(value, key)
+    if key in _ABOVE_ZERO and not number:
+        raise ConfigError(f"{where} must be a finite number above 0, not {value!r}")
+    if (key == "pct_start" and number > 1) or (name == "plateau" and key == "factor" and number >= 1):
+        raise ConfigError(f"{where} must be below 1, not {value!r}")
+    return number
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any, key: str) -> float:
+    if not _is_number(value) or not math.isfinite(value) or value < 0:
         raise ConfigError(f"scheduler.{key} must be a finite number, at least 0, not {value!r}")
     return float(value)
 
 
-def _nearest(word: str, known: tuple[str, ...]) -> str:
+def _nearest(word: str, known: Any) -> str:
     found = difflib.get_close_matches(word, known, 1)
     return f"Did you mean {found[0]!r}?" if found else f"Known: {', '.join(known)}."

@@ -85,6 +85,8 @@ class TrainStep:
         self._plain_zero = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         self._odd = _has_odd_gradients(model)
         self._scheduled = not isinstance(lr, FixedLearningRate)
+        self._rated = lr.interval in ("samples", "time")
+        self._samples, self._elapsed = 0, 0.0
         self._move, self._door, self._device = move, door, device
         self._moves = moves or device.type != "cpu"
         self._skip, self._log_every = skip, log_every
@@ -115,14 +117,26 @@ class TrainStep:
         """Whether batches were taken that are not part of a finished update yet."""
         return self._group > 0
 
-    def run(self, source: Source, *, updates: int | None, seconds: float, epoch: int, remaining: int | None) -> Report:
+    def run(
+        self,
+        source: Source,
+        *,
+        updates: int | None,
+        seconds: float,
+        epoch: int,
+        remaining: int | None,
+        samples: int = 0,
+        elapsed: float = 0.0,
+    ) -> Report:
         """Make updates until `updates` are made, `seconds` are over, a request knocks, or nothing is ready.
 
-        `epoch`: what the learning rate may depend on. `remaining`: batches that the epoch still has, as far as that is
-        known: a last group that will be short is divided by its real size. An error is returned in the report; the
-        batches of the group in which it came are as if they had not been taken.
+        `epoch`, `samples` (trained before) and `elapsed` (seconds of the run so far): what the learning rate may depend
+        on. `remaining`: batches that the epoch still has, as far as that is known: a last group that will be short is
+        divided by its real size. An error is returned in the report; the batches of the group in which it came are as
+        if they had not been taken.
         """
         report = Report(self.step + 1, began=time.perf_counter())
+        self._samples, self._elapsed = samples, elapsed
         before = self.seconds
         self._parameters = _parameters(self._optimizer)  # a callback may have added a group between bursts
         try:
@@ -229,7 +243,10 @@ class TrainStep:
                 nn.utils.clip_grad_value_(self._parameters, self._clip_value)
             if self._clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-            if self._scheduled:
+            if self._rated:
+                since = time.perf_counter() - report.began
+                self.lr.before_update(self.step, epoch, self._samples, self._elapsed + since)
+            elif self._scheduled:
                 self.lr.before_update(self.step, epoch)
             self.torn = True
             if self.scaler is None:
@@ -246,6 +263,8 @@ class TrainStep:
                 self.lr.after_update()
         else:
             self._refuse(report)
+        if self._rated:
+            self._samples += sum(self.tally.counts[-self._group :])
         self.step += 1
         report.updates += 1
         report.cursor = self._cursor

@@ -212,7 +212,7 @@ def test_an_optimizer_may_be_named_by_where_it_is() -> None:
 def test_a_schedule_may_be_named_by_where_it_is_and_is_tried_before_training() -> None:
     named = Named.model_validate({"name": "torch.optim.lr_scheduler:StepLR", "step_size": 2, "interval": "epoch"})
     bound = build_scheduler(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0), assembly.scheduler(named, Said()))
-    assert bound.by_epoch
+    assert bound.interval == "epoch"
     assert assembly.scheduler(None, Said()) is None
     with pytest.raises(ConfigError, match=r"^scheduler\.warmup must be like"):
         assembly.scheduler(Named.model_validate({"name": "cosine", "warmup": "3 parsecs"}), Said())

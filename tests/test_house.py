@@ -18,7 +18,7 @@ FLOORS = """
 errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.container data.budget data.codecs data.layout data.draws data.entropy
-losses schedulers optimizers metrics monitors
+dotted losses metrics monitors schedules learning_rate schedulers optimizers
 data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.reading
 data.files data.readers data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
@@ -58,7 +58,7 @@ DATA_NEEDS = {"numpy", "zarr", "numcodecs", "anyio", "aiofiles", "psutil", "goog
 FORBIDDEN = re.compile(r"(util|utils|helper|helpers|common|core|manager|managers|misc)$")
 PUBLIC = """
 __version__ Batch Best Budget CSVLogger Callback CheckpointError ConfigError DataError EarlyStopping EnvironmentProblem
-FitResult JSONLogger ModelCheckpoint NonFiniteError ProgressBar StreamtrainError Trainer UserCodeError Verdict
+FitResult JSONLogger ModelCheckpoint NonFiniteError ProgressBar Scheduler StreamtrainError Trainer UserCodeError Verdict
 ZarrStream build_optimizer build_scheduler from_iterable mix
 """
 

@@ -36,6 +36,7 @@ from streamtrain.errors import (
 from streamtrain.events import BatchEnd, Event, TrainEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
+from streamtrain.schedulers import build_scheduler, get_lr
 from streamtrain.trainer import Trainer
 from tests.engine import AtStep, Recorder, Samples, bare_loop, lines, network, pairs, same, samples
 
@@ -70,16 +71,48 @@ async def test_clipping_and_schedule_are_the_bare_loops() -> None:
     stream = Samples()
     fitted = trainer(gradient_clip_norm=0.5, scheduler={"name": "linear", "warmup": 3})
     await fitted.fit(stream, max_epochs=2)
-    lr = fitted.scheduler
-    assert lr is not None
-    bare = bare_loop(
-        network(),
-        pairs(stream, 2),
-        seed=SEED,
-        clip=0.5,
-        lr=lambda step: lr.schedule.lr(1e-3, step),  # type: ignore[attr-defined]
-    )
-    assert same(fitted.model, bare)
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = build_scheduler(inner, {"name": "linear", "warmup": 3}, total_steps=26)
+
+    def rate(step: int) -> float:
+        schedule.before_update(step, 0)
+        return get_lr(inner)
+
+    assert same(fitted.model, bare_loop(network(), pairs(stream, 2), seed=SEED, clip=0.5, lr=rate))
+
+
+async def test_rates_by_samples_and_by_time_follow_what_was_trained() -> None:
+    fitted = trainer(optimizer="sgd", scheduler={"name": "linear", "interval": "samples"}, log_every=1)
+    recorder = Recorder()
+    fitted.callbacks.append(recorder)
+    await fitted.fit(Samples(20), max_epochs=2)  # batches of 8, 8 and 4
+    rates = [event.values["lr"] for event in recorder.events("on_log")]
+    assert rates == pytest.approx([1e-3 * (1 - done / 40) for done in (0, 8, 16, 20, 28, 36)])
+    timed = trainer(scheduler={"name": lambda progress: 0.5 + progress, "interval": "time"})
+    await timed.fit(Samples(20), max_epochs=1, max_time=1e6)
+    assert timed.optimizer is not None
+    assert timed.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "exponential", "gamma": 0.9, "warmup": 3},
+        {"name": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9, "warmup": 3},
+        {"name": "torch.optim.lr_scheduler.LinearLR", "total_iters": 20},
+    ],
+)
+async def test_a_second_fit_goes_on_where_the_schedule_stood(spec: Any, tmp_path: Path) -> None:
+    whole, parted, loaded = (trainer(scheduler=spec, optimizer="sgd", log_every=1) for _ in range(3))
+    await whole.fit(Samples(), max_epochs=2)
+    await parted.fit(Samples(), max_epochs=1)
+    await loaded.load_checkpoint(await parted.save_checkpoint(tmp_path / "half"))
+    await loaded.load_checkpoint(await loaded.save_checkpoint(tmp_path / "again"))
+    for second in (parted, loaded):
+        await second.fit(Samples(), max_epochs=2)
+        assert second.optimizer is not None
+        assert whole.optimizer is not None
+        assert second.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
 
 
 async def test_a_short_last_group_is_the_mean_over_its_samples() -> None:
