@@ -157,8 +157,8 @@ def optimizer(config: Config, said: Said) -> object:
     """What `[optimizer]` describes, for `build_optimizer`: a short name with keywords, or a callable."""
     named = config.optimizer
     if ":" in named.name:
-        target: Any = load(named.name, _where(said, ("optimizer", "name")))
-        return functools.partial(target, lr=named.lr, **named.arguments)
+        said_lr = {"lr": named.lr} if "lr" in named.model_fields_set else {}
+        return {"name": load(named.name, _where(said, ("optimizer", "name"))), **said_lr, **named.arguments}
     return {"name": named.name, "lr": named.lr, **named.arguments}
 
 

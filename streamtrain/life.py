@@ -23,7 +23,7 @@ from streamtrain import state as trees
 from streamtrain.callbacks.base import Callback
 from streamtrain.data.source import Stream
 from streamtrain.errors import CheckpointError
-from streamtrain.optimizers import signature
+from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
 from streamtrain.progress import Progress
 from streamtrain.rng import Rng, RngState
 from streamtrain.schedulers import LearningRate
@@ -32,7 +32,7 @@ from streamtrain.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 KEYS = frozenset(
     {"version", "step", "progress", "stream", "rng", "epoch_rng", "own_rng", "scheduler", "scaler", "callbacks"}
     | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config"}
@@ -109,7 +109,7 @@ class Life:
     def check(self) -> None:
         """Raise CheckpointError if anything here can't be kept in a checkpoint."""
         trees.check(self.state(), "state")
-        trees.check(self.optimizer.state_dict(), "optimizer")
+        trees.check(state_by_name(self.optimizer, self.model), "optimizer")
         trees.check(dict(self.model.state_dict()), "model")
 
     def _check_keys(self, state: Mapping[str, Any], path: Path) -> None:
@@ -129,7 +129,7 @@ class Life:
     def snapshot(self, state: Tree) -> Snapshot:
         """A copy of everything, in memory of its own; on the train thread, between two updates."""
         model = trees.clone(dict(self.model.state_dict()))
-        return Snapshot(model, trees.clone(self.optimizer.state_dict()), trees.clone(state))
+        return Snapshot(model, trees.clone(state_by_name(self.optimizer, self.model)), trees.clone(state))
 
     def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
@@ -148,7 +148,7 @@ class Life:
         for difference in _differences(state["habits"], self.habits):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
         self.model.load_state_dict(snapshot.model)
-        self.optimizer.load_state_dict(snapshot.optimizer)
+        load_by_name(self.optimizer, self.model, snapshot.optimizer)
         self.lr.load_state_dict(state["scheduler"])
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
@@ -169,9 +169,7 @@ class Life:
 
 def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """What of an optimizer must not change between two lives of a run; to be asked before its first update."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
-    return {"optimizer": {**signature(optimizer), "names": groups}}
+    return {"optimizer": {**signature(optimizer), "names": [sorted(names) for names in names_of(optimizer, model)]}}
 
 
 def schedule_name(lr: LearningRate) -> str:

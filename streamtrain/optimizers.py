@@ -1,4 +1,4 @@
-"""Optimizers by name, rules, object or callable; its law: the fastest exact kernel that torch has is asked for.
+"""Optimizers by name, path, rules, object or callable; its law: the fastest exact kernel that torch has is asked for.
 
 `fused=True` is 3 to 5 times faster on the CPU too, and torch never picks it by itself.
 """
@@ -9,26 +9,35 @@ import difflib
 import functools
 import inspect
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch._dynamo  # torch imports it (1 s) when the first optimizer is made: on the event loop, were it not for this
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
+from streamtrain.dotted import found_at, is_path
 from streamtrain.errors import ConfigError
+from streamtrain.muon import MuonWithAdamW, is_matrix
+from streamtrain.parameter_groups import Group, Wanted, grouped, trainable
 
-NAMES = {
+NAMES: dict[str, type[Optimizer]] = {
     name.lower(): getattr(torch.optim, name)
-    for name in ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
-}
-FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
+    for name in (
+        *("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"),
+        "Adafactor",
+    )
+} | {"momentum": torch.optim.SGD, "nesterov": torch.optim.SGD, "muon": MuonWithAdamW}
+MEANT: dict[str, dict[str, Any]] = {"momentum": {"momentum": 0.9}, "nesterov": {"momentum": 0.9, "nesterov": True}}
+"""Keywords that a name stands for."""
+FUSED = frozenset({"sgd", "momentum", "nesterov", "adam", "adamw", "adagrad"})
 """Those whose fused kernel runs on CPU and CUDA."""
+GROUPING = ("rules", "no_decay", "layer_decay")
+"""Keys that say how the parameters are grouped."""
 
 OptimizerSpec = Any
-"""A name, a dict with a name, an Optimizer, or a callable that makes one."""
+"""A name, a path, a dict with a name, an Optimizer, or a callable that makes one."""
 
 
 def check_lr(lr: object, where: str = "lr") -> float:
@@ -41,73 +50,164 @@ def check_lr(lr: object, where: str = "lr") -> float:
 def build_optimizer(model: nn.Module, spec: OptimizerSpec = "adamw", lr: float = 1e-3) -> Optimizer:
     """Make the optimizer of a model's parameters that require gradients.
 
-    `spec`: a name ("sgd", "adam", "adamw", ...); {"name": ..., "lr": ..., "rules": [(regex, {"lr": ...}), ...], ...}
-    with torch's keywords, where a parameter follows the first rule whose regex is found in its name; an Optimizer; a
-    class of optimizers (given `lr` too); or a callable, given the model if its parameter is named `model` or `module`,
-    else the list of parameters.
+    `spec`: a name (sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, nadam, radam, adadelta, adamax, adafactor,
+    muon, asgd, rprop); a path ("package.module.Class"); a dict {"name": ..., "lr": ..., ...} of a name, a path, a class
+    or a callable, with its keywords; an Optimizer; a class of optimizers (given `lr` too); or a callable, given the
+    model if its first parameter is named `model` or `module`, else the list of parameters.
+
+    The dict's other keys: `rules` [(regex, {"lr": ..., ...}), ...], where a parameter follows the first rule whose
+    regex is found in its name; `no_decay` (True: no weight decay for biases and norms; or a list of regexes; a rule's
+    own weight_decay wins); `layer_decay` (0.75, say: each layer's learning rate over that of the one behind
+    it, as in BEiT, Bao et al. 2022; layers are told apart as `parameter_groups.layers` says).
+
+    "muon" updates matrices by torch's Muon, and all else, embeddings too, by AdamW with the keywords of `adamw={...}`;
+    a rule's {"muon": False} takes further ones to AdamW, such as a head.
 
     Raises ConfigError.
     """
     if isinstance(spec, Optimizer):
         return _of_this_model(spec, model)
     check_lr(lr)
-    if not isinstance(spec, str | Mapping) and callable(spec):
-        return _of_this_model(_call(spec, model, lr), model)
-    table: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
-    name = str(table.pop("name", "")).lower()
-    if name not in NAMES:
-        found = difflib.get_close_matches(name, NAMES, 1)
-        known = f"Known: {', '.join(NAMES)}; or give an object or a callable."
-        hint = f"Did you mean {found[0]!r}?" if found else known
-        raise ConfigError(f"optimizer: unknown name {name or spec!r}", hint=hint)
-    rules = table.pop("rules", ())
-    options = {"lr": lr, **_options(NAMES[name], table, "optimizer")}
+    table: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    name = table.pop("name", "")
+    if isinstance(name, str) and is_path(name):
+        name = found_at(name, "optimizer")
+    if isinstance(name, Optimizer):
+        return _of_this_model(name, model)
+    if callable(name):
+        return _of_this_model(_called(name, model, table, lr, alone=not isinstance(spec, Mapping)), model)
+    known = str(name or "").lower()
+    if known not in NAMES:
+        found = difflib.get_close_matches(known, NAMES, 1)
+        all_known = f"Known: {', '.join(NAMES)}; or give an object, a callable or a path."
+        shown = spec if not isinstance(name, str) or not name else name
+        raise ConfigError(
+            f"optimizer: unknown name {shown!r}", hint=f"Did you mean {found[0]!r}?" if found else all_known
+        )
+    return _named(known, model, {"lr": lr, **MEANT.get(known, {}), **table})
+
+
+def _named(name: str, model: nn.Module, table: dict[str, Any]) -> Optimizer:
+    kind = NAMES[name]
+    wanted = Wanted(**{key: table.pop(key) for key in GROUPING if key in table})
+    options = _options(kind, table, "optimizer")
     check_lr(options["lr"], "optimizer.lr")
-    groups = _groups(model, rules, NAMES[name])
-    if options.get("fused") is None and name in FUSED and "foreach" not in options and _fusable(model, groups):
-        options["fused"] = True
+    check = functools.partial(_options, kind)
+    _check_decays(kind, wanted, name)
+    if name == "muon":
+        groups = _muon_groups(model, wanted, options)
+    else:
+        groups = [_laid_out(group, options["lr"]) for group in grouped(model, wanted, check)]
+        if options.get("fused") is None and name in FUSED and "foreach" not in options and _fusable(model, groups):
+            options["fused"] = True
+    return _made(kind, name, _unnamed(groups), options)
+
+
+def _made(kind: Callable[..., Any], name: str, parameters: Any, options: Mapping[str, Any]) -> Optimizer:
     try:
-        return NAMES[name](groups, **options)  # type: ignore[no-any-return]
+        made = kind(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer {name!r}: {error}") from error
-
-
-def signature(optimizer: Optimizer) -> dict[str, Any]:
-    """What must not change between two lives of a run: class, and each group's size and hyperparameters."""
-    groups = [
-        {key: _plain(value) for key, value in group.items() if key != "params"} | {"parameters": len(group["params"])}
-        for group in optimizer.param_groups
-    ]
-    return {"class": type(optimizer).__name__, "groups": groups}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else repr(value)
-
-
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not named:
-        raise ConfigError(f"the model {type(model).__name__} has no parameter that requires a gradient")
-    return named
-
-
-def _call(spec: Any, model: nn.Module, lr: float) -> Optimizer:
-    parameters = [parameter for _, parameter in _trainable(model)]
-    made: object
-    if inspect.isclass(spec) and issubclass(spec, Optimizer):
-        made = spec(parameters, lr=lr)  # type: ignore[call-arg]
-    elif not isinstance(spec, functools.partial) and {"model", "module"} & set(inspect.signature(spec).parameters):
-        made = spec(model)
-    else:
-        made = spec(parameters)
     if not isinstance(made, Optimizer):
         raise ConfigError(f"the optimizer callable gave a {type(made).__name__}, not a torch Optimizer")
     return made
+
+
+def _laid_out(group: Group, lr: float) -> dict[str, Any]:
+    """A group as torch takes it."""
+    made = {"params": group.parameters, "name": group.name, **group.options}
+    if group.scale != 1.0:
+        made["lr"] = made.get("lr", lr) * group.scale
+    return made
+
+
+def _unnamed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One group alone needs no name."""
+    return groups if len(groups) > 1 else [{key: value for key, value in groups[0].items() if key != "name"}]
+
+
+def _muon_groups(model: nn.Module, wanted: Wanted, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups for Muon and for AdamW; the keywords of the latter are checked and completed in `options`."""
+    given = options.get("adamw")
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"optimizer.adamw must be a table of AdamW's keywords, not {given!r}")
+    others = {"lr": options["lr"], **_options(AdamW, given or {}, "optimizer.adamw")}
+    check_lr(others["lr"], "optimizer.adamw.lr")
+    matrix = is_matrix(model)
+
+    def check(rule: Mapping[str, Any], where: str) -> dict[str, Any]:
+        if not isinstance(rule.get("muon", False), bool):
+            raise ConfigError(f"{where}.muon must be true or false, got {rule['muon']!r}")
+        plain = {key: value for key, value in rule.items() if key != "muon"}
+        theirs = {key: value for key, value in plain.items() if key in _known(AdamW)}
+        ours = {key: value for key, value in plain.items() if key not in theirs or key in ("lr", "weight_decay")}
+        made = {**_options(AdamW, theirs, where), **_options(MuonWithAdamW, ours, where)}
+        return made | ({"muon": rule["muon"]} if "muon" in rule else {})
+
+    def kind(parameter: nn.Parameter, rule: Mapping[str, Any]) -> str:
+        return "Muon" if matrix(parameter, rule) else "AdamW"
+
+    groups = []
+    for group in grouped(model, wanted, check, kind):
+        muon = matrix(group.parameters[0], group.options)
+        groups.append({**_laid_out(group, options["lr"] if muon else others["lr"]), "muon": muon})
+    rest = [group for group in groups if not group["muon"]]
+    if others.get("fused") is None and "foreach" not in others and _fusable(model, rest):
+        others["fused"] = True
+    options["adamw"] = others
+    return groups
+
+
+def _check_decays(kind: Callable[..., Any], wanted: Wanted, name: str) -> None:
+    if wanted.no_decay is not False and "weight_decay" not in _known(kind) and not _open(kind):
+        raise ConfigError(f"optimizer.no_decay: {name} has no weight decay")
+
+
+def _called(make: Callable[..., Any], model: nn.Module, table: dict[str, Any], lr: float, *, alone: bool) -> Optimizer:
+    """What a class or another callable makes; `alone`: it came without a table.
+
+    It is given the learning rate that the table says; else `lr`, if it is a class of optimizers, or came in a table and
+    has a parameter of that name.
+    """
+    name = str(getattr(make, "__name__", None) or type(make).__name__)
+    wanted = Wanted(**{key: table.pop(key) for key in GROUPING if key in table})
+    plain = isinstance(make, functools.partial)
+    is_class = inspect.isclass(make) and issubclass(make, Optimizer)
+    lr = check_lr(table.get("lr", lr), "optimizer.lr")
+    if ("lr" in _known(make) or _open(make)) and (is_class or not (alone or plain)):
+        table.setdefault("lr", lr)
+    options = _options(make, table, "optimizer")
+    if not is_class and not plain and {"model", "module"} & set(_parameters(make)):
+        if wanted != Wanted():
+            raise ConfigError(
+                f"optimizer: {name} is given the model, and groups its parameters itself",
+                hint=f"{', '.join(GROUPING)} are for those that are given parameters.",
+            )
+        return _made(make, name, model, options)
+    if wanted == Wanted():
+        return _made(make, name, [parameter for _, parameter in trainable(model)], options)
+    _check_decays(make, wanted, name)
+    groups = [_laid_out(group, lr) for group in grouped(model, wanted, functools.partial(_options, make))]
+    return _made(make, name, _unnamed(groups), options)
+
+
+def _parameters(kind: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(kind).parameters
+    except (TypeError, ValueError):  # of C
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _known(kind: Callable[..., Any]) -> list[str]:
+    """The keywords of an optimizer."""
+    closed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found = [name for name, parameter in _parameters(kind).items() if parameter.kind not in closed]
+    return [name for name in found if name not in ("self", "params", "parameters", "model", "module")]
+
+
+def _open(kind: Callable[..., Any]) -> bool:
+    """Whether it takes any keyword."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(kind).values())
 
 
 def _of_this_model(optimizer: Optimizer, model: nn.Module) -> Optimizer:
@@ -117,18 +217,23 @@ def _of_this_model(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def _options(kind: type[Optimizer], table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    known = [name for name in inspect.signature(kind).parameters if name not in ("self", "params")]
+def _options(kind: Callable[..., Any], table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known, open_to_all = _known(kind), _open(kind)
     for key in table:
-        if key not in known:
-            found = difflib.get_close_matches(str(key), known, 1)
-            hint = f"Did you mean {found[0]!r}?" if found else f"Known: {', '.join(known)}."
+        if key not in known and not open_to_all:
+            choices = [*known, *(GROUPING if where == "optimizer" else ())]
+            found = difflib.get_close_matches(str(key), choices, 1)
+            hint = f"Did you mean {found[0]!r}?" if found else f"Known: {', '.join(choices)}."
             raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    parameters = _parameters(kind)
+    ours = str(getattr(kind, "__module__", "")).startswith(("torch.optim", "streamtrain."))
     for key, value in given.items():
         if key == "lr":
-            continue  # seen to elsewhere
-        _check_like(value, inspect.signature(kind).parameters[key].default, f"{where}.{key}")
+            if where != "optimizer":
+                check_lr(value, f"{where}.lr")
+        elif ours and key not in ("adamw", "adjust_lr_fn"):  # what the defaults of others mean is not for us to say
+            _check_like(value, parameters[key].default, f"{where}.{key}")
     return given
 
 
@@ -140,7 +245,12 @@ def _check_like(value: object, default: object, where: str) -> None:
         return plain or isinstance(one, torch.Tensor)
 
     if isinstance(default, tuple):
-        if not isinstance(value, tuple) or len(value) != len(default) or not all(map(number, value)):
+        absent = [one is None for one in default]
+        if not isinstance(value, tuple) or len(value) != len(default):
+            good = False
+        else:
+            good = all(number(one) or (one is None and may) for one, may in zip(value, absent, strict=True))
+        if not good:
             like = list(default)
             raise ConfigError(f"{where} must be {len(like)} numbers, got {value!r}", hint=f"For instance {like}.")
     elif default is None or isinstance(default, bool):
@@ -150,34 +260,7 @@ def _check_like(value: object, default: object, where: str) -> None:
         raise ConfigError(f"{where} must be a number, got {value!r}", hint=f"torch's default is {default}.")
 
 
-def _groups(model: nn.Module, rules: Sequence[Any], kind: type[Optimizer]) -> list[dict[str, Any]]:
-    """One group for all that no rule names, then one a rule, in the rules' order."""
-    plans: list[tuple[re.Pattern[str], dict[str, Any], list[nn.Parameter]]] = []
-    for number, rule in enumerate(rules):
-        where = f"optimizer.rules[{number}]"
-        pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
-        if not pair or not isinstance(rule[1], Mapping):
-            raise ConfigError(f"{where} must be (regex, {{option: value}}), not {rule!r}")
-        try:
-            pattern = re.compile(rule[0])
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"{where}: {rule[0]!r} is no regular expression: {error}") from error
-        plans.append((pattern, _options(kind, rule[1], where), []))
-    rest: list[nn.Parameter] = []
-    for name, parameter in _trainable(model):
-        home = next((members for pattern, _, members in plans if pattern.search(name)), rest)
-        home.append(parameter)
-    for number, (pattern, _, members) in enumerate(plans):
-        if not members:
-            names = ", ".join(name for name, _ in _trainable(model)[:8])
-            raise ConfigError(
-                f"optimizer.rules[{number}]: {pattern.pattern!r} names no parameter", hint=f"names: {names}"
-            )
-    first = [{"params": rest}] if rest else []
-    return first + [{"params": members, **options} for _, options, members in plans]
-
-
-def _fusable(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> bool:
+def _fusable(model: nn.Module, groups: list[dict[str, Any]]) -> bool:
     """Whether the fused kernels take all gradients; sparse ones they do not."""
     return not any(getattr(module, "sparse", False) for module in model.modules()) and all(
         parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")

@@ -27,9 +27,11 @@ from streamtrain.evaluation import Evaluator, evaluating
 from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
 from streamtrain.losses import LOSSES, short_loss
 from streamtrain.metrics import Metric, as_metric
+from streamtrain.optimizer_state import load_by_name
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
 from streamtrain.outcome import Compute, called, custom, supervised
+from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
 from streamtrain.rng import Rng
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
@@ -81,6 +83,8 @@ class Parts:
         """Name and state of a loaded checkpoint's schedule, until one is bound."""
         self.rng: Rng | None = None
         self._settings: dict[str, Any] = {}
+        self._told = False
+        """The optimizer's groups were said."""
         if not any(map(is_lazy, model.parameters())):
             self.build()
         self.evaluator = self._evaluator()
@@ -178,6 +182,9 @@ class Parts:
         """All live objects of a fit; on the train thread."""
         options, optimizer = self.options, self.optimizer
         assert optimizer is not None
+        if train is not None and not self._told:
+            self._told = True
+            logger.info("%s", "\n".join(table(optimizer)))
         self.scheduler = self._go_on_with(self.schedule, limits, train, optimizer)
         if not self.model.training:
             self.model.train()
@@ -252,7 +259,7 @@ class Parts:
             self.build()
         assert self.optimizer is not None
         check_settings(snapshot, self._settings, path)
-        self.optimizer.load_state_dict(snapshot.optimizer)
+        load_by_name(self.optimizer, self.model, snapshot.optimizer)
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]

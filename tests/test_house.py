@@ -18,7 +18,8 @@ FLOORS = """
 errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.container data.budget data.codecs data.layout data.draws data.entropy
-dotted losses metrics monitors schedules learning_rate schedulers optimizers
+dotted losses metrics monitors schedules learning_rate schedulers parameter_groups
+muon optimizers
 data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.reading
 data.files data.readers data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
@@ -34,8 +35,8 @@ data.transform_child data.transform_processes data.vouching data.whole data.afar
 data.pulling data.handing data.loader
 data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
-options progress rng openmp threads file_thread grace signals control tensors device tensor_file state checkpoint
-run_folder status_file
+options progress rng openmp threads file_thread grace signals control tensors device tensor_file state optimizer_state
+checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 streams blame outcome supply tally step
 callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan telling

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain.errors import ConfigError
-from streamtrain.optimizers import FUSED, NAMES, build_optimizer, check_lr, signature
+from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.optimizer_state import load_by_name, signature, state_by_name
+from streamtrain.optimizers import FUSED, NAMES, build_optimizer, check_lr
+from streamtrain.parameter_groups import layers, table
+from streamtrain.state import decode, encode
 
 
 def model() -> nn.Sequential:
@@ -31,7 +39,9 @@ def test_every_name_is_torchs_optimizer(name: str) -> None:
     made = build_optimizer(of, name.upper(), lr=0.01)
     assert type(made) is NAMES[name]
     assert made.param_groups[0]["lr"] == 0.01
-    assert names(of, made.param_groups[0]) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight"]
+    held = [sorted(names(of, group)) for group in made.param_groups]
+    together = [["0.bias", "0.weight", "1.bias", "1.weight", "2.weight"]]
+    assert held == ([["0.weight", "2.weight"], ["0.bias", "1.bias", "1.weight"]] if name == "muon" else together)
     assert bool(made.param_groups[0].get("fused")) == (name in FUSED)
 
 
@@ -56,6 +66,261 @@ def test_the_fused_kernel_trains_as_the_plain_one(name: str) -> None:
 def test_a_choice_of_kernel_is_kept(choice: dict[str, bool]) -> None:
     made = build_optimizer(model(), {"name": "adam", **choice})
     assert not made.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize(("name", "momentum", "nesterov"), [("momentum", 0.9, False), ("nesterov", 0.9, True)])
+def test_momentum_and_nesterov_are_sgds(name: str, momentum: float, nesterov: bool) -> None:
+    group = build_optimizer(model(), name).param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (momentum, nesterov)
+    assert build_optimizer(model(), {"name": name, "momentum": 0.5}).param_groups[0]["momentum"] == 0.5
+
+
+def trained(of: nn.Module, *optimizers: torch.optim.Optimizer, steps: int = 4) -> nn.Module:
+    torch.manual_seed(1)
+    for _ in range(steps):
+        of(torch.randn(8, 3)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return of
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
+
+
+def twins() -> tuple[nn.Sequential, nn.Sequential]:
+    torch.manual_seed(0)
+    one = model()
+    return one, copy.deepcopy(one)
+
+
+def test_muon_is_torchs_on_matrices_and_adamw_on_all_else_to_the_bit() -> None:
+    one, other = twins()
+    made = build_optimizer(
+        one, {"name": "muon", "lr": 0.02, "momentum": 0.9, "adamw": {"lr": 0.01, "betas": [0.8, 0.9]}}
+    )
+    matrices = [parameter for parameter in other.parameters() if parameter.ndim == 2]
+    rest = [parameter for parameter in other.parameters() if parameter.ndim != 2 and parameter.requires_grad]
+    plain = torch.optim.Muon(matrices, lr=0.02, momentum=0.9), torch.optim.AdamW(rest, 0.01, (0.8, 0.9), fused=True)
+    assert equal(trained(one, made), trained(other, *plain))
+
+
+def test_muon_goes_through_a_checkpoint_with_one_state_and_its_groups() -> None:
+    one, other = twins()
+    first, second = (build_optimizer(of, "muon") for of in (one, other))
+    trained(one, first, steps=2)
+    other.load_state_dict(one.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert len(second.state) == 5
+    for of, optimizer in ((one, first), (other, second)):
+        optimizer.param_groups[0]["lr"] *= 0.5
+        trained(of, optimizer, steps=3)
+    assert equal(one, other)
+
+
+def test_embeddings_and_what_a_rule_says_are_no_matrices_to_muon() -> None:
+    of = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 2, bias=False))
+    made = build_optimizer(
+        of, {"name": "muon", "rules": [("^2", {"muon": False, "weight_decay": 0.5, "betas": [0.5, 0.9]})]}
+    )
+    held = {group["name"]: (names(of, group), group["muon"], group["weight_decay"]) for group in made.param_groups}
+    assert held == {
+        "Muon": (["1.weight"], True, 0.1),
+        "AdamW": (["0.weight", "1.bias"], False, 0.01),
+        "rule '^2', AdamW": (["2.weight"], False, 0.5),
+    }
+
+
+def test_a_group_that_is_added_to_muon_is_updated_too() -> None:
+    of = nn.Linear(3, 3)
+    made = build_optimizer(of, "muon")
+    late = nn.Parameter(torch.ones(2))
+    made.add_param_group({"params": [late]})
+    late.grad = torch.ones(2)
+    made.step()
+    assert (late < 1).all()
+
+
+def test_where_torch_has_no_muon_it_says_since_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"'muon' needs torch 2\.9 or later, and this is"):
+        build_optimizer(model(), "muon")
+
+
+def test_biases_and_norms_are_left_out_of_the_decay() -> None:
+    of = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm((2, 4)), nn.Linear(4, 1))
+    made = build_optimizer(of, {"name": "adamw", "weight_decay": 0.1, "no_decay": True})
+    assert [(names(of, group), group["weight_decay"]) for group in made.param_groups] == [
+        (["0.weight", "2.weight"], 0.1),
+        (["0.bias", "1.weight", "1.bias", "2.bias"], 0.0),
+    ]
+    made = build_optimizer(of, {"name": "adamw", "weight_decay": 0.1, "no_decay": ["^1", "2.bias"]})
+    assert [names(of, group) for group in made.param_groups][1] == ["1.weight", "1.bias", "2.bias"]
+    rules = [("^1", {"weight_decay": 0.3}), ("^2", {"lr": 0.5})]
+    made = build_optimizer(of, {"name": "adamw", "no_decay": True, "rules": rules})
+    decays = {name: group["weight_decay"] for group in made.param_groups for name in names(of, group)}
+    assert decays["1.weight"] == 0.3  # a rule's own wins
+    assert (decays["2.weight"], decays["2.bias"]) == (0.01, 0.0)
+
+
+def vit_names(blocks: int) -> list[str]:
+    of_block = [f"blocks.{n}.{part}" for n in range(blocks) for part in ("attn.weight", "mlp.0.weight", "mlp.2.bias")]
+    return ["cls_token", "pos_embed", "patch_embed.weight", *of_block, "norm.weight", "head.weight"]
+
+
+def test_layers_of_a_transformer_are_numbered_as_in_beit() -> None:
+    found = layers(vit_names(3))
+    assert [found[name] for name in ("cls_token", "pos_embed", "patch_embed.weight")] == [0, 0, 0]
+    assert [found[f"blocks.{n}.mlp.2.bias"] for n in range(3)] == [1, 2, 3]
+    assert [found[name] for name in ("norm.weight", "head.weight")] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["0.weight", "0.bias", "2.weight"], [0, 0, 1]),
+        (["conv1.w", "layer1.0.w", "layer1.1.w", "layer2.0.w", "fc.w"], [0, 1, 2, 3, 4]),
+        (["fc1.w", "fc1.b", "fc2.w", "fc3.w"], [0, 0, 1, 2]),
+        (["net.fc1.w", "net.fc2.w"], [0, 1]),
+        (["a", "b"], [0, 1]),
+        (["enc.0.w", "bridge.w", "dec.0.w"], [0, 0, 1]),
+        (["weight"], [0]),
+    ],
+)
+def test_layers_go_by_the_first_number_and_the_order(given: list[str], expected: list[int]) -> None:
+    assert list(layers(given).values()) == expected
+
+
+def test_the_rate_of_each_layer_is_that_of_the_next_one_times_the_decay() -> None:
+    of = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+    made = build_optimizer(of, {"name": "sgd", "layer_decay": 0.5, "rules": [(r"1\.bias", {"lr": 0.1})]}, lr=1.0)
+    rates = {name: group["lr"] for group in made.param_groups for name in names(of, group)}
+    assert rates == {**{f"{n}.{part}": 0.5 ** (2 - n) for n in range(3) for part in ("weight", "bias")}, "1.bias": 0.05}
+
+
+def test_tied_parameters_are_counted_once_and_go_by_each_of_their_names() -> None:
+    of = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    of["head"].weight = of["embed"].weight
+    made = build_optimizer(of, {"name": "adamw", "rules": [("head", {"lr": 0.5})]})
+    assert [len(group["params"]) for group in made.param_groups] == [1]
+    assert made.param_groups[0]["lr"] == 0.5
+
+
+@given(st.data())
+def test_each_parameter_is_in_one_group_by_its_first_rule(data: st.DataObject) -> None:
+    of = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 1))
+    patterns = data.draw(st.lists(st.sampled_from(["weight", "bias", "^0", "^1", r"2\.", "3", "^.*$"]), max_size=4))
+    keys = {"no_decay": data.draw(st.booleans()), "layer_decay": data.draw(st.sampled_from([None, 0.5, 1.0]))}
+    rules = [(pattern, {"eps": 10.0 ** -(at + 1)}) for at, pattern in enumerate(patterns)]
+    firsts = {
+        name: next((at for at, pattern in enumerate(patterns) if re.search(pattern, name)), -1)
+        for name, _ in of.named_parameters()
+    }
+    spec = {"name": "adam", "rules": rules, **{key: value for key, value in keys.items() if value is not None}}
+    if not set(range(len(patterns))) <= set(firsts.values()):
+        with pytest.raises(ConfigError, match="names no parameter"):
+            build_optimizer(of, spec)
+        return
+    made = build_optimizer(of, spec)
+    held = [name for group in made.param_groups for name in names(of, group)]
+    assert sorted(held) == sorted(firsts)
+    for group in made.param_groups:
+        assert {firsts[name] for name in names(of, group)} == {
+            round(-math.log10(group["eps"])) - 1 if group["eps"] > 1e-8 else -1
+        }
+
+
+def test_the_table_tells_of_each_group() -> None:
+    of = model()
+    made = build_optimizer(of, {"name": "adamw", "no_decay": True})
+    assert list(table(made)) == [
+        "optimizer AdamW, fused",
+        "  group 0 (all others): 2 parameters, 16 elements, lr 0.001, weight decay 0.01",
+        "  group 1 (no decay): 3 parameters, 12 elements, lr 0.001, weight decay 0",
+    ]
+
+
+class Foreign(torch.optim.SGD):
+    """An optimizer of another package, with a keyword of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.1, *, warmth: Any = None, weight_decay: float = 0.0) -> None:
+        self.warmth = warmth
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("name", ["tests.test_optimizers.Foreign", "tests.test_optimizers:Foreign", Foreign])
+def test_an_optimizer_of_another_package_takes_rules_and_its_keywords(name: Any) -> None:
+    of = model()
+    spec = {"name": name, "warmth": "much", "rules": [("bias", {"lr": 0.5})], "no_decay": True, "weight_decay": 0.1}
+    made = build_optimizer(of, spec, lr=0.01)
+    assert type(made).__name__ == "Foreign"
+    assert made.warmth == "much"  # type: ignore[attr-defined]
+    assert [(group["lr"], group["weight_decay"]) for group in made.param_groups] == [
+        (0.01, 0.1),
+        (0.01, 0.0),
+        (0.5, 0.0),
+    ]
+    assert build_optimizer(of, name, lr=0.02).param_groups[0]["lr"] == 0.02
+    with pytest.raises(ConfigError, match="unknown key 'wormth'") as caught:
+        build_optimizer(of, {"name": name, "wormth": 3})
+    assert caught.value.hint == "Did you mean 'warmth'?"
+
+
+def test_a_callable_is_given_what_its_table_says() -> None:
+    def make(parameters: Any, lr: float, momentum: float = 0.0) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
+
+    made = build_optimizer(model(), {"name": make, "momentum": 0.5}, lr=0.3)
+    assert [made.param_groups[0][key] for key in ("lr", "momentum")] == [0.3, 0.5]
+    with pytest.raises(ConfigError, match="unknown key 'lr'"):
+        build_optimizer(model(), {"name": by_model, "lr": 0.3})
+    with pytest.raises(ConfigError, match="is given the model, and groups its parameters itself"):
+        build_optimizer(model(), {"name": by_model, "layer_decay": 0.5})
+
+
+def test_the_state_finds_its_parameter_whatever_their_order_is() -> None:
+    class Ordered(nn.Module):
+        def __init__(self, *order: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = {name: nn.Linear(3, 3) for name in ("a", "b", "c")}
+            for name in order:
+                self.add_module(name, layers[name])
+
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return self.get_submodule("c")(self.get_submodule("b")(self.get_submodule("a")(inputs)))
+
+    for spec in ("adamw", "muon", {"name": "adam", "rules": [("bias", {"lr": 0.5})]}):
+        one, other = Ordered("a", "b", "c"), Ordered("c", "a", "b")
+        first, second = build_optimizer(one, spec), build_optimizer(other, spec)
+        trained(one, first)
+        other.load_state_dict(one.state_dict())
+        json_like, tensors = encode(state_by_name(first, one))
+        load_by_name(
+            second, other, decode(json.loads(json.dumps(json_like)), {k: v.clone() for k, v in tensors.items()})
+        )
+        assert equal(trained(one, first), trained(other, second))
+
+
+def test_a_state_of_other_parameters_is_refused() -> None:
+    one, other = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))
+    saved = state_by_name(build_optimizer(one), one)
+    with pytest.raises(CheckpointError, match="hold other parameters"):
+        load_by_name(build_optimizer(other), other, saved)
+
+
+def test_a_parameter_that_is_not_the_models_goes_by_its_place() -> None:
+    one = nn.Linear(2, 2)
+    weights = nn.Parameter(torch.ones(3))
+    groups: list[dict[str, Any]] = [{"params": one.parameters()}, {"params": [weights]}]
+    optimizer = torch.optim.Adam(groups)
+    weights.grad = torch.ones(3)
+    optimizer.step()
+    saved = state_by_name(optimizer, one)
+    assert saved["param_groups"][1]["params"] == ["#1.0"]
+    assert list(saved["state"]) == ["#1.0"]
 
 
 def test_torchs_keywords_are_passed_on_and_lists_become_tuples() -> None:
@@ -148,6 +413,26 @@ def test_an_object_is_used_as_it_is_if_it_is_of_this_model() -> None:
         ({"name": "sgd", "rules": [("weight", {}), ("wait", {})]}, "rules[1]: 'wait' names no parameter", "names: 0."),
         ({"name": "sgd", "rules": [("weight", {"lrr": 1})]}, "rules[0]: unknown key 'lrr'", "Did you mean 'lr'?"),
         (lambda parameters: 3, "gave a int, not a torch Optimizer", ""),
+        (
+            {"name": "sgd", "rules": [("weight", {}), (r"0\.weight", {})]},
+            "names no parameter that the rules before it",
+            "",
+        ),
+        ({"name": "sgd", "rules": [("weight", {"lr": -1})]}, "rules[0].lr must be a finite number", ""),
+        ({"name": "sgd", "layer_decay": 2}, "layer_decay must be a number above 0 and up to 1, not 2", ""),
+        (
+            {"name": "sgd", "no_decay": "bias"},
+            "no_decay must be true, false or a list of regexes, not 'bias'",
+            "true: ",
+        ),
+        ({"name": "sgd", "no_decay": ["bais"]}, "no_decay[0]: 'bais' names no parameter", "names: "),
+        ({"name": "rprop", "no_decay": True}, "no_decay: rprop has no weight decay", ""),
+        ({"name": "muon", "adamw": 3}, "optimizer.adamw must be a table", ""),
+        ({"name": "muon", "adamw": {"beta": 3}}, "optimizer.adamw: unknown key 'beta'", "Did you mean 'betas'?"),
+        ({"name": "muon", "rules": [("bias", {"muon": 3})]}, "rules[0].muon must be true or false", ""),
+        ({"name": "adafactor", "eps": ["x", 1]}, "eps must be 2 numbers", ""),
+        ("torch.optim.Adamm", "module torch.optim has no Adamm", "Did you mean Adam?"),
+        ("torch.optim.lr_scheduler.StepLR", "StepLR", ""),
     ],
 )
 def test_what_cannot_work_is_refused(spec: Any, message: str, hint: str) -> None:

@@ -81,6 +81,35 @@ async def test_clipping_and_schedule_are_the_bare_loops() -> None:
     assert same(fitted.model, bare_loop(network(), pairs(stream, 2), seed=SEED, clip=0.5, lr=rate))
 
 
+async def test_the_groups_of_the_optimizer_are_said_once_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "streamtrain")
+    fitted = trainer(optimizer={"name": "adamw", "no_decay": True})
+    assert "group 0" not in caplog.text
+    for epochs in (1, 2):
+        await fitted.fit(Samples(), max_epochs=epochs)
+    assert caplog.text.count("group 1 (no decay): 4 parameters, 49 elements, lr 0.001, weight decay 0") == 1
+
+
+async def test_a_model_whose_parameters_come_in_another_order_goes_on_the_same(tmp_path: Path) -> None:
+    class Reordered(nn.Module):
+        def __init__(self, *order: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = {"first": nn.Linear(4, 8), "last": nn.Linear(8, 1)}
+            for name in order:
+                self.add_module(name, layers[name])
+
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return self.get_submodule("last")(self.get_submodule("first")(inputs))
+
+    whole = trainer(Reordered("first", "last"))
+    await whole.fit(Samples(), max_epochs=2)
+    await trainer(Reordered("first", "last"), run_dir=tmp_path).fit(Samples(), max_epochs=1)
+    resumed = trainer(Reordered("last", "first"), run_dir=tmp_path)
+    await resumed.fit(Samples(), max_epochs=2, resume="auto")
+    assert same(resumed.model, whole.model)
+
+
 async def test_rates_by_samples_and_by_time_follow_what_was_trained() -> None:
     fitted = trainer(optimizer="sgd", scheduler={"name": "linear", "interval": "samples"}, log_every=1)
     recorder = Recorder()

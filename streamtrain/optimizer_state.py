@@ -1,0 +1,77 @@
+"""An optimizer's state by the names of its parameters; its law: it finds its parameter whatever their order is.
+
+torch numbers the parameters in the order of the groups, and gives each the state of its number without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from streamtrain.errors import CheckpointError
+
+
+def names_of(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of each group's parameters; one that is not the model's goes by its place, "#group.number"."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        [known.get(id(parameter), f"#{at}.{number}") for number, parameter in enumerate(group["params"])]
+        for at, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """`optimizer.state_dict()` with names in the places of numbers; tensors are not copied.
+
+    What an optimizer keeps otherwise, beside or in place of these, stays as it is.
+    """
+    saved = optimizer.state_dict()
+    if "state" not in saved or "param_groups" not in saved:
+        return dict(saved)
+    names = names_of(optimizer, model)
+    of_number = _by_number(saved, names)
+    groups = [{**group, "params": here} for group, here in zip(saved["param_groups"], names, strict=True)]
+    state = {of_number.get(number, number): value for number, value in saved["state"].items()}
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Take back what `state_by_name` gave. Raises CheckpointError where groups hold other parameters."""
+    if "state" not in saved or "param_groups" not in saved:
+        optimizer.load_state_dict(saved)
+        return
+    names, live = names_of(optimizer, model), optimizer.state_dict()
+    if [sorted(group["params"]) for group in saved["param_groups"]] != [sorted(here) for here in names]:
+        raise CheckpointError("the optimizer's groups hold other parameters than those of the checkpoint")
+    number_of = {name: number for number, name in _by_number(live, names).items()}
+    groups = [
+        {**group, "params": here["params"]}
+        for group, here in zip(saved["param_groups"], live["param_groups"], strict=True)
+    ]
+    state = {number_of.get(name, name): value for name, value in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def _by_number(saved: dict[str, Any], names: list[list[str]]) -> dict[Any, str]:
+    pairs = zip(saved["param_groups"], names, strict=True)
+    return {number: name for group, here in pairs for number, name in zip(group["params"], here, strict=True)}
+
+
+def signature(optimizer: Optimizer) -> dict[str, Any]:
+    """What must not change between two lives of a run: class, and each group's size and hyperparameters."""
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key != "params"} | {"parameters": len(group["params"])}
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__name__, "groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)
