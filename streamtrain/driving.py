@@ -104,6 +104,8 @@ class Driver:
 
         def job() -> Report:
             self._life.before_ahead = None
+            if self._life.switch is not None:
+                self._life.switch.learn()
             with rng.swapped_in(), kernels():
                 return step.run(
                     batches,

@@ -63,7 +63,10 @@ class Evaluator:
         move: MoveBatch,
         device: torch.device,
         precision: str = "32",
+        before: Callable[[], None] = lambda: None,
     ) -> None:
+        """`before` is called on the train thread before each burst of batches."""
+        self._before = before
         self.metrics = dict(metrics)
         self._model, self._compute, self._move = model, compute, move
         self._autocast = autocast(precision, device)
@@ -130,6 +133,7 @@ class Evaluator:
         began = time.perf_counter()
         made: list[T] = []
         batch: Batch | None = None
+        self._before()
         with rng.swapped_in(), evaluating(self._model):
             while time.perf_counter() - began < BURST and (batch := batches.take()) is not None:
                 try:

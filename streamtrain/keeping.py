@@ -14,7 +14,6 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from streamtrain import checkpoint
-from streamtrain import state as trees
 from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Control, Save
@@ -115,7 +114,7 @@ class Keeper:
             return
         progress.offer(Best(monitor, value, epoch, progress.step), primary=monitor)
         if in_memory:
-            self._life.weights = await self._thread.run(lambda: trees.clone(dict(self._life.model.state_dict())))
+            self._life.weights = await self._thread.run(self._life.weights_to_keep)
 
     async def save(self, kind: str, request: Save | None = None) -> None:
         """Take a snapshot and have it committed while training goes on."""
@@ -239,7 +238,7 @@ class Keeper:
             weights = (await self._files(lambda: checkpoint.read(path))).model
         told = f"the weights of step {best.step}, the best {best.monitor} ({best.value:g})"
         if weights:
-            await self._thread.run(lambda: life.model.load_state_dict(weights))
+            await self._thread.run(lambda: life.put_weights(weights))
             logger.info("the model has %s", told)
         else:
             logger.warning("%s, are not at hand: the model keeps the last ones", told)

@@ -29,6 +29,7 @@ from streamtrain.rng import Rng, RngState
 from streamtrain.schedulers import LearningRate
 from streamtrain.state import Snapshot, Tree
 from streamtrain.step import TrainStep
+from streamtrain.switching import Switch
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Life:
     optimizer: Optimizer
     lr: LearningRate
     step: TrainStep
+    switch: Switch | None = None
+    """Of an optimizer that learns with other weights than those to be judged by."""
     stream: Stream | None
     """None where it is saved outside of a fit that never was."""
     rng: Rng
@@ -128,8 +131,25 @@ class Life:
 
     def snapshot(self, state: Tree) -> Snapshot:
         """A copy of everything, in memory of its own; on the train thread, between two updates."""
-        model = trees.clone(dict(self.model.state_dict()))
-        return Snapshot(model, trees.clone(state_by_name(self.optimizer, self.model)), trees.clone(state))
+        model = self.weights_to_keep()
+        optimizer = state_by_name(self.optimizer, self.model)
+        if self.switch is not None:
+            optimizer = {"optimizer": optimizer, "learning": self.switch.state_dict()}
+        return Snapshot(model, trees.clone(optimizer), trees.clone(state))
+
+    def weights_to_keep(self) -> dict[str, Tensor]:
+        """A copy of the model's state, with the weights to be judged by; on the train thread."""
+        if self.switch is not None:
+            self.switch.judge()
+        weights: dict[str, Tensor] = trees.clone(dict(self.model.state_dict()))
+        return weights
+
+    def put_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the model other weights to be judged by; on the train thread."""
+        if self.switch is not None:
+            self.switch.judge()
+            self.switch.forget()
+        self.model.load_state_dict(weights)
 
     def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
@@ -147,8 +167,7 @@ class Life:
                 raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
         for difference in _differences(state["habits"], self.habits):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
-        self.model.load_state_dict(snapshot.model)
-        load_by_name(self.optimizer, self.model, snapshot.optimizer)
+        load_weights(snapshot, self.model, self.optimizer, self.switch)
         self.lr.load_state_dict(state["scheduler"])
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
@@ -165,6 +184,14 @@ class Life:
         for name, callback in self.callbacks.items():
             if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state["callbacks"][name])
+
+
+def load_weights(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, switch: Switch | None) -> None:
+    """Model and optimizer as a snapshot has them; on the train thread."""
+    model.load_state_dict(snapshot.model)
+    load_by_name(optimizer, model, snapshot.optimizer if switch is None else snapshot.optimizer["optimizer"])
+    if switch is not None:
+        switch.load_state_dict(snapshot.optimizer["learning"])
 
 
 def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

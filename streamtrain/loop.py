@@ -317,6 +317,8 @@ class Wheel:
         await self._obey_requests()
         if not self._progress.owes and reason == "early_stopping":
             self._life.ended = (reason, detail)
+        if self._life.switch is not None:
+            await self._thread.run(self._life.switch.judge)
         over = reason in ("completed", "early_stopping", "max_time")
         if over:
             await self._keeper.attend(

@@ -24,10 +24,18 @@ from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.evaluation import Evaluator, evaluating
-from streamtrain.life import Life, check_model, check_settings, first_rng, habits, schedule_name, settings
+from streamtrain.life import (
+    Life,
+    check_model,
+    check_settings,
+    first_rng,
+    habits,
+    load_weights,
+    schedule_name,
+    settings,
+)
 from streamtrain.losses import LOSSES, short_loss
 from streamtrain.metrics import Metric, as_metric
-from streamtrain.optimizer_state import load_by_name
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
 from streamtrain.outcome import Compute, called, custom, supervised
@@ -39,6 +47,7 @@ from streamtrain.state import Snapshot
 from streamtrain.step import Door, TrainStep
 from streamtrain.streams import least, length
 from streamtrain.supply import supply
+from streamtrain.switching import Switch, switch_of
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
@@ -77,6 +86,8 @@ class Parts:
             raise ConfigError("a metric can't be named 'loss': the loss itself is", hint="Name it otherwise.")
         self.optimizer: Optimizer | None = None
         """None while the model has parameters whose size only the first batch tells."""
+        self.switch: Switch | None = None
+        """Of an optimizer that learns with other weights than those to be judged by."""
         self.scheduler: LearningRate | None = None
         """Bound at the beginning of a fit, which knows how long the run is."""
         self._schedule_left: tuple[str, Any] | None = None
@@ -93,6 +104,7 @@ class Parts:
         """Bring the model to its device and make the optimizer."""
         self.model.to(self.options.device)
         self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
+        self.switch = switch_of(self.model, self.optimizer)
         self._settings = settings(self.model, self.optimizer)
 
     def set_loss(self, loss: Function | str | None) -> None:
@@ -119,8 +131,19 @@ class Parts:
         if self.steps.validation is not None:
             compute = custom(called(self.steps.validation, self.model), needs_loss=False)
         return Evaluator(
-            self.model, compute, self.metrics, move=self.move, device=options.device, precision=options.precision
+            self.model,
+            compute,
+            self.metrics,
+            move=self.move,
+            device=options.device,
+            precision=options.precision,
+            before=self._judge,
         )
+
+    def _judge(self) -> None:
+        """Before the model is evaluated; on the train thread."""
+        if self.switch is not None:
+            self.switch.judge()
 
     # --- before the first update ---
 
@@ -194,6 +217,7 @@ class Parts:
             model=self.model,
             optimizer=optimizer,
             lr=self.scheduler,
+            switch=self.switch,
             step=self._step(optimizer, self.scheduler, door, progress.step),
             stream=train,
             rng=self.random(),
@@ -254,12 +278,12 @@ class Parts:
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
         check_model(snapshot, self.model, path)
-        self.model.load_state_dict(snapshot.model)
         if self.optimizer is None:
+            self.model.load_state_dict(snapshot.model)
             self.build()
         assert self.optimizer is not None
         check_settings(snapshot, self._settings, path)
-        load_by_name(self.optimizer, self.model, snapshot.optimizer)
+        load_weights(snapshot, self.model, self.optimizer, self.switch)
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]

@@ -504,6 +504,8 @@ class Trainer:
             try:
                 reason, detail = await wheel.turn()
             finally:
+                if life.switch is not None:
+                    await thread.run(life.switch.judge)
                 if saver is not None:
                     await saver.wait()
                     self._checkpoint = saver.last or self._checkpoint
