@@ -82,6 +82,8 @@ class TrainStep:
         self._compute = compute
         self._optimizer = optimizer
         self._parameters = _parameters(optimizer)
+        self._order = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+        """A norm is summed in the model's order, as in the loops of others, however the optimizer groups them."""
         self._plain_zero = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         self._odd = _has_odd_gradients(model)
         self._scheduled = not isinstance(lr, FixedLearningRate)
@@ -139,6 +141,8 @@ class TrainStep:
         self._samples, self._elapsed = samples, elapsed
         before = self.seconds
         self._parameters = _parameters(self._optimizer)  # a callback may have added a group between bursts
+        if self._clip_norm is not None:
+            self._parameters.sort(key=lambda parameter: self._order.get(id(parameter), len(self._order)))
         try:
             while True:
                 ended = source.ended  # asked first: only then can nothing come after an empty hand

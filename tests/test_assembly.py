@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from streamtrain import assembly
-from streamtrain.config import DataTable, Named, Said, resolve
+from streamtrain.config import DataTable, Named, Said, read, resolve
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.optimizers import build_optimizer
 from streamtrain.schedulers import build_scheduler
@@ -229,3 +230,24 @@ def test_axes_by_number_are_numbers_also_where_keys_are_texts() -> None:
     made = assembly.stream(table, Said(), "data")
     assert made._asked.framing.window == {"time": 3, 1: 2}
     assert made._asked.framing.select == {2: (0, 3)}
+
+
+def test_groups_and_schedules_are_said_in_toml_as_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        'model = "nets_here:Net"\n[data]\nstore = "d"\n'
+        '[optimizer]\nname = "muon"\nlr = 0.02\nno_decay = true\nrules = [["bias$", {lr = 0.5}]]\n'
+        "adamw = {lr = 0.001}\n"
+        '[scheduler]\nname = "wsd"\ninterval = "samples"\nwarmup = "100samples"\ndecay = 0.2\nshape = "sqrt"\n'
+    )
+    said = read(str(path))
+    config = resolve(said)
+    built = build_optimizer(nn.Linear(2, 2), assembly.optimizer(config, said), config.optimizer.lr)
+    assert [(group["name"], group["lr"]) for group in built.param_groups] == [
+        ("Muon", 0.02),
+        ("rule 'bias$', AdamW, no decay", 0.5),
+    ]
+    bound = build_scheduler(built, assembly.scheduler(config.scheduler, said), total_samples=1000)
+    bound.before_update(7, 0, 999)
+    assert built.param_groups[0]["lr"] < 1e-3
+    assert resolve(Said(tomllib.loads(config.dumps()))) == config

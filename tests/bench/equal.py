@@ -1,21 +1,28 @@
 """Weights after `fit` against those of a bare loop that is given the same batches: the same to the bit.
 
 Shuffled from disk, with dropout, BatchNorm and accumulation, over two epochs; their last group is short, or its last
-batch is.
+batch is. Then every optimizer with every schedule, and their pairs with accumulation, clipping and precision.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_tools.synth import synth
 from streamtrain import Trainer, ZarrStream
+from tests.bench.covering import Case, covering
 from tests.bench.measure import Measure, Options
+from tests.bench.recipes import CLIPPING, OPTIMIZERS, SCHEDULERS
+from tests.bench.recipes import LR as RATE
+from tests.bench.recipes import bare as bare_recipe
+from tests.engine import Samples, pairs
+from tests.engine import network as small_network
 
 SEED, LR, EPOCHS, ACCUMULATE, BATCH = 7, 1e-3, 2, 4, 33
 
@@ -30,6 +37,42 @@ def run(options: Options) -> Iterator[Measure]:
             differing, updates = asyncio.run(differences(store, columns))
         name = f"rows of {4 * columns} bytes: tensors that differ after {updates} updates"
         yield Measure(name=name, values=(differing,), at_most=0)
+    found = cases(quick=options.quick)
+    failed = [case for case in found if asyncio.run(differing_tensors(case))]
+    for case in failed:
+        print("differs:", case)
+    name = f"of {len(found)} runs with pairs of options: those that differ"
+    yield Measure(name=name, values=(len(failed),), at_most=0)
+
+
+def cases(*, quick: bool = False) -> list[Case]:
+    """Optimizer, schedule, accumulation, clipping and precision, all pairs; `quick`: not each optimizer with each
+    schedule."""
+    precisions = ["32", "bf16", *(["16"] if torch.cuda.is_available() else [])]
+    factors: Mapping[str, list[str]] = {
+        "optimizer": list(OPTIMIZERS),
+        "scheduler": list(SCHEDULERS),
+        "accumulate": ["1", "3"],
+        "clip": list(CLIPPING),
+        "precision": precisions,
+    }
+    return covering(factors, apart=[frozenset(("optimizer", "scheduler"))] if quick else ())
+
+
+async def differing_tensors(case: Case) -> list[str]:
+    """The model's tensors that differ after two epochs of 13 batches, whose last one is a short group alone."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"optimizer": case["optimizer"], "scheduler": SCHEDULERS[case["scheduler"]].spec}
+    options |= {"precision": case["precision"], "accumulate_grad_batches": int(case["accumulate"])}
+    options |= CLIPPING[case["clip"]]
+    if case["precision"] == "16":
+        options["nonfinite"] = "skip"  # the scaler tries scales that are too large
+    ours, theirs = small_network(), small_network().to(device)
+    trainer = Trainer(ours, nn.MSELoss(), lr=RATE, seed=SEED, device=device, **options)
+    await trainer.fit(Samples(), max_epochs=EPOCHS)
+    bare_recipe(theirs, pairs(Samples(), EPOCHS), case, seed=SEED, device=device)
+    other = theirs.state_dict()
+    return [name for name, value in ours.state_dict().items() if not same(value.cpu(), other[name].cpu())]
 
 
 def network(columns: int) -> nn.Module:
