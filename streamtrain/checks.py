@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from streamtrain.callbacks.defaults import watched
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.data.source import Stream
@@ -79,7 +81,8 @@ class Checks:
         for stream in self._validation.values():
             self._parts.options.batches(length(stream))
         spec = self._parts.scheduler_spec
-        if isinstance(spec, str | Mapping) and not callable(spec):
+        made = isinstance(spec, Mapping) and isinstance(spec.get("name"), LRScheduler)  # bound to the real optimizer
+        if isinstance(spec, str | Mapping) and not made:
             self.scheduler(self._parts.schedule(limits, train))
 
     async def validations(self, thread: TrainThread, life: Life) -> None:

@@ -97,9 +97,9 @@ _MODEL = [
     Flag("--model", ("model.target",), "pkg.mod:Name of a Module, or of what makes one", "text"),
     Flag("--loss", ("loss.name",), "mse, mae, cross_entropy, bce, huber or pkg.mod:name", "text"),
     Flag("--metrics", ("metrics",), "accuracy, mae, mse or name=pkg.mod:name; a,b or repeated", "names"),
-    Flag("--optimizer", ("optimizer.name",), "adamw, adam, sgd, ...", "text"),
+    Flag("--optimizer", ("optimizer.name",), "adamw, sgd, muon, ..., or package.module.Class", "text"),
     Flag("--lr", ("optimizer.lr",), "learning rate"),
-    Flag("--scheduler", ("scheduler.name",), "cosine, linear, ...", "text"),
+    Flag("--scheduler", ("scheduler.name",), "cosine, onecycle, wsd, ..., or package.module.Class", "text"),
 ]
 _TRAINER = [
     Flag("--max-epochs", ("fit.max_epochs",), "passes over the data in the run's whole life"),

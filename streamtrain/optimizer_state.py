@@ -63,7 +63,8 @@ def _by_number(saved: dict[str, Any], names: list[list[str]]) -> dict[Any, str]:
 def signature(optimizer: Optimizer) -> dict[str, Any]:
     """What must not change between two lives of a run: class, and each group's size and hyperparameters."""
     groups = [
-        {key: _plain(value) for key, value in group.items() if key != "params"} | {"parameters": len(group["params"])}
+        {key: _plain(value) for key, value in group.items() if key not in ("params", "name")}
+        | {"parameters": len(group["params"])}
         for group in optimizer.param_groups
     ]
     return {"class": type(optimizer).__name__, "groups": groups}

@@ -214,6 +214,16 @@ def _of_this_model(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError("the optimizer holds no parameter of this model", hint="Was the model copied or rebuilt?")
+    step = list(_parameters(type(optimizer).step).values())[
+        1:
+    ]  # of the class: torch's schedulers wrap the object's own
+    open_to_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [one.name for one in step if one.default is one.empty and one.kind not in open_to_all]
+    if needed:
+        raise ConfigError(
+            f"{type(optimizer).__name__} can't make a step without {', '.join(needed)}: it asks for gradients itself",
+            hint="Here a batch has one gradient; take an optimizer whose step() needs no arguments.",
+        )
     return optimizer
 
 

@@ -432,7 +432,7 @@ def test_an_object_is_used_as_it_is_if_it_is_of_this_model() -> None:
         ({"name": "muon", "rules": [("bias", {"muon": 3})]}, "rules[0].muon must be true or false", ""),
         ({"name": "adafactor", "eps": ["x", 1]}, "eps must be 2 numbers", ""),
         ("torch.optim.Adamm", "module torch.optim has no Adamm", "Did you mean Adam?"),
-        ("torch.optim.lr_scheduler.StepLR", "StepLR", ""),
+        ("torch.optim.LBFGS", "LBFGS can't make a step without closure", "Here a batch has one gradient"),
     ],
 )
 def test_what_cannot_work_is_refused(spec: Any, message: str, hint: str) -> None:

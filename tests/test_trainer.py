@@ -110,6 +110,35 @@ async def test_a_model_whose_parameters_come_in_another_order_goes_on_the_same(t
     assert same(resumed.model, whole.model)
 
 
+async def test_a_torch_schedule_of_ones_own_optimizer_may_stand_in_a_table() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    fitted = trainer(model, optimizer=optimizer, scheduler={"name": schedule, "interval": "epoch"})
+    await fitted.fit(Samples(), max_epochs=2)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+async def test_a_loaded_checkpoint_of_another_schedule_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = trainer(scheduler="cosine"), trainer(scheduler="linear")
+    await one.fit(Samples(), max_epochs=1)
+    await other.load_checkpoint(await one.save_checkpoint(tmp_path / "one"))
+    await other.fit(Samples(), max_epochs=2)
+    assert "the schedule of the checkpoint is cosine, not linear: this one begins anew" in caplog.text
+
+
+async def test_a_plateau_lowers_the_rate_and_watches_what_is_logged() -> None:
+    known = {"name": "plateau", "patience": 0, "threshold": 10.0, "threshold_mode": "abs", "factor": 0.5}
+    fitted = trainer(scheduler=known, optimizer="sgd")
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=4)
+    assert fitted.optimizer is not None
+    assert fitted.optimizer.param_groups[0]["lr"] == 1e-3 * 0.25  # 2 epochs without a gain came before the last one
+    with pytest.raises(ConfigError, match="the scheduler: nothing logs 'val_loss'"):
+        await trainer(scheduler="plateau").fit(Samples())
+
+
 async def test_rates_by_samples_and_by_time_follow_what_was_trained() -> None:
     fitted = trainer(optimizer="sgd", scheduler={"name": "linear", "interval": "samples"}, log_every=1)
     recorder = Recorder()
