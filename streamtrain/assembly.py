@@ -34,14 +34,6 @@ CALLBACKS = {
     "CSVLogger": "streamtrain.callbacks.csv_logger",
     "JSONLogger": "streamtrain.callbacks.json_logger",
 }
-METRICS = {
-    "accuracy": "Accuracy",
-    "mae": "MeanAbsoluteError",
-    "mse": "MeanSquaredError",
-    "mean_absolute_error": "MeanAbsoluteError",
-    "mean_squared_error": "MeanSquaredError",
-    "mean": "Mean",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +82,7 @@ def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> 
         optimizer=optimizer(config, said),
         lr=config.optimizer.lr,
         scheduler=scheduler(config.scheduler, said),
-        metrics={name: metric(named, said, name) for name, named in config.metrics.items()},
+        metrics=metrics(config.metrics, said),
         callbacks=[*(callback(c, said, i) for i, c in enumerate(config.callbacks or [])), *callbacks],
         config=config.tables(),
         **given,
@@ -139,17 +131,21 @@ def model(config: Config, said: Said) -> nn.Module:
     return made
 
 
-def loss(named: Named | None, said: Said) -> Callable[..., Any] | None:
-    """The loss that `[loss]` names."""
+def loss(
+    named: Named | Mapping[str, Named] | None, said: Said, path: tuple[Any, ...] = ("loss",)
+) -> Callable[..., Any] | dict[str, Any] | None:
+    """The loss that `[loss]` names, or one for each output."""
     if named is None:
         return None
+    if isinstance(named, Mapping):
+        return {output: loss(one, said, (*path, output)) for output, one in named.items()}
     if ":" in named.name:
-        found: Callable[..., Any] = _function(named.name, said, ("loss", "name"), named.arguments)
+        found: Callable[..., Any] = _function(named.name, said, (*path, "name"), named.arguments)
         return found
     from streamtrain.losses import LOSSES, short_loss
 
-    name = _known(named.name, LOSSES, said, ("loss", "name"), "loss")
-    _check_arguments(LOSSES[name][1], named.arguments, said, ("loss",), name)
+    name = _known(named.name, LOSSES, said, (*path, "name"), "loss")
+    _check_arguments(LOSSES[name][1], named.arguments, said, path, name)
     return short_loss(name, named.arguments)
 
 
@@ -183,14 +179,24 @@ def scheduler(named: Named | None, said: Said) -> object:
     return spec
 
 
-def metric(named: Named, said: Said, key: str) -> object:
+def metrics(tables: Mapping[str, Named | Mapping[str, Named]], said: Said) -> dict[str, Any]:
+    """The metrics of `[metrics]`, those of one output in a dict of their own."""
+    return {
+        name: {key: metric(one, said, name, key) for key, one in named.items()}
+        if isinstance(named, Mapping)
+        else metric(named, said, name)
+        for name, named in tables.items()
+    }
+
+
+def metric(named: Named, said: Said, *keys: str) -> object:
     """A metric that `[metrics]` names: an object, or a function averaged over samples."""
-    path = ("metrics", key)
+    path = ("metrics", *keys)
     if ":" in named.name:
         return _function(named.name, said, path, named.arguments)
-    name = _known(named.name, METRICS, said, path, "metric")
-    made = getattr(importlib.import_module("streamtrain.metrics"), METRICS[name])
-    return call(made, named.arguments, said, path, name)
+    from streamtrain.metrics import SHORT
+
+    return call(SHORT[_known(named.name, SHORT, said, path, "metric")], named.arguments, said, path, named.name)
 
 
 def callback(named: Named, said: Said, number: int) -> object:

@@ -61,15 +61,15 @@ class Checks:
 
     def _monitors(self, who: str, monitors: Iterable[str], *, said: bool = False) -> None:
         """Refuse monitors that nothing will log; `said`: whether `log_metrics` may bring names of training as well."""
-        steps = self._parts.steps
+        parts, steps = self._parts, self._parts.steps
         own, names = steps.training is not None, self._logged_names()
         any_name = names and (own or steps.validation is not None)
         check_monitors(
-            who, monitors, training=None if own or said else ["loss"], validation=None if any_name else names
+            who, monitors, training=None if own or said else parts.loss_names, validation=None if any_name else names
         )
 
     def _logged_names(self) -> list[str]:
-        return validation_names(self._validation, self._parts.metrics)
+        return validation_names(self._validation, self._parts.evaluated_names)
 
     def scheduler(self, scheduler: LearningRate) -> None:
         """Refuse a schedule that watches what nothing will log."""

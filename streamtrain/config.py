@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from streamtrain import toml_text
 from streamtrain.errors import ConfigError
@@ -89,6 +89,18 @@ class Named(BaseModel):
     @property
     def arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+def _one_or_several(given: object) -> str:
+    """Whether a table is a thing by name, or has one for each of a model's outputs."""
+    return "several" if isinstance(given, dict) and "name" not in given else "one"
+
+
+OneOrSeveral = Annotated[
+    Annotated[Named, Tag("one")] | Annotated[dict[str, Named], Field(min_length=1), Tag("several")],
+    Discriminator(_one_or_several),
+]
+"""A thing by name, or one for each of a model's outputs by the output's name."""
 
 
 class DataTable(Table):
@@ -191,6 +203,10 @@ class TrainerTable(Table):
     step: Target | None = None
     precision: Annotated[Literal["32", "bf16", "16"], Must('"32", "bf16" or "16"')] = "32"
     accumulate_grad_batches: Count = 1
+    loss_weights: Annotated[
+        dict[str, Annotated[int | float, Field(allow_inf_nan=False)]], Must("a table of numbers by output")
+    ] = Field(default_factory=dict)
+    """Of losses by output: what each counts in their sum, 1 where none is given."""
     gradient_clip_norm: Positive | None = None
     gradient_clip_value: Positive | None = None
     device: Text = "auto"
@@ -231,8 +247,8 @@ class Config(Table):
     """Inherits from `[data]` all but shuffle, drop_last, weights, balance and jitter (false or unset here), crop_at
     ("center" here), and split and indices where it names a store."""
     model: ModelTable
-    loss: Named | None = None
-    metrics: dict[str, Named] = Field(default_factory=dict)
+    loss: OneOrSeveral | None = None
+    metrics: dict[str, OneOrSeveral] = Field(default_factory=dict)
     optimizer: OptimizerTable = Field(default_factory=OptimizerTable)
     scheduler: Named | None = None
     trainer: TrainerTable = Field(default_factory=TrainerTable)
@@ -353,9 +369,9 @@ def resolve(said: Said) -> Config:
     if isinstance(tables.get("data"), dict):
         tables["data"] = _listed(tables["data"])
     if isinstance(tables.get("metrics"), dict):
-        tables["metrics"] = {
-            name: {"name": value} if isinstance(value, str) else value for name, value in tables["metrics"].items()
-        }
+        tables["metrics"] = {name: _named(value) for name, value in tables["metrics"].items()}
+    if isinstance(tables.get("loss"), dict):
+        tables["loss"] = _named(tables["loss"])
     if isinstance(tables.get("validation"), dict) and isinstance(tables.get("data"), dict):
         tables["validation"] = _inherit(tables["data"], tables["validation"])
     try:
@@ -389,6 +405,15 @@ def _fold_lr(tables: dict[str, Any], said: Said) -> None:
 def _listed(data: dict[str, Any]) -> dict[str, Any]:
     axes = data.get("sample_axes")
     return {**data, "sample_axes": [axes]} if isinstance(axes, int) and not isinstance(axes, bool) else data
+
+
+def _named(value: object) -> object:
+    """A thing that may be said as its name alone, or a table of such for several outputs."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and "name" not in value:
+        return {key: {"name": part} if isinstance(part, str) else part for key, part in value.items()}
+    return value
 
 
 NOT_INHERITED = ("shuffle", "drop_last", "weights", "balance", "crop_at", "jitter")
@@ -437,9 +462,13 @@ def _at(said: Said, path: KeyPath) -> str:
 
 def _field(loc: tuple[int | str, ...]) -> tuple[KeyPath, str, list[str]]:
     """The key that an error's location means, what its value must be, and the keys known beside it."""
-    if loc[0] in ("metrics", "callbacks") and len(loc) > 1:
-        whole = "a name, or a table with a name" if loc[0] == "metrics" else "a table with a name"
-        return tuple(loc[:3]), "a text that is not empty" if len(loc) > 2 else whole, ["name"]
+    if loc[0] in ("metrics", "callbacks", "loss") and len(loc) > 1:
+        depth = {"metrics": 2, "callbacks": 2, "loss": 1}[loc[0]]
+        several = loc[depth : depth + 1] == ("several",)
+        loc = tuple(part for at, part in enumerate(loc) if at != depth or part not in ("one", "several"))
+        depth += several
+        whole = "a table with a name" if loc[0] == "callbacks" else "a name, or a table with a name"
+        return tuple(loc[: depth + 1]), "a text that is not empty" if len(loc) > depth else whole, ["name"]
     model: type[BaseModel] | None = Config
     path: list[str | int] = []
     must, known = "", list(Config.model_fields)

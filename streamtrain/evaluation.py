@@ -20,7 +20,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch
 from streamtrain.errors import ConfigError, DataError
-from streamtrain.metrics import Mean, Metric
+from streamtrain.metrics import Mean, Metric, flattened
 from streamtrain.outcome import Compute, Outcome
 from streamtrain.rng import Rng
 from streamtrain.step import autocast
@@ -68,6 +68,8 @@ class Evaluator:
         """`before` is called on the train thread before each burst of batches."""
         self._before = before
         self.metrics = dict(metrics)
+        self.tables: dict[str, list[Any]] = {}
+        """Of the last run: what metrics came to that is no number, by their names, as nested lists."""
         self._model, self._compute, self._move = model, compute, move
         self._autocast = autocast(precision, device)
 
@@ -91,7 +93,9 @@ class Evaluator:
                     raise Stopped
         if not sums.samples:
             raise DataError("a stream to evaluate on gave no batch", hint="Check its split and filters.")
-        return await thread.run(sums.compute)
+        values = await thread.run(sums.compute)
+        self.tables = {name: value for name, value in values.items() if isinstance(value, list)}
+        return {name: value for name, value in values.items() if not isinstance(value, list)}
 
     def each(
         self, stream: Stream, thread: TrainThread, rng: Rng, compute: Compute, use: Callable[[Batch, Outcome], T]
@@ -186,6 +190,8 @@ class _Sums:
         for metric in self._metrics.values():
             metric.update(outcome.outputs, targets)
 
-    def compute(self) -> dict[str, float]:
-        means = {name: mean.compute() for name, mean in self._means.items()}
-        return means | {name: float(metric.compute()) for name, metric in self._metrics.items()}
+    def compute(self) -> dict[str, Any]:
+        values: dict[str, Any] = {name: mean.compute() for name, mean in self._means.items()}
+        for name, metric in self._metrics.items():
+            values.update(flattened(name, metric.compute()))
+        return values

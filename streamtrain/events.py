@@ -124,6 +124,8 @@ class ValidationEnd(Event):
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All that can be monitored: `val_loss`, `val_<metric>`, `val_<stream>_<metric>`, and the training means."""
+    tables: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Metrics that are no single number, by their full names, as nested lists: `val_<confusion matrix>`."""
     sanity: bool = False
 
 

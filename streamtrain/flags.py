@@ -96,7 +96,7 @@ _VALIDATION = [
 _MODEL = [
     Flag("--model", ("model.target",), "pkg.mod:Name of a Module, or of what makes one", "text"),
     Flag("--loss", ("loss.name",), "mse, mae, cross_entropy, bce, huber or pkg.mod:name", "text"),
-    Flag("--metrics", ("metrics",), "accuracy, mae, mse or name=pkg.mod:name; a,b or repeated", "names"),
+    Flag("--metrics", ("metrics",), "accuracy, mae, f1, ... or name=pkg.mod:name; a,b or repeated", "names"),
     Flag("--optimizer", ("optimizer.name",), "adamw, sgd, muon, ..., or package.module.Class", "text"),
     Flag("--lr", ("optimizer.lr",), "learning rate"),
     Flag("--scheduler", ("scheduler.name",), "cosine, onecycle, wsd, ..., or package.module.Class", "text"),
@@ -114,6 +114,7 @@ _TRAINER = [
     Flag("--precision", ("trainer.precision",), "32, bf16 or 16", "text"),
     Flag("--seed", ("trainer.seed", "data.seed"), "seed of weights, dropout and the order"),
     Flag("--accumulate-grad-batches", ("trainer.accumulate_grad_batches",), "batches that make one update"),
+    Flag("--loss-weights", ("trainer.loss_weights",), "of losses by output: '{kind = 0.1}'"),
     Flag("--gradient-clip-norm", ("trainer.gradient_clip_norm",), "clip the gradient to this norm"),
     Flag("--gradient-clip-value", ("trainer.gradient_clip_value",), "clip each gradient value to this"),
     Flag("--deterministic", ("trainer.deterministic",), "only deterministic kernels", "bool"),

@@ -245,6 +245,7 @@ class Wheel:
                 batches = sum(len(stream) for stream in self._validation.values())
         await self._emit("on_validation_begin", ValidationBegin, batches=batches)
         values: dict[str, float] = {}
+        tables: dict[str, list[Any]] = {}
         for name, stream in self._validation.items():
             if sanity and getattr(stream, "one_epoch", False):
                 continue  # it could not start over
@@ -254,11 +255,13 @@ class Wheel:
             means = await self._evaluator.run(stream, self._thread, rng, limit=limit, stopping=self._stopping)
             prefix = f"val_{name}_" if name else "val_"
             values |= {prefix + metric: value for metric, value in means.items()}
+            tables |= {prefix + metric: table for metric, table in self._evaluator.tables.items()}
         if not sanity:
             self._life.metrics.update(values)
             await self._emit("on_log", Log, split="val", values=values)
         metrics = {**self._step.tally.epoch.compute(), **values}
-        return await self._keeper.ask("on_validation_end", ValidationEnd, metrics=metrics, sanity=sanity)
+        told = {"metrics": metrics, "tables": tables, "sanity": sanity}
+        return await self._keeper.ask("on_validation_end", ValidationEnd, **told)
 
     async def _validate_now(self) -> None:
         """A validation within an epoch, and what follows from it."""

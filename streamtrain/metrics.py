@@ -1,40 +1,87 @@
-"""Metrics: sums that are exact in any order of batches, and one shape for whatever the user brings.
+"""Metrics, and one shape for whatever the user brings: ours, functions, torchmetrics' objects and collections.
 
-The law: a metric keeps sums and counts, never means, so that batches of different sizes and merged parts weigh
-by their samples. `update` runs on the train thread and leaves its sums on the outputs' device; only `compute`
-makes a Python float.
+The law: a metric keeps sums and counts, never means (`means`), so that merged parts are the whole and memory does not
+grow with the samples. `update` runs on the train thread, asks nothing of the device and leaves its sums there; only
+`compute` makes numbers of them. A value that is one number is logged by the metric's name; a dict of them by
+`<name>_<key>`; an array (a confusion matrix) is a table, which lines of numbers leave out.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from streamtrain.class_metrics import F1, Accuracy, ConfusionMatrix, Precision, Recall, TopKAccuracy
 from streamtrain.errors import ConfigError
+from streamtrain.means import FunctionMetric, Mean
+from streamtrain.ranking_metrics import AUROC
+from streamtrain.regression_metrics import R2, MeanAbsoluteError, MeanSquaredError, RootMeanSquaredError
+from streamtrain.spelling import nearest
 
-_RISING = ("acc", "auc", "f1", "precision", "recall", "r2", "iou", "dice")
+__all__ = [
+    "AUROC",
+    "F1",
+    "R2",
+    "SHORT",
+    "Accuracy",
+    "ConfusionMatrix",
+    "FunctionMetric",
+    "Mean",
+    "MeanAbsoluteError",
+    "MeanSquaredError",
+    "Metric",
+    "Precision",
+    "Recall",
+    "RootMeanSquaredError",
+    "TopKAccuracy",
+    "as_metric",
+    "direction",
+    "flattened",
+    "names_of",
+    "no_such_monitor",
+]
+
+SHORT: dict[str, Callable[..., Any]] = {
+    "accuracy": Accuracy,
+    "auroc": AUROC,
+    "confusion": ConfusionMatrix,
+    "f1": F1,
+    "mae": MeanAbsoluteError,
+    "mean": Mean,
+    "mean_absolute_error": MeanAbsoluteError,
+    "mean_squared_error": MeanSquaredError,
+    "mse": MeanSquaredError,
+    "precision": Precision,
+    "r2": R2,
+    "recall": Recall,
+    "rmse": RootMeanSquaredError,
+    "top_k": TopKAccuracy,
+}
+"""The metrics that go by a short name."""
+
+_RISING = re.compile(r"(acc|auc|auroc|corr|dice|f1|iou|jaccard|kappa|precision|psnr|r2|recall|ssim).*|top(k|\d+)?")
 _FALLING = ("loss", "err")
 
 
 def direction(name: str, mode: str = "auto") -> str:
     """`"min"` or `"max"`: which way of the metric `name` is better.
 
-    `"auto"`: max for names with a part that begins with acc, auc, f1, precision, recall, r2, iou or dice, unless
-    another part is a loss or an error; else min. Raises ConfigError for any other mode.
+    `"auto"`: max for names with a part that begins with acc, auc, auroc, corr, dice, f1, iou, jaccard, kappa,
+    precision, psnr, r2, recall or ssim, or is top, topk or top5, unless another part is a loss or an error; else min.
+    Parts are what other signs and CapitalLetters set apart. Raises ConfigError for any other mode.
     """
     if mode in ("min", "max"):
         return mode
     if mode != "auto":
         raise ConfigError(f"mode={mode!r}: expected 'min', 'max' or 'auto'", hint="max where more is better")
-    parts = re.split(r"[^a-z0-9]+", name.lower())
-    rises = any(part.startswith(_RISING) for part in parts) and not any(part.startswith(_FALLING) for part in parts)
+    parts = re.split(r"[^a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    rises = any(_RISING.fullmatch(part) for part in parts) and not any(part.startswith(_FALLING) for part in parts)
     return "max" if rises else "min"
 
 
@@ -53,8 +100,8 @@ class Metric(Protocol):
     def update(self, outputs: Any, targets: Any) -> None:
         """Take in one batch: the model's outputs and the batch's targets (its inputs where there are none)."""
 
-    def compute(self) -> float:
-        """The value over all that was taken in since the last reset; nan over nothing."""
+    def compute(self) -> Any:
+        """The value over all that was taken in since the last reset: a number (nan over nothing), a dict, a table."""
 
     def reset(self) -> None:
         """Forget everything."""
@@ -69,136 +116,6 @@ class Metric(Protocol):
         """Take back what `state_dict` gave."""
 
 
-class Mean:
-    """A mean weighted by counts: the base of the others, and a metric for values that are already per-sample losses.
-
-    As a metric of its own it averages `outputs` over all their elements and ignores `targets`.
-    """
-
-    def __init__(self) -> None:
-        self._total: Tensor | float = 0.0
-        self._count: int = 0
-
-    def update(self, outputs: Tensor, targets: object = None) -> None:
-        """Add every element of `outputs` (any shape, any real dtype)."""
-        self.add(outputs.detach().sum(dtype=torch.float64), outputs.numel())
-
-    def add(self, total: Tensor | float, count: int) -> None:
-        """Add a sum over `count` things; a tensor (0-d) stays on its device."""
-        self._total = self._total + (total.double() if isinstance(total, Tensor) else total)
-        self._count += count
-
-    def compute(self) -> float:
-        """Sum over count; nan over nothing."""
-        return float(self._total) / self._count if self._count else math.nan
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._total, self._count = 0.0, 0
-
-    def merge(self, other: Mean) -> None:
-        """Add the other's sum and count."""
-        self.add(other._total, other._count)
-
-    def state_dict(self) -> dict[str, Any]:
-        """`{"total": float, "count": int}`."""
-        return {"total": float(self._total), "count": self._count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self._total, self._count = float(state["total"]), int(state["count"])
-
-
-class Accuracy(Mean):
-    """The share of right answers, from 0 to 1.
-
-    Outputs (B, C) with C > 1 are scores of C classes and targets (B,) integer classes; outputs (B, C, *) with
-    targets (B, *) count every position. Outputs (B,) or (B, 1) are logits of a yes (over 0 is yes) and targets,
-    of as many elements, 0 or 1. Integer or boolean outputs are answers and are compared as they are.
-    """
-
-    def update(self, outputs: Tensor, targets: object = None) -> None:
-        """Count the right answers of one batch; ConfigError where the shapes do not fit together."""
-        if not isinstance(targets, Tensor):
-            raise ConfigError("Accuracy needs targets", hint="give the stream targets=, or use another metric")
-        outputs = outputs.detach()
-        if not outputs.is_floating_point() and outputs.shape == targets.shape:
-            answers = outputs
-        elif outputs.ndim >= 2 and outputs.shape[1] > 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-            answers = outputs.argmax(dim=1)
-        elif outputs.numel() == targets.numel() and outputs.shape[:1] == targets.shape[:1]:
-            answers, targets = (outputs > 0).reshape(-1), targets.reshape(-1)
-        else:
-            raise ConfigError(
-                f"Accuracy: outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}",
-                hint="expected (B, C) scores and (B,) classes, or (B,) or (B, 1) logits and as many targets of 0 or 1",
-            )
-        self.add((answers == targets).sum(), answers.numel())
-
-
-class _ElementError(Mean):
-    """A mean over elements of an error between outputs and targets of the same number of elements."""
-
-    def update(self, outputs: Tensor, targets: object = None) -> None:
-        """Add the errors of one batch; ConfigError where outputs and targets cannot be matched element by element."""
-        if not isinstance(targets, Tensor):
-            raise ConfigError(f"{type(self).__name__} needs targets", hint="give the stream targets=")
-        outputs = outputs.detach()
-        if outputs.shape != targets.shape:
-            if outputs.shape[:1] != targets.shape[:1] or outputs.numel() != targets.numel():
-                raise ConfigError(
-                    f"{type(self).__name__}: outputs of shape {tuple(outputs.shape)} and targets of shape "
-                    f"{tuple(targets.shape)}",
-                    hint="they must have the same shape; broadcasting them would average over wrong pairs",
-                )
-            outputs, targets = outputs.reshape(-1), targets.reshape(-1)
-        # Promoted first: unsigned or half-precision differences would wrap or round.
-        difference = outputs.double() - targets.double()
-        self.add(self._error(difference).sum(), difference.numel())
-
-    @staticmethod
-    def _error(difference: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class MeanAbsoluteError(_ElementError):
-    """Mean of |output - target| over all elements; outputs (B, 1) and targets (B,) are matched."""
-
-    @staticmethod
-    def _error(difference: Tensor) -> Tensor:
-        return difference.abs()
-
-
-class MeanSquaredError(_ElementError):
-    """Mean of (output - target)^2 over all elements; outputs (B, 1) and targets (B,) are matched."""
-
-    @staticmethod
-    def _error(difference: Tensor) -> Tensor:
-        return difference.square()
-
-
-class FunctionMetric(Mean):
-    """A function `(outputs, targets) -> number, or tensor of one value or of one a sample`, averaged over samples.
-
-    One value counts as the mean of its batch and weighs by the batch's samples; a tensor whose first dimension is
-    the batch's is averaged over all its elements.
-    """
-
-    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def update(self, outputs: Any, targets: object = None) -> None:
-        """Call the function with one batch and add what it returned."""
-        value = self.function(outputs, targets)
-        samples = _samples(targets if isinstance(targets, Tensor) else outputs)
-        if isinstance(value, Tensor):
-            value = value.detach()
-            self.add(value.double().mean() * samples, samples)
-        else:
-            self.add(float(value) * samples, samples)
-
-
 class _Torchmetric:
     """A torchmetrics object in our shape."""
 
@@ -208,12 +125,11 @@ class _Torchmetric:
         metric.persistent(True)
 
     def update(self, outputs: Any, targets: Any) -> None:
-        if isinstance(outputs, Tensor) and getattr(self.metric, "device", outputs.device) != outputs.device:
-            self.metric.to(outputs.device)
+        _bring(self.metric, getattr(self.metric, "device", None), outputs)
         self.metric.update(outputs, targets)
 
-    def compute(self) -> float:
-        return float(self.metric.compute())
+    def compute(self) -> Any:
+        return self.metric.compute()
 
     def reset(self) -> None:
         self.metric.reset()
@@ -229,12 +145,66 @@ class _Torchmetric:
         self.metric._update_count = int(state["update_count"])
 
 
+class _TorchmetricCollection:
+    """A torchmetrics MetricCollection in our shape: its values go by their names there."""
+
+    def __init__(self, collection: Any) -> None:
+        self.collection = collection
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.collection.keys())
+
+    def _members(self) -> dict[str, _Torchmetric]:
+        # Members of a compute group share one state until somebody asks for them: asked so, each has its own.
+        return {name: _Torchmetric(metric) for name, metric in self.collection.items()}
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        first = next(iter(self.collection.values(copy_state=False)), None)
+        _bring(self.collection, getattr(first, "device", None), outputs)
+        self.collection.update(outputs, targets)
+
+    def compute(self) -> dict[str, Any]:
+        made: dict[str, Any] = self.collection.compute()
+        return made
+
+    def reset(self) -> None:
+        self.collection.reset()
+
+    def merge(self, other: _TorchmetricCollection) -> None:
+        theirs = other._members()
+        for name, metric in self._members().items():
+            metric.merge(theirs[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: metric.state_dict() for name, metric in self._members().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, metric in self._members().items():
+            metric.load_state_dict(state[name])
+
+
+def _bring(metric: Any, device: object, outputs: object) -> None:
+    """Bring a torchmetrics object to where the outputs are."""
+    while isinstance(outputs, Mapping | list | tuple) and outputs:
+        outputs = next(iter(outputs.values())) if isinstance(outputs, Mapping) else outputs[0]
+    if isinstance(outputs, Tensor) and device is not None and device != outputs.device:
+        metric.to(outputs.device)
+
+
 def as_metric(x: object) -> Metric:
     """What the user brought as a metric of ours.
 
-    A metric object is used as it is; a class of metrics is made into one; a torchmetrics object is wrapped; a
-    function `(outputs, targets) -> value` is averaged over samples. Anything else raises ConfigError.
+    A metric object is used as it is; a class of metrics, or a short name (`"mae"`), is made into one; a torchmetrics
+    object or collection is wrapped; a function `(outputs, targets) -> value` is averaged over samples. Anything else
+    raises ConfigError.
     """
+    if isinstance(x, str):
+        if x not in SHORT:
+            near = nearest(x, SHORT)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(SHORT)}"
+            raise ConfigError(f"there is no metric {x!r}", hint=hint)
+        x = SHORT[x]
     if inspect.isclass(x):
         try:
             x = x()
@@ -242,6 +212,8 @@ def as_metric(x: object) -> Metric:
             raise ConfigError(f"metric {x!r}: {error}", hint="give an object of it, not the class") from error
     if hasattr(x, "merge_state") and hasattr(x, "persistent"):
         return _Torchmetric(x)
+    if hasattr(x, "persistent") and hasattr(x, "keys"):
+        return _TorchmetricCollection(x)
     if isinstance(x, Metric):
         return x
     has = [
@@ -255,8 +227,19 @@ def as_metric(x: object) -> Metric:
     )
 
 
-def _samples(x: object) -> int:
-    """Number of samples in a tensor, or in the first of a dict or list of them; 1 where there is none to count."""
-    while isinstance(x, dict | list | tuple) and x:
-        x = next(iter(x.values())) if isinstance(x, dict) else x[0]
-    return len(x) if isinstance(x, Tensor) and x.ndim else 1
+def names_of(name: str, metric: object) -> list[str]:
+    """The names under which a metric's numbers are logged: its own, or `<name>_<key>` of those that it tells."""
+    keys = getattr(metric, "names", None)
+    return [name] if keys is None else [f"{name}_{key}" for key in keys]
+
+
+def flattened(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A metric's value as numbers by their full names, and tables as nested lists."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from flattened(f"{name}_{key}", part)
+        return
+    if isinstance(value, Tensor | np.ndarray | list | tuple):
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        value = array.item() if array.size == 1 else array.tolist()
+    yield name, value if isinstance(value, list) else float(value)

@@ -7,10 +7,13 @@ from collections.abc import Collection, Iterable
 from streamtrain.metrics import no_such_monitor
 
 
-def validation_names(streams: Iterable[str], metrics: Collection[str]) -> list[str]:
-    """What a validation on these streams logs; the stream "" is the only one, and has no name of its own."""
+def validation_names(streams: Iterable[str], logged: Collection[str]) -> list[str]:
+    """What a validation on these streams logs; the stream "" is the only one, and has no name of its own.
+
+    `logged`: the losses and metrics of each.
+    """
     prefixes = [f"val_{stream}_" if stream else "val_" for stream in streams]
-    return [prefix + name for prefix in prefixes for name in ("loss", *metrics)]
+    return [prefix + name for prefix in prefixes for name in logged]
 
 
 def check_monitors(

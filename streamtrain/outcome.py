@@ -14,6 +14,7 @@ from torch import nn
 
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
+from streamtrain.tasks import TaskLosses
 
 
 class Outcome(NamedTuple):
@@ -31,7 +32,20 @@ Compute = Callable[[Batch], Outcome]
 
 
 def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Compute:
-    """`loss(model(inputs), targets)`, or `loss(model(inputs), inputs)` where there are no targets."""
+    """`loss(model(inputs), targets)`, or `loss(model(inputs), inputs)` where there are no targets.
+
+    Of several losses by name each is logged as well.
+    """
+    if isinstance(loss, TaskLosses):
+        several = loss
+
+        def compute_tasks(batch: Batch) -> Outcome:
+            outputs = model(batch.inputs)
+            targets = batch.inputs if batch.targets is None else batch.targets
+            total, parts = several.parts(outputs, targets)
+            return Outcome(total, outputs, targets, parts)
+
+        return compute_tasks
 
     def compute(batch: Batch) -> Outcome:
         outputs = model(batch.inputs)

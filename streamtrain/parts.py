@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ from streamtrain.life import (
     settings,
 )
 from streamtrain.losses import LOSSES, short_loss
-from streamtrain.metrics import Metric, as_metric
+from streamtrain.metrics import Metric, as_metric, names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
 from streamtrain.outcome import Compute, called, custom, supervised
@@ -48,11 +48,14 @@ from streamtrain.step import Door, TrainStep
 from streamtrain.streams import least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
+from streamtrain.tasks import TaskLosses, TaskMetric
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Function = Callable[..., Any]
+Losses = Function | str | Mapping[Any, Function | str] | Sequence[Function | str]
+"""One loss, or one for each output: by name, or in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,10 @@ class Parts:
     def __init__(
         self,
         model: nn.Module,
-        loss: Function | str | None,
+        loss: Losses | None,
         options: Options,
         *,
+        loss_weights: Mapping[Any, float] | None = None,
         optimizer: OptimizerSpec,
         lr: float,
         scheduler: SchedulerSpec,
@@ -79,11 +83,13 @@ class Parts:
         steps: UserSteps,
     ) -> None:
         self.model, self.options, self.steps = model, options, steps
-        self.loss = as_loss(loss)
+        self.loss_weights = loss_weights
+        self.loss = as_loss(loss, loss_weights)
         self.lr, self.optimizer_spec, self.scheduler_spec = check_lr(lr), optimizer, scheduler
-        self.metrics: dict[str, Metric] = {name: as_metric(metric) for name, metric in metrics.items()}
-        if "loss" in self.metrics:
-            raise ConfigError("a metric can't be named 'loss': the loss itself is", hint="Name it otherwise.")
+        self.metrics = as_metrics(metrics)
+        for name in self.metrics:
+            if name in self.loss_names:
+                raise ConfigError(f"a metric can't be named {name!r}: the loss itself is", hint="Name it otherwise.")
         self.optimizer: Optimizer | None = None
         """None while the model has parameters whose size only the first batch tells."""
         self.switch: Switch | None = None
@@ -107,10 +113,20 @@ class Parts:
         self.switch = switch_of(self.model, self.optimizer)
         self._settings = settings(self.model, self.optimizer)
 
-    def set_loss(self, loss: Function | str | None) -> None:
+    def set_loss(self, loss: Losses | None) -> None:
         """Another loss, from the next fit on."""
-        self.loss = as_loss(loss)
+        self.loss = as_loss(loss, self.loss_weights)
         self.evaluator = self._evaluator()
+
+    @property
+    def loss_names(self) -> list[str]:
+        """What the losses are logged as."""
+        return ["loss", *(self.loss.names if isinstance(self.loss, TaskLosses) else ())]
+
+    @property
+    def evaluated_names(self) -> list[str]:
+        """What an evaluation logs, as far as the losses and metrics tell."""
+        return [*self.loss_names, *(n for name, metric in self.metrics.items() for n in names_of(name, metric))]
 
     # --- what a batch comes to ---
 
@@ -289,8 +305,35 @@ class Parts:
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
 
 
-def as_loss(loss: Any) -> Function | None:
-    """A loss that is a function of (outputs, targets), or goes by a short name. Raises ConfigError."""
+def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
+    """Metrics by their names; those under an output's name are of that output, `<output>_<metric>`."""
+    made: dict[str, Metric] = {}
+    for name, given in metrics.items():
+        several = isinstance(given, Mapping)
+        parts = {f"{name}_{key}": TaskMetric(str(name), as_metric(m)) for key, m in given.items()} if several else None
+        for full, metric in ({name: as_metric(given)} if parts is None else parts).items():
+            if full in made:
+                raise ConfigError(f"two metrics would be logged as {full!r}", hint="Name one of them otherwise.")
+            made[full] = metric
+    return made
+
+
+def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function | None:
+    """A loss that is a function of (outputs, targets), or goes by a short name, or one for each output with weights.
+
+    Raises ConfigError.
+    """
+    if isinstance(loss, Mapping | list | tuple):
+        named = loss.items() if isinstance(loss, Mapping) else enumerate(loss)
+        losses = {str(name): one for name, given in named if (one := as_loss(given)) is not None}
+        if not losses:
+            raise ConfigError("loss names no loss", hint='Give one for each output: loss={"a": "mse", "b": "mae"}.')
+        return TaskLosses(losses, weights)
+    if weights:
+        raise ConfigError(
+            "loss_weights are for losses by name",
+            hint='Give loss={"a": ..., "b": ...}, or leave loss_weights out.',
+        )
     if loss is None or (callable(loss) and not inspect.isclass(loss)):
         made: Function | None = loss
         return made

@@ -104,9 +104,9 @@ class Tally:
             return
         losses = _floats(self.losses[:done])
         named: dict[int, list[tuple[str, float]]] = {}
-        for place, name, value in self._logged:
-            if place < done:
-                named.setdefault(place, []).append((name, float(value)))
+        logged = [item for item in self._logged if item[0] < done]
+        for (place, name, _), value in zip(logged, _floats([value for _, _, value in logged]), strict=True):
+            named.setdefault(place, []).append((name, value))
         begin = 0
         for mark in self._marks:
             self._account(report, losses, named, begin, mark.place)
@@ -143,9 +143,10 @@ class Tally:
                 report.loss_sum += losses[place] * counts[place]
 
 
-def _floats(losses: list[Tensor]) -> list[float]:
-    """The values of 0-d (or one-element) tensors, read together."""
-    if all(loss.ndim == 0 for loss in losses):
-        values: list[float] = torch.stack(losses).tolist()
+def _floats(numbers: list[Any]) -> list[float]:
+    """The values of 0-d (or one-element) tensors, read together; of numbers as they are."""
+    devices = {number.device if isinstance(number, Tensor) and number.ndim == 0 else None for number in numbers}
+    if len(devices) == 1 and None not in devices:
+        values: list[float] = torch.stack(numbers).tolist()
         return values
-    return [float(loss) for loss in losses]
+    return [float(number) for number in numbers]

@@ -56,7 +56,7 @@ from streamtrain.options import (
     share_or_count,
 )
 from streamtrain.outcome import called, custom_outputs
-from streamtrain.parts import Parts, UserSteps
+from streamtrain.parts import Losses, Parts, UserSteps
 from streamtrain.plan import Plan
 from streamtrain.prediction import Prediction, Predictions
 from streamtrain.progress import FitResult, Progress
@@ -83,13 +83,18 @@ class Trainer:
     targets. Anything else is a `step=` function `(model, batch) -> loss | {"loss": ..., "outputs": ..., "targets": ...,
     other names: logged}`, or an overridden `training_step`, `validation_step` or `predict_step`.
 
+    A model with several outputs (a dict, or a tuple or list, by number) has a loss for each, `loss={"rain": "mse",
+    "kind": "cross_entropy"}`, whose targets have the same names; their sum, weighted by `loss_weights={"kind": 0.1}`
+    (1 where none is given), is the loss, and each is logged as `loss_<name>`. Metrics under an output's name,
+    `metrics={"rain": {"mae": "mae"}}`, are of that output, and logged as `<output>_<metric>`.
+
     Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[..., Any] | str | None = None,
+        loss: Losses | None = None,
         *,
         optimizer: OptimizerSpec = "adamw",
         lr: float = 1e-3,
@@ -97,6 +102,7 @@ class Trainer:
         metrics: Mapping[str, Any] | None = None,
         callbacks: Sequence[object] = (),
         run_dir: str | os.PathLike[str] | None = None,
+        loss_weights: Mapping[Any, float] | None = None,
         step: Callable[[nn.Module, Batch], Any] | None = None,
         precision: str = "32",
         accumulate_grad_batches: int = 1,
@@ -162,6 +168,7 @@ class Trainer:
             model,
             loss,
             options,
+            loss_weights=loss_weights,
             optimizer=optimizer,
             lr=lr,
             scheduler=scheduler,
@@ -189,7 +196,7 @@ class Trainer:
         return self._parts.loss
 
     @loss.setter
-    def loss(self, loss: Callable[..., Any] | str | None) -> None:
+    def loss(self, loss: Losses | None) -> None:
         self._parts.set_loss(loss)
 
     @property
@@ -293,18 +300,19 @@ class Trainer:
 
     # --- without learning ---
 
-    async def validate(self, stream: Streams) -> dict[str, float]:
-        """The means over a stream, or a dict of named ones, as `val_<metric>`."""
+    async def validate(self, stream: Streams) -> dict[str, Any]:
+        """The means over a stream, or a dict of named ones, as `val_<metric>`; tables are nested lists."""
         return await self._evaluate(stream, "val_")
 
-    async def evaluate(self, stream: Streams) -> dict[str, float]:
-        """The means over a stream, or a dict of named ones, as `test_<metric>`.
+    async def evaluate(self, stream: Streams) -> dict[str, Any]:
+        """The means over a stream, or a dict of named ones, as `test_<metric>`; tables are nested lists.
 
-        With a `run_dir`, and outside of `fit`, its log gets a line of them (split "test").
+        With a `run_dir`, and outside of `fit`, its log gets a line of the means (split "test").
         """
         values = await self._evaluate(stream, "test_")
         if self.run_dir is not None and not self._fitting:
-            await self._log_outside(RunFolder(self.run_dir), values)
+            numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+            await self._log_outside(RunFolder(self.run_dir), numbers)
         return values
 
     def predict(
@@ -583,8 +591,8 @@ class Trainer:
         """For what draws without training: the fit's state, or what it would begin with."""
         return self._parts.rng or first_rng(self._options.seed)
 
-    async def _evaluate(self, streams: Streams, prefix: str) -> dict[str, float]:
-        values: dict[str, float] = {}
+    async def _evaluate(self, streams: Streams, prefix: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         async with train_thread() as thread:
             rng = self._random()
             for name, stream in named_streams(streams).items():
@@ -594,7 +602,7 @@ class Trainer:
                 limit = self._options.batches(length(stream))
                 means = await self.evaluator.run(stream, thread, rng, limit=limit)
                 before = f"{prefix}{name}_" if name else prefix
-                values |= {before + metric: value for metric, value in means.items()}
+                values |= {before + metric: value for metric, value in (means | self.evaluator.tables).items()}
         return values
 
     async def _log_outside(self, folder: RunFolder, values: dict[str, float]) -> None:

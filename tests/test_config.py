@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from streamtrain.assembly import stream
-from streamtrain.config import Config, DataTable, Said, differences, read, resolve, resolve_data
+from streamtrain.config import Config, DataTable, Named, Said, differences, read, resolve, resolve_data
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError
 
@@ -80,11 +80,21 @@ def test_a_resolved_configuration_written_and_read_is_the_same() -> None:
 def test_short_forms_stand_for_tables() -> None:
     config = resolve(said(FULL))
     assert config.model.target == "nets:Net"
-    assert config.loss is not None
+    mae, r2 = config.metrics["mae"], config.metrics["r2"]
+    assert isinstance(config.loss, Named)
     assert config.loss.name == "mse"
-    assert config.metrics["mae"].name == "mae"
-    assert config.metrics["r2"].arguments == {"eps": 1e-6}
+    assert isinstance(mae, Named)
+    assert isinstance(r2, Named)
+    assert (mae.name, r2.arguments) == ("mae", {"eps": 1e-6})
     assert config.data.sample_axes == [0]
+
+
+def test_losses_and_metrics_may_be_said_for_each_output() -> None:
+    tables = "[loss]\na = 'mse'\nb = {name = 'huber', delta = 0.5}\n[metrics]\nall = 'x:f'\n[metrics.a]\nmae = 'mae'\n"
+    config = resolve(said(LEAST + tables + "[trainer.loss_weights]\nb = 1\n"))
+    assert config.tables()["loss"] == {"a": {"name": "mse"}, "b": {"name": "huber", "delta": 0.5}}
+    assert config.tables()["metrics"] == {"all": {"name": "x:f"}, "a": {"mae": {"name": "mae"}}}
+    assert resolve(said(config.dumps())) == config
 
 
 def test_validation_inherits_the_data_but_neither_shuffles_nor_drops() -> None:
@@ -205,6 +215,14 @@ def test_rows_of_different_lengths_are_read_as_the_data_says(tmp_path: Path) -> 
         ("[validation]\nsplit = [0.5]", "c.toml:6:1: validation.split must be two shares such as [0.0, 0.9]", ""),
         ("[[callbacks]]\nmonitor = 'x'", "c.toml:5:3: callbacks.0.name is missing", ""),
         ("[metrics]\nacc = 3", "c.toml:6:1: metrics.acc must be a name, or a table with a name, got 3", ""),
+        ("[metrics.a]\nacc = 3", "c.toml:6:1: metrics.a.acc must be a name, or a table with a name, got 3", ""),
+        ("[loss]\na = 3", "c.toml:6:1: loss.a must be a name, or a table with a name, got 3", ""),
+        ("[loss]\na = {name = 3}", "c.toml:6:6: loss.a.name must be a text that is not empty, got 3", ""),
+        (
+            "[trainer.loss_weights]\na = 'x'",
+            "c.toml:5:2: trainer.loss_weights must be a table of numbers by output",
+            "",
+        ),
         ("fit = 3", "c.toml:5:1: unknown key model.fit", "Known here: args, target."),
     ],
 )

@@ -36,6 +36,7 @@ GOOD = {
     "--metrics": "mae", "--optimizer": "sgd", "--lr": "0.1", "--scheduler": "cosine", "--max-epochs": "2",
     "--max-steps": "9", "--max-time": "2h", "--resume": "auto", "--run-dir": "r", "--grace": "3", "--device": "cpu",
     "--precision": "32", "--seed": "1", "--accumulate-grad-batches": "2", "--gradient-clip-norm": "1",
+    "--loss-weights": "{kind = 0.1}",
     "--gradient-clip-value": "1.5", "--nonfinite": "skip", "--log-every": "1", "--validate-every": "9steps",
     "--sanity-batches": "0", "--limit-batches": "0.5", "--overfit-batches": "1", "--data": "d", "--model": "m:N",
     "--step": "m:f", "--device-transform": "m:f", "--window": "{time = 24}", "--stride": "4", "--horizon": "0",

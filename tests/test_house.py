@@ -18,8 +18,8 @@ FLOORS = """
 errors events spelling flags toml_text log_file
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.container data.budget data.codecs data.layout data.draws data.entropy
-dotted losses metrics monitors schedules learning_rate schedulers parameter_groups
-muon optimizers
+dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors
+schedules learning_rate schedulers parameter_groups muon optimizers
 data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.reading
 data.files data.readers data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf

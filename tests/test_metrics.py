@@ -15,14 +15,22 @@ from torch import Tensor
 
 from streamtrain.errors import ConfigError
 from streamtrain.metrics import (
+    AUROC,
+    F1,
+    R2,
+    SHORT,
     Accuracy,
+    ConfusionMatrix,
     FunctionMetric,
     Mean,
     MeanAbsoluteError,
     MeanSquaredError,
     Metric,
+    TopKAccuracy,
     as_metric,
     direction,
+    flattened,
+    names_of,
     no_such_monitor,
 )
 
@@ -184,7 +192,7 @@ class Torchmetric:
         return torch.tensor(self.total)
 
     def reset(self) -> None:
-        self.total = 0.0
+        self.total, self.update_count = 0.0, 0
 
     def merge_state(self, other: Torchmetric) -> None:
         self.total += other.total
@@ -205,6 +213,102 @@ def test_torchmetrics_take_our_shape() -> None:
     fed(one, parts[:1]).merge(fed(other, parts[1:]))
     later.load_state_dict(one.state_dict())
     assert later.compute() == pytest.approx(7 * fed(MeanAbsoluteError(), parts).compute(), rel=1e-6)
+
+
+class Collection(dict[str, Any]):
+    """The part of a torchmetrics MetricCollection that we use: it has no merge_state, and gives a dict."""
+
+    def update(self, outputs: Any, targets: Any) -> None:  # type: ignore[override]
+        for metric in self.values():
+            metric.update(outputs, targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        return {name: metric.compute() for name, metric in self.items()}
+
+    def reset(self) -> None:
+        for metric in self.values():
+            metric.reset()
+
+    def persistent(self, mode: bool) -> None:
+        raise AssertionError("each member is asked, since members of a group share their states")
+
+    def values(self, copy_state: bool = True) -> Any:
+        return super().values()
+
+
+def test_a_torchmetrics_collection_takes_our_shape() -> None:
+    def made() -> Any:
+        return as_metric(Collection(a=Torchmetric(), b=Torchmetric()))
+
+    parts = data([3, 4])
+    one, other, later = made(), made(), made()
+    fed(one, parts[:1]).merge(fed(other, parts[1:]))
+    later.load_state_dict(one.state_dict())
+    total = 7 * fed(MeanAbsoluteError(), parts).compute()
+    assert dict(flattened("t", later.compute())) == {"t_a": pytest.approx(total), "t_b": pytest.approx(total)}
+    assert names_of("t", later) == ["t_a", "t_b"]
+    later.reset()
+    assert dict(flattened("t", later.compute())) == {"t_a": 0.0, "t_b": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "flat"),
+    [
+        (torch.tensor(0.5), {"m": 0.5}),
+        (torch.tensor([3]), {"m": 3.0}),
+        (np.float32(0.5), {"m": 0.5}),
+        ({"a": 1, "b": {"c": torch.tensor(2)}}, {"m_a": 1.0, "m_b_c": 2.0}),
+        (torch.tensor([[1, 2], [3, 4]]), {"m": [[1, 2], [3, 4]]}),
+        (np.array([0.5, 1.0]), {"m": [0.5, 1.0]}),
+        (torch.zeros(0, 0), {"m": []}),
+    ],
+)
+def test_a_value_is_numbers_by_name_or_a_table(value: Any, flat: dict[str, Any]) -> None:
+    assert dict(flattened("m", value)) == flat
+
+
+def test_a_table_has_no_name_that_could_be_monitored() -> None:
+    assert names_of("confusion", ConfusionMatrix()) == []
+    assert names_of("mae", MeanAbsoluteError()) == ["mae"]
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_short_names_are_metrics(name: str) -> None:
+    assert isinstance(as_metric(name), Metric)
+    with pytest.raises(ConfigError, match=f"there is no metric '{name}x'") as caught:
+        as_metric(f"{name}x")
+    assert "did you mean" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("metric", "columns"),
+    [
+        (Mean(), 1),
+        (Accuracy(ignore_index=1), 3),
+        (TopKAccuracy(2, nan="ignore"), 3),
+        (F1(ignore_index=1), 3),
+        (ConfusionMatrix(), 3),
+        (AUROC(), 3),
+        (AUROC(nan="ignore"), 1),
+        (MeanAbsoluteError(nan="ignore"), 1),
+        (R2(nan="ignore"), 1),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_an_update_asks_nothing_of_the_device(metric: Any, columns: int) -> None:
+    """Tensors on `meta` have no values: whatever would wait for one raises."""
+    outputs = torch.zeros(8, columns, device="meta")
+    for _ in range(2):
+        metric.update(outputs, torch.zeros(8, device="meta"))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("kind", [MeanAbsoluteError, Accuracy, AUROC, R2, F1])
+def test_several_outputs_are_pointed_to_the_metric_of_one(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="the model has several outputs") as caught:
+        kind().update({"a": torch.zeros(3)}, {"a": torch.zeros(3)})
+    assert 'metrics={"output"' in caught.value.hint
 
 
 def test_what_is_brought_becomes_a_metric() -> None:
@@ -245,6 +349,15 @@ def test_what_is_no_metric_is_refused_with_what_it_has(brought: object, said: st
         ("val_mIoU", "min"),
         ("precision@5", "max"),
         ("workload", "min"),
+        ("val_MulticlassAccuracy", "max"),
+        ("val_t_BinaryF1Score", "max"),
+        ("MeanAbsoluteError", "min"),
+        ("val_auroc", "max"),
+        ("val_top5", "max"),
+        ("topk", "max"),
+        ("topography", "min"),
+        ("val_rain_rmse", "min"),
+        ("val_loss_accurate", "min"),
     ],
 )
 def test_the_better_way_is_told_from_the_name(name: str, way: str) -> None:

@@ -6,6 +6,7 @@ from which step the next one went on.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -77,7 +78,9 @@ class EventLog(LineLog):
 
     async def on_validation_end(self, event: ValidationEnd) -> None:
         """It ends."""
-        self._write("validation_end", event, {"sanity": event.sanity, "metrics": finite(event.metrics)})
+        facts = {"sanity": event.sanity, "metrics": finite(event.metrics)}
+        tables = {name: _finite_table(table) for name, table in event.tables.items()}
+        self._write("validation_end", event, {**facts, "tables": tables} if tables else facts)
 
     async def on_checkpoint(self, event: CheckpointCommitted) -> None:
         """A checkpoint is durable."""
@@ -93,3 +96,10 @@ class EventLog(LineLog):
     async def on_interrupt(self, event: Interrupt) -> None:
         """A stop was asked for."""
         self._write("interrupt", event, {"reason": event.reason, "detail": event.detail})
+
+
+def _finite_table(table: Any) -> Any:
+    """Nested lists of numbers as JSON can hold them: null for what is not finite."""
+    if isinstance(table, list):
+        return [_finite_table(part) for part in table]
+    return None if isinstance(table, float) and not math.isfinite(table) else table

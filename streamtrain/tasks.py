@@ -1,0 +1,129 @@
+"""Models with several outputs: a loss and metrics for each, by its name.
+
+Its law: what a name has among the outputs belongs to what it has among the targets, and a name that is missing is
+refused with the nearest. Outputs are a dict, a named tuple, or a list or tuple, whose names are "0", "1", ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from streamtrain.errors import ConfigError
+from streamtrain.metrics import Metric
+from streamtrain.spelling import nearest
+
+Function = Callable[..., Any]
+
+
+def picked(what: str, tree: Any, task: str) -> Any:
+    """What `task` names among several `what` ("outputs", "targets"). Raises ConfigError."""
+    if isinstance(tree, Mapping):
+        if task in tree:
+            return tree[task]
+        names = [str(name) for name in tree]
+    elif isinstance(tree, list | tuple):
+        if task.isdecimal() and int(task) < len(tree):
+            return tree[int(task)]
+        names = list(getattr(tree, "_fields", ())) or [str(number) for number in range(len(tree))]
+        if task in names:
+            return getattr(tree, task)
+    else:
+        kind = f"one tensor of shape {tuple(tree.shape)}" if isinstance(tree, Tensor) else f"a {type(tree).__name__}"
+        raise ConfigError(f"the {what} are {kind}, of which none is {task!r}", hint=_SEVERAL[what])
+    raise ConfigError(
+        f"there is no {task!r} among the {what} {', '.join(map(repr, names)) or '(none)'}",
+        hint=_instead(task, names, f"Name them as the {what} are named."),
+    )
+
+
+_SEVERAL = {
+    "outputs": "Have the model return a dict of them by name, or give one loss and plain metrics.",
+    "targets": 'Give the stream targets=["a", "b"], a list of the arrays that the outputs are named for.',
+}
+
+
+def _instead(word: str, known: list[str], other: str) -> str:
+    near = nearest(word, known)
+    return f"Did you mean {near!r}?" if near else other
+
+
+class TaskLosses:
+    """The weighted sum of a loss for each output: what `loss={"a": ..., "b": ...}` comes to.
+
+    `weights` by the same names, 1 where none is given; a loss of weight 0 is logged and not learned from. Each loss is
+    logged as `loss_<name>`, before its weight.
+    """
+
+    def __init__(self, losses: Mapping[str, Function], weights: Mapping[str, Any] | None = None) -> None:
+        self.losses = dict(losses)
+        self.weights = dict.fromkeys(self.losses, 1.0)
+        for name, weight in (weights or {}).items():
+            if str(name) not in self.losses:
+                hint = _instead(str(name), list(self.losses), f"The losses are {', '.join(self.losses)}.")
+                raise ConfigError(f"loss_weights: there is no loss {name!r}", hint=hint)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ConfigError(f"loss_weights: {name!r} must be a finite number, not {weight!r}")
+            self.weights[str(name)] = float(weight)
+        if not any(self.weights.values()):
+            raise ConfigError("loss_weights are all 0: nothing would be learned", hint="Give one of them a weight.")
+
+    @property
+    def names(self) -> list[str]:
+        """What is logged beside the loss."""
+        return [f"loss_{name}" for name in self.losses]
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """The weighted sum: a tensor of one value. Raises ConfigError for names that do not fit."""
+        return self.parts(outputs, targets)[0]
+
+    def parts(self, outputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
+        """The weighted sum, in the order of the losses, and each of them by the name under which it is logged."""
+        total: Any = None
+        parts: dict[str, Any] = {}
+        for name, loss in self.losses.items():
+            value = parts[f"loss_{name}"] = loss(picked("outputs", outputs, name), picked("targets", targets, name))
+            weight = self.weights[name]
+            if weight:
+                weighted = value if weight == 1.0 else weight * value
+                total = weighted if total is None else total + weighted
+        return total, parts
+
+
+class TaskMetric:
+    """A metric of one output of several, and of the target of that name."""
+
+    def __init__(self, task: str, metric: Metric) -> None:
+        self.task, self.metric = task, metric
+
+    @property
+    def names(self) -> Any:
+        """As the metric's own."""
+        return getattr(self.metric, "names", None)
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in one batch. Raises ConfigError for names that do not fit."""
+        self.metric.update(picked("outputs", outputs, self.task), picked("targets", targets, self.task))
+
+    def compute(self) -> Any:
+        """The metric's value."""
+        return self.metric.compute()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.metric.reset()
+
+    def merge(self, other: TaskMetric) -> None:
+        """Take in what another one of this output has."""
+        self.metric.merge(other.metric)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metric's."""
+        return self.metric.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.metric.load_state_dict(state)
