@@ -14,27 +14,48 @@ from streamtrain.options import count, finite, flag, monitored
 
 
 class Patience:
-    """Counts the values since the best one; a value that is not finite is no improvement."""
+    """Counts the values since the best one; a value that is not finite is no improvement.
 
-    def __init__(self, patience: int, *, min_delta: float = 0.0, mode: str = "min") -> None:
-        self.patience, self.min_delta, self.mode = patience, min_delta, mode
+    With a `baseline` only a best that is better than it, by more than `min_delta`, begins the count anew, as in Keras'
+    EarlyStopping: a run that does not get there is given up however steadily it improves.
+    """
+
+    def __init__(
+        self, patience: int, *, min_delta: float = 0.0, mode: str = "min", baseline: float | None = None
+    ) -> None:
+        self.patience, self.min_delta, self.mode, self.baseline = patience, min_delta, mode, baseline
         self.best: float | None = None
         self.since = 0
-        """Values since the best one."""
+        """Values since the best one (of those that are better than the baseline)."""
 
     @property
     def exhausted(self) -> bool:
         """Whether `patience` values in a row were no improvement."""
         return self.since >= max(1, self.patience)
 
+    @property
+    def half_way(self) -> bool:
+        """Whether half of the patience, rounded down, is used up."""
+        return self.since >= max(1, self.patience // 2)
+
     def offer(self, value: float) -> bool:
         """Take in the next value; whether it is the best so far, by more than `min_delta`."""
+        better = math.isfinite(value) and self._beats(value, self.best)
+        if better:
+            self.best = value
+        self.since = 0 if better and self._beats(value, self.baseline) else self.since + 1
+        return better
+
+    def _beats(self, value: float, other: float | None) -> bool:
         sign = 1.0 if self.mode == "min" else -1.0
-        if math.isfinite(value) and (self.best is None or sign * (self.best - value) > self.min_delta):
-            self.best, self.since = value, 0
-            return True
-        self.since += 1
-        return False
+        return other is None or sign * (other - value) > self.min_delta
+
+    def told(self) -> str:
+        """Why patience is at its end, in words."""
+        if self.baseline is not None and not (self.best is not None and self._beats(self.best, self.baseline)):
+            reached = "nothing" if self.best is None else f"{self.best:.6g}"
+            return f"has reached {reached}, not the baseline {self.baseline:.6g}, in {self.since}"
+        return f"has not improved on {'nothing' if self.best is None else f'{self.best:.6g}'} for {self.since}"
 
     def state_dict(self) -> dict[str, Any]:
         """`{"best", "since"}`."""
@@ -51,10 +72,15 @@ class EarlyStopping(Callback):
 
     `monitor`: a name or a list of names, `val_loss` by default; names that begin with `val_` are looked at after
     validations, others (`loss`) at the ends of epochs, where patience counts epochs. `min_delta`: what counts as an
-    improvement. `mode`: min, max, or auto by the name. `restore_best`: at the end the weights of the best value (of the
-    first monitor) are loaded into the model. `reduce_lr`: each time half of the patience is used up without an
-    improvement, the learning rate is multiplied by this. `condition`: a function of the metrics that ends the fit when
-    it is true. `combine`: whether all monitors, or any of them, must have run out of patience.
+    improvement. `mode`: min, max, or auto by the name. `baseline`: a value to get beyond; patience runs until that is
+    done. These three are for all monitors, or dicts by monitor. `restore_best`: at the end the weights of the best
+    value (of the first monitor) are loaded into the model, from its checkpoint, which stays that long; several best are
+    kept by `ModelCheckpoint(save_top_k=...)`. `reduce_lr`: once half of the patience is used up, the learning rate is
+    multiplied by this; only if that does not help either the fit ends. `condition`: a function of the metrics that ends
+    the fit when it is true. `combine`: whether all monitors, or any of them, must have run out of patience (or of half
+    of it). A value that is not finite is never an improvement.
+
+    A run that has ended so does not go on by resuming it, unless a larger patience (or another rule) lets it.
     """
 
     decides = True
@@ -64,8 +90,9 @@ class EarlyStopping(Callback):
         monitor: str | Sequence[str] | None = None,
         *,
         patience: int = 3,
-        min_delta: float = 0.0,
-        mode: str = "auto",
+        min_delta: float | Mapping[str, float] = 0.0,
+        mode: str | Mapping[str, str] = "auto",
+        baseline: float | Mapping[str, float] | None = None,
         restore_best: bool = True,
         reduce_lr: float | None = None,
         condition: Callable[[Mapping[str, float]], bool] | None = None,
@@ -75,16 +102,35 @@ class EarlyStopping(Callback):
         self.monitors = tuple(monitored(name, "EarlyStopping: monitor") for name in names or ["val_loss"])
         """The names that must be logged."""
         count(patience, "EarlyStopping: patience", least=0)
-        min_delta = finite(min_delta, "EarlyStopping: min_delta")
+        deltas, modes = self._each(min_delta, "min_delta", 0.0), self._each(mode, "mode", "auto")
+        if baseline is not None and not isinstance(baseline, Mapping) and len(self.monitors) > 1:
+            raise ConfigError(
+                f"EarlyStopping: baseline={baseline!r} for several monitors",
+                hint='Give a dict of them: baseline={"val_loss": 0.5}.',
+            )
+        baselines = self._each(baseline, "baseline", None)
         if reduce_lr is not None and not 0 < finite(reduce_lr, "EarlyStopping: reduce_lr") < 1:
             raise ConfigError(f"EarlyStopping: reduce_lr must be a factor between 0 and 1, not {reduce_lr!r}")
+        if reduce_lr is not None and patience < 2:
+            raise ConfigError(
+                f"EarlyStopping: reduce_lr needs a patience of at least 2, not {patience}",
+                hint="The rate is lowered when half of it is used up, and the fit ended when all of it is.",
+            )
         if condition is not None and not callable(condition):
             raise ConfigError(f"EarlyStopping: condition must be a function of the metrics, not {condition!r}")
         if combine not in ("all", "any"):
             raise ConfigError(f"EarlyStopping: combine must be 'all' or 'any', not {combine!r}")
         self.rules = {
-            name: Patience(patience, min_delta=min_delta, mode=direction(name, mode)) for name in self.monitors
+            name: Patience(
+                patience,
+                min_delta=finite(deltas[name], "EarlyStopping: min_delta"),
+                mode=direction(name, modes[name]),
+                baseline=None if baselines[name] is None else _number(baselines[name]),
+            )
+            for name in self.monitors
         }
+        self._met = False
+        """The condition was."""
         self.restore_best = flag(restore_best, "EarlyStopping: restore_best")
         self.reduce_lr, self.condition = reduce_lr, condition
         self._combine = all if combine == "all" else any
@@ -106,11 +152,11 @@ class EarlyStopping(Callback):
     def judge(self, metrics: Mapping[str, float]) -> Verdict | None:
         """The verdict on these metrics. Raises ConfigError if a monitor is not among them."""
         values = self._values(metrics)
+        was_half_way = self._half_way
         improved = {name: self.rules[name].offer(value) for name, value in values.items()}
         first = self.monitors[0]
         stop, detail = self._stops(metrics)
-        rule = self.rules[first]
-        reduce = self.reduce_lr is not None and not stop and rule.since and rule.since % self._half == 0
+        reduce = self.reduce_lr is not None and not stop and self._half_way and not was_half_way
         return Verdict(
             stop=stop,
             detail=detail,
@@ -122,8 +168,22 @@ class EarlyStopping(Callback):
         )
 
     @property
-    def _half(self) -> int:
-        return max(1, self.rules[self.monitors[0]].patience // 2)
+    def gives_up(self) -> bool:
+        """Whether it has ended the fit, by the patience that it has now."""
+        return self._met or self._combine(rule.exhausted for rule in self.rules.values())
+
+    @property
+    def _half_way(self) -> bool:
+        return self._combine(rule.half_way for rule in self.rules.values())
+
+    def _each(self, given: Any, name: str, default: Any) -> dict[str, Any]:
+        """An option by monitor: the same for all, or what a dict says."""
+        if not isinstance(given, Mapping):
+            return dict.fromkeys(self.monitors, given)
+        for monitor in given:
+            if monitor not in self.monitors:
+                raise no_such_monitor(f"EarlyStopping: {name}", str(monitor), self.monitors)
+        return {monitor: given.get(monitor, default) for monitor in self.monitors}
 
     def _values(self, metrics: Mapping[str, float]) -> dict[str, float]:
         for name in self.monitors:
@@ -132,24 +192,28 @@ class EarlyStopping(Callback):
         return {name: float(metrics[name]) for name in self.monitors}
 
     def _stops(self, metrics: Mapping[str, float]) -> tuple[bool, str]:
-        if self.condition is not None and self.condition(metrics):
+        self._met = self.condition is not None and bool(self.condition(metrics))
+        if self._met:
             return True, "the condition is met"
         if not self._combine(rule.exhausted for rule in self.rules.values()):
             return False, ""
-        told = [
-            f"{name} has not improved on {'nothing' if rule.best is None else f'{rule.best:.6g}'} for {rule.since}"
-            for name, rule in self.rules.items()
-            if rule.exhausted
-        ]
+        told = [f"{name} {rule.told()}" for name, rule in self.rules.items() if rule.exhausted]
         unit = "validations" if self._at_validations else "epochs"
         return True, f"{'; '.join(told)} {unit}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each monitor's rule."""
-        return {name: rule.state_dict() for name, rule in self.rules.items()}
+        """The state of each monitor's rule, and whether the condition was met."""
+        return {"rules": {name: rule.state_dict() for name, rule in self.rules.items()}, "met": self._met}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; monitors that were not watched before start anew."""
         for name, rule in self.rules.items():
-            if name in state:
-                rule.load_state_dict(state[name])
+            if name in state["rules"]:
+                rule.load_state_dict(state["rules"][name])
+        self._met = bool(state["met"]) and self.condition is not None
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"EarlyStopping: baseline must be a finite number, not {value!r}")
+    return float(value)

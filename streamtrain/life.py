@@ -178,12 +178,12 @@ class Life:
         self.step.tally.window.load_state_dict(state["window"])
         self.step.tally.epoch.load_state_dict(state["means"])
         self.metrics = dict(state["metrics"])
-        gives_up = any(hasattr(callback, "monitors") for callback in self.callbacks.values())
-        self.ended = state["ended"] if gives_up else None
         self.restores = state["restores"]
         for name, callback in self.callbacks.items():
             if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state["callbacks"][name])
+        if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
+            self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
 
 
 def load_weights(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, switch: Switch | None) -> None:

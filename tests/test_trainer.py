@@ -968,6 +968,52 @@ async def test_early_stopping_ends_the_fit_and_restores_the_best_weights(tmp_pat
     assert (again.reason, again.step) == ("early_stopping", result.step)
 
 
+async def test_a_run_that_was_given_up_goes_on_with_more_patience_as_if_it_had_not_been(tmp_path: Path) -> None:
+    async def fit(folder: str, patience: int, resume: str | None = None) -> FitResult:
+        fitted = trainer(lr=0.3, run_dir=tmp_path / folder, callbacks=[EarlyStopping(patience=patience)])
+        return await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=30, resume=resume)
+
+    whole, first = await fit("whole", 4), await fit("cut", 2)
+    again = await fit("cut", 4, "auto")
+    assert first.epoch < whole.epoch
+    assert (again.reason, again.detail, again.step) == (whole.reason, whole.detail, whole.step)
+    assert again.metrics == whole.metrics
+
+
+async def test_a_condition_of_ones_own_ends_the_fit_and_stays_met(tmp_path: Path) -> None:
+    def early() -> EarlyStopping:
+        return EarlyStopping(condition=lambda metrics: metrics["val_loss"] < 0.6, restore_best=False)
+
+    fitted, again = (trainer(lr=0.3, run_dir=tmp_path, callbacks=[early()]) for _ in range(2))
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=30)
+    assert (result.reason, result.detail) == ("early_stopping", "the condition is met")
+    later = await again.fit(Samples(), validation=Samples(30, seed=3), max_epochs=30, resume="auto")
+    assert (later.reason, later.step) == ("early_stopping", result.step)
+
+
+async def test_the_rate_is_lowered_before_the_fit_is_given_up(tmp_path: Path) -> None:
+    early = EarlyStopping(patience=4, reduce_lr=0.1)
+    result = await trainer(lr=0.3, run_dir=tmp_path, callbacks=[early], log_every=1).fit(
+        Samples(), validation=Samples(30, seed=3), max_epochs=60
+    )
+    assert result.reason == "early_stopping"
+    rates = [row["lr"] for row in lines(tmp_path) if "lr" in row]
+    assert rates[0] == 0.3
+    assert rates[-1] == pytest.approx(0.3 * 0.1 ** (len(set(rates)) - 1))
+    assert len(set(rates)) > 1
+
+
+async def test_several_best_are_kept_and_the_very_best_is_restored(tmp_path: Path) -> None:
+    rules = [EarlyStopping(patience=4), ModelCheckpoint(every="1h", save_top_k=3, keep_last=1)]
+    fitted = trainer(lr=0.3, run_dir=tmp_path, callbacks=rules)
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=60)
+    values = {row["step"]: row["val_loss"] for row in lines(tmp_path) if row["split"] == "val"}
+    kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {*sorted(values, key=lambda step: values[step])[:3], result.step}
+    means = await fitted.validate(Samples(30, seed=3))
+    assert means["val_loss"] == pytest.approx(min(values.values()), rel=1e-6)
+
+
 async def test_early_stopping_restores_without_a_folder() -> None:
     fitted = trainer(lr=0.3, callbacks=[EarlyStopping(patience=2)])
     result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=100)
