@@ -107,13 +107,19 @@ def retain(
 
 
 class TopK:
-    """The k best values and their steps; a value that is not finite is never among them."""
+    """The k best values and their steps; a value that is not finite is never among them.
+
+    A value takes its place when it is offered, before it is saved. So what it pushes out is remembered until its
+    checkpoint is there, and takes the place back if that never comes: the disk was full for a moment.
+    """
 
     def __init__(self, k: int, mode: str) -> None:
         self.k = k
         self.mode = mode
         self.table: list[tuple[int, float]] = []
         """(step, value), best first; among equals the earlier."""
+        self.spare: list[tuple[int, float]] = []
+        """What was pushed out by rows whose checkpoints are not there yet, best first."""
 
     def offer(self, step: int, value: float) -> int | None:
         """The place that `value` takes, 0 for the best; None if it is not among the k best. k = -1 takes all."""
@@ -124,8 +130,23 @@ class TopK:
             return None
         self.table.insert(rank, (step, value))
         if self.k > 0:
+            self.spare = self.table[self.k :] + self.spare
             del self.table[self.k :]
         return rank
+
+    def settle(self, saved: Collection[int]) -> None:
+        """Hold the table against the steps that are saved: what lies before the newest and is not there, never was."""
+        newest = max(saved, default=-1)
+        rows = [row for row in self.table + self.spare if row[0] in saved or row[0] > newest]
+        rows.sort(key=lambda row: (row[1] if self.mode == "min" else -row[1], row[0]))
+        self.table, self.spare = (rows[: self.k], rows[self.k :]) if self.k >= 0 else (rows, [])
+        if all(step in saved for step, _ in self.table):
+            self.spare = []
+
+    @property
+    def pinned(self) -> set[int]:
+        """The steps whose checkpoints must stay."""
+        return {step for step, _ in self.table + self.spare}
 
     def _better(self, a: float, b: float) -> bool:
         return a < b if self.mode == "min" else a > b
@@ -166,6 +187,7 @@ class ModelCheckpoint(Callback):
         self.required = () if monitor is None else (monitor,)
         """The names that must be logged."""
         self._best = TopK(save_top_k, self.mode)
+        self._said = False
 
     async def on_validation_end(self, event: ValidationEnd) -> Verdict | None:
         """Asked after each validation, but the sanity check's."""
@@ -180,6 +202,15 @@ class ModelCheckpoint(Callback):
     async def on_checkpoint(self, event: CheckpointCommitted) -> None:
         """Under "auto", let the next interval follow what this save cost."""
         self.schedule = self.schedule.measured(event.seconds)
+        if self.schedule.auto and event.seconds > _STALL * _LONGEST and not self._said:
+            self._said = True
+            logger.warning(
+                "a save stalls training for %.1f s: every %g min, the longest interval of every='auto', that is more "
+                "than %g %%; give every= a longer one",
+                event.seconds,
+                _LONGEST / 60,
+                100 * _STALL,
+            )
 
     def _judge(self, step: int, metrics: Mapping[str, float]) -> Verdict | None:
         value = metrics.get(self.monitor)
@@ -195,12 +226,14 @@ class ModelCheckpoint(Callback):
 
     def retain(self, entries: Iterable[Saved], *, pins: Collection[str] = ()) -> set[str]:
         """The names of the checkpoints that stay; `pins` are names kept for other reasons (the one just committed)."""
-        pinned = {step for step, _ in self._best.table}
-        return retain(entries, keep_last=self.keep_last, pinned=pinned, pins=pins)
+        entries = list(entries)
+        self._best.settle({entry.step for entry in entries if getattr(entry, "problem", None) is None})
+        return retain(entries, keep_last=self.keep_last, pinned=self._best.pinned, pins=pins)
 
     def state_dict(self) -> dict[str, Any]:
-        """The table of the best: `{"monitor", "mode", "best": [[step, value], ...]}`."""
-        return {"monitor": self.monitor, "mode": self.mode, "best": [list(row) for row in self._best.table]}
+        """The table of the best: `{"monitor", "mode", "best": [[step, value], ...], "spare": ...}`."""
+        best, spare = ([list(row) for row in rows] for rows in (self._best.table, self._best.spare))
+        return {"monitor": self.monitor, "mode": self.mode, "best": best, "spare": spare}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the table back; one of another monitor is left, and that is said."""
@@ -215,5 +248,6 @@ class ModelCheckpoint(Callback):
                 self.mode,
             )
             return
-        rows = [(int(step), float(value)) for step, value in state["best"]]
-        self._best.table = rows[: self._best.k] if self._best.k >= 0 else rows
+        rows = [(int(step), float(value)) for step, value in [*state["best"], *state["spare"]]]
+        kept = len(state["best"]) if self._best.k < 0 else self._best.k
+        self._best.table, self._best.spare = rows[:kept], rows[kept:]

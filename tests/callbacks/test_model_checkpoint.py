@@ -72,6 +72,15 @@ async def test_auto_keeps_the_stall_at_one_percent(stall: float, interval: float
     assert callback.schedule.seconds == interval
 
 
+async def test_a_stall_that_no_interval_makes_up_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    callback = ModelCheckpoint(every="auto")
+    for seconds in (8.9, 9.1, 100.0):
+        await callback.on_checkpoint(CheckpointCommitted(seconds=seconds))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["a save stalls training for 9.1 s"]
+    await ModelCheckpoint(every="10min").on_checkpoint(CheckpointCommitted(seconds=100.0))
+    assert len(caplog.records) == 1
+
+
 async def test_an_interval_that_was_given_stays() -> None:
     callback = ModelCheckpoint(every="10min")
     await callback.on_checkpoint(CheckpointCommitted(seconds=100.0))
@@ -122,6 +131,59 @@ async def test_a_new_best_is_saved_at_once_and_pinned() -> None:
         [],
     ]
     assert callback.retain(saved(1, 2, 3, 4, 5, 6), pins={"step-2"}) == {"step-1", "step-2", "step-4", "step-6"}
+
+
+async def offer(callback: ModelCheckpoint, *rows: tuple[int, float]) -> list[bool]:
+    """Whether each value, at its step, was to be saved."""
+    events = [ValidationEnd(step=step, metrics={"val_loss": value}) for step, value in rows]
+    return [await callback.on_validation_end(event) is not None for event in events]
+
+
+async def test_a_best_that_never_came_to_the_disk_pushes_nothing_out() -> None:
+    callback = ModelCheckpoint(save_top_k=2, keep_last=1)
+    await offer(callback, (1, 0.5), (2, 0.7))
+    assert callback.retain(saved(1, 2)) == {"step-1", "step-2"}
+    await offer(callback, (3, 0.6))
+    assert callback.retain(saved(1, 2)) == {"step-1", "step-2"}  # 3 may still come
+    assert callback.retain(saved(1, 2, 4)) == {"step-1", "step-2", "step-4"}  # it never did
+    assert await offer(callback, (5, 0.65), (6, 0.8)) == [True, False]
+    assert callback.retain(saved(1, 2, 4, 5)) == {"step-1", "step-4", "step-5"}
+
+
+async def test_a_best_that_came_to_the_disk_pushes_the_worst_out() -> None:
+    callback = ModelCheckpoint(save_top_k=2, keep_last=1)
+    await offer(callback, (1, 0.5), (2, 0.7), (3, 0.6))
+    assert callback.retain(saved(1, 2, 3)) == {"step-1", "step-3", "step-2"}  # 2 as the newest of the others
+    assert callback.retain(saved(1, 2, 3, 4)) == {"step-1", "step-3", "step-4"}
+
+
+async def test_what_was_pushed_out_by_what_is_not_saved_yet_goes_through_a_checkpoint() -> None:
+    callback, later = ModelCheckpoint(save_top_k=1, keep_last=1), ModelCheckpoint(save_top_k=1, keep_last=1)
+    await offer(callback, (1, 0.5), (3, 0.4))
+    later.load_state_dict(json.loads(json.dumps(callback.state_dict())))
+    assert later.retain(saved(1, 2, 4)) == {"step-1", "step-4"}
+
+
+@given(
+    st.lists(st.tuples(st.integers(-9, 9).map(float), st.booleans(), st.booleans()), max_size=15),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+async def test_whatever_saves_fail_the_best_of_what_was_saved_stay(
+    rows: list[tuple[float, bool, bool]], k: int, keep_last: int
+) -> None:
+    """At each step a value is offered; a periodic save is due or not; the disk takes what is to be saved or not."""
+    callback, disk, taken = ModelCheckpoint(save_top_k=k, keep_last=keep_last), set[int](), dict[int, float]()
+    for step, (value, periodic, works) in enumerate(rows):
+        (among_the_best,) = await offer(callback, (step, value))
+        if (among_the_best or periodic) and works:
+            disk.add(step)
+            if among_the_best:
+                taken[step] = value
+            disk = {int(name.removeprefix("step-")) for name in callback.retain(saved(*disk), pins={f"step-{step}"})}
+            assert disk >= set(sorted(taken, key=lambda step: (taken[step], step))[:k])
+            assert step in disk
+            assert len(disk) <= k + keep_last + 1
 
 
 async def test_a_sanity_check_is_no_value() -> None:
