@@ -153,6 +153,7 @@ async def test_a_best_that_never_came_to_the_disk_pushes_nothing_out() -> None:
 async def test_a_best_that_came_to_the_disk_pushes_the_worst_out() -> None:
     callback = ModelCheckpoint(save_top_k=2, keep_last=1)
     await offer(callback, (1, 0.5), (2, 0.7), (3, 0.6))
+    assert callback.retain(saved(1, 2)) == {"step-1", "step-2"}  # by a save that was under way
     assert callback.retain(saved(1, 2, 3)) == {"step-1", "step-3", "step-2"}  # 2 as the newest of the others
     assert callback.retain(saved(1, 2, 3, 4)) == {"step-1", "step-3", "step-4"}
 
