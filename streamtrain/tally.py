@@ -105,7 +105,7 @@ class Tally:
         losses = _floats(self.losses[:done])
         named: dict[int, list[tuple[str, float]]] = {}
         logged = [item for item in self._logged if item[0] < done]
-        for (place, name, _), value in zip(logged, _floats([value for _, _, value in logged]), strict=True):
+        for (place, name, _), value in zip(logged, _numbers([value for _, _, value in logged]), strict=True):
             named.setdefault(place, []).append((name, value))
         begin = 0
         for mark in self._marks:
@@ -143,10 +143,17 @@ class Tally:
                 report.loss_sum += losses[place] * counts[place]
 
 
-def _floats(numbers: list[Any]) -> list[float]:
-    """The values of 0-d (or one-element) tensors, read together; of numbers as they are."""
-    devices = {number.device if isinstance(number, Tensor) and number.ndim == 0 else None for number in numbers}
-    if len(devices) == 1 and None not in devices:
-        values: list[float] = torch.stack(numbers).tolist()
+def _floats(losses: list[Tensor]) -> list[float]:
+    """The values of 0-d (or one-element) tensors, read together."""
+    if all(loss.ndim == 0 for loss in losses):
+        values: list[float] = torch.stack(losses).tolist()
         return values
-    return [float(number) for number in numbers]
+    return [float(loss) for loss in losses]
+
+
+def _numbers(logged: list[Any]) -> list[float]:
+    """The values of numbers and 0-d tensors, those of one device read together."""
+    devices = {number.device if isinstance(number, Tensor) else None for number in logged}
+    if len(devices) == 1 and None not in devices:
+        return _floats(logged)
+    return [float(number) for number in logged]

@@ -18,6 +18,7 @@ from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.metrics import SHORT
 from streamtrain.optimizers import build_optimizer
 from streamtrain.schedulers import build_scheduler
+from streamtrain.tasks import TaskLosses
 
 MODULE = """
 from torch import nn
@@ -178,6 +179,24 @@ def test_a_loss_that_is_none_is_said(table: dict[str, Any], message: str, hint: 
         assembly.loss(Named.model_validate(table), Said())
     assert str(caught.value) == message
     assert caught.value.hint.startswith(hint)
+
+
+def test_losses_and_metrics_of_outputs_are_made_by_name() -> None:
+    tables = {
+        "data": {"store": "d.zarr"},
+        "model": "nets_here:Net",
+        "loss": {"rain": "mse", "kind": {"name": "cross_entropy", "label_smoothing": 0.1}},
+        "metrics": {"rain": {"mae": "mae"}, "kind": {"acc": "accuracy", "table": "confusion"}},
+        "trainer": {"loss_weights": {"kind": 0.5}, "device": "cpu"},
+    }
+    trainer = assembly.build(resolve(Said(tables)), Said(tables)).trainer
+    assert isinstance(trainer.loss, TaskLosses)
+    assert trainer.loss.weights == {"rain": 1.0, "kind": 0.5}
+    assert list(trainer.evaluator.metrics) == ["rain_mae", "kind_acc", "kind_table"]
+    with pytest.raises(ConfigError, match="there is no metric 'mea'"):
+        assembly.metrics({"rain": {"mae": Named(name="mea")}}, Said())
+    with pytest.raises(ConfigError, match=r"unknown key loss\.kind\.smooth: cross_entropy takes no such argument"):
+        assembly.loss({"kind": Named.model_validate({"name": "cross_entropy", "smooth": 1})}, Said())
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))

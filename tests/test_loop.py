@@ -42,7 +42,12 @@ def steps(run_dir: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("every", "expected"),
-    [("5steps", [5, 10, 15, 20, 25, 26]), ("13steps", [13, 26]), ("1epoch", [13, 26]), ("1h", [26])],
+    [
+        ("5steps", [5, 10, 15, 20, 25, 26]),
+        ("13steps", [13, 26]),
+        ("1epoch", [13, 26]),
+        ("1h", [26]),
+    ],
 )
 async def test_saves_fall_on_their_steps_and_the_end_always_saves(
     tmp_path: Path, every: str, expected: list[int]
@@ -71,6 +76,15 @@ async def test_saves_fall_on_their_steps_and_the_end_always_saves(
     await fitted.fit(stream, max_epochs=2)
     assert steps(tmp_path) == expected
     assert [event.step for event in recorder.events("on_checkpoint")] == expected
+
+
+async def test_saves_by_the_clock_begin_as_soon_as_their_time_has_come(tmp_path: Path) -> None:
+    recorder, saves = Recorder(), ModelCheckpoint(every="0.000001min", keep_last=-1)
+    await trainer(run_dir=tmp_path, callbacks=[saves, recorder]).fit(Samples(), max_epochs=2)
+    made = [(event.step, event.kind) for event in recorder.events("on_checkpoint")]
+    assert made[0] == (1, "periodic")
+    assert made[-1][0] == 26
+    assert [step for step, _ in made] == steps(tmp_path)
 
 
 async def test_a_save_at_the_end_of_an_epoch_comes_after_its_validation(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ async def run(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "program", blocks("python"), ids=["fit", "stream", "windows", "crops", "ragged", "samples", "mix", "optimizers", "predict"]
+    "program",
+    blocks("python"),
+    ids=["fit", "stream", "windows", "crops", "ragged", "samples", "mix", "optimizers", "tasks", "predict"],
 )
 async def test_programs_run(folder: Path, program: str) -> None:
     await run(folder, "-c", program)

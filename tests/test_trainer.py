@@ -1003,6 +1003,17 @@ async def test_the_rate_is_lowered_before_the_fit_is_given_up(tmp_path: Path) ->
     assert len(set(rates)) > 1
 
 
+async def test_the_best_to_be_restored_stays_though_no_best_are_kept(tmp_path: Path) -> None:
+    rules = [EarlyStopping(patience=4), ModelCheckpoint(every="1epoch", save_top_k=0, keep_last=1)]
+    fitted = trainer(lr=0.3, run_dir=tmp_path, callbacks=rules)
+    result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=60)
+    assert result.best is not None
+    kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {result.best.step, result.step}
+    means = await fitted.validate(Samples(30, seed=3))
+    assert means["val_loss"] == pytest.approx(result.best.value, rel=1e-6)
+
+
 async def test_several_best_are_kept_and_the_very_best_is_restored(tmp_path: Path) -> None:
     rules = [EarlyStopping(patience=4), ModelCheckpoint(every="1h", save_top_k=3, keep_last=1)]
     fitted = trainer(lr=0.3, run_dir=tmp_path, callbacks=rules)
