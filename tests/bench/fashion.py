@@ -92,7 +92,7 @@ async def streamed(stores: dict[str, Path], epochs: int, seed: int) -> float:
         seed=seed,
     )
     await trainer.fit(train, max_epochs=epochs)
-    return 100 * (await trainer.evaluate(test))["test_accuracy"]
+    return 100 * float((await trainer.evaluate(test))["test_accuracy"])
 
 
 def bare(images: int, epochs: int, seed: int) -> float:
