@@ -32,8 +32,11 @@ class Checks:
         refuse_world_size()
         if run_dir is None and not self._parts.options.dev:
             self._without_folder(resume)
-        if self._parts.loss is None and self._parts.steps.training is None:
-            raise ConfigError("there is no loss", hint="Give loss=, step=, or override training_step.")
+        if self._parts.lossless:
+            raise ConfigError(
+                "there is no loss",
+                hint="Give loss=, step=, override training_step, or have the model return an object with `loss`.",
+            )
         for callback in self._callbacks:
             self._watched(type(callback).__name__, watched(callback))
         if any(stream is train for stream in self._validation.values()):

@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
@@ -53,6 +54,69 @@ def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Comp
         return Outcome(None if loss is None else loss(outputs, targets), outputs, targets)
 
     return compute
+
+
+def own_loss(model: nn.Module) -> Compute:
+    """What a model that computes its own loss gives, as those of Hugging Face do: an object or a dict with `loss`.
+
+    It is called as `spread` says. Outputs are its `logits` where it has any, else all that it gave. Without gradients
+    (validation, prediction) the loss may be missing.
+    """
+    call = spread(model)
+
+    def compute(batch: Batch) -> Outcome:
+        made = call(batch.inputs, batch.targets)
+        loss, logits = _member(made, "loss"), _member(made, "logits")
+        if loss is None and torch.is_grad_enabled():
+            raise ConfigError(
+                f"there is no loss: {type(model).__name__} returned a {type(made).__name__} without one",
+                hint="Give loss= or step=, or have it return an object or dict with `loss` if it is given `labels`.",
+            )
+        return Outcome(loss, made if logits is None else logits, _labels(batch))
+
+    return compute
+
+
+def spread(model: nn.Module) -> Callable[[Any, Any], Any]:
+    """A model's call with (inputs, targets): a dict of inputs whose keys its forward takes becomes its keywords
+    (`model(**inputs)`), anything else its only argument; targets are `labels` where it takes them."""
+    parameters = _signature(model).parameters
+    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    named = {name for name, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.POSITIONAL_ONLY)}
+    labelled = any_name or "labels" in named
+
+    def call(inputs: Any, targets: Any) -> Any:
+        labels = {"labels": targets} if labelled and targets is not None else {}
+        if isinstance(inputs, dict) and (any_name or inputs.keys() <= named):
+            return model(**inputs, **labels)
+        return model(inputs, **labels)
+
+    return call
+
+
+def gives_no_loss(model: nn.Module) -> bool:
+    """Whether it is known beforehand that a model's outputs hold no loss: one of torch's own, or one that says that it
+    returns a tensor."""
+    own = type(model).__module__.partition(".")[0] == "torch"
+    return own or _signature(model).return_annotation in (Tensor, "Tensor", "torch.Tensor")
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Of its forward; one of nothing where Python can't tell (scripted modules)."""
+    try:
+        return inspect.signature(model.forward)
+    except (ValueError, TypeError):
+        return inspect.Signature()
+
+
+def _member(made: Any, name: str) -> Any:
+    return made.get(name) if isinstance(made, Mapping) else getattr(made, name, None)
+
+
+def _labels(batch: Batch) -> Any:
+    if batch.targets is None and isinstance(batch.inputs, dict):
+        return batch.inputs.get("labels")
+    return batch.targets
 
 
 def custom(function: Callable[[Batch], Any], *, needs_loss: bool = True) -> Compute:

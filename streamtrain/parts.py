@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ from streamtrain.losses import LOSSES, short_loss
 from streamtrain.metrics import Metric, as_metric, names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
-from streamtrain.outcome import Compute, called, custom, supervised
+from streamtrain.outcome import Compute, called, custom, gives_no_loss, own_loss, supervised
 from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
 from streamtrain.rng import Rng
@@ -140,7 +140,17 @@ class Parts:
         """What a batch comes to in training."""
         if self.steps.training is not None:
             return custom(called(self.steps.training, self.model))
-        return supervised(self.model, self.loss)
+        return own_loss(self.model) if self.loss is None else supervised(self.model, self.loss)
+
+    def outputs(self, batch: Batch) -> Any:
+        """What the model makes of a batch's inputs."""
+        own = self.loss is None and self.steps.training is None
+        return own_loss(self.model)(replace(batch, targets=None)).outputs if own else self.model(batch.inputs)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether nothing can give a loss."""
+        return self.loss is None and self.steps.training is None and gives_no_loss(self.model)
 
     def _evaluator(self) -> Evaluator:
         compute, options = self.compute, self.options

@@ -1,0 +1,98 @@
+"""What a batch comes to: of models that give their own loss, and how they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamtrain.data.batch import Batch
+from streamtrain.errors import ConfigError
+from streamtrain.outcome import gives_no_loss, own_loss, spread
+from streamtrain.trainer import Trainer
+from tests.engine import Samples, bare_loop, network, pairs, same, samples
+
+
+@dataclass
+class Output:
+    """What a model of Hugging Face returns."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, and labels where there are any."""
+
+    def __init__(self, *, as_dict: bool = False) -> None:
+        super().__init__()
+        self.net, self.as_dict = network(), as_dict
+
+    def forward(self, x: Tensor, scale: float = 1.0, labels: Tensor | None = None) -> Any:
+        logits = self.net(x * scale)
+        loss = None if labels is None else nn.functional.mse_loss(logits, labels)
+        return {"loss": loss, "logits": logits} if self.as_dict else Output(loss, logits)
+
+
+def items(where: str) -> list[Any]:
+    given = list(Samples().batches(0))
+    if where == "labels":  # beside the inputs, as a collator of Hugging Face lays them
+        return [{"x": batch.inputs, "labels": batch.targets} for batch in given]
+    return [({"x": batch.inputs} if where == "dict" else batch.inputs, batch.targets) for batch in given]
+
+
+@pytest.mark.parametrize("as_dict", [True, False], ids=["dict", "object"])
+@pytest.mark.parametrize("where", ["labels", "dict", "tensor"])
+async def test_a_models_own_loss_makes_the_bare_loops_weights(where: str, as_dict: bool) -> None:
+    model = Named(as_dict=as_dict)
+    trainer = Trainer(model, seed=5, device="cpu", metrics={"mae": lambda outputs, targets: (outputs - targets).abs()})
+    result = await trainer.fit(items(where), validation=items(where)[:3])
+    assert same(model.net, bare_loop(network(), pairs(Samples(), 1), seed=5))
+    assert {"loss", "val_loss", "val_mae"} <= result.metrics.keys()
+    predicted = [output async for output in trainer.predict(items(where))]
+    assert [tuple(output.shape) for output in predicted[:2]] == [(8, 1), (8, 1)]
+
+
+async def test_a_model_that_gives_no_loss_is_explained() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Any) -> Any:
+            return self.net(x)
+
+    with pytest.raises(ConfigError, match="there is no loss: Plain returned a Tensor without one") as caught:
+        await Trainer(Plain(), device="cpu").fit(Samples())
+    assert "labels" in caught.value.hint
+    assert [
+        len(output) async for output in Trainer(Plain(), device="cpu").predict(list(torch.split(samples(8)[0], 4)))
+    ] == [4, 4]
+
+
+def test_a_model_that_says_that_it_returns_a_tensor_gives_no_loss() -> None:
+    class Typed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert gives_no_loss(Typed())
+    assert gives_no_loss(network())
+    assert not gives_no_loss(Named())
+
+
+def test_a_dict_whose_keys_forward_does_not_take_is_its_argument() -> None:
+    class Whole(nn.Module):
+        def forward(self, fields: dict[str, Tensor]) -> Any:
+            return {"loss": fields["a"].sum()}
+
+    class AnyName(nn.Module):
+        def forward(self, **fields: Any) -> Any:
+            return sorted(fields)
+
+    batch = Batch({"a": torch.ones(3)}, None)
+    assert own_loss(Whole())(batch).loss == 3
+    assert spread(AnyName())({"b": 1, "a": 2}, torch.ones(1)) == ["a", "b", "labels"]
+    assert spread(Whole())({"a": torch.ones(2)}, torch.ones(1))["loss"] == 2
