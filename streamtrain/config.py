@@ -211,6 +211,7 @@ class TrainerTable(Table):
     gradient_clip_value: Positive | None = None
     device: Text = "auto"
     device_transform: Target | None = None
+    ema: Annotated[float, Field(gt=0, lt=1), Must("a number above 0 and below 1, such as 0.999")] | None = None
     seed: Seed | None = None
     deterministic: Annotated[bool, Must("true or false")] = False
     nonfinite: Annotated[Literal["raise", "skip"], Must('"raise" or "skip"')] = "raise"

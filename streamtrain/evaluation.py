@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -64,14 +64,16 @@ class Evaluator:
         device: torch.device,
         precision: str = "32",
         before: Callable[[], None] = lambda: None,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`before` is called on the train thread before each burst of batches."""
+        """`before` is called on the train thread before each burst of batches. `weights`: within it the model has those
+        that count, if they are not those that it trains with."""
         self._before = before
         self.metrics = dict(metrics)
         self.tables: dict[str, list[Any]] = {}
         """Of the last run: what metrics came to that is no number, by their names, as nested lists."""
         self._model, self._compute, self._move = model, compute, move
-        self._autocast = autocast(precision, device)
+        self._autocast, self._weights = autocast(precision, device), weights
 
     async def run(
         self,
@@ -138,7 +140,7 @@ class Evaluator:
         made: list[T] = []
         batch: Batch | None = None
         self._before()
-        with rng.swapped_in(), evaluating(self._model):
+        with rng.swapped_in(), self._weights(), evaluating(self._model):
             while time.perf_counter() - began < BURST and (batch := batches.take()) is not None:
                 try:
                     batch = self._move(batch)

@@ -117,6 +117,7 @@ _TRAINER = [
     Flag("--loss-weights", ("trainer.loss_weights",), "of losses by output: '{kind = 0.1}'"),
     Flag("--gradient-clip-norm", ("trainer.gradient_clip_norm",), "clip the gradient to this norm"),
     Flag("--gradient-clip-value", ("trainer.gradient_clip_value",), "clip each gradient value to this"),
+    Flag("--ema", ("trainer.ema",), "validate with a moving average of the weights, of this decay: 0.999"),
     Flag("--deterministic", ("trainer.deterministic",), "only deterministic kernels", "bool"),
     Flag("--nonfinite", ("trainer.nonfinite",), "raise or skip", "text"),
     Flag("--log-every", ("trainer.log_every",), "steps between two lines of metrics.jsonl"),

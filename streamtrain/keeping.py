@@ -114,7 +114,7 @@ class Keeper:
             return
         progress.offer(Best(monitor, value, epoch, progress.step), primary=monitor)
         if in_memory:
-            self._life.weights = await self._thread.run(self._life.weights_to_keep)
+            self._life.weights = await self._thread.run(self._life.best_weights)
 
     async def save(self, kind: str, request: Save | None = None) -> None:
         """Take a snapshot and have it committed while training goes on."""
@@ -231,14 +231,19 @@ class Keeper:
         """Put the weights of the best value into the model; the checkpoint of the end keeps the last ones."""
         life = self._life
         best = life.progress.bests.get(life.restores or "")
-        if best is None or best.step == life.progress.step or not self._restoring():
+        if best is None or not self._restoring():
             return
-        weights, path = life.weights, best.checkpoint
+        if best.step == life.progress.step:
+            if life.average is not None:
+                await self._thread.run(life.average.into_model)
+            return
+        weights, average, path = life.weights, None, best.checkpoint
         if path is not None and await self._files(path.is_dir):
-            weights = (await self._files(lambda: checkpoint.read(path))).model
+            snapshot = await self._files(lambda: checkpoint.read(path))
+            weights, average = snapshot.model, snapshot.state["average"]
         told = f"the weights of step {best.step}, the best {best.monitor} ({best.value:g})"
         if weights:
-            await self._thread.run(lambda: life.put_weights(weights))
+            await self._thread.run(lambda: life.load_weights(weights, average))
             logger.info("the model has %s", told)
         else:
             logger.warning("%s, are not at hand: the model keeps the last ones", told)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 import streamtrain
 from streamtrain import rng as rngs
 from streamtrain import state as trees
+from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
 from streamtrain.data.source import Stream
 from streamtrain.errors import CheckpointError
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 KEYS = frozenset(
     {"version", "step", "progress", "stream", "rng", "epoch_rng", "own_rng", "scheduler", "scaler", "callbacks"}
-    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config"}
+    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average"}
 )
 """What the state of this version holds."""
 
@@ -53,6 +55,7 @@ class Life:
     """Of an optimizer that learns with other weights than those to be judged by."""
     stream: Stream | None
     """None where it is saved outside of a fit that never was."""
+    average: Average | None = None
     rng: Rng
     progress: Progress
     callbacks: dict[str, object]
@@ -102,6 +105,7 @@ class Life:
             "ended": self.ended,
             "restores": self.restores,
             "config": dict(self.config),
+            "average": None,  # the snapshot's: only between two jobs of the train thread is it where it belongs
         }
 
     def deciders(self) -> dict[str, Tree]:
@@ -135,6 +139,8 @@ class Life:
         optimizer = state_by_name(self.optimizer, self.model)
         if self.switch is not None:
             optimizer = {"optimizer": optimizer, "learning": self.switch.state_dict()}
+        if self.average is not None:
+            state = {**state, "average": self.average.state_dict()}
         return Snapshot(model, trees.clone(optimizer), trees.clone(state))
 
     def weights_to_keep(self) -> dict[str, Tensor]:
@@ -151,6 +157,22 @@ class Life:
             self.switch.forget()
         self.model.load_state_dict(weights)
 
+    def best_weights(self) -> dict[str, Tensor]:
+        """A copy of the model's state with the weights that were validated; on the train thread."""
+        with nullcontext() if self.average is None else self.average.swapped_in():
+            return self.weights_to_keep()
+
+    def load_weights(self, weights: Mapping[str, Tensor], average: Tree = None) -> None:
+        """Have the model go on with these, and with the average of a checkpoint instead if there is one."""
+        self.put_weights(weights)
+        if self.average is None:
+            return
+        if average is None:
+            self.average.restart()
+        else:
+            self.average.load_state_dict(average)
+            self.average.into_model()
+
     def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
         DataError if the data have changed."""
@@ -159,6 +181,8 @@ class Life:
             raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
         self._check_keys(state, path)
         told = [*_model_differences(snapshot.model, self.model), *_differences(state["settings"], self.settings)]
+        if self.average is not None and state["average"] is not None:
+            told += self.average.differences(state["average"])
         _refuse(told, path)
         if self.stream is not None and state["stream"] is not None:
             try:
@@ -168,6 +192,8 @@ class Life:
         for difference in _differences(state["habits"], self.habits):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
         load_weights(snapshot, self.model, self.optimizer, self.switch)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.lr.load_state_dict(state["scheduler"])
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])

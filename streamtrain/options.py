@@ -38,6 +38,8 @@ class Options:
     """Batches of an epoch, or a share of them."""
     overfit: int | None
     sanity: int
+    ema: float | None
+    """The decay of the weights' moving average."""
     grace: float
     config: Mapping[str, Any]
 
@@ -116,6 +118,13 @@ def positive(value: object, name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
     return float(value)
+
+
+def inner_share(value: object, name: str) -> float | None:
+    """`value` as a number above 0 and below 1, or None."""
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ConfigError(f"{name} must be a number above 0 and below 1, such as 0.999, not {value!r}")
 
 
 def seconds(value: object, name: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from streamtrain.averaging import Average
 from streamtrain.callbacks.bus import Bus
 from streamtrain.data.batch import Batch
+from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
 from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover
@@ -98,6 +101,8 @@ class Parts:
         """Bound at the beginning of a fit, which knows how long the run is."""
         self._schedule_left: tuple[str, Any] | None = None
         """Name and state of a loaded checkpoint's schedule, until one is bound."""
+        self.average: Average | None = None
+        """The moving average of the weights, if one is wanted."""
         self.rng: Rng | None = None
         self._settings: dict[str, Any] = {}
         self._told = False
@@ -112,6 +117,14 @@ class Parts:
         self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
         self.switch = switch_of(self.model, self.optimizer)
         self._settings = settings(self.model, self.optimizer)
+        if self.options.ema is not None:
+            if self.switch is not None:
+                raise ConfigError(
+                    f"{type(self.optimizer).__name__} averages the weights itself: ema={self.options.ema} is a second one",
+                    hint="Leave ema out, or take another optimizer.",
+                )
+            self.average = Average(self.model, self.options.ema)
+            logger.info("ema: a second copy of the weights is kept (%s)", format_bytes(self.average.bytes))
 
     def set_loss(self, loss: Losses | None) -> None:
         """Another loss, from the next fit on."""
@@ -164,12 +177,17 @@ class Parts:
             device=options.device,
             precision=options.precision,
             before=self._judge,
+            weights=self._averaged,
         )
 
     def _judge(self) -> None:
         """Before the model is evaluated; on the train thread."""
         if self.switch is not None:
             self.switch.judge()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that count."""
+        return nullcontext() if self.average is None else self.average.swapped_in()
 
     # --- before the first update ---
 
@@ -246,11 +264,12 @@ class Parts:
             switch=self.switch,
             step=self._step(optimizer, self.scheduler, door, progress.step),
             stream=train,
+            average=self.average,
             rng=self.random(),
             progress=progress,
             callbacks=bus.named(),
             settings={**self._settings, **fixed},
-            habits=habits(options.device, accumulate_grad_batches=options.accumulate, **clip),
+            habits=habits(options.device, accumulate_grad_batches=options.accumulate, ema=options.ema, **clip),
             config=options.config,
         )
 
@@ -296,6 +315,7 @@ class Parts:
             precision=options.precision,
             skip=options.skip,
             log_every=options.log_every,
+            average=self.average,
             moves=options.device_transform is not None,
         )
         step.step = begin
@@ -310,6 +330,8 @@ class Parts:
         assert self.optimizer is not None
         check_settings(snapshot, self._settings, path)
         load_weights(snapshot, self.model, self.optimizer, self.switch)
+        if self.average is not None:
+            self.average.load_state_dict(snapshot.state["average"])
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from streamtrain.averaging import Average
 from streamtrain.blame import explained, non_finite
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import MoveBatch
@@ -63,6 +64,7 @@ class TrainStep:
         precision: str = "32",
         skip: bool = False,
         log_every: int = 50,
+        average: Average | None = None,
         moves: bool = False,
     ) -> None:
         """`moves`: `move` does something even to tensors on the CPU."""
@@ -92,6 +94,7 @@ class TrainStep:
         self._move, self._door, self._device = move, door, device
         self._moves = moves or device.type != "cpu"
         self._skip, self._log_every = skip, log_every
+        self._average = average
         self._clip_norm, self._clip_value = clip_norm, clip_value
         self._autocast = None if precision == "32" else autocast(precision, device)
         self._one = torch.ones((), device=device)
@@ -259,6 +262,8 @@ class TrainStep:
                 self.scaler.step(optimizer)
                 self.scaler.update()
             self.torn = False
+            if self._average is not None:
+                self._average.update(self._flags[-1][0] if self._flags else None)
             if (self.step + 1) % self._log_every == 0:
                 self.tally.mark(self.step + 1, get_lr(optimizer))
             del gradients

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamtrain import checkpoint, resume, signals
@@ -48,6 +48,7 @@ from streamtrain.options import (
     count,
     duration,
     every,
+    inner_share,
     number,
     one_of,
     positive,
@@ -90,6 +91,9 @@ class Trainer:
     (1 where none is given), is the loss, and each is logged as `loss_<name>`. Metrics under an output's name,
     `metrics={"rain": {"mae": "mae"}}`, are of that output, and logged as `<output>_<metric>`.
 
+    `ema`: validation, prediction and the best weights are those of a moving average of this decay, which checkpoints
+    hold beside the weights that train (`average` gives it).
+
     Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
     """
 
@@ -130,7 +134,7 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        refuse_later(compile=compile, gradient_checkpointing=gradient_checkpointing, ema=ema, strategy=strategy)
+        refuse_later(compile=compile, gradient_checkpointing=gradient_checkpointing, strategy=strategy)
         self.state = Progress()
         """Where the run stands: epoch, step, samples, best."""
         self.control = Control()
@@ -151,6 +155,7 @@ class Trainer:
             limit=share_or_count(limit_batches, "limit_batches"),
             overfit=None if overfit_batches is None else count(overfit_batches, "overfit_batches"),
             sanity=count(sanity_batches, "sanity_batches", least=0),
+            ema=inner_share(ema, "ema"),
             grace=seconds(grace, "grace"),
             config=config or {},
         )
@@ -210,6 +215,11 @@ class Trainer:
     def scheduler(self) -> LearningRate | None:
         """Bound at the beginning of `fit`, which knows how long the run is."""
         return self._parts.scheduler
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        """With `ema=`: a copy of the averaged parameters by name; to be asked while no fit runs."""
+        return None if self._parts.average is None else self._parts.average.weights()
 
     @property
     def evaluator(self) -> Evaluator:

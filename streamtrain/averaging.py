@@ -1,0 +1,102 @@
+"""The moving average of the weights, after each update: what is validated, predicted with and kept as the best.
+
+Its law: the model that trains never notices. The average lies in memory of its own, and changes places with the weights
+for as long as something is computed with it, on the train thread.
+
+    first update    average = weights
+    later           average += (1 - decay) * (weights - average)
+
+which is what `torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))` does (Polyak and
+Juditsky 1992; Tarvainen and Valpola 2017), in one fused call. Buffers (running statistics) are the model's own, as
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """The average of a model's floating-point parameters."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """`model`: whose parameters have their sizes and their device."""
+        self.decay = decay
+        self.updates = 0
+        """Over which it was taken; until the first one the model's own weights stand for it, and it takes no memory."""
+        named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()]
+        self._names = [name for name, _ in named]
+        self._weights: list[Tensor] = [parameter for _, parameter in named]
+        self._average: list[Tensor] = []
+
+    @property
+    def bytes(self) -> int:
+        """What it takes, in memory beside the model."""
+        return sum(weight.numel() * weight.itemsize for weight in self._weights)
+
+    @torch.no_grad()
+    def update(self, refused: Tensor | None = None) -> None:
+        """Take in the weights of the update that was just made; where `refused` (0-d, on the device) is not 0 there was
+        none, and the average stays as it is."""
+        self.updates += 1
+        if not self._average:
+            self._average = [weight.detach().clone() for weight in self._weights]
+        elif refused is None:
+            torch._foreach_lerp_(self._average, self._weights, 1 - self.decay)
+        else:
+            share = (1 - self.decay) * (refused == 0)
+            shares: Any = [share.to(weight.dtype) for weight in self._weights]
+            torch._foreach_lerp_(self._average, self._weights, shares)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Have the model compute with the average; on the train thread."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for number, (weight, average) in enumerate(zip(self._weights, self._average, strict=False)):
+            self._average[number], weight.data = weight.data, average
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The average is what the model has now."""
+        if self._average:
+            torch._foreach_copy_(self._average, self._weights)
+
+    @torch.no_grad()
+    def into_model(self) -> None:
+        """The model has the average from now on."""
+        if self._average:
+            torch._foreach_copy_(self._weights, self._average)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged parameters by name, in memory of their own."""
+        live = self._average or [weight.detach() for weight in self._weights]
+        return {name: weight.clone() for name, weight in zip(self._names, live, strict=True)}
+
+    def differences(self, saved: Mapping[str, Any]) -> Iterator[str]:
+        """In what a state is of other weights than these."""
+        if names := saved["weights"].keys():
+            for name in sorted(names ^ set(self._names)):
+                yield f"ema.{name}: {'there -> not there' if name in names else 'not there -> there'}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"updates", "weights": {name: tensor}}`; the tensors are the live ones."""
+        return {"updates": self.updates, "weights": dict(zip(self._names, self._average, strict=False))}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what `state_dict` gave; None: begin with the next update."""
+        saved: Mapping[str, Tensor] = {} if state is None else state["weights"]
+        self.updates = 0 if state is None else int(state["updates"])
+        pairs = zip(self._names, self._weights, strict=True)
+        self._average = [torch.empty_like(weight).copy_(saved[name]) for name, weight in pairs] if saved else []
