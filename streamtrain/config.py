@@ -212,6 +212,13 @@ class TrainerTable(Table):
     device: Text = "auto"
     device_transform: Target | None = None
     ema: Annotated[float, Field(gt=0, lt=1), Must("a number above 0 and below 1, such as 0.999")] | None = None
+    freeze: (
+        Annotated[
+            Text | list[Text] | dict[str, Text],
+            Must('a regex, a list of them, or a table such as {"^backbone" = "2epochs"}'),
+        ]
+        | None
+    ) = None
     seed: Seed | None = None
     deterministic: Annotated[bool, Must("true or false")] = False
     nonfinite: Annotated[Literal["raise", "skip"], Must('"raise" or "skip"')] = "raise"

@@ -107,6 +107,8 @@ class Driver:
             if self._life.switch is not None:
                 self._life.switch.learn()
             with rng.swapped_in(), kernels():
+                if self._life.freezing is not None:
+                    self._life.freezing.apply(step.step, epoch)
                 return step.run(
                     batches,
                     updates=updates,

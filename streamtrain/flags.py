@@ -118,6 +118,7 @@ _TRAINER = [
     Flag("--gradient-clip-norm", ("trainer.gradient_clip_norm",), "clip the gradient to this norm"),
     Flag("--gradient-clip-value", ("trainer.gradient_clip_value",), "clip each gradient value to this"),
     Flag("--ema", ("trainer.ema",), "validate with a moving average of the weights, of this decay: 0.999"),
+    Flag("--freeze", ("trainer.freeze",), 'regex of parameters to leave alone, or \'{"^backbone" = "2epochs"}\''),
     Flag("--deterministic", ("trainer.deterministic",), "only deterministic kernels", "bool"),
     Flag("--nonfinite", ("trainer.nonfinite",), "raise or skip", "text"),
     Flag("--log-every", ("trainer.log_every",), "steps between two lines of metrics.jsonl"),

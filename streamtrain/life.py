@@ -25,6 +25,7 @@ from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
 from streamtrain.data.source import Stream
 from streamtrain.errors import CheckpointError
+from streamtrain.freezing import Freezing
 from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
 from streamtrain.progress import Progress
 from streamtrain.rng import Rng, RngState
@@ -56,6 +57,7 @@ class Life:
     stream: Stream | None
     """None where it is saved outside of a fit that never was."""
     average: Average | None = None
+    freezing: Freezing | None = None
     rng: Rng
     progress: Progress
     callbacks: dict[str, object]

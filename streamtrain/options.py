@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from streamtrain.errors import ConfigError
+from streamtrain.freezing import Rule
 from streamtrain.schedulers import parse_span
 
 
@@ -40,6 +41,8 @@ class Options:
     sanity: int
     ema: float | None
     """The decay of the weights' moving average."""
+    freeze: tuple[Rule, ...]
+    """Which parameters are not trained, or not yet."""
     grace: float
     config: Mapping[str, Any]
 

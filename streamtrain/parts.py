@@ -27,6 +27,7 @@ from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.freezing import Freezing
 from streamtrain.life import (
     Life,
     check_model,
@@ -103,6 +104,7 @@ class Parts:
         """Name and state of a loaded checkpoint's schedule, until one is bound."""
         self.average: Average | None = None
         """The moving average of the weights, if one is wanted."""
+        self.freezing: Freezing | None = None
         self.rng: Rng | None = None
         self._settings: dict[str, Any] = {}
         self._told = False
@@ -114,13 +116,17 @@ class Parts:
     def build(self) -> None:
         """Bring the model to its device and make the optimizer."""
         self.model.to(self.options.device)
+        if self.options.freeze:
+            self.freezing = Freezing(self.model, self.options.freeze)
         self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
         self.switch = switch_of(self.model, self.optimizer)
+        if self.freezing is not None:
+            self.freezing.check(self.optimizer)
         self._settings = settings(self.model, self.optimizer)
         if self.options.ema is not None:
             if self.switch is not None:
                 raise ConfigError(
-                    f"{type(self.optimizer).__name__} averages the weights itself: ema={self.options.ema} is a second one",
+                    f"ema={self.options.ema} beside {type(self.optimizer).__name__}, which averages the weights itself",
                     hint="Leave ema out, or take another optimizer.",
                 )
             self.average = Average(self.model, self.options.ema)
@@ -255,8 +261,11 @@ class Parts:
         self.scheduler = self._go_on_with(self.schedule, limits, train, optimizer)
         if not self.model.training:
             self.model.train()
+        if self.freezing is not None:
+            self.freezing.begin()
         fixed = {"scheduler": schedule_name(self.scheduler), "seed": options.seed, "precision": options.precision}
         clip = {"gradient_clip_norm": options.clip_norm, "gradient_clip_value": options.clip_value}
+        frozen = [[rule.pattern.pattern, rule.until, rule.unit] for rule in options.freeze] or None
         return Life(
             model=self.model,
             optimizer=optimizer,
@@ -265,11 +274,14 @@ class Parts:
             step=self._step(optimizer, self.scheduler, door, progress.step),
             stream=train,
             average=self.average,
+            freezing=self.freezing,
             rng=self.random(),
             progress=progress,
             callbacks=bus.named(),
             settings={**self._settings, **fixed},
-            habits=habits(options.device, accumulate_grad_batches=options.accumulate, ema=options.ema, **clip),
+            habits=habits(
+                options.device, accumulate_grad_batches=options.accumulate, ema=options.ema, freeze=frozen, **clip
+            ),
             config=options.config,
         )
 

@@ -28,6 +28,8 @@ class Plan:
     overfit: bool = False
     """Each epoch has the batches of the first one."""
     validation_limits: Mapping[str, int | None] = field(default_factory=dict)
+    thaws: tuple[int, ...] = ()
+    """Steps at which parameters are unfrozen."""
     sanity: int = 0
     """Batches of each validation stream to look at before training."""
     announcement: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +65,8 @@ class Plan:
         """The next step after `step` at which something is due by its number alone."""
         number, unit = self.validate_every
         validation = (step // number + 1) * number if self.validates and unit == "step" else None
-        return min((cut for cut in (self.max_steps, validation) if cut is not None), default=None)
+        thaws = (thaw for thaw in self.thaws if thaw > step)
+        return min((cut for cut in (self.max_steps, validation, *thaws) if cut is not None), default=None)
 
     def stream_epoch(self, epoch: int) -> int:
         """The stream's epoch in an epoch of the fit."""

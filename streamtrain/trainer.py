@@ -37,6 +37,7 @@ from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem,
 from streamtrain.evaluation import Evaluator
 from streamtrain.events import Log
 from streamtrain.file_thread import Files, file_thread
+from streamtrain.freezing import FreezeSpec, parse_freeze
 from streamtrain.grace import saving_on_cancel
 from streamtrain.keeping import Keeper
 from streamtrain.life import Life, first_rng
@@ -92,7 +93,8 @@ class Trainer:
     `metrics={"rain": {"mae": "mae"}}`, are of that output, and logged as `<output>_<metric>`.
 
     `ema`: validation, prediction and the best weights are those of a moving average of this decay, which checkpoints
-    hold beside the weights that train (`average` gives it).
+    hold beside the weights that train (`average` gives it). `freeze`: regexes of names of parameters that are not
+    trained, or {regex: "2epochs"} (or "500steps", "never") to train them after that.
 
     Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
     """
@@ -119,6 +121,7 @@ class Trainer:
         compile: bool = False,  # noqa: A002
         gradient_checkpointing: bool = False,
         ema: float | None = None,
+        freeze: FreezeSpec = None,
         seed: int | None = None,
         deterministic: bool = False,
         nonfinite: str = "raise",
@@ -156,6 +159,7 @@ class Trainer:
             overfit=None if overfit_batches is None else count(overfit_batches, "overfit_batches"),
             sanity=count(sanity_batches, "sanity_batches", least=0),
             ema=inner_share(ema, "ema"),
+            freeze=parse_freeze(freeze),
             grace=seconds(grace, "grace"),
             config=config or {},
         )
@@ -578,6 +582,7 @@ class Trainer:
             limit=limit,
             overfit=options.overfit is not None,
             validation_limits={name: options.batches(length(stream)) for name, stream in streams.items()},
+            thaws=() if self._parts.freezing is None else tuple(self._parts.freezing.steps()),
             sanity=options.sanity if fresh and not options.dev else 0,
             announcement={
                 "run_dir": None if folder is None else str(folder.path),
