@@ -211,6 +211,7 @@ class TrainerTable(Table):
     gradient_clip_value: Positive | None = None
     device: Text = "auto"
     device_transform: Target | None = None
+    gradient_checkpointing: Annotated[bool | Text, Must("true, false or a regex of names of modules")] = False
     ema: Annotated[float, Field(gt=0, lt=1), Must("a number above 0 and below 1, such as 0.999")] | None = None
     freeze: (
         Annotated[

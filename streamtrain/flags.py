@@ -117,6 +117,9 @@ _TRAINER = [
     Flag("--loss-weights", ("trainer.loss_weights",), "of losses by output: '{kind = 0.1}'"),
     Flag("--gradient-clip-norm", ("trainer.gradient_clip_norm",), "clip the gradient to this norm"),
     Flag("--gradient-clip-value", ("trainer.gradient_clip_value",), "clip each gradient value to this"),
+    Flag(
+        "--gradient-checkpointing", ("trainer.gradient_checkpointing",), "true, or a regex of blocks to compute twice"
+    ),
     Flag("--ema", ("trainer.ema",), "validate with a moving average of the weights, of this decay: 0.999"),
     Flag("--freeze", ("trainer.freeze",), 'regex of parameters to leave alone, or \'{"^backbone" = "2epochs"}\''),
     Flag("--deterministic", ("trainer.deterministic",), "only deterministic kernels", "bool"),

@@ -43,6 +43,8 @@ class Options:
     """The decay of the weights' moving average."""
     freeze: tuple[Rule, ...]
     """Which parameters are not trained, or not yet."""
+    recompute: str | bool
+    """Blocks of the model whose activations are not kept: a regex of their names, True for the usual ones."""
     grace: float
     config: Mapping[str, Any]
 
@@ -121,6 +123,13 @@ def positive(value: object, name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
     return float(value)
+
+
+def flag_or_regex(value: object, name: str) -> str | bool:
+    """`value` if it is True, False or a text; False of None."""
+    if value is None or isinstance(value, bool | str):
+        return value or False
+    raise ConfigError(f"{name} must be true, false or a regex of names, not {value!r}")
 
 
 def inner_share(value: object, name: str) -> float | None:

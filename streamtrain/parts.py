@@ -45,6 +45,7 @@ from streamtrain.options import Limits, Options
 from streamtrain.outcome import Compute, called, custom, gives_no_loss, own_loss, supervised
 from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
+from streamtrain.recomputing import recompute
 from streamtrain.rng import Rng
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
 from streamtrain.state import Snapshot
@@ -116,6 +117,8 @@ class Parts:
     def build(self) -> None:
         """Bring the model to its device and make the optimizer."""
         self.model.to(self.options.device)
+        if self.options.recompute:
+            recompute(self.model, self.options.recompute)
         if self.options.freeze:
             self.freezing = Freezing(self.model, self.options.freeze)
         self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)

@@ -49,6 +49,7 @@ from streamtrain.options import (
     count,
     duration,
     every,
+    flag_or_regex,
     inner_share,
     number,
     one_of,
@@ -95,6 +96,8 @@ class Trainer:
     `ema`: validation, prediction and the best weights are those of a moving average of this decay, which checkpoints
     hold beside the weights that train (`average` gives it). `freeze`: regexes of names of parameters that are not
     trained, or {regex: "2epochs"} (or "500steps", "never") to train them after that.
+    `gradient_checkpointing`: blocks whose activations are computed again in the backward pass instead of being kept:
+    the children of the `nn.Sequential` or `nn.ModuleList` that has most of them, or a regex of names of modules.
 
     Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
     """
@@ -119,7 +122,7 @@ class Trainer:
         device: str | torch.device = "auto",
         device_transform: Callable[[Batch], Any] | None = None,
         compile: bool = False,  # noqa: A002
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | str = False,
         ema: float | None = None,
         freeze: FreezeSpec = None,
         seed: int | None = None,
@@ -137,7 +140,7 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        refuse_later(compile=compile, gradient_checkpointing=gradient_checkpointing, strategy=strategy)
+        refuse_later(compile=compile, strategy=strategy)
         self.state = Progress()
         """Where the run stands: epoch, step, samples, best."""
         self.control = Control()
@@ -160,6 +163,7 @@ class Trainer:
             sanity=count(sanity_batches, "sanity_batches", least=0),
             ema=inner_share(ema, "ema"),
             freeze=parse_freeze(freeze),
+            recompute=flag_or_regex(gradient_checkpointing, "gradient_checkpointing"),
             grace=seconds(grace, "grace"),
             config=config or {},
         )

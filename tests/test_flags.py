@@ -43,7 +43,8 @@ GOOD = {
     "--target-window": "2", "--select": "{level = [0, 3]}", "--groups": "g", "--indices": "0,2,5", "--weights": "w",
     "--balance": "b", "--disk-cache": "cache", "--disk-cache-bytes": "9GiB",
     "--ragged": '{values = "offsets"}', "--max-length": "16", "--pad-value": "-1",
-    "--crop": "{lat = 8}", "--crop-at": "center", "--jitter": "2", "--ema": "0.999", "--freeze": '{"^a" = "2epochs"}',
+    "--crop": "{lat = 8}", "--crop-at": "center", "--jitter": "2",
+    "--ema": "0.999", "--gradient-checkpointing": "true", "--freeze": '{"^a" = "2epochs"}',
 }  # fmt: skip
 
 
