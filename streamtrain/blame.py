@@ -33,6 +33,8 @@ def _made(error: BaseException, batch: Batch | None, where: str) -> StreamtrainE
             f"{where}: out of memory{size}: {text}",
             hint="Lower batch_size (and raise accumulate_grad_batches), or the stream's memory.",
         )
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return _uncompiled(error, where)
     if batch is not None and isinstance(error, IndexError | RuntimeError) and "out of bounds" in text:
         found = _label(batch, text)
         if found is not None:
@@ -40,6 +42,17 @@ def _made(error: BaseException, batch: Batch | None, where: str) -> StreamtrainE
     return UserCodeError(
         f"{where}: the model, loss or step raised {type(error).__name__}: {text}",
         hint="The traceback (--debug) shows the line.",
+    )
+
+
+def _uncompiled(error: BaseException, where: str) -> StreamtrainError:
+    """A model that could not be compiled: the machine's fault, or the forward's (torch._dynamo's own errors)."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    machine = type(error).__name__ == "BackendCompilerFailed" or "torch._inductor" in type(error).__module__
+    kind = EnvironmentProblem if machine else UserCodeError
+    return kind(
+        f"{where}: the model could not be compiled: {type(error).__name__}: {text:.300}",
+        hint="Leave compile out to run it as it is; the traceback (--debug) shows more.",
     )
 
 

@@ -109,14 +109,8 @@ class Driver:
             with rng.swapped_in(), kernels():
                 if self._life.freezing is not None:
                     self._life.freezing.apply(step.step, epoch)
-                return step.run(
-                    batches,
-                    updates=updates,
-                    seconds=BURST,
-                    epoch=epoch,
-                    remaining=remaining,
-                    samples=samples,
-                    elapsed=elapsed,
+                return self._run(
+                    batches, updates=updates, epoch=epoch, remaining=remaining, samples=samples, elapsed=elapsed
                 )
 
         waited = batches.waited
@@ -128,6 +122,14 @@ class Driver:
         self._land(report)
         if report.error is not None:
             raise report.error
+        return report
+
+    def _run(self, batches: Supply, **how: Any) -> Report:
+        step, compiled = self._life.step, self._life.compiled
+        before = step.seconds
+        report = step.run(batches, seconds=BURST, **how)
+        if compiled is not None and compiled.grown():
+            step.seconds = before  # compiling took the time: nobody knows yet how long an update takes
         return report
 
     def _batches_of(self, updates: int | None) -> int:

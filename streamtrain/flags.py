@@ -117,6 +117,7 @@ _TRAINER = [
     Flag("--loss-weights", ("trainer.loss_weights",), "of losses by output: '{kind = 0.1}'"),
     Flag("--gradient-clip-norm", ("trainer.gradient_clip_norm",), "clip the gradient to this norm"),
     Flag("--gradient-clip-value", ("trainer.gradient_clip_value",), "clip each gradient value to this"),
+    Flag("--compile", ("trainer.compile",), "true, or a mode of torch.compile such as reduce-overhead"),
     Flag(
         "--gradient-checkpointing", ("trainer.gradient_checkpointing",), "true, or a regex of blocks to compute twice"
     ),

@@ -23,6 +23,7 @@ from streamtrain import rng as rngs
 from streamtrain import state as trees
 from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
+from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
 from streamtrain.errors import CheckpointError
 from streamtrain.freezing import Freezing
@@ -58,6 +59,7 @@ class Life:
     """None where it is saved outside of a fit that never was."""
     average: Average | None = None
     freezing: Freezing | None = None
+    compiled: Compiled | None = None
     rng: Rng
     progress: Progress
     callbacks: dict[str, object]

@@ -43,6 +43,8 @@ class Options:
     """The decay of the weights' moving average."""
     freeze: tuple[Rule, ...]
     """Which parameters are not trained, or not yet."""
+    compile: Mapping[str, Any] | None
+    """Keywords of `torch.compile`; None: not compiled."""
     recompute: str | bool
     """Blocks of the model whose activations are not kept: a regex of their names, True for the usual ones."""
     grace: float

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from streamtrain.averaging import Average
 from streamtrain.callbacks.bus import Bus
+from streamtrain.compiling import Compiled
 from streamtrain.data.batch import Batch
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
@@ -105,6 +106,7 @@ class Parts:
         """Name and state of a loaded checkpoint's schedule, until one is bound."""
         self.average: Average | None = None
         """The moving average of the weights, if one is wanted."""
+        self.compiled: Compiled | None = None
         self.freezing: Freezing | None = None
         self.rng: Rng | None = None
         self._settings: dict[str, Any] = {}
@@ -119,6 +121,8 @@ class Parts:
         self.model.to(self.options.device)
         if self.options.recompute:
             recompute(self.model, self.options.recompute)
+        if self.options.compile is not None:
+            self.compiled = Compiled(self.model, self.options.compile, self.options.device)
         if self.options.freeze:
             self.freezing = Freezing(self.model, self.options.freeze)
         self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
@@ -278,12 +282,18 @@ class Parts:
             stream=train,
             average=self.average,
             freezing=self.freezing,
+            compiled=self.compiled,
             rng=self.random(),
             progress=progress,
             callbacks=bus.named(),
             settings={**self._settings, **fixed},
             habits=habits(
-                options.device, accumulate_grad_batches=options.accumulate, ema=options.ema, freeze=frozen, **clip
+                options.device,
+                accumulate_grad_batches=options.accumulate,
+                ema=options.ema,
+                freeze=frozen,
+                compile=options.compile is not None,
+                **clip,
             ),
             config=options.config,
         )

@@ -7,6 +7,7 @@ is left running.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from streamtrain.callbacks.json_logger import JSONLogger
 from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checks import Checks
+from streamtrain.compiling import CompileSpec, find_compiler, parse_compile
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
 from streamtrain.data.iterable import as_stream
@@ -96,6 +98,8 @@ class Trainer:
     `ema`: validation, prediction and the best weights are those of a moving average of this decay, which checkpoints
     hold beside the weights that train (`average` gives it). `freeze`: regexes of names of parameters that are not
     trained, or {regex: "2epochs"} (or "500steps", "never") to train them after that.
+    `compile`: true, a mode of `torch.compile` ("reduce-overhead", ...) or its keywords; the first update
+    takes the time.
     `gradient_checkpointing`: blocks whose activations are computed again in the backward pass instead of being kept:
     the children of the `nn.Sequential` or `nn.ModuleList` that has most of them, or a regex of names of modules.
 
@@ -121,7 +125,7 @@ class Trainer:
         gradient_clip_value: float | None = None,
         device: str | torch.device = "auto",
         device_transform: Callable[[Batch], Any] | None = None,
-        compile: bool = False,  # noqa: A002
+        compile: CompileSpec = False,  # noqa: A002
         gradient_checkpointing: bool | str = False,
         ema: float | None = None,
         freeze: FreezeSpec = None,
@@ -140,7 +144,7 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        refuse_later(compile=compile, strategy=strategy)
+        refuse_later(strategy=strategy)
         self.state = Progress()
         """Where the run stands: epoch, step, samples, best."""
         self.control = Control()
@@ -163,6 +167,7 @@ class Trainer:
             sanity=count(sanity_batches, "sanity_batches", least=0),
             ema=inner_share(ema, "ema"),
             freeze=parse_freeze(freeze),
+            compile=parse_compile(compile, resolve_device(device)),
             recompute=flag_or_regex(gradient_checkpointing, "gradient_checkpointing"),
             grace=seconds(grace, "grace"),
             config=config or {},
@@ -455,6 +460,8 @@ class Trainer:
             folder = None if self.run_dir is None else RunFolder(self.run_dir)
             if folder is not None and resume_from is None and not self.state.step:
                 await files(lambda: resume.refuse_unasked(folder.checkpoints))
+            context = contextvars.copy_context()  # torch keeps its configuration there
+            await files(lambda: context.run(find_compiler, self._options.compile, self._options.device))
             for stream in (train, *streams.values()):
                 await stream.open()
             checks.lengths(train, limits)

@@ -44,7 +44,7 @@ GOOD = {
     "--balance": "b", "--disk-cache": "cache", "--disk-cache-bytes": "9GiB",
     "--ragged": '{values = "offsets"}', "--max-length": "16", "--pad-value": "-1",
     "--crop": "{lat = 8}", "--crop-at": "center", "--jitter": "2",
-    "--ema": "0.999", "--gradient-checkpointing": "true", "--freeze": '{"^a" = "2epochs"}',
+    "--compile": "true", "--ema": "0.999", "--gradient-checkpointing": "true", "--freeze": '{"^a" = "2epochs"}',
 }  # fmt: skip
 
 
