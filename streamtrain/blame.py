@@ -5,6 +5,7 @@ Its law: it is only called once something has gone wrong, so it may look at ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,17 +58,25 @@ def _uncompiled(error: BaseException, where: str) -> StreamtrainError:
 
 
 def non_finite(batch: Batch | None, indices: Sequence[Any], losses: Sequence[float], step: int) -> StreamtrainError:
-    """The error for an update that was not made; a DataError where the batch itself holds what is not finite."""
-    if batch is not None:
-        for name, tensor in _tensors(batch):
-            bad = _first_bad(tensor)
-            if bad is not None:
-                at, value = bad
-                return DataError(
-                    f"step {step}: {name} hold {value} at {_place(batch, at)}; "
-                    f"the weights are those of step {step - 1}",
-                    hint="Mend the data, filter it in a transform, or give nonfinite='skip'.",
-                )
+    """The error for an update that was not made; a DataError where the batch itself holds what is not finite.
+
+    `batch`, `indices`, `losses`: the group's last batch, the sample numbers of each, and the loss of each. The data are
+    looked at only here, for NaN in them is no fault by itself: that of masked values, which a loss leaves out, is said
+    to be what it may be. Where another batch of the group has the bad loss, this one is not blamed.
+    """
+    bad_losses = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    if batch is not None and (not bad_losses or bad_losses[-1] == len(losses) - 1):
+        infinite = bool(bad_losses) and math.isinf(losses[-1])
+        found = [told for name, tensor in _tensors(batch) if (told := _bad(batch, name, tensor, infinite=infinite))]
+        if found:
+            what = "a gradient is not finite" if not bad_losses else f"the loss is {losses[-1]}"
+            return DataError(
+                f"step {step}: {'; '.join(found)}; {what}; the weights are those of step {step - 1}",
+                hint="Mend the data, filter it in a transform, or give nonfinite='skip'. If these values are masked: "
+                "fill them before the loss (torch.nan_to_num), since nan times 0 is nan.",
+            )
+    if bad_losses and len(indices) == len(losses):
+        indices = [indices[number] for number in bad_losses]
     rows = [row for index in indices if index is not None for row in torch.as_tensor(index).tolist()]
     shown = f", rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}" if rows else ""
     bad_loss = next((loss for loss in losses if loss != loss or abs(loss) == float("inf")), None)
@@ -108,14 +117,23 @@ def _named(name: str, part: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named(f"{name}[{number}]", value)
 
 
-def _first_bad(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
+def _bad(batch: Batch, name: str, tensor: Tensor, *, infinite: bool) -> str:
+    """What of an array is not finite: the first value, where it is, and in how many rows there are more.
+
+    `infinite`: look for infinities alone. The loss is one, which no NaN can make of it.
+    """
     if not tensor.is_floating_point():
-        return None
-    found = (~tensor.isfinite()).nonzero()
+        return ""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    bad = tensor.isinf() if infinite else ~tensor.isfinite()
+    found = bad.nonzero()
     if not len(found):
-        return None
+        return ""
     at = tuple(int(i) for i in found[0])
-    return at, float(tensor[at])
+    rows = int(bad.reshape(len(bad), -1).any(dim=1).sum()) if bad.ndim else 1
+    more = f" ({len(found)} values in {rows} of {len(bad)} rows)" if len(found) > 1 else ""
+    return f"{name} hold {float(tensor[at])} at {_place(batch, at)}{more}"
 
 
 def _place(batch: Batch, at: tuple[int, ...]) -> str:

@@ -68,8 +68,14 @@ class Checks:
         own, names = steps.training is not None, self._logged_names()
         any_name = names and (own or steps.validation is not None)
         check_monitors(
-            who, monitors, training=None if own or said else parts.loss_names, validation=None if any_name else names
+            who,
+            monitors,
+            training=None if own or said else self._training_names(),
+            validation=None if any_name else names,
         )
+
+    def _training_names(self) -> list[str]:
+        return [*self._parts.loss_names, *(["grad_norm"] if self._parts.options.clip_norm is not None else ())]
 
     def _logged_names(self) -> list[str]:
         return validation_names(self._validation, self._parts.evaluated_names)

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 KEYS = frozenset(
     {"version", "step", "progress", "stream", "rng", "epoch_rng", "own_rng", "scheduler", "scaler", "callbacks"}
-    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average"}
+    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average", "spikes"}
 )
 """What the state of this version holds."""
 
@@ -109,6 +109,7 @@ class Life:
             "ended": self.ended,
             "restores": self.restores,
             "config": dict(self.config),
+            "spikes": self.step.spikes.state_dict(),
             "average": None,  # the snapshot's: only between two jobs of the train thread is it where it belongs
         }
 
@@ -199,6 +200,7 @@ class Life:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.lr.load_state_dict(state["scheduler"])
+        self.step.spikes.load_state_dict(state["spikes"])
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
         self.rng.state, self.epoch_rng = state["rng"], state["epoch_rng"]

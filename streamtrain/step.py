@@ -25,6 +25,7 @@ from streamtrain.device import MoveBatch
 from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.outcome import Compute
 from streamtrain.schedulers import FixedLearningRate, LearningRate, get_lr
+from streamtrain.spikes import Spikes
 from streamtrain.tally import Report, Tally
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class TrainStep:
         self._parameters = _parameters(optimizer)
         self._order = {id(parameter): number for number, parameter in enumerate(model.parameters())}
         """A norm is summed in the model's order, as in the loops of others, however the optimizer groups them."""
+        self.spikes = Spikes()
+        """Of the gradients' norms, where these are clipped."""
         self._plain_zero = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         self._odd = _has_odd_gradients(model)
         self._scheduled = not isinstance(lr, FixedLearningRate)
@@ -172,6 +175,8 @@ class TrainStep:
         report.seconds = time.perf_counter() - report.began
         report.lr = get_lr(self._optimizer)
         done = len(self.tally.losses) - self._group
+        if self._clip_norm is not None:
+            self.spikes.offer(*self.tally.take_norms())
         self.tally.read(report, min(done, self._read_flags(report)) if self._flags else done)
         if report.updates:
             each = report.seconds / report.updates
@@ -249,7 +254,8 @@ class TrainStep:
             if self._clip_value is not None:
                 nn.utils.clip_grad_value_(self._parameters, self._clip_value)
             if self._clip_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+                norm = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+                self.tally.add_norm(norm, self.step + 1)
             if self._rated:
                 since = time.perf_counter() - report.began
                 self.lr.before_update(self.step, epoch, self._samples, self._elapsed + since)
@@ -367,6 +373,9 @@ class TrainStep:
             logger.warning("%s; %d updates are skipped", problem, len(bad))
             report.skipped += len(bad)
             self.skipped += len(bad)
+            ends = [*(place for _, place, _ in flags[1:]), len(self.tally.losses) - self._group]
+            for number in bad:
+                self.tally.leave_out_places(range(flags[number][1], ends[number]))
             return len(self.tally.losses)
         report.error = report.error or problem
         report.updates = bad[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,6 +73,8 @@ class Tally:
         self.counts: list[int] = []
         """Samples of each batch."""
         self._logged: list[tuple[int, str, Any]] = []
+        self._norms: list[Tensor] = []
+        self._first_norm = 0
         self._marks: list[_Mark] = []
         self._left_out: set[int] = set()
 
@@ -82,6 +84,18 @@ class Tally:
         for name, value in logged.items():
             number = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
             self._logged.append((place, name, number))
+
+    def add_norm(self, norm: Tensor, step: int) -> None:
+        """The norm of the gradients (0-d) of update `step`, whose last batch was added last."""
+        if not self._norms:
+            self._first_norm = step
+        self._norms.append(norm)
+        self._logged.append((len(self.losses) - 1, "grad_norm", norm))
+
+    def take_norms(self) -> tuple[int, list[float]]:
+        """The norms since this was last asked, and the update of the first."""
+        norms, self._norms = self._norms, []
+        return self._first_norm, torch.stack(norms).tolist() if norms else []
 
     def mark(self, step: int, rate: float) -> None:
         """A line of the log ends with the last batch."""
@@ -96,7 +110,11 @@ class Tally:
 
     def leave_out(self, batches: int) -> None:
         """Count the samples of the last so many batches, but not their numbers."""
-        self._left_out |= set(range(len(self.losses) - batches, len(self.losses)))
+        self.leave_out_places(range(len(self.losses) - batches, len(self.losses)))
+
+    def leave_out_places(self, places: Iterable[int]) -> None:
+        """The same of batches by their places since the last report."""
+        self._left_out.update(places)
 
     def read(self, report: Report, done: int) -> None:
         """Account for the first `done` batches, and forget them."""

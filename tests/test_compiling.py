@@ -70,7 +70,7 @@ async def test_a_forward_that_is_compiled_again_and_again_is_said_once(caplog: p
     inputs, targets = Samples().inputs, Samples().targets
     batches = [(inputs[:size], targets[:size]) for size in (2, 3, 4, 5, 6, 7)]
     await trainer(compile={**QUICK, "dynamic": False}).fit(batches, max_epochs=2)
-    assert caplog.text.count("the model was compiled 5 times so far") == 1
+    assert caplog.text.count("the model was compiled") == 1
 
 
 async def test_the_time_that_compiling_takes_is_not_an_updates() -> None:
