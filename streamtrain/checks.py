@@ -30,6 +30,7 @@ class Checks:
     def arguments(self, train: Stream, limits: Limits, resume: Resume, run_dir: Path | None) -> None:
         """Refuse what can be refused without looking at a disk."""
         refuse_world_size()
+        self._manual()
         if run_dir is None and not self._parts.options.dev:
             self._without_folder(resume)
         if self._parts.lossless:
@@ -48,6 +49,21 @@ class Checks:
             raise ConfigError(
                 f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
                 hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
+            )
+
+    def _manual(self) -> None:
+        parts = self._parts
+        if parts.manual is None:
+            return
+        if parts.steps.training is None:
+            raise ConfigError(
+                "several optimizers need a training step that calls manual_update(loss, name)",
+                hint="Override training_step, or give step=; with one optimizer name it: {'name': 'adamw', ...}.",
+            )
+        if parts.options.accumulate > 1:
+            raise ConfigError(
+                "accumulate_grad_batches is for one optimizer: with several the training step makes the updates",
+                hint="Give larger batches.",
             )
 
     def _without_folder(self, resume: Resume) -> None:

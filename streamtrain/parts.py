@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from streamtrain.life import (
     settings,
 )
 from streamtrain.losses import LOSSES, short_loss
+from streamtrain.manual import ManualStep, ManualUpdates
 from streamtrain.metrics import Metric, as_metric, names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
@@ -49,6 +51,7 @@ from streamtrain.progress import Progress
 from streamtrain.recomputing import recompute
 from streamtrain.rng import Rng
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
+from streamtrain.several_optimizers import build_optimizers, is_several
 from streamtrain.state import Snapshot
 from streamtrain.step import Door, TrainStep
 from streamtrain.streams import least, length
@@ -106,6 +109,8 @@ class Parts:
         """Name and state of a loaded checkpoint's schedule, until one is bound."""
         self.average: Average | None = None
         """The moving average of the weights, if one is wanted."""
+        self.manual = ManualUpdates() if is_several(optimizer) else None
+        """Where the user's training step makes its updates itself."""
         self.compiled: Compiled | None = None
         self.freezing: Freezing | None = None
         self.rng: Rng | None = None
@@ -125,7 +130,10 @@ class Parts:
             self.compiled = Compiled(self.model, self.options.compile, self.options.device)
         if self.options.freeze:
             self.freezing = Freezing(self.model, self.options.freeze)
-        self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
+        if is_several(self.optimizer_spec):
+            self.optimizer = build_optimizers(self.model, self.optimizer_spec, self.lr)
+        else:
+            self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
         self.switch = switch_of(self.model, self.optimizer)
         if self.freezing is not None:
             self.freezing.check(self.optimizer)
@@ -164,6 +172,8 @@ class Parts:
     @property
     def compute(self) -> Compute:
         """What a batch comes to in training."""
+        if self.manual is not None and self.steps.training is not None:
+            return self.manual.compute(called(self.manual.given(self.steps.training), self.model))
         if self.steps.training is not None:
             return custom(called(self.steps.training, self.model))
         return own_loss(self.model) if self.loss is None else supervised(self.model, self.loss)
@@ -326,7 +336,10 @@ class Parts:
 
     def _step(self, optimizer: Optimizer, lr: LearningRate, door: Door, begin: int) -> TrainStep:
         options = self.options
-        step = TrainStep(
+        kind: Callable[..., TrainStep] = TrainStep
+        if self.manual is not None:
+            kind = partial(ManualStep, updates=self.manual)
+        step = kind(
             self.model,
             optimizer,
             self.compute,

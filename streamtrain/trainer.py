@@ -98,6 +98,9 @@ class Trainer:
     `ema`: validation, prediction and the best weights are those of a moving average of this decay, which checkpoints
     hold beside the weights that train (`average` gives it). `freeze`: regexes of names of parameters that are not
     trained, or {regex: "2epochs"} (or "500steps", "never") to train them after that.
+    `optimizer={"gen": {...}, "disc": {...}}`, a table of several without a "name": each updates the submodule of its
+    name (or the `"params"` regex of its spec), and `training_step` calls `manual_update(loss, name)` for each update
+    instead of returning a loss.
     `compile`: true, a mode of `torch.compile` ("reduce-overhead", ...) or its keywords; the first update
     takes the time.
     `gradient_checkpointing`: blocks whose activations are computed again in the backward pass instead of being kept:
@@ -118,7 +121,7 @@ class Trainer:
         callbacks: Sequence[object] = (),
         run_dir: str | os.PathLike[str] | None = None,
         loss_weights: Mapping[Any, float] | None = None,
-        step: Callable[[nn.Module, Batch], Any] | None = None,
+        step: Callable[..., Any] | None = None,
         precision: str = "32",
         accumulate_grad_batches: int = 1,
         gradient_clip_norm: float | None = None,
@@ -252,6 +255,21 @@ class Trainer:
     def predict_step(self, model: nn.Module, batch: Batch) -> Any:
         """What `predict` gives for a batch; by default `model(batch.inputs)`, or a model of its own loss' `logits`."""
         return self._parts.outputs(batch)
+
+    def manual_update(self, loss: Tensor, name: str, **backward: Any) -> bool:
+        """In a training step, with `optimizer={"gen": ..., "disc": ...}`: one update of the optimizer `name`.
+
+        As in a bare loop: gradients are dropped, `loss.backward(**backward)`, the gradients of what this optimizer
+        holds are clipped, it is stepped, and all gradients are dropped. Whether it was made: one that is not finite
+        raises NonFiniteError, or is left out (nonfinite="skip"). In validation only the loss is counted. The log's
+        `loss` is the sum of the losses of a batch. Raises ConfigError outside of such a step.
+        """
+        if self._parts.manual is None:
+            raise ConfigError(
+                "manual_update needs several optimizers by name",
+                hint="Give optimizer={'gen': ..., 'disc': ...}; with one optimizer return the loss.",
+            )
+        return self._parts.manual.update(loss, name, **backward)
 
     @property
     def logger(self) -> JSONLogger | None:

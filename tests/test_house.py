@@ -19,7 +19,7 @@ errors events spelling flags toml_text log_file spikes
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.container data.budget data.codecs data.layout data.draws data.entropy
 dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors
-schedules learning_rate schedulers parameter_groups muon optimizers
+schedules learning_rate schedulers parameter_groups muon optimizers several_optimizers
 data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.reading
 data.files data.readers data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
@@ -38,7 +38,7 @@ data.iterable data.mix_pass data.mix
 averaging compiling freezing recomputing options progress rng openmp threads file_thread grace signals control
 tensors device tensor_file state optimizer_state switching checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
-streams blame outcome supply tally step
+streams blame outcome supply tally step manual
 callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.model_checkpoint callbacks.defaults saving

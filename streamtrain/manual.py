@@ -1,0 +1,197 @@
+"""Manual mode: a training step of the user's that makes its updates itself, of one optimizer after another.
+
+    def training_step(self, model, batch):
+        fake = model.gen(batch.inputs)
+        self.manual_update(d_loss(model.disc(batch.targets), model.disc(fake.detach())), "disc")
+        self.manual_update(g_loss(model.disc(fake)), "gen")
+
+One call of the step is one step, however many updates it makes. Each of these is a bare loop's: gradients dropped,
+backward, clipped (by each optimizer for itself), the optimizer stepped, gradients dropped. A function given as `step=`
+takes `update` as a third argument.
+
+Its law: an update whose loss or gradients are not finite is not made; where one of the same batch was made before it,
+the weights are no step's any more, so that a run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from streamtrain.blame import non_finite
+from streamtrain.data.batch import Batch
+from streamtrain.errors import ConfigError
+from streamtrain.outcome import Compute, Outcome
+from streamtrain.schedulers import get_lr
+from streamtrain.several_optimizers import Optimizers
+from streamtrain.step import Source, TrainStep
+from streamtrain.tally import Report
+
+logger = logging.getLogger(__name__)
+
+
+class ManualUpdates:
+    """What `manual_update` reaches: the step that is under way, or none."""
+
+    def __init__(self) -> None:
+        self.step: ManualStep | None = None
+        self.active = False
+        """A training step of the user's is being computed."""
+        self._losses: list[Tensor] = []
+
+    def update(self, loss: Any, name: str, **backward: Any) -> bool:
+        """Update by `loss` what the optimizer `name` holds; whether it was made. Without gradients, as in validation,
+        only the loss is counted. Raises ConfigError."""
+        if not self.active:
+            raise ConfigError(
+                "manual_update is for the training_step of a fit with optimizer={name: ..., name: ...}",
+                hint="With one optimizer return the loss; several are a table without 'name'.",
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+            raise ConfigError(
+                f"manual_update needs a loss of one number, not one of {what}", hint="Average it: .mean()"
+            )
+        self._losses.append(loss.detach())
+        if not torch.is_grad_enabled():
+            return False
+        assert self.step is not None
+        return self.step.update(loss, name, backward)
+
+    def given(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The user's function with `update`, if it takes one."""
+        if "update" in inspect.signature(function).parameters:
+            return partial(function, update=self.update)
+        return function
+
+    def compute(self, function: Callable[[Batch], Any]) -> Compute:
+        """What a batch comes to: the sum of the losses that were given to `update`, and what more the step returned."""
+
+        def compute(batch: Batch) -> Outcome:
+            self._losses, self.active = [], True
+            try:
+                made = function(batch)
+            finally:
+                self.active = False
+            rest: Mapping[str, Any] = made if isinstance(made, Mapping) else {}
+            if (made is not None and not isinstance(made, Mapping)) or "loss" in rest:
+                raise ConfigError(
+                    "a training_step with several optimizers returns no loss: nobody would know whose it is",
+                    hint="Call self.manual_update(loss, name), and return None or a dict of more to log.",
+                )
+            logged = {key: value for key, value in rest.items() if key not in ("outputs", "targets")}
+            losses, self._losses = self._losses, []
+            total = sum(losses[1:], losses[0]) if losses else None
+            return Outcome(total, rest.get("outputs"), rest.get("targets", batch.targets), logged)
+
+        return compute
+
+
+class ManualStep(TrainStep):
+    """A step whose updates the user's function asks for."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizers, *arguments: Any, updates: ManualUpdates, **more: Any):
+        super().__init__(model, optimizer, *arguments, **more)
+        self._members, self._epoch, self._made, self._refused = optimizer.members, 0, 0, 0
+        self._kernel_skips = False
+        updates.step = self
+
+    def run(self, source: Source, *, updates: int | None, seconds: float, epoch: int, remaining: int | None) -> Report:
+        """As in the automatic mode; the epoch is known before the first update of a batch."""
+        self._epoch = epoch
+        return super().run(source, updates=updates, seconds=seconds, epoch=epoch, remaining=remaining)
+
+    def _add(self, batch: Batch, remaining: int | None) -> None:
+        """One call of the user's step, which makes its updates."""
+        self._batch = batch
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+        self._generator = torch.default_generator.get_state()
+        batch = self._batch = self._move(batch)
+        samples = len(batch)
+        if not samples:
+            return
+        self._made = self._refused = 0
+        if self._scheduled:
+            self.lr.before_update(self.step, self._epoch)
+        if self._autocast is None:
+            loss, _, _, logged = self._compute(batch)
+        else:
+            with self._autocast():
+                loss, _, _, logged = self._compute(batch)
+        if logged:
+            self.tally.add_logged(logged)
+        self.tally.losses.append(torch.zeros(()) if loss is None else loss)
+        self.tally.counts.append(samples)
+        self._group += 1
+        if loss is None or self._refused:
+            self.tally.leave_out(1)
+        self._indices.append(batch.index)
+        self._cursor = batch.cursor
+
+    def update(self, loss: Tensor, name: str, backward: Mapping[str, Any]) -> bool:
+        """One update of one optimizer; whether it was made."""
+        if name not in self._members:
+            known = ", ".join(map(repr, self._members))
+            raise ConfigError(f"manual_update: there is no optimizer {name!r}", hint=f"There are: {known}.")
+        optimizer = self._members[name]
+        self._zero_grad()
+        with torch.autocast(self._device.type, enabled=False):
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward(**backward)  # type: ignore[no-untyped-call]
+            made = self._stepped(optimizer, loss)
+        self._zero_grad()
+        return made
+
+    def _stepped(self, optimizer: Optimizer, loss: Tensor) -> bool:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [gradient for p in parameters if (gradient := p.grad) is not None]
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        elif not self._checked([*gradients, loss.detach()]):
+            return self._refused_one(loss)
+        if self._clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self._clip_value)
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+        self._made += 1
+        self.torn = True
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+        return True
+
+    def _refused_one(self, loss: Tensor) -> bool:
+        problem = non_finite(self._batch, [self._batch and self._batch.index], [float(loss.detach())], self.step + 1)
+        if not self._skip:
+            raise problem
+        logger.warning("%s; the update is skipped", problem)
+        self._refused += 1
+        return False
+
+    def _update(self, report: Report, epoch: int) -> None:
+        """The end of a step: what all its updates have in common."""
+        if self.scaler is not None and self._made:
+            self.scaler.update()
+        self.torn = False
+        if self._refused:
+            report.skipped += 1
+            self.skipped += 1
+        if self._average is not None and self._made:
+            self._average.update()
+        if (self.step + 1) % self._log_every == 0:
+            self.tally.mark(self.step + 1, get_lr(self._optimizer))
+        if self._scheduled:
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+            self.lr.after_update()
+        self.step += 1
+        report.updates += 1
+        report.cursor = self._cursor
+        self._begin_group()

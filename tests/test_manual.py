@@ -1,0 +1,207 @@
+"""What the manual mode promises: a bare loop with several optimizers, to the bit, and exact after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamtrain.data.batch import Batch
+from streamtrain.errors import ConfigError, NonFiniteError
+from streamtrain.optimizers import build_optimizer
+from streamtrain.several_optimizers import build_optimizers
+from streamtrain.trainer import Trainer
+from tests.engine import Samples, pairs, same
+
+OPTIMIZERS: dict[str, Any] = {"gen": {"name": "adam", "betas": (0.5, 0.9)}, "disc": {"name": "sgd", "lr": 0.05}}
+
+
+class Pair(nn.Module):
+    """A generator of targets, and what tells them from real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gen = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.25), nn.Linear(16, 1))
+        self.disc = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def losses(model: Any, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the discriminator and of the generator."""
+    fake = model.gen(inputs)
+    told = (
+        nn.functional.softplus(model.disc(fake.detach())).mean() + nn.functional.softplus(-model.disc(targets)).mean()
+    )
+    return told, fake
+
+
+def fooled(model: Any, fake: Tensor) -> Tensor:
+    return nn.functional.softplus(-model.disc(fake)).mean()
+
+
+class Adversarial(Trainer):
+    def training_step(self, model: Any, batch: Batch) -> Any:
+        told, fake = losses(model, batch.inputs, batch.targets)
+        assert self.manual_update(told, "disc") is torch.is_grad_enabled()
+        self.manual_update(fooled(model, fake), "gen")
+        return {"told": told.detach(), "outputs": fake}
+
+
+def trainer(**options: Any) -> Adversarial:
+    return Adversarial(Pair(), **{"optimizer": OPTIMIZERS, "seed": 5, "device": "cpu", "log_every": 5, **options})
+
+
+def by_hand(epochs: int, *, clip: float | None = None, lr: Any = lambda step: 1.0) -> tuple[nn.Module, list[float]]:
+    """The bare loop; the sum of both losses of each batch."""
+    model = Pair()
+    gen = torch.optim.Adam(model.gen.parameters(), lr=1e-3, betas=(0.5, 0.9), fused=True)
+    disc = torch.optim.SGD(model.disc.parameters(), lr=0.05, fused=True)
+    torch.manual_seed(5)
+    sums = []
+    for step, (inputs, targets) in enumerate(pair for epoch in pairs(Samples(), epochs) for pair in epoch):
+        gen.param_groups[0]["lr"], disc.param_groups[0]["lr"] = 1e-3 * lr(step), 0.05 * lr(step)
+        told, fake = losses(model, inputs, targets)
+        for optimizer, part in ((disc, model.disc), (gen, model.gen)):
+            loss: Any = told if optimizer is disc else fooled(model, fake)
+            model.zero_grad()
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(part.parameters(), clip)
+            optimizer.step()
+            sums.append(float(loss.detach()))
+    return model, [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+
+
+async def test_the_weights_are_those_of_the_bare_loop() -> None:
+    fitted = trainer(metrics={"mae": nn.L1Loss()})
+    result = await fitted.fit(Samples(), validation=Samples(24), max_epochs=2)
+    model, sums = by_hand(2)
+    assert same(fitted.model, model)
+    assert result.step == 26
+    counts = [8] * 12 + [4]
+    mean = sum(loss * count for loss, count in zip(sums[13:], counts, strict=True)) / 100
+    assert result.metrics["loss"] == pytest.approx(mean, rel=1e-6)
+    assert {"told", "val_loss", "val_told", "val_mae"} <= result.metrics.keys()
+
+
+async def test_clipping_and_the_schedule_are_each_optimizers_own() -> None:
+    fitted = trainer(gradient_clip_norm=0.01, scheduler={"name": "linear", "total": 26})
+    await fitted.fit(Samples(), max_epochs=2)
+    assert same(fitted.model, by_hand(2, clip=0.01, lr=lambda step: 1 - step / 26)[0])
+
+
+async def test_torchs_schedulers_are_stepped_after_each_batch() -> None:
+    fitted = trainer(scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5))
+    await fitted.fit(Samples(), max_epochs=2)
+    assert same(fitted.model, by_hand(2, lr=lambda step: 0.5 ** (step // 4))[0])
+
+
+@pytest.mark.parametrize("stop", [1, 9, 13, 20])
+async def test_a_resumed_run_has_all_optimizers_as_they_were(tmp_path: Path, stop: int) -> None:
+    await trainer(run_dir=tmp_path).fit(Samples(), max_steps=stop)
+    again = trainer(run_dir=tmp_path)
+    await again.fit(Samples(), max_epochs=2, resume="auto")
+    assert same(again.model, by_hand(2)[0])
+
+
+async def test_a_function_is_given_update() -> None:
+    def step(model: Any, batch: Batch, update: Any) -> None:
+        told, fake = losses(model, batch.inputs, batch.targets)
+        model.disc(batch.targets).sum().backward() if torch.is_grad_enabled() else None  # no part of it
+        update(told, "disc")
+        update(fooled(model, fake), "gen")
+
+    fitted = Trainer(Pair(), step=step, optimizer=OPTIMIZERS, seed=5, device="cpu")
+    await fitted.fit(Samples(), validation=Samples(24), max_epochs=2)
+    assert same(fitted.model, by_hand(2)[0])
+
+
+class Broken(Trainer):
+    """Whose generator's loss is no number at step 4."""
+
+    def training_step(self, model: Any, batch: Batch) -> Any:
+        told, fake = losses(model, batch.inputs, batch.targets)
+        bad = batch.cursor.position == 32
+        parts = {"disc": told * float("nan") if bad and self.bad == "disc" else told}
+        self.manual_update(parts["disc"], "disc")
+        loss = fooled(model, fake)
+        self.manual_update(loss * float("nan") if bad and self.bad == "gen" else loss, "gen")
+
+    bad = "gen"
+
+
+@pytest.mark.parametrize(("bad", "saved"), [("disc", [3]), ("gen", [])])
+async def test_after_half_a_step_nothing_is_saved(tmp_path: Path, bad: str, saved: list[int]) -> None:
+    fitted = Broken(Pair(), optimizer=OPTIMIZERS, seed=5, device="cpu", run_dir=tmp_path)
+    fitted.bad = bad
+    with pytest.raises(NonFiniteError, match=r"step 4, rows .*: the loss is nan"):
+        await fitted.fit(Samples())
+    found = (tmp_path / "checkpoints").glob("step-*")
+    assert [int(path.name.removeprefix("step-")) for path in found] == saved
+
+
+async def test_an_update_that_is_skipped_is_one_optimizers(caplog: pytest.LogCaptureFixture) -> None:
+    fitted = Broken(Pair(), optimizer=OPTIMIZERS, seed=5, device="cpu", nonfinite="skip")
+    result = await fitted.fit(Samples())
+    assert caplog.text.count("the update is skipped") == 1
+    assert result.metrics["loss"] == result.metrics["loss"]
+    assert fitted.optimizer is not None
+    steps = [state["step"] for state in fitted.optimizer.state.values() if "step" in state]
+    assert {int(step) for step in steps} == {12}
+
+
+def test_the_state_of_several_is_that_of_one_with_their_groups() -> None:
+    model = Pair()
+    several = build_optimizers(model, {"gen": "adamw", "disc": "adamw"}, 1e-3)
+    one = build_optimizer(model, {"name": "adamw", "rules": [("^gen", {}), ("^disc", {})]})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    one.step()
+    several.load_state_dict(one.state_dict())
+    assert set(several.members["disc"].state) == set(model.disc.parameters())
+    mine, theirs = several.state_dict(), one.state_dict()
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert mine["state"].keys() == theirs["state"].keys()
+    assert all(torch.equal(mine["state"][n]["exp_avg"], theirs["state"][n]["exp_avg"]) for n in mine["state"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        ({"gen": "adam"}, r"none of 'gen' updates disc.0.weight"),
+        ({"gen": "adam", "disk": "sgd"}, r"optimizer.disk: nothing to train is named '\^disk"),
+        (
+            {"gen": "adam", "disc": {"name": "sgd", "params": "weight"}},
+            r"gen.0.weight belongs to both 'gen' and 'disc'",
+        ),
+        ({"gen": "adan", "disc": "sgd"}, r"optimizer.gen: optimizer: unknown name 'adan'"),
+        ({"gen": "adam", "disc": {"name": "sgd", "params": "("}}, r"optimizer.disc.params: '\(' is no regular"),
+    ],
+)
+def test_a_parameter_belongs_to_exactly_one_optimizer(optimizer: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        trainer(optimizer=optimizer)
+
+
+async def test_what_manual_mode_cannot_do_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match="accumulate_grad_batches is for one optimizer"):
+        await trainer(accumulate_grad_batches=2, run_dir=run).fit(Samples())
+    with pytest.raises(ConfigError, match="need a training step"):
+        await Trainer(Pair(), nn.MSELoss(), optimizer=OPTIMIZERS, run_dir=run).fit(Samples())
+    assert not run.exists()
+    steps: list[tuple[Any, str]] = [
+        (lambda model, batch: model.gen(batch.inputs).mean(), "returns no loss"),
+        (lambda model, batch, update: update(model.gen(batch.inputs).mean(), "dis"), "there is no optimizer 'dis'"),
+        (lambda model, batch, update: update(model.gen(batch.inputs), "gen"), r"not one of the shape \(8, 1\)"),
+    ]
+    for step, told in steps:
+        with pytest.raises(ConfigError, match=told):
+            await Trainer(Pair(), step=step, optimizer=OPTIMIZERS, device="cpu").fit(Samples())
+    with pytest.raises(ConfigError, match="is for the training_step"):
+        trainer().manual_update(torch.zeros(()), "gen")
+    with pytest.raises(ConfigError, match="needs several optimizers"):
+        Trainer(Pair()).manual_update(torch.zeros(()), "gen")
