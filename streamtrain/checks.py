@@ -60,6 +60,8 @@ class Checks:
                 "several optimizers need a training step that calls manual_update(loss, name)",
                 hint="Override training_step, or give step=; with one optimizer name it: {'name': 'adamw', ...}.",
             )
+        if parts.options.rollback:
+            raise ConfigError("nonfinite='rollback' is for one optimizer", hint="Give 'skip' or 'raise'.")
         if parts.options.accumulate > 1:
             raise ConfigError(
                 "accumulate_grad_batches is for one optimizer: with several the training step makes the updates",

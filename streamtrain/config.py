@@ -225,7 +225,7 @@ class TrainerTable(Table):
     ) = None
     seed: Seed | None = None
     deterministic: Annotated[bool, Must("true or false")] = False
-    nonfinite: Annotated[Literal["raise", "skip"], Must('"raise" or "skip"')] = "raise"
+    nonfinite: Annotated[Literal["raise", "skip", "rollback"], Must('"raise", "skip" or "rollback"')] = "raise"
     log_every: Count = 50
     validate_every: Every = "1epoch"
     fast_dev_run: Annotated[bool | Count, Must("true, false or a number of batches of at least 1")] = False

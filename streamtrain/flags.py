@@ -124,7 +124,7 @@ _TRAINER = [
     Flag("--ema", ("trainer.ema",), "validate with a moving average of the weights, of this decay: 0.999"),
     Flag("--freeze", ("trainer.freeze",), 'regex of parameters to leave alone, or \'{"^backbone" = "2epochs"}\''),
     Flag("--deterministic", ("trainer.deterministic",), "only deterministic kernels", "bool"),
-    Flag("--nonfinite", ("trainer.nonfinite",), "raise or skip", "text"),
+    Flag("--nonfinite", ("trainer.nonfinite",), "raise, skip or rollback", "text"),
     Flag("--log-every", ("trainer.log_every",), "steps between two lines of metrics.jsonl"),
     Flag("--validate-every", ("trainer.validate_every",), "1epoch, 500steps", "text"),
     Flag("--sanity-batches", ("trainer.sanity_batches",), "validation batches tried before training"),

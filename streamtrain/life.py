@@ -30,6 +30,7 @@ from streamtrain.freezing import Freezing
 from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
 from streamtrain.progress import Progress
 from streamtrain.rng import Rng, RngState
+from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate
 from streamtrain.state import Snapshot, Tree
 from streamtrain.step import TrainStep
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 KEYS = frozenset(
     {"version", "step", "progress", "stream", "rng", "epoch_rng", "own_rng", "scheduler", "scaler", "callbacks"}
-    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average", "spikes"}
+    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average", "spikes", "kept"}
 )
 """What the state of this version holds."""
 
@@ -58,6 +59,7 @@ class Life:
     stream: Stream | None
     """None where it is saved outside of a fit that never was."""
     average: Average | None = None
+    rollback: Rollback | None = None
     freezing: Freezing | None = None
     compiled: Compiled | None = None
     rng: Rng
@@ -110,6 +112,7 @@ class Life:
             "restores": self.restores,
             "config": dict(self.config),
             "spikes": self.step.spikes.state_dict(),
+            "kept": None,
             "average": None,  # the snapshot's: only between two jobs of the train thread is it where it belongs
         }
 
@@ -146,6 +149,8 @@ class Life:
             optimizer = {"optimizer": optimizer, "learning": self.switch.state_dict()}
         if self.average is not None:
             state = {**state, "average": self.average.state_dict()}
+        if self.rollback is not None:
+            state = {**state, "kept": self.rollback.state_dict()}
         return Snapshot(model, trees.clone(optimizer), trees.clone(state))
 
     def weights_to_keep(self) -> dict[str, Tensor]:
@@ -199,6 +204,8 @@ class Life:
         load_weights(snapshot, self.model, self.optimizer, self.switch)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.rollback is not None:
+            self.rollback.load_state_dict(state["kept"])
         self.lr.load_state_dict(state["scheduler"])
         self.step.spikes.load_state_dict(state["spikes"])
         if self.step.scaler is not None and state["scaler"]:

@@ -31,6 +31,8 @@ class Options:
     deterministic: bool
     skip: bool
     """Updates that are not finite are left out rather than an error."""
+    rollback: bool
+    """After one that is not finite the run goes back to weights of a while ago."""
     log_every: int
     validate_every: tuple[int, str]
     dev: int

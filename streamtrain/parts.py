@@ -50,6 +50,7 @@ from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
 from streamtrain.recomputing import recompute
 from streamtrain.rng import Rng
+from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
 from streamtrain.several_optimizers import build_optimizers, is_several
 from streamtrain.state import Snapshot
@@ -112,6 +113,7 @@ class Parts:
         self.manual = ManualUpdates() if is_several(optimizer) else None
         """Where the user's training step makes its updates itself."""
         self.compiled: Compiled | None = None
+        self.rollback: Rollback | None = None
         self.freezing: Freezing | None = None
         self.rng: Rng | None = None
         self._settings: dict[str, Any] = {}
@@ -146,6 +148,9 @@ class Parts:
                 )
             self.average = Average(self.model, self.options.ema)
             logger.info("ema: a second copy of the weights is kept (%s)", format_bytes(self.average.bytes))
+        if self.options.rollback:
+            self.rollback = Rollback(self.model, self.optimizer, self.average)
+            logger.info("rollback: a copy of the weights and of the optimizer is kept in memory and in checkpoints")
 
     def set_loss(self, loss: Losses | None) -> None:
         """Another loss, from the next fit on."""
@@ -291,6 +296,7 @@ class Parts:
             step=self._step(optimizer, self.scheduler, door, progress.step),
             stream=train,
             average=self.average,
+            rollback=self.rollback,
             freezing=self.freezing,
             compiled=self.compiled,
             rng=self.random(),
@@ -354,6 +360,7 @@ class Parts:
             skip=options.skip,
             log_every=options.log_every,
             average=self.average,
+            rollback=self.rollback,
             moves=options.device_transform is not None,
         )
         step.step = begin
@@ -370,6 +377,8 @@ class Parts:
         load_weights(snapshot, self.model, self.optimizer, self.switch)
         if self.average is not None:
             self.average.load_state_dict(snapshot.state["average"])
+        if self.rollback is not None:
+            self.rollback.load_state_dict(snapshot.state["kept"])
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]

@@ -22,8 +22,9 @@ from streamtrain.averaging import Average
 from streamtrain.blame import explained, non_finite
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import MoveBatch
-from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.errors import ConfigError, DataError, StreamtrainError
 from streamtrain.outcome import Compute
+from streamtrain.rollback import Rollback
 from streamtrain.schedulers import FixedLearningRate, LearningRate, get_lr
 from streamtrain.spikes import Spikes
 from streamtrain.tally import Report, Tally
@@ -66,6 +67,7 @@ class TrainStep:
         skip: bool = False,
         log_every: int = 50,
         average: Average | None = None,
+        rollback: Rollback | None = None,
         moves: bool = False,
     ) -> None:
         """`moves`: `move` does something even to tensors on the CPU."""
@@ -97,7 +99,7 @@ class TrainStep:
         self._move, self._door, self._device = move, door, device
         self._moves = moves or device.type != "cpu"
         self._skip, self._log_every = skip, log_every
-        self._average = average
+        self._average, self._rollback = average, rollback
         self._clip_norm, self._clip_value = clip_norm, clip_value
         self._autocast = None if precision == "32" else autocast(precision, device)
         self._one = torch.ones((), device=device)
@@ -146,6 +148,8 @@ class TrainStep:
         report = Report(self.step + 1, began=time.perf_counter())
         self._samples, self._elapsed = samples, elapsed
         before = self.seconds
+        if self._rollback is not None and not self._group:
+            self._rollback.keep(self.step)
         self._parameters = _parameters(self._optimizer)  # a callback may have added a group between bursts
         if self._clip_norm is not None:
             self._parameters.sort(key=lambda parameter: self._order.get(id(parameter), len(self._order)))
@@ -284,6 +288,8 @@ class TrainStep:
         report.updates += 1
         report.cursor = self._cursor
         self._begin_group()
+        if self._rollback is not None:
+            self._rollback.keep(self.step)
 
     def _zero_grad(self) -> None:
         """Drop the gradients. torch's own method does the same, and records each call: 9 us a step."""
@@ -350,12 +356,16 @@ class TrainStep:
         """Not make this update: leave all as it was, and say so."""
         losses = [float(loss) for loss in self.tally.losses[-self._group :]]
         problem = non_finite(self._batch, self._indices, losses, self.step + 1)
-        if not self._skip:
+        back = self._rollback is not None and not isinstance(problem, DataError)  # good weights meet bad data
+        if not self._skip and self._rollback is None:
             raise problem
-        logger.warning("%s; the update is skipped", problem)
+        if not back:
+            logger.warning("%s; the update is skipped", problem)
         self._zero_grad()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
+        if back and self._rollback is not None:
+            self._rollback.back(problem, self.step + 1)
         self.tally.leave_out(self._group)
         if (self.step + 1) % self._log_every == 0:
             self.tally.mark(self.step + 1, get_lr(self._optimizer))
@@ -369,8 +379,12 @@ class TrainStep:
         if not bad:
             return len(self.tally.losses)
         problem = non_finite(None, [], [], report.first_step + bad[0])
-        if self._skip:
-            logger.warning("%s; %d updates are skipped", problem, len(bad))
+        if self._skip or self._rollback is not None:
+            if self._rollback is not None:
+                self._found.zero_()
+                self._rollback.back(problem, report.first_step + bad[0])
+            else:
+                logger.warning("%s; %d updates are skipped", problem, len(bad))
             report.skipped += len(bad)
             self.skipped += len(bad)
             ends = [*(place for _, place, _ in flags[1:]), len(self.tally.losses) - self._group]

@@ -105,6 +105,9 @@ class Trainer:
     takes the time.
     `gradient_checkpointing`: blocks whose activations are computed again in the backward pass instead of being kept:
     the children of the `nn.Sequential` or `nn.ModuleList` that has most of them, or a regex of names of modules.
+    `nonfinite`: an update whose loss or gradients are not finite is never made; "raise" ends the run with its weights
+    of before, "skip" leaves the update out, "rollback" goes back to the weights of up to 100 updates ago and on with
+    the next batch, 5 times at most.
 
     Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
     """
@@ -161,7 +164,8 @@ class Trainer:
             device_transform=device_transform,
             seed=None if seed is None else count(seed, "seed", least=0),
             deterministic=bool(deterministic),
-            skip=one_of(nonfinite, ("raise", "skip"), "nonfinite") == "skip",
+            skip=one_of(nonfinite, ("raise", "skip", "rollback"), "nonfinite") == "skip",
+            rollback=nonfinite == "rollback",
             log_every=count(log_every, "log_every"),
             validate_every=every(validate_every, "validate_every"),
             dev=0 if fast_dev_run is False else count(int(fast_dev_run), "fast_dev_run"),
