@@ -82,7 +82,7 @@ class Checks:
 
     def _monitors(self, who: str, monitors: Iterable[str], *, said: bool = False) -> None:
         """Refuse monitors that nothing will log; `said`: whether `log_metrics` may bring names of training as well."""
-        parts, steps = self._parts, self._parts.steps
+        steps = self._parts.steps
         own, names = steps.training is not None, self._logged_names()
         any_name = names and (own or steps.validation is not None)
         check_monitors(

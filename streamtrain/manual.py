@@ -103,10 +103,10 @@ class ManualStep(TrainStep):
         self._kernel_skips = False
         updates.step = self
 
-    def run(self, source: Source, *, updates: int | None, seconds: float, epoch: int, remaining: int | None) -> Report:
+    def run(self, source: Source, *, epoch: int, **how: Any) -> Report:
         """As in the automatic mode; the epoch is known before the first update of a batch."""
         self._epoch = epoch
-        return super().run(source, updates=updates, seconds=seconds, epoch=epoch, remaining=remaining)
+        return super().run(source, epoch=epoch, **how)
 
     def _add(self, batch: Batch, remaining: int | None) -> None:
         """One call of the user's step, which makes its updates."""
@@ -119,7 +119,9 @@ class ManualStep(TrainStep):
         if not samples:
             return
         self._made = self._refused = 0
-        if self._scheduled:
+        if self._rated:
+            self.lr.before_update(self.step, self._epoch, self._samples, self._elapsed)
+        elif self._scheduled:
             self.lr.before_update(self.step, self._epoch)
         if self._autocast is None:
             loss, _, _, logged = self._compute(batch)
