@@ -71,8 +71,9 @@ class Checks:
     def _without_folder(self, resume: Resume) -> None:
         if resume is not None:
             raise ConfigError(f"resume={resume!r} needs a run_dir")
-        if any(isinstance(callback, ModelCheckpoint) for callback in self._callbacks):
-            raise ConfigError("ModelCheckpoint needs a run_dir", hint="Give run_dir=, or leave it out.")
+        for callback in self._callbacks:
+            if isinstance(callback, ModelCheckpoint) or getattr(callback, "needs_folder", False):
+                raise ConfigError(f"{type(callback).__name__} needs a run_dir", hint="Give run_dir=, or leave it out.")
 
     def _watched(self, name: str, monitors: Sequence[str]) -> None:
         for monitor in monitors:

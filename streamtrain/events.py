@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from streamtrain.media import Medium
 
 T = TypeVar("T")
 
 OnTrainThread = Callable[[Callable[[Any, Any], Any]], Awaitable[Any]]
 """`await runner(fn)` runs `fn(model, optimizer)` between two bursts and returns its result."""
+
+
+class Desk(Protocol):
+    """Where a callback asks and leaves what goes beyond its event."""
+
+    def updates(self) -> int:
+        """Updates made by now."""
+
+    def log(self, values: Mapping[str, Any], split: str | None) -> None:
+        """Leave numbers for the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +42,7 @@ class Event:
     time: float = 0.0
     """Seconds for which fits of this run were going on, pauses included, the time between two lives not."""
     runner: OnTrainThread | None = field(default=None, repr=False, compare=False)
+    desk: Desk | None = field(default=None, repr=False, compare=False)
 
     async def on_train_thread(self, fn: Callable[[Any, Any], T]) -> T:
         """Run `fn(model, optimizer)` on the train thread between two bursts and return its result.
@@ -39,6 +53,18 @@ class Event:
             raise RuntimeError("this event does not come from a running fit")
         result: T = await self.runner(fn)
         return result
+
+    def updates(self) -> int:
+        """Updates made by now; in a function that `on_train_thread` runs, exactly those whose weights it sees."""
+        return self.step if self.desk is None else self.desk.updates()
+
+    def log_metrics(self, values: Mapping[str, Any], *, split: str | None = None) -> None:
+        """Add numbers to the next line of the log, or have a line of their own of this `split`; from any thread.
+
+        Raises ConfigError, and adds nothing, if one is no number; does nothing where no fit is running.
+        """
+        if self.desk is not None:
+            self.desk.log(values, split)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +188,14 @@ class Log(Event):
     split: str = "train"
     values: Mapping[str, float] = field(default_factory=dict)
     """Plain Python floats by their full names (`loss`, `lr`, `val_loss`, ...); may be non-finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Media(Event):
+    """`on_media`: what `log_media` was given, for loggers; never dropped."""
+
+    values: Mapping[str, Medium] = field(default_factory=dict)
+    """Images, tables and histograms (streamtrain.media) by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,7 +113,7 @@ class Wheel:
             while await self._ready(batches):
                 report = await driver.burst(batches, self._most_updates())
                 telling = self._teller.burst(report, driver.take_waited())
-                await (self._keeper.attend(telling) if report.rows else telling)
+                await (self._keeper.attend(telling) if report.rows or self._teller.noted else telling)
                 self._keeper.check()
                 if report.updates and not self._step.partial:
                     if self._due() and not await self._finished(batches):
@@ -331,6 +331,7 @@ class Wheel:
         self._keeper.check()
         if over:
             await self._keeper.load_best()
+        await self._keeper.attend(self._teller.last_notes())
         self._teller.status(reason)
         metrics = dict(self._life.metrics)
         self._told_end = True

@@ -54,7 +54,7 @@ from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
 from streamtrain.several_optimizers import build_optimizers, is_several
 from streamtrain.state import Snapshot
-from streamtrain.step import Door, TrainStep
+from streamtrain.step import Door, Gauge, TrainStep
 from streamtrain.streams import least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
@@ -293,7 +293,7 @@ class Parts:
             optimizer=optimizer,
             lr=self.scheduler,
             switch=self.switch,
-            step=self._step(optimizer, self.scheduler, door, progress.step),
+            step=self._step(optimizer, self.scheduler, door, progress.step, _gauges(bus)),
             stream=train,
             average=self.average,
             rollback=self.rollback,
@@ -340,7 +340,9 @@ class Parts:
             group.update(options)
         return scheduler
 
-    def _step(self, optimizer: Optimizer, lr: LearningRate, door: Door, begin: int) -> TrainStep:
+    def _step(
+        self, optimizer: Optimizer, lr: LearningRate, door: Door, begin: int, gauges: tuple[Gauge, ...]
+    ) -> TrainStep:
         options = self.options
         kind: Callable[..., TrainStep] = TrainStep
         if self.manual is not None:
@@ -364,6 +366,7 @@ class Parts:
             moves=options.device_transform is not None,
         )
         step.step = begin
+        step.gauges = gauges
         return step
 
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
@@ -422,6 +425,12 @@ def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function |
         f"loss must be a function of (outputs, targets), not {loss!r}",
         hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
     )
+
+
+def _gauges(bus: Bus) -> tuple[Gauge, ...]:
+    """What the callbacks read at each line of the log."""
+    gauges = (getattr(callback, "gauge", None) for callback in bus.named().values())
+    return tuple(gauge for gauge in gauges if callable(gauge))
 
 
 def _drawing_from(rng: Rng, fn: Callable[[], T]) -> T:

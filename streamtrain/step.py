@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -30,6 +30,9 @@ from streamtrain.spikes import Spikes
 from streamtrain.tally import Report, Tally
 
 logger = logging.getLogger(__name__)
+
+Gauge = Callable[[Optimizer, int], Mapping[str, float]]
+"""`gauge(optimizer, epoch)`: numbers for a line of the log, read on the train thread right after its update."""
 
 
 class Source(Protocol):
@@ -77,6 +80,8 @@ class TrainStep:
         self.accumulate = accumulate
         """Batches of a full update."""
         self.tally = Tally()
+        self.gauges: tuple[Gauge, ...] = ()
+        """Asked at each line of the log, and never else."""
         self.skipped = 0
         """Updates over this life that were not made because of a number that is not finite."""
         self.scaler = torch.amp.GradScaler("cuda") if precision == "16" else None
@@ -104,6 +109,7 @@ class TrainStep:
         self._autocast = None if precision == "32" else autocast(precision, device)
         self._one = torch.ones((), device=device)
         self._found = torch.zeros((), device=device)
+        self._epoch = 0
         self._kernel_skips = device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._flags: list[tuple[Tensor, int, Cursor | None]] = []
         self._buffers = _running_statistics(model)
@@ -147,7 +153,7 @@ class TrainStep:
         """
         report = Report(self.step + 1, began=time.perf_counter())
         self._samples, self._elapsed = samples, elapsed
-        before = self.seconds
+        before, self._epoch = self.seconds, epoch
         if self._rollback is not None and not self._group:
             self._rollback.keep(self.step)
         self._parameters = _parameters(self._optimizer)  # a callback may have added a group between bursts
@@ -186,6 +192,13 @@ class TrainStep:
             each = report.seconds / report.updates
             self.seconds = each if not before else 0.8 * before + 0.2 * each
         return report
+
+    def gauged(self) -> dict[str, float]:
+        """What a line of the log says beside the means: the learning rate, and what the gauges read."""
+        values = {"lr": get_lr(self._optimizer)}
+        for gauge in self.gauges:
+            values.update(gauge(self._optimizer, self._epoch))
+        return values
 
     def undo(self) -> None:
         """Forget the batches of a group that was not updated: gradients, running statistics, random numbers."""
@@ -275,7 +288,7 @@ class TrainStep:
             if self._average is not None:
                 self._average.update(self._flags[-1][0] if self._flags else None)
             if (self.step + 1) % self._log_every == 0:
-                self.tally.mark(self.step + 1, get_lr(optimizer))
+                self.tally.mark(self.step + 1, self.gauged())
             del gradients
             self._zero_grad()
             if self._scheduled:
@@ -368,7 +381,7 @@ class TrainStep:
             self._rollback.back(problem, self.step + 1)
         self.tally.leave_out(self._group)
         if (self.step + 1) % self._log_every == 0:
-            self.tally.mark(self.step + 1, get_lr(self._optimizer))
+            self.tally.mark(self.step + 1, self.gauged())
         report.skipped += 1
         self.skipped += 1
 

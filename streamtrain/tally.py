@@ -57,7 +57,7 @@ class Report:
 class _Mark(NamedTuple):
     place: int
     step: int
-    rate: float
+    gauged: Mapping[str, float]
     at: float
 
 
@@ -97,9 +97,9 @@ class Tally:
         norms, self._norms = self._norms, []
         return self._first_norm, torch.stack(norms).tolist() if norms else []
 
-    def mark(self, step: int, rate: float) -> None:
-        """A line of the log ends with the last batch."""
-        self._marks.append(_Mark(len(self.losses), step, rate, time.perf_counter()))
+    def mark(self, step: int, gauged: Mapping[str, float]) -> None:
+        """A line of the log ends with the last batch; `gauged`: what it says beside the means."""
+        self._marks.append(_Mark(len(self.losses), step, gauged, time.perf_counter()))
 
     def drop(self, batches: int) -> None:
         """Forget the last so many batches."""
@@ -128,7 +128,7 @@ class Tally:
         begin = 0
         for mark in self._marks:
             self._account(report, losses, named, begin, mark.place)
-            values = {**self.window.compute(), "lr": mark.rate}
+            values = {**self.window.compute(), **mark.gauged}
             report.rows.append(Row(mark.step, report.samples, mark.at, values))
             self.window.reset()
             begin = mark.place

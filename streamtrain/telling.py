@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from streamtrain.callbacks.bus import Bus
 from streamtrain.events import BatchBegin, BatchEnd, Event, Log, Verdict
 from streamtrain.life import Life
+from streamtrain.notes import Notes
 from streamtrain.plan import Plan
-from streamtrain.schedulers import get_lr
 from streamtrain.tally import Report
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class Teller:
@@ -28,24 +30,38 @@ class Teller:
         thread: TrainThread,
         *,
         status: Callable[[dict[str, Any]], None],
-        said: Callable[[], dict[str, float]],
+        notes: Notes,
     ) -> None:
         self._life, self._plan, self._bus, self._thread = life, plan, bus, thread
-        self._status, self._said = status, said
+        self._status, self._notes = status, notes
         self._base, self._born = life.progress.time, time.monotonic()
         self._status_when = self._born
         self._first_step = life.progress.step
+        self._unseen = False
 
     def elapsed(self) -> float:
         """Seconds of training over the run's life; kept in the progress too."""
         self._life.progress.time = self._base + time.monotonic() - self._born
         return self._life.progress.time
 
+    def _counts(self) -> dict[str, Any]:
+        progress, now = self._life.progress, self.elapsed()
+        return {"epoch": progress.epoch, "step": progress.step, "samples": progress.samples, "time": now}
+
     def standing(self) -> dict[str, Any]:
         """What every event carries."""
-        progress, now = self._life.progress, self.elapsed()
-        counts = {"epoch": progress.epoch, "step": progress.step, "samples": progress.samples, "time": now}
-        return {**counts, "runner": self._on_train_thread}
+        return {**self._counts(), "runner": self._on_train_thread, "desk": self}
+
+    def updates(self) -> int:
+        """Updates made by now, those of a burst under way too."""
+        return self._life.step.step
+
+    def log(self, values: Mapping[str, Any], split: str | None) -> None:
+        """Numbers of a callback: for the next line, or as a line of their own; from any thread."""
+        if split is None:
+            self._notes.metrics(values)
+        else:
+            self._notes.line(values, split)
 
     async def _on_train_thread(self, fn: Callable[[Any, Any], T]) -> T:
         return await self._thread.run(lambda: fn(self._life.model, self._life.optimizer))
@@ -55,12 +71,14 @@ class Teller:
         return hook in self._bus.wants
 
     async def emit(self, hook: str, kind: type[Event], /, **fields: Any) -> None:
-        """Tell an event, if anybody wants it."""
+        """Tell an event, if anybody wants it, after what was left for the log before."""
+        await self.take_notes()
         if hook in self._bus.wants:
             await self._bus.emit(hook, kind(**{**self.standing(), **fields}))
 
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
         """Tell an event, and what the deciders answer."""
+        await self.take_notes()
         if hook not in self._bus.wants:
             return []
         return await self._bus.ask(hook, kind(**{**self.standing(), **fields}))
@@ -70,15 +88,34 @@ class Teller:
         await self._bus.drain()
         self._bus.check()
 
+    @property
+    def noted(self) -> bool:
+        """Whether something was left for the log that is not told yet."""
+        return self._notes.waiting
+
+    async def take_notes(self) -> None:
+        """Tell the lines and media that were left for the log."""
+        if not self._notes.waiting:
+            return
+        for note in self._notes.take():
+            handles = {"runner": self._on_train_thread, "desk": self}
+            when = max(0.0, self._base + note.at - self._born)
+            if note.hook in self._bus.wants:
+                await self._bus.emit(note.hook, note.kind(**note.fields, **handles, time=when))
+            elif not self._unseen:
+                self._unseen = True
+                logger.warning("nobody takes what log_media is given: no callback has on_media, and there is no run_dir")
+
     async def burst(self, report: Report, waited: float) -> None:
         """The news of a burst, its lines of the log, and now and then the status."""
         life = self._life
         if report.batches:
             self._news(report, waited)
         before = life.progress.samples - report.samples
+        await self.take_notes()
         for row in report.rows:
             when = self.elapsed() - (time.perf_counter() - row.at)
-            values = {**row.values, **self._said()}
+            values = {**row.values, **self._notes.take_metrics()}
             life.metrics.update(values)
             await self.emit("on_log", Log, step=row.step, samples=before + row.samples, time=when, values=values)
         self._bus.check()
@@ -98,14 +135,18 @@ class Teller:
         life, progress = self._life, self._life.progress
         values = life.step.tally.window.compute()
         if progress.step > self._first_step and values:
-            values = {**values, "lr": get_lr(life.optimizer), **self._said()}
+            values = {**values, **life.step.gauged(), **self._notes.take_metrics()}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values=values)
+
+    async def last_notes(self) -> None:
+        """Before loggers hear of the end: what callbacks still leave for the log in the hooks that they were told of."""
+        if "on_media" in self._bus.wants or self._notes.waiting:
+            await self._bus.drain()
+            await self.take_notes()
 
     def status(self, state: str) -> None:
         """Have the status file say where it stands."""
         self._status_when = time.monotonic()
-        standing = self.standing()
-        del standing["runner"]
         limits = {"max_epochs": self._plan.max_epochs, "max_steps": self._plan.max_steps}
-        self._status({"state": state, **standing, **limits, "metrics": dict(self._life.metrics)})
+        self._status({"state": state, **self._counts(), **limits, "metrics": dict(self._life.metrics)})

@@ -11,7 +11,6 @@ import contextvars
 import logging
 import os
 import signal
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
@@ -44,6 +43,7 @@ from streamtrain.grace import saving_on_cancel
 from streamtrain.keeping import Keeper
 from streamtrain.life import Life, first_rng
 from streamtrain.loop import Wheel
+from streamtrain.notes import Notes
 from streamtrain.optimizers import OptimizerSpec, check_lr
 from streamtrain.options import (
     Limits,
@@ -53,7 +53,6 @@ from streamtrain.options import (
     every,
     flag_or_regex,
     inner_share,
-    number,
     one_of,
     positive,
     refuse_later,
@@ -184,7 +183,7 @@ class Trainer:
         self.run_dir = None if run_dir is None or options.dev else Path(os.path.abspath(run_dir))
         """The run's folder; None where nothing is written."""
         self.callbacks = with_defaults(list(callbacks), self.run_dir, dev=bool(options.dev))
-        self._logged: deque[tuple[str, float]] = deque()
+        self._notes = Notes(self.state)
         self._fitting = False
         self._bus: Bus | None = None
         """While the wheel turns."""
@@ -427,7 +426,17 @@ class Trainer:
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
         """Add numbers to the next line of the log. Raises ConfigError, and adds nothing, if one is no number."""
-        self._logged.extend([(str(name), number(value, f"log_metrics: {name}")) for name, value in values.items()])
+        self._notes.metrics(values)
+
+    def log_media(self, values: Mapping[str, Any]) -> None:
+        """Log images, tables and histograms by name, as of the last finished update; they are copied right here.
+
+        An array or tensor (H, W), (C, H, W) or (H, W, C) is an image, one of one axis a histogram of its values,
+        `{column: cells}` or a list of `{column: cell}` a table; `streamtrain.media` has the classes to be explicit.
+        TensorBoard and wandb show them; without such a logger they lie in `media/` in the run's folder. Outside of a
+        fit they wait for the next one. Raises ConfigError, and logs nothing, for what is none of them.
+        """
+        self._notes.media(values)
 
     def stop(self, detail: str = "") -> None:
         """End the fit after the current update, and save.
@@ -545,7 +554,7 @@ class Trainer:
             status = StatusFile(files, folder)
             stack.push_async_callback(status.written)
             saver = None if checkpoints is None else self._saver(checkpoints, files)
-            teller = Teller(life, plan, bus, thread, status=status.write, said=self._take_logged)
+            teller = Teller(life, plan, bus, thread, status=status.write, notes=self._notes)
             wheel = Wheel(
                 life,
                 plan,
@@ -627,13 +636,6 @@ class Trainer:
                 "config": options.config,
             },
         )
-
-    def _take_logged(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        while self._logged:
-            name, value = self._logged.popleft()
-            values[name] = value
-        return values
 
     # --- outside of a fit ---
 

@@ -35,12 +35,13 @@ data.transform_child data.transform_processes data.vouching data.whole data.afar
 data.pulling data.handing data.loader
 data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
-averaging compiling freezing recomputing options progress rng openmp threads file_thread grace signals control
+averaging compiling freezing recomputing media options progress rng openmp threads file_thread grace signals control
 tensors device tensor_file state rollback optimizer_state switching checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 streams blame outcome supply tally step manual
-callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan telling
+callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan notes telling
 callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
+callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once callbacks.tensorboard
 callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving
 loop

@@ -21,6 +21,7 @@ HOOKS: tuple[str, ...] = (
     "on_exception",
     "on_interrupt",
     "on_log",
+    "on_media",
 )
 NEWS: frozenset[str] = frozenset({"on_batch_begin", "on_batch_end"})
 """Hooks whose events coalesce for a callback that lags."""
@@ -30,7 +31,8 @@ class Callback:
     """Base class, for `decides` and state; any object with one of the HOOKS is a callback as well.
 
     With `decides = True` the wheel waits, after validations and epochs, for what `on_validation_end` and
-    `on_epoch_end` return: a Verdict or None.
+    `on_epoch_end` return: a Verdict or None. With a method `gauge(optimizer, epoch) -> {name: number}` it adds numbers
+    to each line of the log: it is called on the train thread right after the line's update, so keep it short.
     """
 
     decides: bool = False

@@ -11,6 +11,7 @@ from streamtrain.callbacks.base import HOOKS, Callback, hooks_of
 from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.event_log import EventLog
 from streamtrain.callbacks.json_logger import JSONLogger
+from streamtrain.callbacks.media_folder import MediaFolder
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.progress_bar import ProgressBar
 from streamtrain.errors import ConfigError
@@ -35,6 +36,8 @@ def with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -
         return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
     if run_dir is not None:
         callbacks += [kind() for kind in WITH_A_FOLDER if not any(isinstance(given, kind) for given in callbacks)]
+        if not any("on_media" in hooks_of(callback) for callback in callbacks):
+            callbacks.append(MediaFolder())
     return callbacks
 
 

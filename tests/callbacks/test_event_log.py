@@ -45,7 +45,7 @@ def append(path: Path, text: str) -> None:
 
 
 def test_all_but_news_and_metrics_is_noted() -> None:
-    assert hooks_of(EventLog()) == set(HOOKS) - NEWS - {"on_log"}
+    assert hooks_of(EventLog()) == set(HOOKS) - NEWS - {"on_log", "on_media"}
 
 
 async def test_each_event_is_a_line_with_its_facts(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""`media/` in the run's folder: images as PNG, tables and histograms as JSON, for runs without a logger that shows them.
+
+A file is named by what it shows and its step, and replaced whole: a step that is made again has its media once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from streamtrain.callbacks.base import Callback
+from streamtrain.errors import EnvironmentProblem
+from streamtrain.events import Media, TrainBegin
+from streamtrain.media import Histogram, Image, Medium
+
+NAME = re.compile(r"[^\w.+=,@-]+")
+"""What a folder's name does not have: above all separators."""
+
+
+class MediaFolder(Callback):
+    """Writes what `log_media` is given to `media/<name>/step-000001234.png` or `.json` in the run's folder.
+
+    A table is `{"columns": [...], "rows": [[...], ...]}`, a histogram `{"edges": [...], "counts": [...], "left_out": n}`.
+    Raises EnvironmentProblem where the disk refuses.
+    """
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+
+    def on_train_begin(self, event: TrainBegin) -> None:
+        """Learn where."""
+        self._folder = None if event.run_dir is None else Path(event.run_dir, "media")
+
+    def on_media(self, event: Media) -> None:
+        """Write a file for each."""
+        if self._folder is None:
+            return
+        for name, shown in event.values.items():
+            folder = self._folder / (NAME.sub("-", name).lstrip(".") or "-")
+            suffix, data = written(shown)
+            _replace(folder / f"step-{event.step:09d}{suffix}", data)
+
+
+def written(shown: Medium) -> tuple[str, bytes]:
+    """The suffix and the bytes of its file."""
+    if isinstance(shown, Image):
+        return ".png", shown.png()
+    if isinstance(shown, Histogram):
+        edges, counts = shown.edges.tolist(), shown.counts.tolist()
+        return ".json", _json({"edges": edges, "counts": counts, "left_out": shown.left_out})
+    return ".json", _json({"columns": shown.columns, "rows": shown.rows})
+
+
+def _json(document: object) -> bytes:
+    return json.dumps(document, allow_nan=False).encode() + b"\n"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp.write_bytes(data)
+        os.replace(temp, path)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path} can't be written: {error.strerror or error}", hint="make room on the disk, or mend the permissions"
+        ) from error

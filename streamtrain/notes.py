@@ -1,0 +1,90 @@
+"""What any thread leaves for the log: numbers, lines and media, until the wheel tells them.
+
+Its law: whoever leaves something never waits. Numbers join the next line of the log; what the wheel has not taken for
+long (outside of a fit nobody does) is held up to a bound, and what goes beyond it is said once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamtrain.events import Event, Log, Media
+from streamtrain.media import medium
+from streamtrain.options import number
+from streamtrain.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+MOST = 256
+"""Lines and media that wait for the wheel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line or media, and when it was left."""
+
+    hook: str
+    kind: type[Event]
+    fields: dict[str, Any]
+    at: float
+    """By `time.monotonic`."""
+
+
+class Notes:
+    """The notes of one trainer; the wheel of its fit takes them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._numbers: deque[tuple[str, float]] = deque()
+        self._notes: deque[Note] = deque()
+        self._said = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a line or media wait; numbers alone wait for their line."""
+        return bool(self._notes)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """Numbers for the next line. Raises ConfigError, and leaves nothing, if one is no number."""
+        self._numbers.extend([(str(name), number(value, f"log_metrics: {name}")) for name, value in values.items()])
+
+    def line(self, values: Mapping[str, Any], split: str) -> None:
+        """A line of its own, of this split, at the step where the run stands. Raises ConfigError as `metrics` does."""
+        numbers = {str(name): number(value, f"log_metrics: {name}") for name, value in values.items()}
+        self._leave("on_log", Log, {"values": numbers, "split": split})
+
+    def media(self, values: Mapping[str, Any]) -> None:
+        """Images, tables and histograms, at the step where the run stands. Raises ConfigError for what is none."""
+        self._leave("on_media", Media, {"values": {str(name): medium(value, str(name)) for name, value in values.items()}})
+
+    def _leave(self, hook: str, kind: type[Event], fields: dict[str, Any]) -> None:
+        now = self._progress
+        place = {"epoch": now.epoch, "step": now.step, "samples": now.samples}
+        self._notes.append(Note(hook, kind, {**place, **fields}, time.monotonic()))
+        if len(self._notes) > MOST:
+            self._notes.popleft()
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "more than %d lines and media wait to be logged, and no fit takes them: the oldest are dropped", MOST
+                )
+
+    def take_metrics(self) -> dict[str, float]:
+        """The numbers left so far, the last of each name."""
+        values: dict[str, float] = {}
+        while self._numbers:
+            name, value = self._numbers.popleft()
+            values[name] = value
+        return values
+
+    def take(self) -> list[Note]:
+        """The lines and media left so far, in their order."""
+        taken: list[Note] = []
+        while self._notes:
+            taken.append(self._notes.popleft())
+        return taken

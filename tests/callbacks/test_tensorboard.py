@@ -1,0 +1,179 @@
+"""What TensorBoard's files promise: each step once in any life, weights as they were, a graph that costs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from streamtrain.callbacks import needed
+from streamtrain.callbacks.once import Once
+from streamtrain.callbacks.tensorboard import TensorBoard
+from streamtrain.errors import ConfigError
+from streamtrain.events import Log
+from streamtrain.trainer import Trainer
+from tests.engine import AtStep, Samples, lines, network, same
+
+
+async def fit(folder: Path, steps: int, *callbacks: object, model: nn.Module | None = None, **options: Any) -> Trainer:
+    trainer = Trainer(
+        model or network(),
+        nn.MSELoss(),
+        callbacks=[TensorBoard(**options), *callbacks],
+        run_dir=folder,
+        log_every=2,
+        seed=0,
+        device="cpu",
+        validate_every="4steps",
+    )
+    await trainer.fit(Samples(80), Samples(16, seed=1), max_steps=steps, max_epochs=3, resume="auto")
+    return trainer
+
+
+def read(folder: Path) -> Any:
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance=dict.fromkeys(("scalars", "histograms"), 0))
+    return found.Reload()
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in read(folder).Scalars(name)]
+
+
+def as_lines(folder: Path, name: str) -> list[tuple[int, Any]]:
+    return [(row["step"], pytest.approx(row[name])) for row in lines(folder) if name in row]
+
+
+@pytest.mark.parametrize("stop", [4, 6, 8])
+async def test_a_resumed_run_has_each_step_once(tmp_path: Path, stop: int) -> None:
+    await fit(tmp_path, stop)
+    await fit(tmp_path, 12)
+    for name in ("loss", "lr", "val_loss"):
+        assert scalars(tmp_path, name) == as_lines(tmp_path, name)
+
+
+async def test_steps_beyond_the_checkpoint_of_a_life_that_was_killed_are_forgotten(tmp_path: Path) -> None:
+    trainer = await fit(tmp_path, 4)
+    await fit(tmp_path, 8)
+    for path in (tmp_path / "checkpoints").glob("step-000000008"):
+        path.rename(tmp_path / "gone")
+    del trainer
+    await fit(tmp_path, 12)
+    assert [step for step, _ in scalars(tmp_path, "loss")] == [2, 4, 6, 8, 10, 12]
+
+
+async def test_media_are_shown(tmp_path: Path) -> None:
+    def log() -> None:
+        trainer.log_media({"map": np.zeros((3, 5, 7)), "worst": {"row": [1]}, "errors": np.arange(4.0)})
+
+    def make() -> Trainer:
+        callbacks = [TensorBoard(), AtStep(1, log)]
+        return Trainer(network(), nn.MSELoss(), callbacks=callbacks, run_dir=tmp_path, device="cpu")
+
+    trainer = make()
+    await trainer.fit(Samples(80), max_steps=4)
+    found = read(tmp_path)
+    assert (found.Images("map")[0].width, found.Images("map")[0].height) == (7, 5)
+    assert b"| row |" in found.Tensors("worst/text_summary")[0].tensor_proto.string_val[0]
+    assert found.Histograms("errors")[0].histogram_value.num == 4
+    assert not (tmp_path / "media").exists()
+
+
+async def test_histograms_hold_all_weights_at_each_multiple(tmp_path: Path) -> None:
+    trainer = await fit(tmp_path, 12, histograms_every=4)
+    weights = {name: parameter.numel() for name, parameter in trainer.model.named_parameters()}
+    found = read(tmp_path)
+    assert {name.removeprefix("weights/") for name in found.Tags()["histograms"]} == set(weights)
+    for name, numel in weights.items():
+        events = found.Histograms(f"weights/{name}")
+        assert [event.step // 4 for event in events] == [1, 2, 3]
+        assert {event.histogram_value.num for event in events} == {numel}
+
+
+class Branching(nn.Module):
+    """Cannot be traced: what it gives is not a tensor at last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, inputs: Tensor) -> Any:
+        made = self.net(inputs)
+        return made if self.training else object()
+
+
+async def test_the_graph_is_drawn_once_and_changes_nothing(tmp_path: Path) -> None:
+    frozen = network()
+    frozen[1].eval()  # type: ignore[index]
+    drawn = await fit(tmp_path / "drawn", 6, model=frozen, graph=True)
+    modes = [module.training for module in drawn.model.modules()]
+    plain = network()
+    plain[1].eval()  # type: ignore[index]
+    bare = await fit(tmp_path / "bare", 6, model=plain)
+    assert same(drawn.model, bare.model)
+    assert modes == [module.training for module in bare.model.modules()]
+    assert b"Linear" in read(tmp_path / "drawn").Graph().SerializeToString()
+    await fit(tmp_path / "drawn", 12, graph=True)
+    files = sorted((tmp_path / "drawn" / "tensorboard").iterdir())
+    assert [b"Linear" in file.read_bytes() for file in files] == [True, False]
+
+
+async def test_a_model_that_cannot_be_traced_trains_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(
+        Branching(), nn.MSELoss(), callbacks=[TensorBoard(graph=True)], run_dir=tmp_path, log_every=2, device="cpu"
+    )
+    result = await trainer.fit(Samples(80), max_steps=4)
+    assert result.step == 4
+    assert caplog.text.count("the model can't be traced") == 1
+    assert capsys.readouterr().out == ""
+
+
+async def test_a_folder_of_its_own_needs_no_run(tmp_path: Path) -> None:
+    trainer = Trainer(network(), nn.MSELoss(), callbacks=[TensorBoard(log_dir=tmp_path / "tensorboard")], log_every=2)
+    await trainer.fit(Samples(80), max_steps=4)
+    assert [step for step, _ in scalars(tmp_path, "loss")] == [2, 4]
+
+
+async def test_without_any_folder_it_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="TensorBoard needs a run_dir"):
+        await Trainer(network(), nn.MSELoss(), callbacks=[TensorBoard()]).fit(Samples(80))
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="TensorBoard needs the package tensorboard or tensorboardX") as caught:
+        TensorBoard()
+    assert caught.value.hint == "pip install 'streamtrain[tensorboard]'"
+
+
+@pytest.mark.parametrize("options", [{"histograms_every": 0}, {"graph": "yes"}], ids=str)
+def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        TensorBoard(**options)
+
+
+def test_a_line_that_was_handed_over_is_known_in_the_next_life() -> None:
+    line, other = Log(step=4, values={"loss": 1.0}), Log(step=4, split="val", values={"val_loss": 1.0})
+    once = Once()
+    assert [once.first(line), once.first(line), once.first(other)] == [True, False, True]
+    later, fresh = Once(), Once()
+    later.load_state_dict(once.state_dict())
+    fresh.load_state_dict(once.state_dict())
+    later.begin(4)
+    fresh.begin(0)
+    assert [later.first(line), later.first(other), later.first(Log(step=5, values={"loss": 1.0}))] == [False, False, True]
+    assert fresh.first(line)
+
+
+def test_weights_that_are_all_equal_or_not_finite_have_a_histogram() -> None:
+    from streamtrain.callbacks.tensorboard import _count
+
+    assert _count(torch.ones(5)).counts.sum() == 5
+    assert _count(torch.tensor([1.0, float("nan")])).left_out == 1
+    assert _count(torch.tensor([float("inf")])).counts.sum() == 0

@@ -1,0 +1,132 @@
+"""What any thread leaves for the log is told: lines and media at the step where they were left, whoever lags."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from streamtrain.callbacks.base import Callback
+from streamtrain.errors import ConfigError
+from streamtrain.events import EpochEnd, Event, Log, Media
+from streamtrain.notes import MOST, Notes
+from streamtrain.progress import Progress
+from streamtrain.trainer import Trainer
+from tests.engine import AtStep, Samples, network
+
+
+class Heard(Callback):
+    """Notes the lines and media that it is told of."""
+
+    def __init__(self) -> None:
+        self.logs: list[Log] = []
+        self.media: list[Media] = []
+
+    async def on_log(self, event: Log) -> None:
+        self.logs.append(event)
+
+    async def on_media(self, event: Media) -> None:
+        self.media.append(event)
+
+
+def made(*callbacks: object, **options: Any) -> Trainer:
+    return Trainer(network(), nn.MSELoss(), callbacks=callbacks, device="cpu", **options)
+
+
+async def test_media_reach_the_loggers_with_the_step_where_they_were_left() -> None:
+    heard = Heard()
+    trainer = made(heard, AtStep(3, lambda: trainer.log_media({"map": np.zeros((2, 3))})))
+    await trainer.fit(Samples(80), max_steps=10)
+    (event,) = heard.media
+    assert list(event.values) == ["map"]
+    assert event.step >= 3
+
+
+async def test_media_of_the_last_hooks_come_before_the_end() -> None:
+    ended = threading.Event()
+
+    class Draws(Callback):
+        def on_epoch_end(self, event: EpochEnd) -> None:
+            ended.wait(0.2)  # the end would come meanwhile, did it not wait for this
+            trainer.log_media({"at_the_end": np.zeros(3)})
+
+    class Sees(Callback):
+        async def on_train_end(self, event: Event) -> None:
+            ended.set()
+
+    heard = Heard()
+    trainer = made(heard, Draws(), Sees())
+    await trainer.fit(Samples(16), max_epochs=1)
+    assert [list(event.values) for event in heard.media] == [["at_the_end"]]
+
+
+async def test_media_that_nobody_takes_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = made(AtStep(1, lambda: [trainer.log_media({"x": np.zeros(3)}) for _ in range(2)]))
+    await trainer.fit(Samples(80), max_steps=5)
+    assert caplog.text.count("nobody takes what log_media is given") == 1
+
+
+async def test_without_a_logger_that_shows_them_media_are_files(tmp_path: Path) -> None:
+    trainer = made(AtStep(1, lambda: trainer.log_media({"a/b": np.zeros((2, 2))})), run_dir=tmp_path)
+    await trainer.fit(Samples(80), max_steps=5)
+    assert [path.suffix for path in (tmp_path / "media" / "a-b").iterdir()] == [".png"]
+
+
+async def test_a_logger_that_shows_media_replaces_the_folder(tmp_path: Path) -> None:
+    heard = Heard()
+    trainer = made(heard, AtStep(1, lambda: trainer.log_media({"x": np.zeros((2, 2))})), run_dir=tmp_path)
+    await trainer.fit(Samples(80), max_steps=5)
+    assert len(heard.media) == 1
+    assert not (tmp_path / "media").exists()
+
+
+async def test_a_callback_adds_numbers_and_lines_through_its_event() -> None:
+    class Says(Callback):
+        async def on_epoch_begin(self, event: Event) -> None:
+            event.log_metrics({"mine": 3.0})
+            event.log_metrics({"cpu": 0.5}, split="resource")
+
+    heard = Heard()
+    await made(Says(), heard, log_every=5).fit(Samples(80), max_steps=10)
+    assert [log.values for log in heard.logs if log.split == "resource"] == [{"cpu": 0.5}]
+    assert [log.values.get("mine") for log in heard.logs if log.split == "train"] == [3.0, None]
+
+
+async def test_within_the_train_thread_the_number_of_updates_is_exact() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Asks(Callback):
+        async def on_batch_end(self, event: Event) -> None:
+            seen.append(await event.on_train_thread(lambda model, optimizer: (event.updates(), _updates(optimizer))))
+
+    await made(Asks()).fit(Samples(80), max_steps=20)
+    assert seen
+    assert all(told == real for told, real in seen)
+
+
+def _updates(optimizer: Any) -> int:
+    """As the optimizer's own state counts them."""
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+@pytest.mark.parametrize(
+    "leave", [lambda notes: notes.metrics({"a": 1.0, "b": "x"}), lambda notes: notes.media({"a": np.zeros(3), "b": 1})]
+)
+def test_a_note_that_is_refused_leaves_nothing(leave: Callable[[Notes], None]) -> None:
+    notes = Notes(Progress())
+    with pytest.raises(ConfigError, match="b"):
+        leave(notes)
+    assert (notes.take_metrics(), notes.take()) == ({}, [])
+
+
+def test_notes_that_nobody_takes_are_bounded_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    notes = Notes(Progress())
+    for number in range(MOST + 3):
+        notes.line({"n": number}, "resource")
+    assert [note.fields["values"]["n"] for note in notes.take()] == list(range(3, MOST + 3))
+    assert caplog.text.count("the oldest are dropped") == 1
