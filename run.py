@@ -30,8 +30,11 @@ PYTHON = VENV / "bin" / "python"
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "demo": (["-m", "streamtrain", "demo"], ("demo",)),
-    "test": (["-m", "pytest", "-n", "2", "--dist", "worksteal"], ("demo", "cloud", "test", "lint", "writers", "peers")),
-    "setup": ([], ("demo", "cloud", "test", "lint", "writers", "peers")),
+    "test": (
+        ["-m", "pytest", "-n", "2", "--dist", "worksteal"],
+        ("demo", "cloud", "tensorboard", "plots", "test", "lint", "writers", "peers"),
+    ),
+    "setup": ([], ("demo", "cloud", "tensorboard", "plots", "test", "lint", "writers", "peers")),
 }
 """Command: what the environment's Python is given, and the extras and dependency groups that it needs."""
 

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from streamtrain.callbacks.base import Callback as Callback
     from streamtrain.callbacks.csv_logger import CSVLogger as CSVLogger
     from streamtrain.callbacks.json_logger import JSONLogger as JSONLogger
+    from streamtrain.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
     from streamtrain.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+    from streamtrain.callbacks.plots import Plots as Plots
+    from streamtrain.callbacks.profiler import Profiler as Profiler
     from streamtrain.callbacks.progress_bar import ProgressBar as ProgressBar
+    from streamtrain.callbacks.resource_monitor import ResourceMonitor as ResourceMonitor
+    from streamtrain.callbacks.tensorboard import TensorBoard as TensorBoard
     from streamtrain.data.batch import Batch as Batch
     from streamtrain.data.budget import Budget as Budget
     from streamtrain.data.iterable import from_iterable as from_iterable
@@ -50,11 +55,16 @@ _HOMES = {
     "EnvironmentProblem": "errors",
     "FitResult": "progress",
     "JSONLogger": "callbacks.json_logger",
+    "LearningRateMonitor": "callbacks.lr_monitor",
     "ModelCheckpoint": "callbacks.model_checkpoint",
     "NonFiniteError": "errors",
+    "Plots": "callbacks.plots",
+    "Profiler": "callbacks.profiler",
     "ProgressBar": "callbacks.progress_bar",
+    "ResourceMonitor": "callbacks.resource_monitor",
     "Scheduler": "schedules",
     "StreamtrainError": "errors",
+    "TensorBoard": "callbacks.tensorboard",
     "Trainer": "trainer",
     "UserCodeError": "errors",
     "Verdict": "events",

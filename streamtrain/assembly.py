@@ -33,6 +33,11 @@ CALLBACKS = {
     "ProgressBar": "streamtrain.callbacks.progress_bar",
     "CSVLogger": "streamtrain.callbacks.csv_logger",
     "JSONLogger": "streamtrain.callbacks.json_logger",
+    "TensorBoard": "streamtrain.callbacks.tensorboard",
+    "LearningRateMonitor": "streamtrain.callbacks.lr_monitor",
+    "ResourceMonitor": "streamtrain.callbacks.resource_monitor",
+    "Plots": "streamtrain.callbacks.plots",
+    "Profiler": "streamtrain.callbacks.profiler",
 }
 
 

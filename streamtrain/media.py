@@ -36,8 +36,8 @@ class Image:
     def of(cls, value: Any, name: str = "an image", *, layout: str = "auto") -> Image:
         """From (H, W), (C, H, W) or (H, W, C), an array or a tensor of any number dtype.
 
-        `layout`: `"CHW"`, `"HWC"`, or `"auto"`: by which axis has 1, 3 or 4 entries, and where both have, as tensors and
-        arrays usually lie (tensors CHW, arrays HWC). uint8 is taken as it is, bool as black and white; other numbers
+        `layout`: `"CHW"`, `"HWC"`, or `"auto"`: by which axis has 1, 3 or 4 entries, and where both have, as tensors
+        and arrays usually lie (tensors CHW, arrays HWC). uint8 is taken as it is, bool as black and white; others
         from 0 to 1 (or whole ones from 0 to 255) too, and others are scaled from their least to their greatest, which
         is what fields of data want. What is not finite is black. Raises ConfigError.
         """

@@ -60,7 +60,9 @@ class Notes:
 
     def media(self, values: Mapping[str, Any]) -> None:
         """Images, tables and histograms, at the step where the run stands. Raises ConfigError for what is none."""
-        self._leave("on_media", Media, {"values": {str(name): medium(value, str(name)) for name, value in values.items()}})
+        self._leave(
+            "on_media", Media, {"values": {str(name): medium(value, str(name)) for name, value in values.items()}}
+        )
 
     def _leave(self, hook: str, kind: type[Event], fields: dict[str, Any]) -> None:
         now = self._progress
@@ -71,7 +73,8 @@ class Notes:
             if not self._said:
                 self._said = True
                 logger.warning(
-                    "more than %d lines and media wait to be logged, and no fit takes them: the oldest are dropped", MOST
+                    "more than %d lines and media wait to be logged, and no fit takes them: the oldest are dropped",
+                    MOST,
                 )
 
     def take_metrics(self) -> dict[str, float]:

@@ -150,6 +150,13 @@ def seconds(value: object, name: str) -> float:
     return float(value)
 
 
+def at_least(value: object, least: float, name: str) -> float:
+    """`value` as a finite number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise ConfigError(f"{name} must be a finite number of at least {least:g}, not {value!r}")
+    return float(value)
+
+
 def one_of(value: object, known: Collection[str], name: str) -> str:
     """`value` if it is one of these texts."""
     text = str(value) if isinstance(value, str | int) else ""

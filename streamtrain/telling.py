@@ -98,13 +98,15 @@ class Teller:
         if not self._notes.waiting:
             return
         for note in self._notes.take():
-            handles = {"runner": self._on_train_thread, "desk": self}
+            handles: dict[str, Any] = {"runner": self._on_train_thread, "desk": self}
             when = max(0.0, self._base + note.at - self._born)
             if note.hook in self._bus.wants:
                 await self._bus.emit(note.hook, note.kind(**note.fields, **handles, time=when))
             elif not self._unseen:
                 self._unseen = True
-                logger.warning("nobody takes what log_media is given: no callback has on_media, and there is no run_dir")
+                logger.warning(
+                    "nobody takes what log_media is given: no callback has on_media, and there is no run_dir"
+                )
 
     async def burst(self, report: Report, waited: float) -> None:
         """The news of a burst, its lines of the log, and now and then the status."""
@@ -140,7 +142,7 @@ class Teller:
             await self.emit("on_log", Log, epoch=epoch, values=values)
 
     async def last_notes(self) -> None:
-        """Before loggers hear of the end: what callbacks still leave for the log in the hooks that they were told of."""
+        """Before loggers hear of the end: what callbacks still leave in the hooks that they were told of."""
         if "on_media" in self._bus.wants or self._notes.waiting:
             await self._bus.drain()
             await self.take_notes()

@@ -40,8 +40,9 @@ tensors device tensor_file state rollback optimizer_state switching checkpoint r
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 streams blame outcome supply tally step manual
 callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan notes telling
-callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
+callbacks.rolling callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once callbacks.tensorboard
+callbacks.resource_monitor callbacks.series callbacks.plots callbacks.profiler
 callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving
 loop
@@ -60,8 +61,9 @@ DATA_NEEDS = {"numpy", "zarr", "numcodecs", "anyio", "aiofiles", "psutil", "goog
 FORBIDDEN = re.compile(r"(util|utils|helper|helpers|common|core|manager|managers|misc)$")
 PUBLIC = """
 __version__ Batch Best Budget CSVLogger Callback CheckpointError ConfigError DataError EarlyStopping EnvironmentProblem
-FitResult JSONLogger ModelCheckpoint NonFiniteError ProgressBar Scheduler StreamtrainError Trainer UserCodeError Verdict
-ZarrStream build_optimizer build_scheduler from_iterable mix
+FitResult JSONLogger LearningRateMonitor ModelCheckpoint NonFiniteError Plots Profiler ProgressBar ResourceMonitor
+Scheduler StreamtrainError TensorBoard Trainer UserCodeError Verdict ZarrStream build_optimizer build_scheduler
+from_iterable mix
 """
 
 

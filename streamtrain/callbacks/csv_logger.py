@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamtrain.callbacks.lines import FIXED, MetricsLog, cut, rewrite
+from streamtrain.callbacks.rolling import older, prune
 from streamtrain.events import Log, TrainBegin
 
 
 class CSVLogger(MetricsLog):
     """Writes `metrics.csv` in the run's folder: `step, epoch, samples, time, split`, then a column for each metric.
 
-    After a resume each step stands there once; a fresh start empties the file.
+    After a resume each step stands there once; a fresh start empties the file. Once it has `part` bytes it becomes
+    `metrics-000001.csv`, and so on, and a new one begins, with a header of its own.
     """
 
     file_name = "metrics.csv"
+    headed = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, part: str | int = "64MiB") -> None:
+        super().__init__(part=part)
         self._columns: dict[str, None] = {}
         """In their order; empty until the header is written."""
         self._restored: list[str] = []
@@ -52,25 +56,37 @@ class CSVLogger(MetricsLog):
 
     def prepare(self, path: Path, step: int) -> None:
         """Cut off what comes after `step`; at step 0, all."""
+        there: set[tuple[str, ...]] = set()
+        if step < sys.maxsize:
+            last = prune(path, lambda part: self._keep(columns_of(part) if step else [], step), head=1)
+            there = {_bare(next(csv.reader([line.decode(errors="replace")]))) for line in last}
+        if step > 0:
+            # The rows that may be missing have the columns of their time, which the file may lack or be beyond.
+            columns = dict.fromkeys([*columns_of(path), *self._restored])
+            if not columns and (full := older(path)):
+                columns = dict.fromkeys(columns_of(full[-1]))
+            if columns:
+                widen(path, tuple(columns))
+            self._columns = columns
+        keep = self._keep(list(self._columns), step)
+        short = [row(next(csv.reader([line]))) for line in self._missing if keep(line.encode())]
+        absent = [line for line in short if _bare(next(csv.reader([line]))) not in there]
+        cut(path, keep, [padded(line, len(self._columns)) for line in absent])
+
+    def _keep(self, columns: Sequence[str], step: int) -> Callable[[bytes], bool]:
+        """Whether a line of a file with these columns stays; notes those of the very step."""
 
         def keep(line: bytes) -> bool:
             first = line.split(b",", 1)[0]
-            if not self._columns or not first.isdigit() or int(first) > step:
-                return bool(self._columns) and first == b"step"
+            if not columns or not first.isdigit() or int(first) > step:
+                return bool(columns) and first == b"step"
             if int(first) == step:
-                cells = dict(zip(self._columns, next(csv.reader([line.decode(errors="replace")])), strict=False))
+                cells = dict(zip(columns, next(csv.reader([line.decode(errors="replace")])), strict=False))
                 names = [name for name, cell in cells.items() if cell and name not in FIXED]
                 self._there.add((cells.get("split", ""), frozenset(names)))
             return True
 
-        if step > 0:
-            # The rows that may be missing have the columns of their time, which the file may lack or be beyond.
-            columns = dict.fromkeys([*columns_of(path), *self._restored])
-            if columns:
-                widen(path, tuple(columns))
-            self._columns = columns
-        short = [row(next(csv.reader([line]))) for line in self._missing if keep(line.encode())]
-        cut(path, keep, [padded(line, len(self._columns)) for line in short])
+        return keep
 
     def state_dict(self) -> dict[str, Any]:
         """The last rows, where they may not be in the file yet, and their columns."""
@@ -99,6 +115,14 @@ def padded(line: str, columns: int) -> str:
     """The row with empty cells up to this many columns."""
     cells = next(csv.reader([line]))
     return row([*cells, *[""] * (columns - len(cells))])
+
+
+def _bare(cells: Sequence[str]) -> tuple[str, ...]:
+    """The cells without the empty ones at the end, which differ with the number of columns."""
+    cells = list(cells)
+    while cells and not cells[-1]:
+        cells.pop()
+    return tuple(cells)
 
 
 def columns_of(path: Path) -> list[str]:

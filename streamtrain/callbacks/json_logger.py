@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streamtrain.callbacks.lines import FIXED, MetricsLog, cut
+from streamtrain.callbacks.rolling import prune
 from streamtrain.events import Log
 
 
@@ -35,7 +37,8 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 class JSONLogger(MetricsLog):
     """Writes `metrics.jsonl` in the run's folder: `step, epoch, samples, time, split`, and the metrics by their names.
 
-    After a resume each step stands there once; a fresh start empties the file.
+    After a resume each step stands there once; a fresh start empties the file. Once it has `part` bytes it becomes
+    `metrics-000001.jsonl`, and so on, and a new one begins; `streamtrain.callbacks.rolling.rows` reads all of them.
     """
 
     file_name = "metrics.jsonl"
@@ -59,4 +62,5 @@ class JSONLogger(MetricsLog):
                 self._there.add((str(record.get("split")), frozenset(record) - frozenset(self.reserved)))
             return True
 
-        cut(path, keep, [line for line in self._missing if keep(line.encode())])
+        there = {line.decode() for line in prune(path, lambda part: keep, head=0)} if step < sys.maxsize else ()
+        cut(path, keep, [line for line in self._missing if line not in there and keep(line.encode())])

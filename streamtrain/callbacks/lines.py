@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import aiofiles
 
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.rolling import older, part_bytes, roll
 from streamtrain.errors import EnvironmentProblem, StreamtrainError
 from streamtrain.events import Log, TrainBegin, TrainEnd
 
@@ -39,10 +40,15 @@ class _Raw(Protocol):
 
 
 class LineFile:
-    """An append-only file of lines; used from one event loop, from `open` to `close`."""
+    """An append-only file of lines; used from one event loop, from `open` to `close`.
 
-    def __init__(self, path: Path) -> None:
+    Once it has `most` bytes it becomes a part (streamtrain.callbacks.rolling) and a new one begins, `headed` with the
+    same first line.
+    """
+
+    def __init__(self, path: Path, *, most: int | None = None, headed: bool = False) -> None:
         self.path = path
+        self._most, self._headed, self._size = most, headed, 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"streamtrain-{path.name}")
         self._raw: _Raw | None = None
         self._waiting: list[str | Change] = []
@@ -111,6 +117,10 @@ class LineFile:
                 self._waiting = []
                 await self._write(self._taken)
                 self._taken = []
+                if self._most is not None and self._size >= self._most and self._raw is not None:
+                    await self._raw.close()
+                    await self._run(lambda path: roll(path, headed=self._headed))
+                    await self._reopen()
         except Exception as error:  # a line that is lost in silence would be missed by nobody
             self._failure = self._problem(error)
 
@@ -128,14 +138,15 @@ class LineFile:
             await self._reopen()
         await self._write_all(self._raw, text)
 
-    @staticmethod
-    async def _write_all(raw: _Raw, text: str) -> None:
+    async def _write_all(self, raw: _Raw, text: str) -> None:
         data = text.encode()
+        self._size += len(data)
         while data:
             data = data[await raw.write(data) :]
 
     async def _reopen(self) -> None:
-        self._raw = await aiofiles.open(self.path, "ab", buffering=0, executor=self._executor)
+        raw = await aiofiles.open(self.path, "ab", buffering=0, executor=self._executor)
+        self._raw, self._size = raw, await raw.tell()
 
     async def _run(self, change: Change) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, change, self.path)
@@ -185,8 +196,11 @@ class LineLog(Callback):
     """The base of the loggers: one LineFile, from the beginning to the end of a fit, if there is a run folder."""
 
     file_name: str
+    headed = False
+    """Whether the first line names the columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, part: str | int = "64MiB") -> None:
+        self._most = part_bytes(part, f"{type(self).__name__}: part")
         self._file: LineFile | None = None
         self._missing: list[str] = []
 
@@ -198,11 +212,17 @@ class LineLog(Callback):
         """Open the file."""
         self._file = None  # one whose end never came belonged to another loop, which is gone
         if event.run_dir is not None:
-            file = LineFile(Path(event.run_dir, self.file_name))
-            # Lines that another folder's file lacks do not belong into a new one.
-            await file.open(lambda path: self.prepare(path, event.step) if path.is_file() else None)
+            file = LineFile(Path(event.run_dir, self.file_name), most=self._most, headed=self.headed)
+            await file.open(lambda path: self._prepare(path, event.step))
             self._missing = []
             self._file = file
+
+    def _prepare(self, path: Path, step: int) -> None:
+        """Lines that another folder's file lacks do not belong into a new one."""
+        if path.parent.is_dir() and older(path):
+            path.touch()  # a kill may have come between the end of a part and the beginning of the next
+        if path.is_file():
+            self.prepare(path, step)
 
     async def on_train_end(self, event: TrainEnd) -> None:
         """Write the rest, close the file, end the thread."""
@@ -220,6 +240,8 @@ class LineLog(Callback):
         self._missing = [str(line) for line in state.get("unwritten", ())]
 
 
+APART = "resource"
+"""The split of lines that are no result of the training: of several a step, and other ones in each life."""
 FIXED = ("step", "epoch", "samples", "time", "split")
 """What each line of metrics begins with."""
 
@@ -233,8 +255,8 @@ class MetricsLog(LineLog):
 
     reserved: tuple[str, ...] = FIXED
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, part: str | int = "64MiB") -> None:
+        super().__init__(part=part)
         self._said: set[str] = set()
         self._start = 0
         self._there: set[tuple[str, frozenset[str]]] = set()
@@ -261,7 +283,9 @@ class MetricsLog(LineLog):
         raise NotImplementedError
 
     def again(self, event: Log, values: Iterable[str]) -> bool:
-        """Whether the file has this line from an earlier life."""
+        """Whether the file has this line from an earlier life, or is none for it."""
+        if event.split == APART:
+            return True
         return event.step == self._start and (event.split, frozenset(values)) in self._there
 
     def fixed(self, event: Log) -> list[Any]:

@@ -1,4 +1,4 @@
-"""`media/` in the run's folder: images as PNG, tables and histograms as JSON, for runs without a logger that shows them.
+"""`media/` in the run's folder: images as PNG, tables and histograms as JSON, where no logger shows them.
 
 A file is named by what it shows and its step, and replaced whole: a step that is made again has its media once.
 """
@@ -22,8 +22,8 @@ NAME = re.compile(r"[^\w.+=,@-]+")
 class MediaFolder(Callback):
     """Writes what `log_media` is given to `media/<name>/step-000001234.png` or `.json` in the run's folder.
 
-    A table is `{"columns": [...], "rows": [[...], ...]}`, a histogram `{"edges": [...], "counts": [...], "left_out": n}`.
-    Raises EnvironmentProblem where the disk refuses.
+    A table is `{"columns": [...], "rows": [[...], ...]}`, a histogram `{"edges": [...], "counts": [...],
+    "left_out": n}`. Raises EnvironmentProblem where the disk refuses.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """For loggers whose lines can't be cut off again: which lines of the step where a life begins are there already.
 
-The law: what a checkpoint's state holds was handed over before the checkpoint, so that a life which goes on from it, and
-repeats a validation that was still due, does not hand it over twice.
+The law: what a checkpoint's state holds was handed over before the checkpoint, so that a life which goes on from it,
+and repeats a validation that was still due, does not hand it over twice.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from streamtrain import rng
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.lines import APART
 from streamtrain.callbacks.needed import find, load
 from streamtrain.callbacks.once import Once
 from streamtrain.evaluation import evaluating
@@ -75,8 +76,8 @@ class TensorBoard(Callback):
             return None
         self._write_counted()
         wall = time.time()
-        if event.split == "resource" or self._once.first(event):
-            prefix = "resource/" if event.split == "resource" else ""
+        if event.split == APART or self._once.first(event):
+            prefix = "resource/" if event.split == APART else ""
             for name, value in event.values.items():
                 self._writer.add_scalar(f"{prefix}{name}", value, event.step, wall)
         if self._inputs is not None or (self._due is not None and event.step >= self._due):

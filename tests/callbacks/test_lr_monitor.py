@@ -17,7 +17,7 @@ from tests.engine import Samples, lines, network
 
 def groups(model: nn.Module) -> torch.optim.Optimizer:
     first, second, *rest = model.parameters()
-    named = {"params": [second, *rest], "lr": 1e-2, "name": "rest"}
+    named: dict[str, Any] = {"params": [second, *rest], "lr": 1e-2, "name": "rest"}
     return torch.optim.SGD([{"params": [first]}, named], lr=1e-3, momentum=0.9)
 
 

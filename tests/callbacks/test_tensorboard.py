@@ -1,4 +1,4 @@
-"""What TensorBoard's files promise: each step once in any life, weights as they were, a graph that costs nothing else."""
+"""What TensorBoard's files promise: each step once in any life, weights as they were, a graph that changes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from streamtrain.callbacks import needed
 from streamtrain.callbacks.once import Once
 from streamtrain.callbacks.tensorboard import TensorBoard
 from streamtrain.errors import ConfigError
@@ -146,7 +145,7 @@ async def test_without_any_folder_it_is_refused_before_training() -> None:
 
 
 def test_a_package_that_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="TensorBoard needs the package tensorboard or tensorboardX") as caught:
         TensorBoard()
     assert caught.value.hint == "pip install 'streamtrain[tensorboard]'"
@@ -167,7 +166,11 @@ def test_a_line_that_was_handed_over_is_known_in_the_next_life() -> None:
     fresh.load_state_dict(once.state_dict())
     later.begin(4)
     fresh.begin(0)
-    assert [later.first(line), later.first(other), later.first(Log(step=5, values={"loss": 1.0}))] == [False, False, True]
+    assert [later.first(line), later.first(other), later.first(Log(step=5, values={"loss": 1.0}))] == [
+        False,
+        False,
+        True,
+    ]
     assert fresh.first(line)
 
 
