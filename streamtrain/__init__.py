@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from streamtrain.callbacks.csv_logger import CSVLogger as CSVLogger
     from streamtrain.callbacks.json_logger import JSONLogger as JSONLogger
     from streamtrain.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
+    from streamtrain.callbacks.mlflow_logger import MLflowLogger as MLflowLogger
     from streamtrain.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from streamtrain.callbacks.plots import Plots as Plots
     from streamtrain.callbacks.profiler import Profiler as Profiler
     from streamtrain.callbacks.progress_bar import ProgressBar as ProgressBar
+    from streamtrain.callbacks.remote_logger import RemoteLogger as RemoteLogger
     from streamtrain.callbacks.resource_monitor import ResourceMonitor as ResourceMonitor
     from streamtrain.callbacks.tensorboard import TensorBoard as TensorBoard
+    from streamtrain.callbacks.wandb_logger import WandbLogger as WandbLogger
     from streamtrain.data.batch import Batch as Batch
     from streamtrain.data.budget import Budget as Budget
     from streamtrain.data.iterable import from_iterable as from_iterable
@@ -56,11 +59,13 @@ _HOMES = {
     "FitResult": "progress",
     "JSONLogger": "callbacks.json_logger",
     "LearningRateMonitor": "callbacks.lr_monitor",
+    "MLflowLogger": "callbacks.mlflow_logger",
     "ModelCheckpoint": "callbacks.model_checkpoint",
     "NonFiniteError": "errors",
     "Plots": "callbacks.plots",
     "Profiler": "callbacks.profiler",
     "ProgressBar": "callbacks.progress_bar",
+    "RemoteLogger": "callbacks.remote_logger",
     "ResourceMonitor": "callbacks.resource_monitor",
     "Scheduler": "schedules",
     "StreamtrainError": "errors",
@@ -68,6 +73,7 @@ _HOMES = {
     "Trainer": "trainer",
     "UserCodeError": "errors",
     "Verdict": "events",
+    "WandbLogger": "callbacks.wandb_logger",
     "ZarrStream": "data.stream",
     "build_optimizer": "optimizers",
     "build_scheduler": "schedulers",

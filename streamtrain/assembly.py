@@ -38,6 +38,9 @@ CALLBACKS = {
     "ResourceMonitor": "streamtrain.callbacks.resource_monitor",
     "Plots": "streamtrain.callbacks.plots",
     "Profiler": "streamtrain.callbacks.profiler",
+    "RemoteLogger": "streamtrain.callbacks.remote_logger",
+    "WandbLogger": "streamtrain.callbacks.wandb_logger",
+    "MLflowLogger": "streamtrain.callbacks.mlflow_logger",
 }
 
 

@@ -43,6 +43,7 @@ callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life r
 callbacks.rolling callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once callbacks.tensorboard
 callbacks.resource_monitor callbacks.series callbacks.plots callbacks.profiler
+callbacks.spool callbacks.sending callbacks.remote_logger callbacks.wandb_logger callbacks.mlflow_logger
 callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving
 loop
@@ -61,9 +62,9 @@ DATA_NEEDS = {"numpy", "zarr", "numcodecs", "anyio", "aiofiles", "psutil", "goog
 FORBIDDEN = re.compile(r"(util|utils|helper|helpers|common|core|manager|managers|misc)$")
 PUBLIC = """
 __version__ Batch Best Budget CSVLogger Callback CheckpointError ConfigError DataError EarlyStopping EnvironmentProblem
-FitResult JSONLogger LearningRateMonitor ModelCheckpoint NonFiniteError Plots Profiler ProgressBar ResourceMonitor
-Scheduler StreamtrainError TensorBoard Trainer UserCodeError Verdict ZarrStream build_optimizer build_scheduler
-from_iterable mix
+FitResult JSONLogger LearningRateMonitor MLflowLogger ModelCheckpoint NonFiniteError Plots Profiler ProgressBar
+RemoteLogger ResourceMonitor Scheduler StreamtrainError TensorBoard Trainer UserCodeError Verdict WandbLogger
+ZarrStream build_optimizer build_scheduler from_iterable mix
 """
 
 

@@ -1,0 +1,149 @@
+"""The log for a service elsewhere: its lines POSTed as JSON lines, in their order, each once.
+
+Its law: training never waits for the network. Each line has a key made of the run and of what it tells, so that a
+service which was cut off before it could answer, and is told again, knows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NoReturn
+
+from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.json_logger import finite, json_line
+from streamtrain.callbacks.lines import FIXED
+from streamtrain.callbacks.sending import LONGEST, Away, Pace, Refused, Sender
+from streamtrain.callbacks.spool import Spool
+from streamtrain.errors import ConfigError
+from streamtrain.events import Log, TrainBegin, TrainEnd
+from streamtrain.options import at_least, count
+
+LATER = frozenset({408, 425, 429})
+"""What a service answers, besides 5xx, that wants the same again later (RFC 9110, 8470, 6585)."""
+
+
+class RemoteLogger(Callback):
+    """POSTs the lines of the log to `url` as `application/x-ndjson`: those of metrics.jsonl with `run` and `key`.
+
+    `headers` go with each request; a token belongs into the program, not into a configuration that the run keeps. Up to
+    `batch` lines go together, `every` seconds after the first at the latest; a request has `timeout` seconds. What
+    can't be reached, or answers 5xx, 408, 425 or 429, is tried again after pauses that double from half a second to a
+    minute (or as `Retry-After` says); the lines lie in `remote-<digest>.jsonl` in the run's folder meanwhile, `disk`
+    bytes at most. What it refuses otherwise is left out. Each is said once. At the end there are `last` seconds; what
+    is left then is sent by the next fit in this folder. Without a folder `memory` lines wait, and the oldest give way.
+
+    A line's `key` is the same whenever it is sent or made again: a service that keeps one line of each key has each
+    step once, after a resume too. The header `Idempotency-Key` is the batch's.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        batch: int = 100,
+        every: float = 1.0,
+        timeout: float = 10.0,
+        memory: int = 1000,
+        disk: int = 1 << 28,
+        last: float = 5.0,
+    ) -> None:
+        self._url, self._where = url, _named(url)
+        self._headers = {str(name): str(value) for name, value in (headers or {}).items()}
+        self._memory, self._disk = count(memory, "RemoteLogger: memory"), count(disk, "RemoteLogger: disk")
+        every = at_least(every, 0.0, "RemoteLogger: every")
+        self._pace = Pace(batch=count(batch, "RemoteLogger: batch"), every=every, pause=0.5)
+        self._timeout = at_least(timeout, 0.001, "RemoteLogger: timeout")
+        self._last = at_least(last, 0.0, "RemoteLogger: last")
+        self._run = ""
+        self._sender: Sender | None = None
+        self._missing: list[str] = []
+
+    def on_train_begin(self, event: TrainBegin) -> None:
+        """Start to send, first what earlier lives left."""
+        if not (event.step and self._run):
+            self._run, self._missing = uuid.uuid4().hex, []
+        name = f"remote-{hashlib.sha256(self._url.encode()).hexdigest()[:8]}.jsonl"
+        path = None if event.run_dir is None else Path(event.run_dir, name)
+        missing, self._missing = self._missing, []
+        self._sender = Sender(Spool(path, memory=self._memory, disk=self._disk), self._post, self._where, self._pace)
+        for line in missing:
+            self._sender.put(line)
+
+    def on_log(self, event: Log) -> None:
+        """Hand the line over."""
+        if self._sender is None:
+            return
+        names = hashlib.sha256("\0".join(sorted(event.values)).encode(errors="replace")).hexdigest()[:12]
+        when = f"/{event.time:.3f}" if event.split == "resource" else ""  # of these a step has several
+        place = [event.step, event.epoch, event.samples, round(event.time, 6), event.split]
+        about = {"run": self._run, "key": f"{self._run}/{event.split}/{event.step}/{names}{when}"}
+        values = {name: value for name, value in event.values.items() if name not in (*FIXED, "run", "key")}
+        self._sender.put(json_line({**about, **dict(zip(FIXED, place, strict=True)), **finite(values)}))
+
+    def on_train_end(self, event: TrainEnd) -> None:
+        """Send the rest; what can't be sent now waits in the file."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.end(self._last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's name, and the lines that only memory holds."""
+        return {"run": self._run, "unsent": self._missing if self._sender is None else self._sender.spool.unsent()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back: lines that were delivered after all are known by their keys."""
+        self._run = str(state.get("run", ""))
+        self._missing = [str(line) for line in state.get("unsent", ())]
+
+    def _post(self, lines: Sequence[str]) -> None:
+        """One request, in the sender's thread. Raises Away or Refused."""
+        body = "".join(lines).encode("ascii")
+        keys = {"Content-Type": "application/x-ndjson", "Idempotency-Key": hashlib.sha256(body).hexdigest()[:32]}
+        request = urllib.request.Request(self._url, body, {**keys, **self._headers}, method="POST")
+        try:
+            with _OPENER.open(request, timeout=self._timeout) as answer:
+                answer.read(1 << 16)
+        except urllib.error.HTTPError as error:
+            with error:
+                _answered(error)
+        except (OSError, HTTPException) as error:  # urllib's own are OSErrors
+            raise Away(str(getattr(error, "reason", None) or error) or type(error).__name__) from error
+
+
+def _answered(error: urllib.error.HTTPError) -> NoReturn:
+    text = f"{error.code} {error.reason}"
+    if error.code < 500 and error.code not in LATER:
+        raise Refused(f"{text}: {error.read(200).decode(errors='replace')!r}")
+    asked = error.headers.get("Retry-After", "")
+    raise Away(text, after=min(float(asked), LONGEST) if asked.isdecimal() else None)
+
+
+def _named(url: str) -> str:
+    """The service as messages name it: the rest of an address may hold secrets. Raises ConfigError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except (ValueError, AttributeError):
+        host = port = None
+    else:
+        if parts.scheme in ("http", "https") and host:
+            return f"{parts.scheme}://{host}" + (f":{port}" if port else "")
+    raise ConfigError("RemoteLogger: url must be an address such as https://host/path", hint="Check its beginning.")
+
+
+class _Here(urllib.request.HTTPRedirectHandler):
+    """A POST that is sent elsewhere would become a GET: it is an answer like any other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Here)

@@ -1,0 +1,152 @@
+"""The thread that hands lines to a service, in batches, in their order, for as long as it takes.
+
+Its law: a batch is tried again until the service has it or refuses it; the next one waits for that. Pauses double,
+blurred by chance, so that many runs do not come back all at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from streamtrain.callbacks.spool import Spool
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 60.0
+"""Seconds between two tries."""
+
+
+class Away(Exception):
+    """The service did not take a batch now, but may later."""
+
+    def __init__(self, reason: str, *, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+        """Seconds for which it asked to be left alone."""
+
+
+class Refused(Exception):
+    """The service will never take this batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How lines go."""
+
+    batch: int
+    """Lines that go together, at most."""
+    every: float
+    """Seconds until a batch that is not full goes."""
+    pause: float
+    """Seconds after the first failure; doubled after each further one."""
+
+
+class Sender:
+    """Sends what is put until `end`. `post(lines)` raises Away or Refused; `where` names the service in messages."""
+
+    def __init__(self, spool: Spool, post: Callable[[Sequence[str]], None], where: str, pace: Pace) -> None:
+        self.spool = spool
+        self._post, self._where, self._pace = post, where, pace
+        self._wake, self._ending = threading.Event(), threading.Event()
+        self._deadline = float("inf")
+        self._tries = 0
+        self._said: set[str] = set()
+        # A daemon, so that a service which never answers cannot keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="streamtrain-remote", daemon=True)
+        self._thread.start()
+
+    def put(self, line: str) -> None:
+        """A line to send."""
+        try:
+            self.spool.put(line)
+        except OSError as error:
+            self._disk(error)
+        if self.spool.waiting >= self._pace.batch:
+            self._wake.set()
+
+    def end(self, seconds: float) -> None:
+        """Send the rest, for at most so long; what is left then goes into the file."""
+        self._deadline = time.monotonic() + seconds
+        self._ending.set()
+        self._wake.set()
+        self._thread.join(seconds + 1.0)
+        self._aside()
+        if self._thread.is_alive():
+            logger.error("%s has not answered: the thread that waits for it is left behind", self._where)
+
+    def _work(self) -> None:
+        while not self._ending.is_set():
+            self._wake.wait(self._pace.every)
+            self._wake.clear()
+            self._send()
+        self._send()
+
+    def _send(self) -> None:
+        """Batch after batch, until nothing is left or the time is up."""
+        while time.monotonic() < self._deadline:
+            try:
+                lines = self.spool.head(self._pace.batch)
+            except OSError as error:
+                return self._disk(error)
+            if not lines:
+                return None
+            try:
+                self._post(lines)
+            except Refused as error:
+                self._say("refused", "%s refuses lines of the log, which are left out: %s", self._where, error)
+            except Away as error:
+                self._wait(error)
+                continue
+            if self._tries:
+                logger.info("%s takes lines of the log again", self._where)
+            self._count(lines)
+        return None
+
+    def _count(self, lines: Sequence[str]) -> None:
+        self.spool.delivered(lines)
+        self._tries = 0
+
+    def _wait(self, error: Away) -> None:
+        if not self._tries:
+            self._say("away", "%s takes no lines of the log now; they wait: %s", self._where, error)
+        pause = min(self._pace.pause * 2.0 ** min(self._tries, 30), LONGEST)
+        until = time.monotonic() + (random.Random().uniform(0.5, 1.0) * pause if error.after is None else error.after)
+        self._tries += 1
+        self._stow()
+        while (left := min(until, self._deadline) - time.monotonic()) > 0:
+            if self._wake.wait(left):
+                self._wake.clear()
+                self._stow()
+                if self._ending.is_set():
+                    left = max(0.0, min(until, self._deadline) - time.monotonic())
+                    self._wake.wait(left)  # nobody puts any more
+                    return
+
+    def _stow(self) -> None:
+        try:
+            self.spool.stow()
+        except OSError as error:
+            self._disk(error)
+
+    def _aside(self) -> None:
+        self._stow()
+        try:
+            self.spool.sync()
+        except OSError as error:
+            self._disk(error)
+        lost = self.spool.dropped + self.spool.waiting
+        if lost:
+            logger.warning("%d lines of the log never reached %s: there was no room to keep them", lost, self._where)
+
+    def _disk(self, error: OSError) -> None:
+        self._say("disk", "lines for %s can't be kept on the disk: %s", self._where, error.strerror or error)
+
+    def _say(self, what: str, message: str, *arguments: object) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(message, *arguments)

@@ -1,0 +1,156 @@
+"""What the wandb logger promises: one run of theirs for a run of ours, each line once, and nobody else's run touched.
+
+wandb itself is not needed: a module in its place notes what it is told, in the words of its documentation.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from streamtrain.callbacks.wandb_logger import WandbLogger
+from streamtrain.errors import ConfigError, EnvironmentProblem
+from streamtrain.events import Log, TrainBegin, TrainEnd
+from streamtrain.trainer import Trainer
+from tests.engine import AtStep, Samples, lines, network
+
+
+class Run:
+    """A run of theirs."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+        self.axes: dict[str, Any] = {}
+        self.logged: list[dict[str, Any]] = []
+        self.exit_code: int | None = None
+
+    def define_metric(self, name: str, **about: Any) -> None:
+        self.axes[name] = about
+
+    def log(self, values: dict[str, Any]) -> None:
+        assert self.exit_code is None, "a run that is finished takes nothing"
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+class Wandb(ModuleType):
+    """Their module."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.runs: list[Run] = []
+        self.refusal: Exception | None = None
+
+    def init(self, **given: Any) -> Run:
+        if self.refusal is not None:
+            raise self.refusal
+        self.runs.append(Run(**given))
+        return self.runs[-1]
+
+    def Settings(self, **given: Any) -> dict[str, Any]:  # noqa: N802  (their name)
+        return given
+
+    def Image(self, pixels: Any) -> tuple[str, Any]:  # noqa: N802
+        return "image", pixels.shape
+
+    def Table(self, columns: list[str], data: list[list[Any]]) -> tuple[str, Any]:  # noqa: N802
+        return "table", (columns, data)
+
+    def Histogram(self, np_histogram: tuple[Any, Any]) -> tuple[str, Any]:  # noqa: N802
+        return "histogram", np_histogram[0].sum()
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+async def fit(folder: Path, steps: int, logger: WandbLogger, *, log: dict[str, Any] | None = None) -> None:
+    callbacks = [logger, *([AtStep(1, lambda: trainer.log_media(log))] if log is not None else [])]
+    trainer = Trainer(
+        network(), nn.MSELoss(), callbacks=callbacks, run_dir=folder, log_every=2, seed=0, config={"a": 1}, device="cpu"
+    )
+    await trainer.fit(Samples(80), Samples(16, seed=1), max_steps=steps, max_epochs=9, resume="auto")
+
+
+async def test_a_fit_that_goes_on_continues_its_run_with_each_line_once(tmp_path: Path, wandb: Wandb) -> None:
+    await fit(tmp_path, 10, WandbLogger("rain", name="first", tags=["x"]))
+    await fit(tmp_path, 20, WandbLogger("rain", name="first", tags=["x"]))
+    first, second = wandb.runs
+    assert (first.given["id"], first.given["resume"]) == (second.given["id"], None)
+    assert second.given["resume"] == "allow"
+    assert first.given | {"resume": None} == second.given | {"resume": None}
+    about = {name: first.given[name] for name in ("project", "name", "tags", "mode", "dir", "config", "reinit")}
+    assert about == {"project": "rain", "name": "first", "tags": ["x"], "mode": "online", "dir": str(tmp_path)} | {
+        "config": {"a": 1},
+        "reinit": "create_new",
+    }
+    assert first.axes["*"] == {"step_metric": "step"}
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    told = [{k: v for k, v in row.items() if k != "split"} for row in lines(tmp_path)]
+    assert first.logged + second.logged == told
+
+
+async def test_a_fresh_start_is_another_run(tmp_path: Path, wandb: Wandb) -> None:
+    logger = WandbLogger()
+    await fit(tmp_path / "a", 2, logger)
+    await fit(tmp_path / "b", 2, logger)
+    assert len({run.given["id"] for run in wandb.runs}) == 2
+
+
+async def test_offline_there_is_nothing_to_resume_but_the_id_is_kept(tmp_path: Path, wandb: Wandb) -> None:
+    await fit(tmp_path, 2, WandbLogger(mode="offline"))
+    await fit(tmp_path, 4, WandbLogger(mode="offline"))
+    first, second = wandb.runs
+    assert (first.given["id"], second.given["resume"], second.given["mode"]) == (second.given["id"], None, "offline")
+
+
+async def test_media_are_theirs(tmp_path: Path, wandb: Wandb) -> None:
+    media = {"grey": np.zeros((2, 3)), "rgb": np.zeros((2, 5, 3)), "t": {"a": [1]}, "h": np.arange(4.0)}
+    await fit(tmp_path, 4, WandbLogger(), log=media)
+    (shown,) = [row for row in wandb.runs[0].logged if "rgb" in row]
+    assert shown.pop("step") >= 1
+    kinds = {"grey": ("image", (2, 3)), "rgb": ("image", (2, 5, 3)), "t": ("table", (["a"], [[1]]))}
+    assert shown == {**kinds, "h": ("histogram", 4)}
+
+
+def test_resources_have_names_of_their_own(wandb: Wandb) -> None:
+    logger = WandbLogger()
+    logger.on_train_begin(TrainBegin())
+    for _ in range(2):
+        logger.on_log(Log(step=3, split="resource", values={"cpu": 0.5}))
+    assert wandb.runs[0].logged == [{"resource/cpu": 0.5, "step": 3}] * 2
+
+
+def test_a_fit_that_failed_is_marked(wandb: Wandb) -> None:
+    logger = WandbLogger()
+    logger.on_train_begin(TrainBegin())
+    logger.on_train_end(TrainEnd(reason="failed"))
+    assert wandb.runs[0].exit_code == 1
+
+
+def test_a_run_that_cannot_begin_is_an_error_with_what_to_do(wandb: Wandb) -> None:
+    wandb.refusal = RuntimeError("api_key not configured (no-tty)\nmore")
+    with pytest.raises(EnvironmentProblem, match=r"wandb begins no run: api_key not configured \(no-tty\)$") as caught:
+        WandbLogger().on_train_begin(TrainBegin())
+    assert "offline" in caught.value.hint
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, wandb: Wandb) -> None:
+    with pytest.raises(ConfigError, match="mode"):
+        WandbLogger(mode="sometimes")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="WandbLogger needs the package wandb"):
+        WandbLogger()
