@@ -94,7 +94,9 @@ def fit(
     set_: Annotated[list[str] | None, option("set any key of the configuration: a.b=value", "--set")] = None,
     dry_run: Annotated[bool, option("check everything, train and write nothing")] = False,
     print_config: Annotated[bool, option("print the resolved configuration and end")] = False,
-    log_level: Annotated[str | None, option("debug, info, warning or error, for stderr and log.txt")] = None,
+    log_level: Annotated[str | None, option("debug, info, warning or error, for stderr")] = None,
+    log_file_level: Annotated[str | None, option("the same for log.txt and log.jsonl; info or more")] = None,
+    profile: Annotated[bool, option("profile steps 10 to 30 into the run's folder")] = False,
     quiet: Annotated[bool, option("only warnings and errors", "--quiet", "-q")] = False,
     verbose: Annotated[bool, option("say more on stderr", "--verbose", "-v")] = False,
     flags: Annotated[Flags | None, Parameter(name="*")] = None,
@@ -119,7 +121,8 @@ def fit(
     if dry_run:
         _print(fit_command.rehearse(resolved, said, level=level))
         return 0
-    code, report, done = fit_command.run(resolved, said, level=level, quiet=quiet)
+    to_file = fit_command.log_level(log_file_level, quiet=False, verbose=False, option="--log-file-level")
+    code, report, done = fit_command.run(resolved, said, level=level, quiet=quiet, to_file=to_file, profile=profile)
     try:
         _print(() if quiet else report)
     except OSError as error:

@@ -33,20 +33,22 @@ if TYPE_CHECKING:
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def log_level(name: str | None, *, quiet: bool, verbose: bool) -> int:
+def log_level(name: str | None, *, quiet: bool, verbose: bool, option: str = "--log-level") -> int:
     """The level that `--log-level`, `-q` and `-v` ask for; the first wins."""
     if name is None:
         return LEVELS["warning" if quiet else "debug" if verbose else "info"]
     if name.lower() not in LEVELS:
         close = nearest(name, LEVELS)
         raise ConfigError(
-            f"--log-level must be {', '.join(LEVELS)}, got {shown(name)}",
+            f"{option} must be {', '.join(LEVELS)}, got {shown(name)}",
             hint=f"Did you mean {close}?" if close else "info is the default.",
         )
     return LEVELS[name.lower()]
 
 
-def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, list[str], str]:
+def run(
+    config: Config, said: Said, *, level: int, quiet: bool, to_file: int = logging.INFO, profile: bool = False
+) -> tuple[int, list[str], str]:
     """Train; the exit code, what to tell the user at the end, and what to tell where that can't be written.
 
     A SIGINT, SIGTERM or SIGHUP has the step finished and the run saved: the exit code is 128 + its number.
@@ -54,9 +56,9 @@ def run(config: Config, said: Said, *, level: int, quiet: bool) -> tuple[int, li
     config = in_folder(config, said)
     if config.trainer.run_dir is not None:
         refuse_other_run(config, config.trainer.run_dir)
-    with logged(level) as log, Watch(config.trainer.grace) as watch:
+    with logged(level, to_file=to_file) as log, Watch(config.trainer.grace) as watch:
         begun = Begun(watch, config, log)
-        job = assembly.build(config, said, callbacks=(begun, *_progress(config, quiet)))
+        job = assembly.build(config, said, callbacks=(begun, *_progress(config, quiet), *_profiler(config, profile)))
         begun.trainer = job.trainer
         if quiet:
             job.trainer.callbacks[:] = [each for each in job.trainer.callbacks if not isinstance(each, progress_bar())]
@@ -205,6 +207,15 @@ def _progress(config: Config, quiet: bool) -> Sequence[Callback]:
     if quiet or "progressbar" in named:
         return ()
     return (progress_bar()(),)
+
+
+def _profiler(config: Config, profile: bool) -> Sequence[Callback]:
+    """The profiler, if it was asked for and the configuration has none of its own."""
+    if not profile or "profiler" in [assembly.plain(callback.name) for callback in config.callbacks or ()]:
+        return ()
+    from streamtrain.callbacks.profiler import Profiler
+
+    return (Profiler(),)
 
 
 def _model_line(trainer: Trainer) -> str:

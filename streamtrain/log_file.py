@@ -1,22 +1,29 @@
-"""Logging as the command line wants it: short lines on stderr, and all of it in the run's log.txt.
+"""Logging as the command line wants it: short lines on stderr, and all of it in the run's log.txt and log.jsonl.
 
-Nobody who logs waits for the disk: log.txt is written by a thread of its own. Where it can't be, that is said once.
+Nobody who logs waits for the disk: the files are written by a thread of its own, and begin anew when they are full, the
+old ones kept as log.txt.1 and so on. Where they can't be written, that is said once.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import logging.handlers
 import queue
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+FULL, KEPT = 16 << 20, 5
+"""Bytes of a file, and how many full ones are kept."""
 
-class _File(logging.FileHandler):
+
+class _File(logging.handlers.RotatingFileHandler):
     """A file of lines that a disk may refuse: `logging` itself would show a traceback for each of them."""
 
     _refused = False
@@ -46,28 +53,60 @@ class _File(logging.FileHandler):
             self.refused(error)
 
 
-class LogFile:
-    """All that is logged, kept until the run's folder is there, then written to its log.txt by a thread of its own."""
+class _Queue(logging.handlers.QueueHandler):
+    """Hands a record on as text, but with its traceback apart."""
 
-    def __init__(self) -> None:
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        record = copy.copy(record)
+        record.msg, record.args = record.getMessage(), None
+        if record.exc_info:
+            record.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
+        record.exc_info = None
+        return record
+
+
+class _Lines(logging.Formatter):
+    """A JSON object: `at` (UTC), `level`, `logger`, `message`, and `traceback` where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        row = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        return json.dumps(row | ({"traceback": record.exc_text} if record.exc_text else {}))
+
+
+class LogFile:
+    """All that is logged, kept until the run's folder is there, then written to its log.txt and log.jsonl."""
+
+    def __init__(self, *, full: int = FULL) -> None:
         self._records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-        self.handler = logging.handlers.QueueHandler(self._records)
+        self.handler = _Queue(self._records)
+        self._full = full
         self._listener: logging.handlers.QueueListener | None = None
-        self._file: _File | None = None
+        self._files: list[_File] = []
 
     def open(self, folder: Path) -> None:
         """Write there from now on, also what was logged before."""
-        self._file = _File(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._listener = logging.handlers.QueueListener(self._records, self._file)
+        text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        for name, formatter in (("log.txt", text), ("log.jsonl", _Lines())):
+            path = folder / name
+            file = _File(path, maxBytes=self._full, backupCount=KEPT, encoding="utf-8", errors="backslashreplace")
+            file.setFormatter(formatter)
+            self._files.append(file)
+        self._listener = logging.handlers.QueueListener(self._records, *self._files)
         self._listener.start()
+
+    def ended(self, error: BaseException) -> None:
+        """What ends the command, for the files alone: on stderr it is said by whoever ends it."""
+        text = f"ended by {type(error).__name__}: {error}"
+        kind = (type(error), error, error.__traceback__)
+        self.handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), kind))
 
     def close(self) -> None:
         """Write the rest."""
         if self._listener is not None:
             self._listener.stop()
-        if self._file is not None:
-            self._file.close()
+        for file in self._files:
+            file.close()
 
 
 class _Plain(logging.Formatter):
@@ -81,20 +120,26 @@ class _Plain(logging.Formatter):
 
 
 @contextmanager
-def logged(level: int) -> Iterator[LogFile]:
-    """Logging as the command line wants it, for as long as this is open: lines on stderr, all of it to log.txt."""
+def logged(level: int, *, to_file: int = logging.INFO) -> Iterator[LogFile]:
+    """Logging as the command line wants it, for as long as this is open: lines from `level` on to stderr, and from
+    `to_file` or `level` on, whichever says more, to the files; also Python's warnings, and the error that ends it."""
     root, ours, log = logging.getLogger(), logging.getLogger("streamtrain"), LogFile()
     before = root.level, ours.level
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setFormatter(_Plain())
+    stderr.setLevel(level)
     handlers: tuple[logging.Handler, ...] = (stderr, log.handler)
     for handler in handlers:
         root.addHandler(handler)
-    root.setLevel(max(level, logging.WARNING))
-    ours.setLevel(level)
+    lowest = min(level, to_file)
+    root.setLevel(max(lowest, logging.WARNING))
+    ours.setLevel(lowest)
     logging.captureWarnings(True)
     try:
         yield log
+    except BaseException as error:
+        log.ended(error)
+        raise
     finally:
         logging.captureWarnings(False)
         log.close()

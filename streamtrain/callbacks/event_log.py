@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,11 +55,12 @@ class EventLog(LineLog):
             "max_steps": event.max_steps,
             "steps_per_epoch": event.steps_per_epoch,
         }
-        self._write("train_begin", event, facts | limits)
+        config = {"config": _plain(event.config)} if event.config else {}
+        self._write("train_begin", event, facts | limits | config)
 
     async def on_train_end(self, event: TrainEnd) -> None:
         """It ends in an orderly way."""
-        facts = {"reason": event.reason, "detail": event.detail, "metrics": finite(event.metrics)}
+        facts = {"reason": event.reason, "detail": event.detail, "metrics": finite(event.metrics), "used": _used()}
         try:
             self._write("train_end", event, facts)
         finally:
@@ -70,7 +72,7 @@ class EventLog(LineLog):
 
     async def on_epoch_end(self, event: EpochEnd) -> None:
         """Its last update was made."""
-        self._write("epoch_end", event, {"metrics": finite(event.metrics)})
+        self._write("epoch_end", event, {"metrics": finite(event.metrics), "used": _used()})
 
     async def on_validation_begin(self, event: ValidationBegin) -> None:
         """A validation begins."""
@@ -103,3 +105,20 @@ def _finite_table(table: Any) -> Any:
     if isinstance(table, list):
         return [_finite_table(part) for part in table]
     return None if isinstance(table, float) and not math.isfinite(table) else table
+
+
+def _used() -> dict[str, float]:
+    """What this process has used so far: seconds of CPU, and the most bytes that were resident."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu": round(used.ru_utime + used.ru_stime, 3), "peak_rss": used.ru_maxrss * 1024}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: what it has no form for as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

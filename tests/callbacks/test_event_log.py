@@ -76,6 +76,8 @@ async def test_each_event_is_a_line_with_its_facts(tmp_path: Path) -> None:
     assert said["train_begin"]["pid"] == os.getpid()
     assert [said["epoch_begin"][name] for name in ("epoch", "step", "samples", "time")] == [3, 7, 28, 1.5]
     assert said["epoch_end"]["metrics"] == {"loss": None, "nonfinite": ["loss"]}
+    assert said["epoch_end"]["used"]["peak_rss"] > 1 << 20
+    assert said["train_end"]["used"]["cpu"] >= said["epoch_end"]["used"]["cpu"] > 0
     assert said["checkpoint"]["path"] == "/x/step-000000007"
     assert said["interrupt"]["detail"] == "SIGTERM"
     assert said["exception"] | {"error": "DataError", "message": "chunk 3 is cut"} == said["exception"]
@@ -94,3 +96,12 @@ async def test_later_lives_are_added_and_only_a_torn_line_is_cut(tmp_path: Path)
         ("train_begin", 50),
         ("train_end", 59),
     ]
+
+
+async def test_the_configuration_is_noted_as_json_can_hold_it(tmp_path: Path) -> None:
+    config = {"data": {"split": (0.0, 0.5)}, "odd": float("nan"), "path": Path("x")}
+    async with Bus([EventLog()]) as bus:
+        await bus.emit("on_train_begin", TrainBegin(run_dir=str(tmp_path), config=config))
+        await bus.emit("on_train_end", TrainEnd())
+    bus.check()
+    assert lines(tmp_path)[0]["config"] == {"data": {"split": [0.0, 0.5]}, "odd": "nan", "path": "x"}

@@ -40,6 +40,10 @@ class Stuck(Net):
             threading.Event().wait(60)
         return self.layer(x)
 
+class Raises:
+    def on_log(self, event):
+        raise ValueError("no")
+
 class Kill:
     def __init__(self, signum, at):
         self.signum, self.at, self.done = signum, at, False
@@ -104,6 +108,31 @@ def test_a_run_folder_that_moved_goes_on_where_it_is(place: Path) -> None:
 def test_quiet_says_nothing(place: Path, capsys: Capture) -> None:
     assert main([*FIT, "--run-dir", "run", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_all_local_callbacks_go_together_from_a_configuration(place: Path, capsys: Capture) -> None:
+    names = ("TensorBoard", "LearningRateMonitor", "ResourceMonitor", "Plots")
+    (place / "c.toml").write_text("".join(f'[[callbacks]]\nname = "{name}"\n' for name in names))
+    more = ["--profile", "--log-file-level", "debug", "--run-dir", "run", "-q", "--max-epochs", "8"]
+    assert main(["fit", "c.toml", *FIT[1:], *more]) == 0
+    run = place / "run"
+    assert [path.name for path in (run / "profile").iterdir() if path.suffix == ".json"] == [
+        "steps-000000010-000000030.json"
+    ]
+    assert (run / "plots" / "loss.png").stat().st_size
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["lr_0"] == 1e-3
+    levels = {json.loads(line)["level"] for line in (run / "log.jsonl").read_text().splitlines()}
+    assert "info" in levels
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_error_that_ends_a_run_is_in_its_log(place: Path) -> None:
+    (place / "c.toml").write_text('[[callbacks]]\nname = "flow_nets:Raises"\n')
+    assert main(["fit", "c.toml", *FIT[1:], "--run-dir", "run", "-q"]) == 7
+    assert "ended by UserCodeError: callback Raises: on_log raised ValueError: no" in (
+        (place / "run" / "log.txt").read_text()
+    )
 
 
 def test_a_rehearsal_checks_everything_and_writes_nothing(place: Path, capsys: Capture) -> None:
