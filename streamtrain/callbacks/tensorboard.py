@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from streamtrain.options import count, flag
 logger = logging.getLogger(__name__)
 
 BINS = 64
+FULL = 1_000_000
+"""Numbers of a file, about 50 MB; then another one begins, and TensorBoard reads them in their order."""
 
 
 class TensorBoard(Callback):
@@ -56,6 +58,9 @@ class TensorBoard(Callback):
         self._due: int | None = None
         self._drawn = False
         self._counted: list[tuple[int, float, dict[str, Histogram]]] = []
+        self._open: Callable[[int | None], Any] = lambda again: None
+        self._numbers = 0
+        """In the file so far."""
 
     def on_train_begin(self, event: TrainBegin) -> Coroutine[Any, Any, None] | None:
         """Open a file of this life."""
@@ -65,7 +70,8 @@ class TensorBoard(Callback):
         self._once.begin(event.step)
         again = event.step + 1 if event.step else 0 if folder.is_dir() else None
         module = load("torch.utils.tensorboard" if self._package == "tensorboard" else "tensorboardX")
-        self._writer = module.SummaryWriter(str(folder), purge_step=again)
+        self._open = lambda again: module.SummaryWriter(str(folder), purge_step=again)
+        self._writer, self._numbers = self._open(again), 0
         if self._every is not None:
             self._due = event.step // self._every * self._every + self._every
         return self._watch(event) if self._graph and not self._drawn else None
@@ -80,6 +86,7 @@ class TensorBoard(Callback):
             prefix = "resource/" if event.split == APART else ""
             for name, value in event.values.items():
                 self._writer.add_scalar(f"{prefix}{name}", value, event.step, wall)
+            self._count_up(len(event.values))
         if self._inputs is not None or (self._due is not None and event.step >= self._due):
             return self._look(event)
         return None
@@ -111,6 +118,12 @@ class TensorBoard(Callback):
         """Take it back."""
         self._once.load_state_dict(state)
         self._drawn = bool(state.get("drawn", False))
+
+    def _count_up(self, numbers: int) -> None:
+        self._numbers += numbers
+        if self._numbers >= FULL:
+            self._writer.close()
+            self._writer, self._numbers = self._open(None), 0
 
     async def _watch(self, event: TrainBegin) -> None:
         """Keep a copy of what the model is first called with."""

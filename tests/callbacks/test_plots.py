@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,14 @@ def told(folder: Path, plots: Plots, events: list[Log]) -> Plots:
     for event in events:
         plots.on_log(event)
     return plots
+
+
+def test_of_the_past_only_what_lies_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    rows = [{"step": step, "samples": step, "time": 1.0 * step, "split": "train", "loss": 0.5} for step in (2, 4, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots = Plots()
+    plots.on_train_begin(TrainBegin(run_dir=str(tmp_path), step=4))
+    assert courses(plots, "loss") == {"loss": 2}
 
 
 def test_resources_are_drawn_over_the_time(tmp_path: Path) -> None:

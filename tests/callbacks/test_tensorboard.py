@@ -121,6 +121,33 @@ async def test_the_graph_is_drawn_once_and_changes_nothing(tmp_path: Path) -> No
     assert [b"Linear" in file.read_bytes() for file in files] == [True, False]
 
 
+class Drawing(nn.Module):
+    """Draws random numbers in every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        made: Tensor = self.net(inputs)
+        return made + torch.rand(())
+
+
+async def test_the_graph_of_a_model_that_draws_costs_the_host_no_random_numbers(tmp_path: Path) -> None:
+    model = Drawing()
+    before = torch.get_rng_state()
+    await fit(tmp_path, 6, model=model, graph=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+async def test_a_full_file_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamtrain.callbacks.tensorboard.FULL", 6)
+    await fit(tmp_path, 12)
+    await fit(tmp_path, 16)
+    assert len(list((tmp_path / "tensorboard").iterdir())) > 3
+    assert scalars(tmp_path, "loss") == as_lines(tmp_path, "loss")
+
+
 async def test_a_model_that_cannot_be_traced_trains_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
