@@ -29,7 +29,6 @@ from streamtrain.blame import non_finite
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
 from streamtrain.outcome import Compute, Outcome
-from streamtrain.schedulers import get_lr
 from streamtrain.several_optimizers import Optimizers
 from streamtrain.step import Source, TrainStep
 from streamtrain.tally import Report
@@ -189,7 +188,7 @@ class ManualStep(TrainStep):
         if self._average is not None and self._made:
             self._average.update()
         if (self.step + 1) % self._log_every == 0:
-            self.tally.mark(self.step + 1, get_lr(self._optimizer))
+            self.tally.mark(self.step + 1, self.gauged())
         if self._scheduled:
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
             self.lr.after_update()
