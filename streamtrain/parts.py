@@ -390,6 +390,10 @@ class Parts:
 def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     """Metrics by their names; those under an output's name are of that output, `<output>_<metric>`."""
     made: dict[str, Metric] = {}
+    if not hasattr(metrics, "items"):
+        raise ConfigError(
+            f"metrics must be a dict by name, not {metrics!r:.60}", hint='For example metrics={"mae": "mae"}.'
+        )
     for name, given in metrics.items():
         several = isinstance(given, Mapping)
         parts = {f"{name}_{key}": TaskMetric(str(name), as_metric(m)) for key, m in given.items()} if several else None

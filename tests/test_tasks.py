@@ -209,6 +209,7 @@ async def test_wrong_names_end_the_fit_before_its_first_update() -> None:
         ({"metrics": {"loss_rain": "mae"}}, "a metric can't be named 'loss_rain'"),
         ({"metrics": {"a": {"b_c": "mae"}, "a_b": {"c": "mae"}}}, "two metrics would be logged as 'a_b_c'"),
         ({"metrics": {"a": {"b": "mea"}}}, "there is no metric 'mea'"),
+        ({"metrics": ["mae"]}, r"metrics must be a dict by name, not \['mae'\]"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(options: dict[str, Any], said: str) -> None:

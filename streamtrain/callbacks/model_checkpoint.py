@@ -187,7 +187,7 @@ class ModelCheckpoint(Callback):
         self.required = () if monitor is None else (monitor,)
         """The names that must be logged."""
         self._best = TopK(save_top_k, self.mode)
-        self._said = False
+        self._said = self._without = False
 
     async def on_validation_end(self, event: ValidationEnd) -> Verdict | None:
         """Asked after each validation, but the sanity check's."""
@@ -217,6 +217,12 @@ class ModelCheckpoint(Callback):
         if value is None:
             if self.required:
                 raise no_such_monitor("ModelCheckpoint", self.monitor, metrics)
+            if self._best.k and not self._without:
+                self._without = True
+                known = ", ".join(sorted(name for name in metrics if name.startswith("val_")))
+                logger.warning(
+                    "no best checkpoint is kept: nothing logs val_loss; give ModelCheckpoint a monitor: %s", known
+                )
             return None
         rank = self._best.offer(step, value)
         if rank is None:

@@ -200,9 +200,16 @@ async def test_a_monitor_of_training_is_looked_at_after_epochs() -> None:
     assert callback.mode == "max"
 
 
-async def test_a_monitor_that_nothing_logs_is_refused_only_if_it_was_asked_for() -> None:
+async def test_a_monitor_that_nothing_logs_is_refused_only_if_it_was_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     event = ValidationEnd(metrics={"val_mae": 1.0, "loss": 2.0})
-    assert await ModelCheckpoint().on_validation_end(event) is None
+    default = ModelCheckpoint()
+    assert [await default.on_validation_end(event) for _ in range(2)] == [None, None]
+    assert await ModelCheckpoint(save_top_k=0).on_validation_end(event) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "no best checkpoint is kept: nothing logs val_loss; give ModelCheckpoint a monitor: val_mae"
+    ]
     with pytest.raises(ConfigError, match="nothing logs 'val_maw'; logged: loss, val_mae") as caught:
         await ModelCheckpoint(monitor="val_maw").on_validation_end(event)
     assert caught.value.hint == "did you mean 'val_mae'?"
