@@ -141,7 +141,7 @@ class EarlyStopping(Callback):
         if not self._at_validations:
             return None
         if event.sanity:
-            self._values({"loss": 0.0, **event.metrics})
+            self._values(event.metrics, [name for name in self.monitors if name.startswith("val_")], known=["loss"])
             return None
         return self.judge(event.metrics)
 
@@ -151,7 +151,7 @@ class EarlyStopping(Callback):
 
     def judge(self, metrics: Mapping[str, float]) -> Verdict | None:
         """The verdict on these metrics. Raises ConfigError if a monitor is not among them."""
-        values = self._values(metrics)
+        values = self._values(metrics, self.monitors)
         was_half_way = self._half_way
         improved = {name: self.rules[name].offer(value) for name, value in values.items()}
         first = self.monitors[0]
@@ -185,11 +185,13 @@ class EarlyStopping(Callback):
                 raise no_such_monitor(f"EarlyStopping: {name}", str(monitor), self.monitors)
         return {monitor: given.get(monitor, default) for monitor in self.monitors}
 
-    def _values(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        for name in self.monitors:
+    def _values(
+        self, metrics: Mapping[str, float], names: Sequence[str], known: Sequence[str] = ()
+    ) -> dict[str, float]:
+        for name in names:
             if name not in metrics:
-                raise no_such_monitor("EarlyStopping", name, metrics)
-        return {name: float(metrics[name]) for name in self.monitors}
+                raise no_such_monitor("EarlyStopping", name, {*metrics, *known})
+        return {name: float(metrics[name]) for name in names}
 
     def _stops(self, metrics: Mapping[str, float]) -> tuple[bool, str]:
         self._met = self.condition is not None and bool(self.condition(metrics))

@@ -185,6 +185,8 @@ async def test_the_sanity_check_counts_nothing_but_finds_wrong_names() -> None:
     rule = EarlyStopping()
     assert await rule.on_validation_end(ValidationEnd(metrics={"val_loss": 1.0}, sanity=True)) is None
     assert rule.rules["val_loss"].best is None
+    event = ValidationEnd(metrics={"val_loss": 1.0}, sanity=True)
+    assert await EarlyStopping(["val_loss", "loss_rain"]).on_validation_end(event) is None
     with pytest.raises(ConfigError, match="nothing logs 'val_los'; logged: loss, val_loss") as caught:
         await EarlyStopping("val_los").on_validation_end(ValidationEnd(metrics={"val_loss": 1.0}, sanity=True))
     assert "val_loss" in caught.value.hint

@@ -129,7 +129,7 @@ async def test_a_loss_of_weight_zero_is_logged_and_not_learned_from() -> None:
 
 
 async def test_losses_of_outputs_can_be_monitored_and_their_names_are_checked() -> None:
-    rules = [EarlyStopping(["val_rain_mae", "val_loss_kind"]), EarlyStopping("loss_rain")]
+    rules = [EarlyStopping(["val_rain_mae", "val_loss_kind", "loss_kind"]), EarlyStopping("loss_rain")]
     fitted = trainer(metrics={"rain": {"mae": "mae"}}, callbacks=rules)
     assert (await fitted.fit(Tasks(), validation=Tasks(30, seed=3), max_epochs=2)).reason == "completed"
     wrong = trainer(callbacks=[EarlyStopping("val_loss_kin")])
