@@ -74,6 +74,14 @@ class Evaluator:
         """Of the last run: what metrics came to that is no number, by their names, as nested lists."""
         self._model, self._compute, self._move = model, compute, move
         self._autocast, self._weights = autocast(precision, device), weights
+        self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    def _turn(self) -> asyncio.Lock:
+        """The lock of the running loop: two runs at once would add to the same metrics."""
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, asyncio.Lock()
+        return self._turns[1]
 
     async def run(
         self,
@@ -86,18 +94,20 @@ class Evaluator:
     ) -> dict[str, float]:
         """The means over one pass of `stream`, of `limit` batches at most: `loss` and the metrics by their names.
 
-        Raises DataError if it gives nothing, Stopped once `stopping()` says so.
+        One run at a time: another one waits for its turn. Raises DataError if it gives nothing, Stopped once
+        `stopping()` says so.
         """
-        sums = _Sums(self.metrics)
-        async with aclosing(self._bursts(stream, thread, rng, limit, sums.add)) as bursts:
-            async for _ in bursts:
-                if stopping():
-                    raise Stopped
-        if not sums.samples:
-            raise DataError("a stream to evaluate on gave no batch", hint="Check its split and filters.")
-        values = await thread.run(sums.compute)
-        self.tables = {name: value for name, value in values.items() if isinstance(value, list)}
-        return {name: value for name, value in values.items() if not isinstance(value, list)}
+        async with self._turn():
+            sums = _Sums(self.metrics)
+            async with aclosing(self._bursts(stream, thread, rng, limit, sums.add)) as bursts:
+                async for _ in bursts:
+                    if stopping():
+                        raise Stopped
+            if not sums.samples:
+                raise DataError("a stream to evaluate on gave no batch", hint="Check its split and filters.")
+            values = await thread.run(sums.compute)
+            self.tables = {name: value for name, value in values.items() if isinstance(value, list)}
+            return {name: value for name, value in values.items() if not isinstance(value, list)}
 
     def each(
         self, stream: Stream, thread: TrainThread, rng: Rng, compute: Compute, use: Callable[[Batch, Outcome], T]

@@ -52,6 +52,26 @@ async def test_a_metric_starts_anew_for_each_evaluation() -> None:
     assert await run(judge, Samples(30)) == await run(judge, Samples(30))
 
 
+async def test_two_evaluations_at_once_do_not_share_their_sums() -> None:
+    judge = evaluator(network(), mae=MeanAbsoluteError())
+    one, other = Samples(30, seed=1), Samples(50, 3, seed=2)
+    one.gates[24] = asyncio.Event()
+    both = asyncio.gather(run(judge, one), run(judge, other))
+    await asyncio.wait([both], timeout=0.05)
+    one.gates[24].set()
+    apart = [await run(judge, Samples(30, seed=1)), await run(judge, Samples(50, 3, seed=2))]
+    assert list(await both) == apart
+
+
+def test_an_evaluator_serves_one_loop_after_another() -> None:
+    judge = evaluator(network(), mae=MeanAbsoluteError())
+
+    async def twice() -> list[dict[str, float]]:
+        return list(await asyncio.gather(run(judge, Samples(30)), run(judge, Samples(30))))
+
+    assert asyncio.run(twice()) == asyncio.run(twice())
+
+
 async def test_a_batch_without_rows_counts_nothing() -> None:
     inputs, targets = samples(16)
     given = [(inputs[:8], targets[:8]), (inputs[:0], targets[:0]), (inputs[8:], targets[8:])]
