@@ -9,7 +9,7 @@ The law: what an answer is follows from the shapes alone, one way for all of the
 
 `ignore_index`: targets of this class are not counted. `nan="ignore"`: those that are NaN are not either, as classes
 of fields with gaps come when they are decoded. An update asks nothing of the device, so that a target that is no class
-is found only when the value is computed: a DataError.
+is found only when the value is computed: a DataError (the two accuracies count it as answered wrong).
 """
 
 from __future__ import annotations

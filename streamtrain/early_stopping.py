@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from streamtrain.errors import ConfigError
 from streamtrain.events import EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import direction, no_such_monitor
 from streamtrain.options import count, finite, flag, monitored
+
+logger = logging.getLogger(__name__)
 
 
 class Patience:
@@ -157,6 +160,9 @@ class EarlyStopping(Callback):
         first = self.monitors[0]
         stop, detail = self._stops(metrics)
         reduce = self.reduce_lr is not None and not stop and self._half_way and not was_half_way
+        if reduce:
+            waits = "; ".join(f"{name} {rule.told()}" for name, rule in self.rules.items() if rule.half_way)
+            logger.info("the learning rate is multiplied by %g: %s %s", self.reduce_lr, waits, self._unit)
         return Verdict(
             stop=stop,
             detail=detail,
@@ -171,6 +177,10 @@ class EarlyStopping(Callback):
     def gives_up(self) -> bool:
         """Whether it has ended the fit, by the patience that it has now."""
         return self._met or self._combine(rule.exhausted for rule in self.rules.values())
+
+    @property
+    def _unit(self) -> str:
+        return "validations" if self._at_validations else "epochs"
 
     @property
     def _half_way(self) -> bool:
@@ -200,8 +210,7 @@ class EarlyStopping(Callback):
         if not self._combine(rule.exhausted for rule in self.rules.values()):
             return False, ""
         told = [f"{name} {rule.told()}" for name, rule in self.rules.items() if rule.exhausted]
-        unit = "validations" if self._at_validations else "epochs"
-        return True, f"{'; '.join(told)} {unit}"
+        return True, f"{'; '.join(told)} {self._unit}"
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each monitor's rule, and whether the condition was met."""

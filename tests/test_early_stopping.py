@@ -127,6 +127,13 @@ def test_the_rate_is_lowered_half_way_and_the_fit_ended_after() -> None:
     assert [verdict.stop for verdict in verdicts] == [False, False, False, False, True]
 
 
+def test_that_the_rate_is_lowered_is_said_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    judged(EarlyStopping(patience=3, reduce_lr=0.1), 1.0, 2.0, 2.0)
+    said = "the learning rate is multiplied by 0.1: val_loss has not improved on 1 for 1 validations"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
 def test_the_rate_is_lowered_once_in_each_wait() -> None:
     verdicts = judged(EarlyStopping(patience=3, reduce_lr=0.1), 1.0, 2.0, 2.0, 0.5, 2.0, 2.0, 2.0)
     assert [verdict.lr_factor for verdict in verdicts] == [None, 0.1, None, None, 0.1, None, None]

@@ -30,6 +30,9 @@ from streamtrain.events import (
     ValidationEnd,
 )
 
+MOST_NUMBERS = 4096
+"""Of a table that is written; a confusion matrix of 64 classes."""
+
 
 class EventLog(LineLog):
     """Writes `events.jsonl` in the run's folder: `event, at` (UTC), `step, epoch, samples, time`, and what is known."""
@@ -81,7 +84,7 @@ class EventLog(LineLog):
     async def on_validation_end(self, event: ValidationEnd) -> None:
         """It ends."""
         facts = {"sanity": event.sanity, "metrics": finite(event.metrics)}
-        tables = {name: _finite_table(table) for name, table in event.tables.items()}
+        tables = {name: _shown_table(table) for name, table in event.tables.items()}
         self._write("validation_end", event, {**facts, "tables": tables} if tables else facts)
 
     async def on_checkpoint(self, event: CheckpointCommitted) -> None:
@@ -98,6 +101,16 @@ class EventLog(LineLog):
     async def on_interrupt(self, event: Interrupt) -> None:
         """A stop was asked for."""
         self._write("interrupt", event, {"reason": event.reason, "detail": event.detail})
+
+
+def _shown_table(table: list[Any]) -> Any:
+    """A table as it is written; of a large one that it was left out."""
+    numbers = _count(table)
+    return _finite_table(table) if numbers <= MOST_NUMBERS else f"left out: {numbers} numbers"
+
+
+def _count(table: Any) -> int:
+    return sum(map(_count, table)) if isinstance(table, list) else 1
 
 
 def _finite_table(table: Any) -> Any:
