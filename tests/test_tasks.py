@@ -128,6 +128,22 @@ async def test_a_loss_of_weight_zero_is_logged_and_not_learned_from() -> None:
     assert torch.equal(fitted.model.kind.weight, before)  # type: ignore[union-attr, arg-type]
 
 
+async def test_a_run_that_goes_on_has_the_same_losses_of_each_output(tmp_path: Path) -> None:
+    async def fit(folder: str, resume: str | None = None, **limits: int) -> tuple[nn.Module, Recorder]:
+        recorder = Recorder()
+        fitted = trainer(loss_weights={"kind": 0.3}, run_dir=tmp_path / folder, callbacks=[recorder])
+        await fitted.fit(Tasks(), resume=resume, **limits)
+        return fitted.model, recorder
+
+    whole, told = await fit("whole", max_epochs=2)
+    await fit("cut", max_steps=9)
+    again, told_again = await fit("cut", "auto", max_epochs=2)
+    assert same(again, whole)
+    means = [[event.metrics for event in each.events("on_epoch_end")] for each in (told, told_again)]
+    assert means[0] == means[1]
+    assert means[0][0].keys() == {"loss", "loss_rain", "loss_kind"}
+
+
 async def test_losses_of_outputs_can_be_monitored_and_their_names_are_checked() -> None:
     rules = [EarlyStopping(["val_rain_mae", "val_loss_kind", "loss_kind"]), EarlyStopping("loss_rain")]
     fitted = trainer(metrics={"rain": {"mae": "mae"}}, callbacks=rules)

@@ -108,7 +108,7 @@ async def test_the_configuration_is_noted_as_json_can_hold_it(tmp_path: Path) ->
 
 
 async def test_tables_are_written_but_for_large_ones(tmp_path: Path) -> None:
-    tables = {"small": [[1, 2], [float("nan"), 0.5]], "large": [[0] * 65] * 65}
+    tables: dict[str, Any] = {"small": [[1, 2], [float("nan"), 0.5]], "large": [[0] * 65] * 65}
     await life(tmp_path, {"on_validation_end": ValidationEnd(tables=tables)})
     (told,) = (line["tables"] for line in lines(tmp_path) if line["event"] == "validation_end")
     assert told == {"small": [[1, 2], [None, 0.5]], "large": "left out: 4225 numbers"}
