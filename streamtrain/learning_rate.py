@@ -187,6 +187,8 @@ class ScheduledLearningRate:
     def _form(self) -> dict[str, Any]:
         """What the rates of this schedule depend on, as far as it is plain."""
         plain = {key: value for key, value in vars(self.schedule).items() if not key.startswith("_")}
+        if not self.schedule.needs_total:
+            plain.pop("total", None)
         return {key: value for key, value in plain.items() if type(value) in (bool, int, float, str)}
 
 

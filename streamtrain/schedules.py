@@ -181,14 +181,18 @@ class Linear(Decay):
     name: ClassVar[str] = "linear"
     needs_total: ClassVar[bool] = True
 
-    def factor(self, t: float) -> float:
-        return 1.0 - min(1.0, t / self.length)
+    def lr(self, base: float, t: float) -> float:
+        return base * (1.0 + self._fall(base) * min(self.length, t) / self.length)
 
     def following(self, lr: float, base: float, t: int) -> float:
-        if not 0 < t <= self.length or not base:
+        fall = self._fall(base)
+        if not fall or not 0 < t <= self.length:
             return base if t == 0 else self.lr(base, t)
-        fall = min(self.min_lr, base) / base - 1.0
-        return lr * (1.0 + fall / (self.length + (t - 1) * fall)) if fall else base
+        return lr * (1.0 + fall / (self.length + (t - 1) * fall))
+
+    def _fall(self, base: float) -> float:
+        """From 1 to the floor, in terms of the base."""
+        return min(self.min_lr, base) / base - 1.0 if base else 0.0
 
 
 @dataclass(kw_only=True)

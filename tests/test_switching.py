@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from streamtrain import checkpoint
+from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.early_stopping import EarlyStopping
-from streamtrain.events import ValidationEnd
+from streamtrain.events import TrainEnd, ValidationEnd
 from streamtrain.switching import Switch, switch_of
 from streamtrain.trainer import Trainer
 from tests.engine import Recorder, Samples, network, pairs, same
@@ -76,7 +78,8 @@ def by_hand(epochs: int) -> tuple[nn.Module, TwoFaced]:
 
 
 async def test_a_fit_ends_with_the_weights_to_be_judged_by_however_often_it_was_judged(tmp_path: Path) -> None:
-    for options in ({}, {"validate_every": "3steps"}, {"run_dir": tmp_path}):
+    often = {"run_dir": tmp_path, "callbacks": [ModelCheckpoint(every="4steps")]}
+    for options in ({}, {"validate_every": "3steps"}, often):
         fitted = trainer(**options)
         await fitted.fit(Samples(), validation=Samples(24, seed=3) if options else None, max_epochs=2)
         assert same(fitted.model, by_hand(2)[0])
@@ -125,8 +128,36 @@ async def test_the_best_weights_that_are_restored_are_those_that_were_judged() -
     fitted = trainer(callbacks=[EarlyStopping("val_loss", patience=1)], lr=0.5)
     result = await fitted.fit(Samples(), validation=Samples(24, seed=3), max_epochs=6)
     assert result.best is not None
+    restored = copy.deepcopy(fitted.model)
     values = await fitted.validate(Samples(24, seed=3))
     assert values["val_loss"] == pytest.approx(result.best.value)
+    assert fitted._parts.switch is not None
+    fitted._parts.switch.learn()
+    fitted._parts.switch.judge()
+    for mine, theirs in zip(fitted.model.parameters(), restored.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)  # what it learns with from now on follows from them
+
+
+async def test_whoever_hears_of_the_end_sees_the_weights_to_be_judged_by() -> None:
+    seen: list[nn.Module] = []
+
+    class AtEnd(Callback):
+        async def on_train_end(self, event: TrainEnd) -> None:
+            seen.append(copy.deepcopy(fitted.model))
+
+    fitted = trainer(callbacks=[AtEnd()])
+    await fitted.fit(Samples(), max_epochs=2)
+    assert same(seen[0], by_hand(2)[0])
+
+
+async def test_a_fit_that_fails_leaves_the_weights_to_be_judged_by() -> None:
+    fitted, stream = trainer(), Samples()
+    stream.failures[40] = RuntimeError("no more")
+    with pytest.raises(Exception, match="no more"):
+        await fitted.fit(stream)
+    assert isinstance(fitted.optimizer, TwoFaced)
+    assert fitted.optimizer.param_groups[0]["k"] == 5
+    assert not fitted.optimizer.param_groups[0]["train_mode"]
 
 
 async def test_it_turns_only_where_it_must() -> None:

@@ -155,7 +155,7 @@ async def test_rates_by_samples_and_by_time_follow_what_was_trained() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        {"name": "exponential", "gamma": 0.9, "warmup": 3},
+        {"name": "exponential", "gamma": 0.93, "warmup": 3},
         {"name": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9, "warmup": 3},
         {"name": "torch.optim.lr_scheduler.LinearLR", "total_iters": 20},
     ],
