@@ -5,6 +5,7 @@ torch numbers the parameters in the order of the groups, and gives each the stat
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     names = names_of(optimizer, model)
     of_number = _by_number(saved, names)
     groups = [{**group, "params": here} for group, here in zip(saved["param_groups"], names, strict=True)]
-    state = {of_number.get(number, number): value for number, value in saved["state"].items()}
+    state = {of_number.get(number, number): _taken_apart(value) for number, value in saved["state"].items()}
     return {**saved, "state": state, "param_groups": groups}
 
 
@@ -51,8 +52,64 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         {**group, "params": here["params"]}
         for group, here in zip(saved["param_groups"], live["param_groups"], strict=True)
     ]
-    state = {number_of.get(name, name): value for name, value in saved["state"].items()}
+    state = {number_of.get(name, name): _put_together(value, optimizer) for name, value in saved["state"].items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+_APART = frozenset({"tensor_class", "parts", "context", "size", "stride"})
+"""The keys of a tensor of another class that was taken apart."""
+
+
+def _taken_apart(value: Any) -> Any:
+    """The same with tensors of other packages' classes (torchao's 8-bit states) as the plain ones that they consist of.
+
+    They go by torch's own protocol for that, `__tensor_flatten__`.
+    """
+    if isinstance(value, dict):
+        return {key: _taken_apart(one) for key, one in value.items()}
+    if type(value) in (torch.Tensor, nn.Parameter) or not hasattr(value, "__tensor_flatten__"):
+        return value
+    names, context = value.__tensor_flatten__()
+    return {
+        "tensor_class": f"{type(value).__module__}:{type(value).__qualname__}",
+        "parts": {name: getattr(value, name) for name in names},
+        "context": _named_dtypes(context),
+        "size": list(value.size()),
+        "stride": list(value.stride()),
+    }
+
+
+def _put_together(value: Any, optimizer: Optimizer) -> Any:
+    """The opposite; only of classes of the optimizer's own package, and nothing is imported for it."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() != _APART:
+        return {key: _put_together(one, optimizer) for key, one in value.items()}
+    module, _, name = str(value["tensor_class"]).partition(":")
+    kind = getattr(sys.modules.get(module), name, None)
+    own = type(optimizer).__module__.partition(".")[0] == module.partition(".")[0]
+    if not own or not (isinstance(kind, type) and issubclass(kind, torch.Tensor)):
+        raise CheckpointError(
+            f"the checkpoint holds a tensor of the class {module}.{name}, which is not the optimizer's"
+        )
+    make, context = kind.__tensor_unflatten__, _dtypes(value["context"])  # type: ignore[attr-defined]
+    return make(value["parts"], context, torch.Size(value["size"]), tuple(value["stride"]))
+
+
+def _named_dtypes(value: Any) -> Any:
+    """What a class keeps beside its parts, with the names of dtypes."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    return type(value)(map(_named_dtypes, value)) if type(value) in (list, tuple) else value
+
+
+def _dtypes(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"dtype"}:
+        found = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(f"the checkpoint holds the dtype {value['dtype']!r:.80}, which torch has not")
+        return found
+    return type(value)(map(_dtypes, value)) if type(value) in (list, tuple) else value
 
 
 def _by_number(saved: dict[str, Any], names: list[list[str]]) -> dict[Any, str]:

@@ -304,6 +304,45 @@ def test_the_state_finds_its_parameter_whatever_their_order_is() -> None:
         assert equal(trained(one, first), trained(other, second))
 
 
+class Halves(torch.Tensor):
+    """A tensor that consists of others, as the states of low-precision optimizers do."""
+
+    @staticmethod
+    def __new__(cls, half: torch.Tensor, kind: torch.dtype) -> Halves:
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=kind)
+
+    def __init__(self, half: torch.Tensor, kind: torch.dtype) -> None:
+        self.half_of = half
+
+    def __tensor_flatten__(self) -> tuple[list[str], list[Any]]:
+        return ["half_of"], [self.dtype]
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, torch.Tensor], context: list[Any], size: Any, stride: Any) -> Halves:
+        return cls(parts["half_of"], *context)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise AssertionError(f"nobody computes with it: {func}")
+
+
+def test_states_that_are_tensors_of_the_optimizers_own_package_are_kept() -> None:
+    of = nn.Linear(2, 2)
+    optimizer = Foreign(of.parameters())
+    optimizer.state[of.weight] = {"mean": Halves(torch.arange(4.0).reshape(2, 2), torch.float32), "step": 3}
+    json_like, tensors = encode(state_by_name(optimizer, of))
+    other = Foreign(of.parameters())
+    load_by_name(other, of, decode(json.loads(json.dumps(json_like)), tensors))
+    mean = other.state[of.weight]["mean"]
+    assert type(mean) is Halves
+    assert (mean.dtype, mean.half_of.tolist()) == (torch.float32, [[0.0, 1.0], [2.0, 3.0]])
+    saved = state_by_name(optimizer, of)
+    for name in ("os:system", "subprocess:Popen", "tests.test_optimizers:Foreign", "tests.nowhere:Halves"):
+        saved["state"]["weight"]["mean"]["tensor_class"] = name
+        with pytest.raises(CheckpointError, match="which is not the optimizer's"):
+            load_by_name(other, of, saved)
+
+
 def test_a_state_of_other_parameters_is_refused() -> None:
     one, other = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))
     saved = state_by_name(build_optimizer(one), one)
