@@ -73,7 +73,7 @@ class Notes:
             if not self._said:
                 self._said = True
                 logger.warning(
-                    "more than %d lines and media wait to be logged, and no fit takes them: the oldest are dropped",
+                    "more than %d lines and media wait to be logged and nothing takes them: the oldest are dropped",
                     MOST,
                 )
 

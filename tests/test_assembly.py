@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from streamtrain import assembly
+from streamtrain.callbacks.base import NEWS
 from streamtrain.config import DataTable, Named, Said, read, resolve
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.metrics import SHORT
@@ -210,6 +213,15 @@ def test_every_callback_has_its_short_name(name: str, monkeypatch: pytest.Monkey
     needed = {"RemoteLogger": {"url": "https://host"}}.get(name, {})
     made = assembly.callback(Named.model_validate({"name": name, **needed}), Said(), 0)
     assert type(made).__name__ == name
+
+
+@pytest.mark.parametrize("name", sorted(assembly.CALLBACKS))
+def test_no_shipped_callback_can_lag_behind_the_batches(name: str) -> None:
+    """Only the progress bar hears of them, and only adds to sums."""
+    kind = getattr(importlib.import_module(assembly.CALLBACKS[name]), name)
+    news = [hook for hook in NEWS if callable(getattr(kind, hook, None))]
+    assert news == (["on_batch_end"] if name == "ProgressBar" else [])
+    assert all(inspect.iscoroutinefunction(getattr(kind, hook)) for hook in news)
 
 
 def test_a_callback_with_a_wrong_argument_is_said_by_its_number() -> None:
