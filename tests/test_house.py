@@ -173,3 +173,13 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     script = "import sys, streamtrain; print(sorted({'torch', 'numpy', 'zarr'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_packages_that_only_one_callback_wants_are_not_imported_with_it() -> None:
+    ours = [f"streamtrain.{name}" for name in PLACES if name.startswith("callbacks.")]
+    wanted = {"tensorboard", "tensorboardX", "matplotlib", "wandb", "mlflow"}
+    script = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {ours}]; print({wanted} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout == "set()\n"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -62,10 +64,15 @@ class ResourceMonitor(LineLog):
             place = {"at": at, "step": event.step, "epoch": event.epoch, "time": round(event.time, 6)}
             self._file.put(json_line({**place, **finite(event.values)}))
 
-    async def on_train_end(self, event: TrainEnd) -> None:
-        """Stop looking, write the rest; the thread ends by itself."""
+    def on_train_end(self, event: TrainEnd) -> Coroutine[Any, Any, None]:
+        """Stop looking and join the thread, in the callback's own; then write the rest."""
         self._stop.set()
-        await super().on_train_end(event)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(timeout=1.0)
+            if thread.is_alive():
+                logger.error("the machine has not told its use of resources; the thread that asks is left behind")
+        return super().on_train_end(event)
 
     def _watch(self, event: TrainBegin, stop: threading.Event) -> None:
         look = Look(event.run_dir or ".")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,16 @@ async def test_a_later_life_appends(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "resources.jsonl").read_text().splitlines()]
     assert rows[: len(first)] == first
     assert (len(rows), rows[-1]["cpu"], rows[-1]["nonfinite"]) == (len(first) + 1, None, ["cpu"])
+
+
+async def test_its_thread_ends_with_the_fit() -> None:
+    async with Bus([ResourceMonitor(every=1000.0)]) as bus:
+        await bus.emit("on_train_begin", TrainBegin())
+        await bus.drain()
+        assert "streamtrain-resources" in [thread.name for thread in threading.enumerate()]
+        await bus.emit("on_train_end", TrainEnd())
+        await bus.drain()
+        assert "streamtrain-resources" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_children_count() -> None:
