@@ -16,7 +16,7 @@ from streamtrain.errors import ConfigError, NonFiniteError
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, bare_loop, lines, network, pairs, same
 
-BAD = {8, 18}
+BAD = {7, 9, 18}
 """Numbers of the updates whose loss is no number, from 1."""
 
 
@@ -67,9 +67,9 @@ async def test_the_weights_are_those_of_a_bare_loop_that_goes_back(
     result = await fitted.fit(Samples(), max_epochs=2)
     assert same(fitted.model, by_hand())
     assert (result.step, result.samples) == (26, 200)
-    assert "step 8, rows" in caplog.text
+    assert "step 9, rows" in caplog.text
     assert (
-        "the loss is nan; back to the weights of step 5, the 2 updates since then are given up (rollback 1 of 5)"
+        "the loss is nan; back to the weights of step 5, the 3 updates since then are given up (rollback 2 of 5)"
         in (caplog.text)
     )
     assert [row["step"] for row in lines(tmp_path)] == list(range(1, 27))
@@ -103,7 +103,7 @@ async def test_the_average_goes_back_as_well() -> None:
     await fitted.fit(Samples(), max_epochs=2)
     assert same(fitted.model, by_hand())
     assert fitted._parts.average is not None
-    assert fitted._parts.average.updates == 26 - 3 - 3  # steps 6 to 8 and 16 to 18
+    assert fitted._parts.average.updates == 26 - 4 - 3  # steps 6 to 9 and 16 to 18
 
 
 async def test_bad_data_are_passed_over_with_the_weights_that_met_them() -> None:
@@ -117,9 +117,19 @@ async def test_bad_data_are_passed_over_with_the_weights_that_met_them() -> None
 
 
 async def test_after_too_many_the_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollback, "MOST", 1)
-    with pytest.raises(NonFiniteError, match=r"step 18, rows .*1 rollbacks did not help, the last one to step 15"):
+    monkeypatch.setattr(rollback, "MOST", 2)
+    with pytest.raises(NonFiniteError, match=r"step 18, rows .*2 rollbacks did not help, the last one to step 15"):
         await trainer().fit(Samples(), max_epochs=2)
+
+
+def test_a_learning_rate_that_was_set_meanwhile_stays() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = rollback.Rollback(model, optimizer, None)
+    kept.keep(0)
+    optimizer.param_groups[0]["lr"] = 0.25
+    kept.back(NonFiniteError("the loss is nan"), 3)
+    assert optimizer.param_groups[0]["lr"] == 0.25
 
 
 async def test_several_optimizers_have_none() -> None:
