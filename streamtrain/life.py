@@ -25,7 +25,7 @@ from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
 from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
-from streamtrain.errors import CheckpointError
+from streamtrain.errors import CheckpointError, DataError
 from streamtrain.freezing import Freezing
 from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
 from streamtrain.progress import Progress
@@ -127,20 +127,6 @@ class Life:
         trees.check(state_by_name(self.optimizer, self.model), "optimizer")
         trees.check(dict(self.model.state_dict()), "model")
 
-    def _check_keys(self, state: Mapping[str, Any], path: Path) -> None:
-        """Refuse a state with a key too few or too many: what is left out would be lost in silence."""
-        for name, saved, known in (
-            ("state", state, KEYS),
-            ("state.progress", state.get("progress", {}), self.progress.state_dict().keys()),
-        ):
-            wrong = [f"{key!r} is unknown" for key in sorted(saved.keys() - known, key=str)]
-            wrong += [f"{key!r} is missing" for key in sorted(known - saved.keys())]
-            if wrong:
-                raise CheckpointError(
-                    f"checkpoint {path}: its {name} is not one of this streamtrain: {', '.join(wrong)}",
-                    hint="Was it edited, or written by another version? That version, or another checkpoint, goes on.",
-                )
-
     def snapshot(self, state: Tree) -> Snapshot:
         """A copy of everything, in memory of its own; on the train thread, between two updates."""
         model = self.weights_to_keep()
@@ -189,7 +175,7 @@ class Life:
         state = snapshot.state
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
-        self._check_keys(state, path)
+        check_keys(state, path)
         told = [*_model_differences(snapshot.model, self.model), *_differences(state["settings"], self.settings)]
         if self.average is not None and state["average"] is not None:
             told += self.average.differences(state["average"])
@@ -207,22 +193,41 @@ class Life:
         if self.rollback is not None:
             self.rollback.load_state_dict(state["kept"])
         self.lr.load_state_dict(state["scheduler"])
-        self.step.spikes.load_state_dict(state["spikes"])
-        if self.step.scaler is not None and state["scaler"]:
-            self.step.scaler.load_state_dict(state["scaler"])
-        self.rng.state, self.epoch_rng = state["rng"], state["epoch_rng"]
-        self.own_rng, self.resumed = state["own_rng"], True
+        self.rng.state = state["rng"]
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
-        self.step.step = self.progress.step
-        self.step.tally.window.load_state_dict(state["window"])
-        self.step.tally.epoch.load_state_dict(state["means"])
-        self.metrics = dict(state["metrics"])
-        self.restores = state["restores"]
+        self._take_up(state)
+        self._go_there(state)
         for name, callback in self.callbacks.items():
             if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state["callbacks"][name])
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
+
+    def go_on(self, state: Mapping[str, Any]) -> bool:
+        """Take up what a checkpoint holds beside weights, optimizer and progress, which are loaded already; whether its
+        position is one in the stream of now."""
+        self._take_up(state)
+        try:
+            if self.stream is not None and state["stream"] is not None:
+                self.stream.load_state_dict(state["stream"])
+        except (CheckpointError, DataError) as error:
+            logger.info("the position of the checkpoint is none in this stream: %s", error)
+            return False
+        self._go_there(state)
+        return True
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        self.step.spikes.load_state_dict(state["spikes"])
+        if self.step.scaler is not None and state["scaler"]:
+            self.step.scaler.load_state_dict(state["scaler"])
+        self.step.step = self.progress.step
+        self.metrics, self.restores = dict(state["metrics"]), state["restores"]
+
+    def _go_there(self, state: Mapping[str, Any]) -> None:
+        """What belongs to the position within the epoch."""
+        self.epoch_rng, self.own_rng, self.resumed = state["epoch_rng"], state["own_rng"], True
+        self.step.tally.window.load_state_dict(state["window"])
+        self.step.tally.epoch.load_state_dict(state["means"])
 
 
 def load_weights(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, switch: Switch | None) -> None:
@@ -231,6 +236,21 @@ def load_weights(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, swi
     load_by_name(optimizer, model, snapshot.optimizer if switch is None else snapshot.optimizer["optimizer"])
     if switch is not None:
         switch.load_state_dict(snapshot.optimizer["learning"])
+
+
+def check_keys(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse a state with a key too few or too many: what is left out would be lost in silence."""
+    for name, saved, known in (
+        ("state", state, KEYS),
+        ("state.progress", state.get("progress", {}), Progress().state_dict().keys()),
+    ):
+        wrong = [f"{key!r} is unknown" for key in sorted(saved.keys() - known, key=str)]
+        wrong += [f"{key!r} is missing" for key in sorted(known - saved.keys())]
+        if wrong:
+            raise CheckpointError(
+                f"checkpoint {path}: its {name} is not one of this streamtrain: {', '.join(wrong)}",
+                hint="Was it edited, or written by another version? That version, or another checkpoint, goes on.",
+            )
 
 
 def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

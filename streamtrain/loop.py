@@ -103,6 +103,8 @@ class Wheel:
     async def _epoch(self) -> None:
         """One epoch, or the rest of it."""
         progress, driver = self._progress, self._driver
+        if self._plan.overfit and not progress.batch:
+            self._stream.set_epoch(1)  # a resumed pass would go on behind the last of the first batches
         self._stream.set_epoch(self._plan.stream_epoch(progress.epoch))
         await self._emit("on_epoch_begin", EpochBegin)
         if progress.owes == "epoch":

@@ -32,11 +32,16 @@ def capture(stream: Stream) -> dict[str, Any]:
 
 def restore(stream: Stream, states: dict[str, Any]) -> None:
     """Put them back, and say once what of this source is not as it was."""
+    put_back(stream, states)
+    if reason := _inexact(stream, states):
+        logger.warning("%s: if it draws random numbers, resuming is not exact: %s", _name(stream), reason)
+
+
+def put_back(stream: Stream, states: dict[str, Any]) -> None:
+    """Put them into these states."""
     for path, generator in _generators(stream):
         if path in states:
             _set(generator, states[path])
-    if reason := _inexact(stream, states):
-        logger.warning("%s: if it draws random numbers, resuming is not exact: %s", _name(stream), reason)
 
 
 def hire(stream: Stream) -> None:

@@ -32,6 +32,7 @@ from streamtrain.evaluation import Evaluator, evaluating
 from streamtrain.freezing import Freezing
 from streamtrain.life import (
     Life,
+    check_keys,
     check_model,
     check_settings,
     first_rng,
@@ -371,6 +372,7 @@ class Parts:
 
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
+        check_keys(snapshot.state, path)
         check_model(snapshot, self.model, path)
         if self.optimizer is None:
             self.model.load_state_dict(snapshot.model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from streamtrain.data.iterable import IterableStream, as_stream
 from streamtrain.data.source import Stream
+from streamtrain.overfitting import SameBatches
 
 Streams = Any
 """A Stream, anything that `from_iterable` takes, or (for validation) a dict of them by name."""
@@ -23,7 +24,8 @@ def named_streams(streams: Streams) -> dict[str, Stream]:
 
 def behind(stream: Stream) -> object:
     """What a stream was made of; itself where it was given as one."""
-    return stream.source if isinstance(stream, IterableStream) else stream
+    source = stream.source if isinstance(stream, IterableStream) else stream
+    return source.source if isinstance(source, SameBatches) else source
 
 
 def serves_one_epoch(stream: Stream) -> bool:

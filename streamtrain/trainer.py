@@ -60,6 +60,7 @@ from streamtrain.options import (
     share_or_count,
 )
 from streamtrain.outcome import called, custom_outputs
+from streamtrain.overfitting import same_batches
 from streamtrain.parts import Losses, Parts, UserSteps
 from streamtrain.plan import Plan
 from streamtrain.prediction import Prediction, Predictions
@@ -189,6 +190,8 @@ class Trainer:
         """While the wheel turns."""
         self._lasting: Life | None = None
         self._checkpoint: Path | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        """The state of a checkpoint from which no fit has gone on yet."""
         self._position: tuple[Stream, dict[str, Any]] | None = None
         self._parts = Parts(
             model,
@@ -320,6 +323,8 @@ class Trainer:
                 None if time is None else duration(time, "max_time"),
             )
             train, streams = as_stream(stream), named_streams(validation)
+            if self._options.overfit is not None:
+                train = same_batches(train, self._options.overfit)
             checks = Checks(self._parts, self.callbacks, streams)
             checks.arguments(train, limits, resume, self.run_dir)
             self.control.bind()
@@ -410,7 +415,11 @@ class Trainer:
 
     async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Load model and optimizer from a checkpoint, or from the newest of a run's folder; of this trainer's run_dir
-        by "auto" (the newest) or "best". Raises CheckpointError."""
+        by "auto" (the newest) or "best". Raises CheckpointError.
+
+        The next `fit` goes on from there: with the very next batch if its stream is that of the checkpoint, else its
+        epoch begins anew. The callbacks' states are left to `fit(resume=path)`.
+        """
         if self._fitting:
             raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
         async with file_thread() as files, train_thread() as thread:
@@ -420,7 +429,7 @@ class Trainer:
                 raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
             where, snapshot = found
             await thread.run(lambda: self._parts.load(where, snapshot, self.state))
-            self._lasting = None
+            self._lasting, self._position, self._loaded = None, None, snapshot.state
 
     # --- plain, from any thread ---
 
@@ -541,7 +550,7 @@ class Trainer:
                 logger.info("going on from %s at step %d", path, self.state.step)
                 if life.ended is not None:
                     logger.info("it had ended by early stopping (%s): a larger patience lets it go on", life.ended[1])
-                self._checkpoint = path
+                self._checkpoint, self._loaded = path, None
                 del found, snapshot
                 await checks.validations(thread, life)
                 if checkpoints is not None and resume_from != "auto":
@@ -583,6 +592,9 @@ class Trainer:
 
     def _go_on(self, train: Stream, life: Life) -> None:
         """Where the last fit of this process ended in the middle of an epoch: continue there."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and life.go_on(loaded):
+            return
         if self._lasting is not None:
             life.restores, life.weights = self._lasting.restores, self._lasting.weights
         last, state = self._position or (None, {})
@@ -696,8 +708,14 @@ class Trainer:
             raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
         bus, limits = Bus(self.callbacks), Limits(max_steps=1)
         life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
+        if self._loaded is not None:
+            life.go_on(self._loaded)
         async with file_thread() as files, train_thread() as thread:
             state = life.state()
+            if self._loaded is not None:
+                state["stream"] = self._loaded["stream"]
+            elif self._position is not None:  # where the fit ended: somebody else may have read the stream since
+                state["stream"] = self._position[1]
             snapshot = await thread.run(lambda: life.snapshot(state))
             if target is not None:
                 return (await files(lambda: checkpoint.commit(target, snapshot))).path

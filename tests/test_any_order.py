@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -126,6 +127,11 @@ class AnyOrder(RuleBasedStateMachine):
         named = asyncio.run(self.trainer.evaluate({"a": Samples(count)}))
         assert named == {"test_a_loss": self.plain.means(count)}
 
+    @rule()
+    def evaluate_on_what_is_trained(self) -> None:
+        """Training goes on where it was all the same."""
+        asyncio.run(self.trainer.evaluate(self.source))
+
     @rule(stop=st.integers(1, 4))
     def predict(self, stop: int) -> None:
         """All of it, or some and then no more."""
@@ -186,3 +192,38 @@ AnyOrder.TestCase.settings = settings(
     max_examples=15, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestAnyOrder = AnyOrder.TestCase
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["plain", "ema"])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "fit save fit load fit",
+        "fit save other fit",
+        "fit save epoch load epoch log epoch",
+        "fit save load save other fit epoch",
+        "fit save other save other epoch",
+        "save fit load fit",
+        "fit evaluate fit save other fit",
+        "fit evaluate save other fit",
+        "fit save load evaluate fit",
+        "epoch save fit other log epoch",
+    ],
+)
+def test_what_hypothesis_seldom_finds(calls: str, average: bool) -> None:
+    machine = AnyOrder()
+    machine.begin(average)
+    kept: Any = None
+    for call in calls.split():
+        if call == "save":
+            kept = machine.save_checkpoint()
+        elif call == "fit":
+            machine.fit(updates=3)
+        elif call in ("load", "other"):
+            {"load": machine.load_checkpoint, "other": machine.go_on_in_another_process}[call](kept=kept)
+        elif call == "log":
+            machine.log_metrics(value=0.5)
+        else:
+            {"epoch": machine.train_epoch, "evaluate": machine.evaluate_on_what_is_trained}[call]()
+        machine.everything_is_where_it_must_be()
+    machine.teardown()

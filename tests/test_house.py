@@ -38,8 +38,8 @@ data.iterable data.mix_pass data.mix
 averaging compiling freezing recomputing media options progress rng openmp threads file_thread grace signals control
 tensors device tensor_file state rollback optimizer_state switching checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
-streams blame outcome supply tally step manual
-callbacks.base callbacks.bus own_rng early_stopping evaluation prediction life resume plan notes telling
+own_rng overfitting streams blame outcome supply tally step manual
+callbacks.base callbacks.bus early_stopping evaluation prediction life resume plan notes telling
 callbacks.rolling callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once callbacks.tensorboard
 callbacks.resource_monitor callbacks.series callbacks.plots callbacks.profiler

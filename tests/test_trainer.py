@@ -870,6 +870,37 @@ async def test_limits_of_batches() -> None:
     assert same(fitted.model, bare_loop(network(), [pairs(stream, 1)[0][:3]] * 2, seed=SEED))
 
 
+@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("own", [False, True], ids=["processes-generator", "own-generator"])
+async def test_overfit_batches_are_the_same_ones_of_a_loader_that_shuffles(
+    tmp_path: Path, own: bool, stop: int
+) -> None:
+    seen: list[list[float]] = []
+
+    def step(model: nn.Module, batch: Batch) -> Any:
+        seen.append(batch.inputs[:, 0].tolist())
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    def fitted() -> Trainer:
+        return Trainer(network(), step=step, seed=SEED, device="cpu", overfit_batches=2, run_dir=tmp_path)
+
+    def shuffling() -> DataLoader[Any]:
+        return loader(generator=seeded() if own else None)
+
+    await fitted().fit(shuffling(), max_steps=stop)
+    await fitted().fit(shuffling(), max_epochs=3, resume="auto")
+    assert seen == seen[:2] * 3
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+async def test_a_resumed_run_overfits_on_the_same_batches(tmp_path: Path, stop: int) -> None:
+    await trainer(overfit_batches=2, run_dir=tmp_path).fit(Samples(), max_steps=stop)
+    again = trainer(overfit_batches=2, run_dir=tmp_path)
+    await again.fit(Samples(), max_epochs=3, resume="auto")
+    assert same(again.model, bare_loop(network(), [pairs(Samples(), 1)[0][:2]] * 3, seed=SEED))
+
+
 async def test_lazy_parameters_take_their_size_from_the_first_batch() -> None:
     def lazy() -> nn.Module:
         torch.manual_seed(0)
