@@ -63,7 +63,7 @@ async def run(folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(
     "program",
     blocks("python"),
-    ids=["fit", "stream", "windows", "crops", "ragged", "samples", "mix", "optimizers", "tasks", "predict"],
+    ids=["fit", "stream", "windows", "crops", "ragged", "samples", "mix", "optimizers", "several", "tasks", "predict"],
 )
 async def test_programs_run(folder: Path, program: str) -> None:
     await run(folder, "-c", program)
