@@ -84,6 +84,13 @@ def measuring(run: Run, command: Command, typed: Iterable[tuple[str, str, object
     for origin, key, value in typed:
         said.assign(origin, key.replace("data.", "validation.", 1) if key.startswith("data.") else key, value)
     config = resolve(said)
+    stream = config.validation
+    if stream is not None and stream.normalize == "stats" and stream.store != config.data.store:
+        logger.warning(
+            "normalize = 'stats': %s is normalised by its own statistics, not by those of the training data; "
+            "--normalize '{name = [mean, std]}' gives others",
+            stream.store,
+        )
     whole = {"fast_dev_run": False, "limit_batches": None, "overfit_batches": None, "run_dir": run.folder}
     return config.model_copy(update={"trainer": config.trainer.model_copy(update=whole)})
 

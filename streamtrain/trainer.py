@@ -373,11 +373,12 @@ class Trainer:
         `path = await trainer.predict(stream, out="p.zarr")`: written to a Zarr 3 store as it comes.
 
         The store is a group with an array `prediction`, or one for each name of a dict, and the source's dimensions and
-        coordinates, as xarray opens them. Each sample's row stands at its own number, whatever the order; where none
-        came is NaN. Outputs of windows and patches stand at the places that they cover, overlapping ones as their mean,
-        weighted by a Hann window; outputs of another shape have a row for each window. Outputs of the shape of a
-        normalised target (without targets: input) are in its units again, given or written. The store appears when it
-        is whole and durable; one that stands there is refused, or with `overwrite` replaced then.
+        coordinates, as xarray opens them. Each sample's row stands at its own number, whatever the order (of a mix, or
+        of what is merely iterated, rows lie as they come); where none came is NaN. Outputs of windows and patches stand
+        at the places that they cover, overlapping ones as their mean, weighted by a Hann window; outputs of another
+        shape have a row for each window. Outputs of the shape of a normalised target (without targets: input) are in
+        its units again, given or written. The store appears when it is whole and durable; one that stands there is
+        refused, or with `overwrite` replaced then.
 
         Raises ConfigError for an `out` that is there, or within the source; EnvironmentProblem for a full disk.
         """

@@ -57,7 +57,7 @@ class _Output:
     array: zarr.AsyncArray[Any]
     stitching: Stitching
     row: tuple[int, ...]
-    attributes: dict[str, Any]
+    """The shape of one sample's."""
     bands: int = 0
     missing: bool = False
 
@@ -194,11 +194,8 @@ class PredictedStore:
         chunks = chunk_shape(canvas.shape, place, unknown=unknown)
         fill = fill_of(values.dtype)
         dims = [self._dim(name, number, axis, canvas) for number, axis in enumerate(canvas.axes)]
-        attributes = (
-            {}
-            if canvas.like is None
-            else {key: value for key, value in canvas.like.layout.attributes.items() if key not in (*PACKED, *OWN)}
-        )
+        said = {} if canvas.like is None else canvas.like.layout.attributes
+        attributes = {key: value for key, value in said.items() if key not in (*PACKED, *OWN)}
         array = self._array(name, canvas.shape, values.dtype, chunks, dims, attributes, fill)
         memory = LEAST_MEMORY if self._ground is None else max(LEAST_MEMORY, self._ground.memory // 4)
         stitching = Stitching(
@@ -213,7 +210,7 @@ class PredictedStore:
         if not stitching.in_memory:
             logger.info("%s: samples come in another order, or too many at once for memory: they wait in a file", name)
         self._copy_coordinates(canvas, dims)
-        return _Output(canvas, array, stitching, values.shape[1:], attributes)
+        return _Output(canvas, array, stitching, values.shape[1:])
 
     def _array(
         self,
@@ -253,7 +250,8 @@ class PredictedStore:
         plain = f"{name}_{number}" if axis.sample is None else f"sample_{axis.sample}" if several else "sample"
         wanted = axis.dim or plain
         length = None if axis.sample is not None and not canvas.frames else axis.length
-        key = (length, axis.dim is None, repr(axis.taken))
+        taken = repr(axis.taken) if isinstance(axis.taken, slice) else tuple(axis.taken.tolist())
+        key = (length, axis.dim is None, taken)
         if wanted in self._names or self._dims.setdefault(wanted, key) != key:
             wanted = f"{name}_{wanted}"
             self._dims[wanted] = key

@@ -14,6 +14,7 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
+from data_tools.stats import stats
 from streamtrain.checkpoint import scan
 from streamtrain.cli import main
 from tests.data.test_predicted import climate, known, opened
@@ -127,6 +128,14 @@ def test_predict_writes_all_of_the_data_in_its_coordinates(place: Path, capsys: 
     assert f"{place / 'p.zarr'} exists already and is complete" in capsys.readouterr().err
     assert main(["predict", "run", "--out", "p.zarr", "--overwrite", "--split", "0.5", "1.0"]) == 0
     assert np.isnan(values(place / "p.zarr")).tolist() == [True] * 50 + [False] * 50
+
+
+def test_other_statistics_than_those_of_training_are_said(place: Path, capsys: Capture) -> None:
+    climate(place / "other", start=7, times=30)
+    stats(place / "other")
+    arguments = ["predict", "run", "--out", "p.zarr", "--data", "other", "--normalize", "stats"]
+    assert main(arguments) == 0
+    assert "other is normalised by its own statistics, not by those of the training data" in capsys.readouterr().err
 
 
 def test_what_can_not_be_measured_is_said_with_its_exit_code(place: Path, capsys: Capture) -> None:
