@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 STORE = ("zarr.json", ".zgroup", ".zarray")
 """A folder with one of these is a Zarr store, and may be replaced."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_writing: set[Path] = set()
+"""The parts that this process writes now."""
+_guard = threading.Lock()
 
 
 def check_apart(source: str | Path, *targets: str | Path) -> None:
@@ -58,16 +62,17 @@ def whole_or_nothing(target: Path, *, need: int = 0, overwrite: bool = False) ->
     """
     if "\0" in str(target):
         raise ConfigError(f"{str(target)!r} is no path", hint="name a folder that is not there yet")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = _part_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        _check_free(target, part, overwrite=overwrite)
+        _check_free(target, overwrite=overwrite)
         if need > (free := shutil.disk_usage(target.parent).free):
             raise EnvironmentProblem(
                 f"cannot write {target}: it takes {format_bytes(need)}, and {format_bytes(free)} are free there",
                 hint="make room, write elsewhere, or compress it: codec zstd or blosc",
             )
+        _claim(target, part)
     except OSError as error:
         raise _refused(target, error) from error
     try:
@@ -81,12 +86,22 @@ def whole_or_nothing(target: Path, *, need: int = 0, overwrite: bool = False) ->
         raise _refused(target, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with _guard:
+            _writing.discard(part)
 
 
-def _check_free(target: Path, part: Path, *, overwrite: bool) -> None:
+def _claim(target: Path, part: Path) -> None:
+    """Be the only writer of this target in this process. Raises ConfigError."""
+    with _guard:
+        if part in _writing:
+            raise ConfigError(
+                f"{target} is being written by this process", hint="wait for that, or name another target"
+            )
+        _writing.add(part)
+
+
+def _check_free(target: Path, *, overwrite: bool) -> None:
     """Raise ConfigError where something else stands in the way."""
-    if os.path.lexists(part):
-        raise ConfigError(f"{target} is being written by this process", hint="wait for that, or name another target")
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -123,11 +138,22 @@ def _refused(target: Path, error: OSError) -> EnvironmentProblem:
     )
 
 
+def _part_of(target: Path) -> Path:
+    """Where this process writes it."""
+    return Path(os.path.abspath(target)).with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _alive(pid: int, target: Path) -> bool:
+    """Whether a process of this number writes the target. One of our own number that is not us is dead: containers
+    start over with the same numbers."""
+    return _part_of(target) in _writing if pid == os.getpid() else Path(f"/proc/{pid}").exists()
+
+
 def _sweep(target: Path) -> None:
     """Remove what writers of this target that were killed have left; what one was replacing gets its name back."""
     for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.*")):
         pid, kind = left.name.split(".")[-2:]
-        if kind not in ("part", "old") or not pid.isdigit() or Path(f"/proc/{pid}").exists():
+        if kind not in ("part", "old") or not pid.isdigit() or _alive(int(pid), target):
             continue
         if kind == "old" and not os.path.lexists(target):
             logger.warning("%s was being replaced when its process died: the old one stands", target)

@@ -171,7 +171,7 @@ windows = st.fixed_dictionaries(
 ).filter(bool)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(windows, st.data(), st.sampled_from([False, "block", "global"]), st.integers(1, 40), st.integers(500, 9000))
 def test_patches_that_a_model_gives_back_are_the_source(
     tmp_path_factory: pytest.TempPathFactory,

@@ -84,12 +84,25 @@ def test_a_store_that_was_being_replaced_by_a_process_that_died_gets_its_name_ba
     assert "was being replaced when its process died: the old one stands" in caplog.text
 
 
+def test_what_a_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    """In a container that starts over."""
+    zarr.create_group(tmp_path / f".t.{os.getpid()}.part")
+    write(tmp_path / "t", [1])
+    (tmp_path / "t").rename(tmp_path / f".t.{os.getpid()}.old")
+    write(tmp_path / "t", [2], overwrite=True)
+    assert read(tmp_path / "t") == [2]
+    assert names(tmp_path) == ["t"]
+
+
 def test_two_writers_of_one_process_do_not_write_the_same_store(tmp_path: Path) -> None:
     with whole_or_nothing(tmp_path / "t") as part:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="is being written by this process"):
+                write(tmp_path / "t", [2])
         zarr.create_group(part).create_array("x", data=np.array([1]))
-        with pytest.raises(ConfigError, match="is being written by this process"):
-            write(tmp_path / "t", [2])
     assert read(tmp_path / "t") == [1]
+    write(tmp_path / "t", [2], overwrite=True)
+    assert read(tmp_path / "t") == [2]
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
