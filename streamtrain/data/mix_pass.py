@@ -54,9 +54,11 @@ class MixPass(Ending):
                 try:
                     batch = await self._pulled(number)
                 except StopAsyncIteration:
-                    self._exhausted(number)
+                    if not self._ended:
+                        self._exhausted(number)
                 else:
-                    return self._taken(number, batch)
+                    if not self._ended:  # else closed meanwhile: as at any other time, nothing more is given
+                        return self._taken(number, batch)
             return batch
         except BudgetHeld:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -103,6 +104,52 @@ async def test_an_epoch_of_a_number_of_batches_is_followed_by_what_comes_next(st
     assert [rows for part in parts for rows in part] == await whole(mixed(stores, stop=28))
     source.set_epoch(0)
     assert await whole(source) == parts[0]
+
+
+@pytest.mark.parametrize("stop", ["first", "all", 50])
+async def test_a_mix_that_is_closed_under_who_waits_for_it_ends_quietly(stores: list[Path], stop: Any) -> None:
+    source = mixed(stores, stop=stop, prefetch=1)
+    passing = aiter(source)
+    await anext(passing)
+    for each in source.sources:
+        await each.pause()
+    rest = asyncio.create_task(whole(passing))
+    await asyncio.sleep(0)  # until it has what is ready, and waits for more, which does not come
+    assert not rest.done()
+    before = source.statistics().drawn
+    await source.aclose()
+    got = await rest
+    assert source.statistics().drawn == before
+    assert len(got) == sum(before) - 1 < len(source)
+    assert ours() == []
+
+
+async def test_what_arrives_after_a_mix_was_closed_is_not_given(stores: list[Path]) -> None:
+    """A source of somebody else's goes on until it has its item."""
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        def __aiter__(self) -> Slow:
+            return self
+
+        async def __anext__(self) -> tuple[Any, Any]:
+            if asked.is_set():
+                await answer.wait()
+            asked.set()
+            return np.zeros(1), np.zeros(1)
+
+    async def lengths() -> list[int]:
+        return [len(batch) async for batch in source]
+
+    source = mix([Slow()], stop=5)
+    rest = asyncio.create_task(lengths())
+    await asked.wait()
+    closing = asyncio.create_task(source.aclose())
+    await asyncio.sleep(0)
+    answer.set()
+    await closing
+    assert await rest == [1]
+    assert source.state_dict()["position"] == 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
