@@ -185,8 +185,12 @@ class Block:
     def batch(self, slot: int, rows: int, room: Bytes | None = None) -> Iterator[Any]:
         """The columns of the first `rows` samples in this slot: views, (rows, *row_shape) each.
 
-        Rows of different lengths are laid out in `room`, one such column after another.
+        Rows of different lengths are laid out in `room`, one such column after another. Where there are none, but a
+        room: all columns are copies in it.
         """
+        if room is not None and not self._areas:
+            yield from self._copied(slot, rows, room)
+            return
         start = 0
         for number, (column, views) in enumerate(zip(self.columns, self._slots, strict=True)):
             if number not in self._areas:
@@ -201,6 +205,12 @@ class Block:
             laid = part.view(column.dtype).reshape(self.batch_size, *column.row_shape)[:rows]
             self._areas[number].lay_out(slot, rows, laid)
             yield laid
+
+    def _copied(self, slot: int, rows: int, room: Bytes) -> Iterator[NDArray[Any]]:
+        """The same columns in a buffer of their own, which is a block of one batch."""
+        for copy, views in zip(Block(room, self.columns, 0, 1).batch(0, rows), self._slots, strict=True):
+            copy[...] = views[slot, :rows]
+            yield copy
 
     def _typed(self, number: int) -> NDArray[Any]:
         column, rows = self.columns[number], self._rows[number]

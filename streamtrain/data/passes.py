@@ -99,7 +99,8 @@ class Recipe:
     pool: Pool
     """Kept between passes, so that its pages are touched but once."""
     rooms: Pool | None = None
-    """The same for batches of rows of different lengths, which are laid out when they are made."""
+    """The same for batches that are laid out when they are made: of rows of different lengths, and such as are to leave
+    their block free."""
     max_skipped: float | None = None
     """Share of an epoch's samples that bad chunks may cost; None where one of them ends the pass."""
 
@@ -364,7 +365,7 @@ class ZarrPass(Ending):
         sizes, share = self._recipe.sizes, self._recipe.share
         total = share.total
         threads = sizes.threads_within(total, self._recipe.threads, self._recipe.cache_bytes)
-        share.least = sizes.needed(threads)
+        share.least = sizes.needed(total, threads)
         if threads < self._recipe.threads:
             logger.info("memory=%s: %d of %d threads", format_bytes(total), threads, self._recipe.threads)
         granted = threads * sizes.scratch_bytes + sizes.kept_bytes
@@ -409,7 +410,7 @@ class ZarrPass(Ending):
         )
 
     def _layout(self, workers: Workers, rooms: Pool) -> TransformStage:
-        """What lays out batches whose rows have different lengths, in the threads that read: in half of them at a time,
+        """What lays out batches in rooms of their own, in the threads that read: in half of them at a time,
         since memory takes no more, and what is laid out far ahead has left the processor's cache."""
         recipe = self._recipe
         ahead = max(1, recipe.threads // 2)
@@ -825,7 +826,7 @@ def _left_for_blocks(recipe: Recipe) -> Callable[[], int]:
 
 
 def _assembled(recipe: Recipe, ready: Ready) -> Batch:
-    """The batch that lies in its block: views, no copies."""
+    """The batch that lies in its block: views, no copies, unless it has a room of its own."""
     batch = recipe.assemble(ready.columns())
     batch.epoch, batch.cursor = ready.cursor.epoch, ready.cursor
     return batch

@@ -223,7 +223,7 @@ class Opening:
         ]
         finished = self._finished(stores, survey)
         threads = survey.sizes.threads_within(self._share.total, self._asked.threads, survey.cache_bytes)
-        self._share.least = survey.sizes.needed(threads)
+        self._share.least = survey.sizes.needed(self._share.total, threads)
         return Opened(
             stores, survey, feeds, cache, *self._given_as(survey.columns), changes[0], finished, told(framings)
         )

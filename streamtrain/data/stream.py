@@ -359,7 +359,10 @@ class ZarrStream:
         if self._pool is None:
             poison, sizes = bool(os.environ.get(POISON)), opened.survey.sizes
             self._pool = Pool(sizes.buffer_bytes, self._share, poison=poison)
-            self._rooms = Pool(sizes.room_bytes, self._share, poison=poison) if sizes.room_bytes else None
+            room = sizes.room_bytes
+            if sizes.copies(self._share.total) and self._asked.payload is None:  # processes give copies anyway
+                room = sizes.batch_bytes
+            self._rooms = Pool(room, self._share, poison=poison) if room else None
         start, self._skip = Cursor(self._epoch, self._skip), 0
         if not self._driven:
             self._cursor = start

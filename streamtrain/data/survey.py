@@ -221,10 +221,10 @@ def take_survey(
             hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
         )
     beside = max(((site.layout.together - 1) * site.layout.chunk_bytes for site in sites if site.one_chunk), default=0)
-    if WORTH_BESIDE * beside <= memory:
+    if WORTH_BESIDE * beside <= memory and sizes.least + beside <= memory:
         sizes = replace(sizes, beside_bytes=beside, scratch_bytes=sizes.scratch_bytes + beside)
     batches = count // batch_size if drop_last else -(-count // batch_size)
-    cache_bytes = min(cache_bytes, memory - sizes.least)
+    cache_bytes = min(cache_bytes, memory - sizes.needed(memory))
     return Survey(
         frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, batch_size, memory, cut
     )
@@ -354,6 +354,7 @@ def _sizes(
         scratch_bytes=change_bytes + max(scratch_bytes(site, frame.cell) for frame in frames for site in frame.sites),
         room_bytes=room_bytes(made),
         kept_bytes=table_bytes(frames),
+        batch_bytes=0 if any(column.area_bytes for column in made) else block_bytes(made, 1),
     )
     return sizes, made
 

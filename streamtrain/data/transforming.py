@@ -43,7 +43,7 @@ class Ready:
     dropped: Ints | None
     """Rows that are left out, because of bad chunks; None where none is."""
     room: Bytes | None = None
-    """Where rows of different lengths are laid out; None where there are none."""
+    """Where rows of different lengths are laid out, or all are copied to; None where neither is."""
 
     def columns(self) -> list[NDArray[Any]]:
         """What is handed over."""

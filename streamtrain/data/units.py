@@ -18,6 +18,8 @@ RAMP_CELLS = 128
 GROWTH = 4
 MOST_CELLS = 1 << 16
 """A unit of a scattered order touches at most about so many cells: each is a piece of work of its own."""
+APART = 2
+"""Batches for which there is room where they are copied out of their buffer: one is held, one is made."""
 PLANNING_BYTES = 64
 """What it takes to plan a row of a scattered order, beside the row itself."""
 
@@ -45,25 +47,44 @@ class Sizes:
     """Of offsets that stay in memory."""
     buffers: int = 2
     """How many must be there at the least, if there are so many units."""
+    batch_bytes: int = 0
+    """Of a batch that is copied out of its buffer; 0 where none can be."""
 
     @property
     def least(self) -> int:
-        """The least memory that works: two buffers or three (one, if it holds the epoch), and one thread's scratch; two
-        batches that are laid out, and what stays in memory."""
+        """The least memory that works, while a batch of the pass before is still held: two buffers or three (one, if it
+        holds the epoch, and another or a few batches that are copied out of it), and one thread's scratch; two batches
+        that are laid out, and what stays in memory."""
+        return self._without_before + self._before_at_least
+
+    @property
+    def _without_before(self) -> int:
         buffers = self.buffer_bytes * min(self.units, self.buffers)
         return buffers + self.scratch_bytes + 2 * self.room_bytes + self.kept_bytes
 
+    @property
+    def _before_at_least(self) -> int:
+        """Bytes for batches of the pass before, beside the buffers that a pass needs."""
+        if self.units > 1:
+            return 0
+        return min(self.buffer_bytes, APART * self.batch_bytes or self.buffer_bytes)
+
+    def copies(self, total: int) -> bool:
+        """Whether batches are copied out of their buffer before they are handed over: it holds the epoch, and there is
+        no other one for the next in `total` bytes, while one of them is still held."""
+        short = self._without_before + self.buffer_bytes > total
+        return self.units == 1 and short and self._before_at_least < self.buffer_bytes
+
     def threads_within(self, total: int, threads: int, cache_bytes: int) -> int:
         """How many of these threads have room in `total` bytes, beside the buffers and what is cached; at least 1."""
-        others = self.least - self.scratch_bytes + cache_bytes
-        while threads > 1 and others + threads * self.scratch_bytes > total:
+        while threads > 1 and self.needed(total, threads) + cache_bytes > total:
             threads -= 1
         return threads
 
-    def needed(self, threads: int) -> int:
-        """Bytes with which a pass of so many threads gets on, while a batch of the pass before is still held."""
-        before = self.buffer_bytes if self.units == 1 else 0
-        return self.least + before + (threads - 1) * self.scratch_bytes
+    def needed(self, total: int, threads: int = 1) -> int:
+        """Bytes of `total` with which a pass of so many threads gets on, while a batch of the pass before is held."""
+        before = self.buffer_bytes if self.units == 1 and not self.copies(total) else self._before_at_least
+        return self._without_before + before + (threads - 1) * self.scratch_bytes
 
 
 def least_buffers(split: Split | Chosen, unit_cells: int, batch: int) -> int:

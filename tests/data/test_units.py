@@ -13,6 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamtrain.data.batch import Batch
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.order import EpochOrder, Shuffle
 from streamtrain.data.permutation import SPAN_TILE, TABLE_LIMIT, Permutation, Spans, derive_key
@@ -133,6 +134,45 @@ def test_the_least_memory_works_while_the_last_batch_is_held(
     least = made(1 << 30).plan().memory_least
     found = asyncio.run(read(made(least)))
     assert sorted(found) == sorted([*range(rows - window + 1)] * 2)
+
+
+def doubled(batch: Batch) -> Batch:
+    batch.inputs *= 2
+    return batch
+
+
+@pytest.mark.parametrize("transform", [None, doubled], ids=["plain", "transform"])
+@pytest.mark.parametrize("batch", [7, 33, 250, 400])
+@pytest.mark.parametrize("over", [0, 1, 2, 3])
+def test_any_memory_that_is_enough_is_so_in_the_next_epoch_where_one_block_is_the_epoch(
+    tmp_path: Path, batch: int, over: int, transform: Any
+) -> None:
+    """A plain loop holds its last batch, or the one that it was left with, when the next epoch begins."""
+    rows = 400
+    data = np.arange(rows * 64, dtype=np.float64).reshape(rows, 64)
+    zarr.create_group(tmp_path).create_array("x", data=data, chunks=(40, 64))
+
+    def made(memory: int) -> ZarrStream:
+        options: dict[str, Any] = {"inputs": "x", "shuffle": "block", "cache": 0, "output": "numpy", "threads": 3}
+        return ZarrStream(tmp_path, batch_size=batch, memory=memory, transform=transform, **options)
+
+    async def read(stream: ZarrStream) -> list[int]:
+        found: list[int] = []
+        async with stream:
+            async for held in stream:
+                if held.cursor.position > rows // 2:
+                    break
+            for _ in range(2):
+                async for held in stream:
+                    expected = data[held.index] * (1 if transform is None else 2)
+                    assert np.array_equal(held.inputs, expected)
+                    assert held.inputs.ctypes.data % 64 == 0
+                    found += held.index.tolist()
+        return found
+
+    plan = made(1 << 30).plan()
+    memory = plan.memory_least + over * plan.buffer_bytes // 3
+    assert sorted(asyncio.run(read(made(memory)))) == sorted([*range(rows)] * 2)
 
 
 @pytest.mark.parametrize("shuffle", ["global", "block", False])
