@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -80,11 +80,11 @@ class CropSite(ReachingSite):
         return size + min(size, PIECE_BYTES)
 
     @cached_property
-    def chunks_per_row(self) -> tuple[int, ...]:
-        """How many chunks a sample touches along each of its axes, about."""
+    def chunks_of_row(self) -> int:
+        """Chunks from which one sample is taken, about."""
         chunks = self.layout.chunk_shape
-        return tuple(
-            1 + round((self.length(a) - 1) / chunks[a]) if a in self.cropped else len(self._taken_chunks(a))
+        return math.prod(
+            1 + round((self.length(a) - 1) / chunks[a]) if a in self.cropped else len(self.chunks_along(a))
             for a in self.row_axes
         )
 
@@ -99,18 +99,11 @@ class CropSite(ReachingSite):
                 touched *= 1 + (length - 1) / chunk
         share = min(1.0, touched / total)
         cropped = total * (1 - (1 - share) ** math.prod(self.cell))
-        others = [len(self._taken_chunks(a)) for a in range(self.layout.ndim) if a not in self.moving]
+        others = [len(self.chunks_along(a)) for a in range(self.layout.ndim) if a not in self.moving]
         for reach, cell in zip(self.reaches, self.cell, strict=True):
             if reach.axis is not None:
                 others.append(-(-(reach.bounds(0, cell)[1] - reach.offset) // self.layout.chunk_shape[reach.axis]))
         return math.ceil(cropped * math.prod(others))
-
-    def _taken_chunks(self, axis: int) -> Sequence[int]:
-        """The chunks along an axis from which all samples take the same."""
-        size = self.layout.chunk_shape[axis]
-        if axis in self.taken:
-            return [int(number) for number in np.unique(self.taken[axis] // size)]
-        return range(-(-self.layout.shape[axis] // size))
 
     def starts(self, box: Box, rows: Ints, key: int) -> Ints:
         """The first place of these samples of a cell along each axis of the array: (n, ndim)."""
@@ -187,7 +180,7 @@ class CropFeed(Feed):
         first = starts // sizes
         last = (starts + np.array(site.lengths, dtype=np.int64) - 1) // sizes
         ways = [
-            range(int((last[:, axis] - first[:, axis]).max()) + 1) if axis in site.moving else site._taken_chunks(axis)
+            range(int((last[:, axis] - first[:, axis]).max()) + 1) if axis in site.moving else site.chunks_along(axis)
             for axis in range(len(grid))
         ]
         for axis in range(len(grid)):

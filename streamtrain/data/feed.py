@@ -103,8 +103,20 @@ class Site:
 
     @cached_property
     def chunks_per_row(self) -> tuple[int, ...]:
-        """Into how many chunks a sample is cut along each of its axes."""
+        """Into how many chunks the array is cut along each axis of a sample."""
         return tuple(-(-self.layout.shape[a] // self.layout.chunk_shape[a]) for a in self.row_axes)
+
+    def chunks_along(self, axis: int) -> Sequence[int]:
+        """The chunks along an axis of a sample from which something is taken."""
+        size = self.layout.chunk_shape[axis]
+        if axis in self.taken:
+            return [int(number) for number in np.unique(self.taken[axis] // size)]
+        return range(-(-self.layout.shape[axis] // size))
+
+    @cached_property
+    def chunks_of_row(self) -> int:
+        """Chunks from which one sample is taken."""
+        return math.prod(len(self.chunks_along(axis)) for axis in self.row_axes)
 
     @cached_property
     def cell_holds_chunks(self) -> bool:
@@ -124,7 +136,7 @@ class Site:
         """Chunks that a whole cell touches."""
         chunks = self.layout.chunk_shape
         sampled = (max(1, -(-c // chunks[a])) for a, c in zip(self.sample_axes, self.cell, strict=True))
-        return math.prod(sampled) * math.prod(self.chunks_per_row)
+        return math.prod(sampled) * self.chunks_of_row
 
     @cached_property
     def rows_per_chunk(self) -> int:
@@ -282,11 +294,7 @@ class Feed:
     @cached_property
     def _row_chunks(self) -> list[Sequence[int]]:
         """The chunks along each axis of a sample from which something is taken."""
-        chunks, taken = self.layout.chunk_shape, self.site.taken
-        return [
-            np.unique(taken[axis] // chunks[axis]).tolist() if axis in taken else range(count)
-            for axis, count in zip(self.site.row_axes, self.site.chunks_per_row, strict=True)
-        ]
+        return [self.site.chunks_along(axis) for axis in self.site.row_axes]
 
     def _runs(self, axis: int, number: int) -> Iterator[tuple[slice | int, slice | int]]:
         """Which places of a chunk along this axis go to which of the sample, in runs."""

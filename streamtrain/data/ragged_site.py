@@ -95,6 +95,11 @@ class RaggedSite(Site):
         return (1,)
 
     @cached_property
+    def chunks_of_row(self) -> int:
+        """One: where rows begin in it, they mostly end in it."""
+        return 1
+
+    @cached_property
     def cell_holds_chunks(self) -> bool:
         """Never: rows begin anywhere in a chunk."""
         return False

@@ -374,14 +374,13 @@ def scratch_bytes(site: Site, cell_shape: Sequence[int]) -> int:
 def chunks_read(site: Site, split: Split | Chosen, shuffle: Shuffle, sizes: Sizes, share: float) -> float:
     """About how many chunks of an array a pass reads that has this share of the samples."""
     grid = split.grid
-    per_row = math.prod(site.chunks_per_row)
     if shuffle == "global":
         chunks = max(1, round(share * grid.num_samples) // site.rows_per_chunk)
         touched = sum(
             units * (chunks * (1 - (1 - 1 / chunks) ** max(1, round(share * rows))) if chunks > 1 else 1)
             for rows, units in rows_of_units(sizes, split.num_samples)
         )
-        return touched * per_row
+        return touched * site.chunks_of_row
     return split.num_cells * share * site.chunks_per_cell
 
 

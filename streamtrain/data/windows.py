@@ -1,7 +1,7 @@
 """Windows and patches: which places of an array one sample covers, and how overlapping samples come out of chunks.
 
 Its law: a region is put together once for all the samples of a cell that lie in it, and a sample is a view of it; where
-a region lies in one chunk, it is a view of the chunk.
+a region lies in one chunk, it is a view of the chunk. Chunks of which nothing is selected are not read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from streamtrain.data.feed import Box, Feed, Put, Rows, Site
+from streamtrain.data.permutation import Ints
 from streamtrain.data.reading import BadChunk, Scratch
 
 PIECE_BYTES = 4 << 20
@@ -82,19 +83,28 @@ class WindowSite(ReachingSite):
     @cached_property
     def region_bytes(self) -> int:
         """Bytes of what a whole cell covers."""
-        bounds = self.bounds(Box((0,) * len(self.cell), self.cell))
-        return math.prod(stop - start for start, stop in bounds) * self.layout.dtype.itemsize
+        return math.prod(self.region_shape(self._cell_bounds)) * self.layout.dtype.itemsize
+
+    def region_shape(self, bounds: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        """The shape of a region within these bounds: along some axes it has what is selected alone."""
+        return tuple(
+            len(self.taken[axis]) if axis in self.taken else stop - start for axis, (start, stop) in enumerate(bounds)
+        )
+
+    @property
+    def _cell_bounds(self) -> list[tuple[int, int]]:
+        return self.bounds(Box((0,) * len(self.cell), self.cell))
 
     @cached_property
     def chunks_per_cell(self) -> int:
         """Chunks that a whole cell touches."""
-        bounds = self.bounds(Box((0,) * len(self.cell), self.cell))
         return math.prod(
-            -(-(stop - start) // c) for (start, stop), c in zip(bounds, self.layout.chunk_shape, strict=True)
+            len(self.chunks_along(axis)) if axis in self.taken else -(-(stop - start) // self.layout.chunk_shape[axis])
+            for axis, (start, stop) in enumerate(self._cell_bounds)
         )
 
     def bounds(self, box: Box) -> list[tuple[int, int]]:
-        """The region of the array that the samples of a box cover, along each of its axes."""
+        """The bounds of what the samples of a box cover, along each of the array's axes."""
         result = [(0, length) for length in self.layout.shape]
         for axis, places in self.taken.items():
             result[axis] = int(places.min()), int(places.max()) + 1
@@ -139,11 +149,9 @@ class WindowFeed(Feed):
             return
         if len(scratch.damages) > bad:
             damages = [damage for _, damage in scratch.damages[bad:]]
-            self._put_damaged(box, rows, region, bounds, damages, put, scratch)
+            self._put_damaged(box, rows, region, damages, put, scratch)
             del scratch.damages[bad:]  # their samples are told: nobody else's are lost for them
             return
-        for axis in self.site.taken:
-            region = self.site.chosen(region, axis, axis, bounds[axis][0])
         samples = self.site.view(region, box.extent)
         for wanted, values in _samples(samples, box.extent, rows, self.site.row_bytes):
             self._put(put, wanted, values, None, scratch)
@@ -153,7 +161,6 @@ class WindowFeed(Feed):
         box: Box,
         rows: Rows,
         region: NDArray[Any],
-        bounds: list[tuple[int, int]],
         damages: list[BadChunk],
         put: Put,
         scratch: Scratch,
@@ -162,8 +169,6 @@ class WindowFeed(Feed):
         tainted = np.zeros(box.extent, dtype=bool)
         for damage in damages:
             tainted |= self.site.touching(box, self.layout.box(damage.chunk))
-        for axis in self.site.taken:
-            region = self.site.chosen(region, axis, axis, bounds[axis][0])
         samples = self.site.view(region, box.extent)
         numbers = np.arange(*rows.indices(math.prod(box.extent))) if isinstance(rows, slice) else rows
         lost = tainted.reshape(-1)[numbers]
@@ -177,12 +182,19 @@ class WindowFeed(Feed):
                 scratch.tainted = None
 
     def _region(self, bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any] | None:
-        """The part of the array within these bounds, in the order of its axes; None where it is read and no more."""
-        chunks = self.layout.chunk_shape
-        spans = [range(start // c, -(-stop // c)) for (start, stop), c in zip(bounds, chunks, strict=True)]
-        shape = tuple(stop - start for start, stop in bounds)
+        """What is selected of the array within these bounds, in the order of its axes; None where it is read and no
+        more."""
+        chunks, taken = self.layout.chunk_shape, self.site.taken
+        spans = [
+            self.site.chunks_along(axis) if axis in taken else range(start // c, -(-stop // c))
+            for axis, ((start, stop), c) in enumerate(zip(bounds, chunks, strict=True))
+        ]
         if self.checked and all(len(span) == 1 for span in spans):
-            return self._part(tuple(span[0] for span in spans), bounds, scratch)
+            part = self._part(tuple(span[0] for span in spans), bounds, scratch)
+            for axis in taken:
+                part = self.site.chosen(part, axis, axis, bounds[axis][0])
+            return part
+        shape = self.site.region_shape(bounds)
         size = math.prod(shape) * self.layout.dtype.itemsize
         region = scratch.take("region", size).view(self.layout.native).reshape(shape) if self.checked else None
         for chunk in itertools.product(*spans):
@@ -192,9 +204,45 @@ class WindowFeed(Feed):
             ]
             place = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inside, bounds, strict=True))
             part = self._part(chunk, inside, scratch)
-            if region is not None:
+            if region is not None and taken:
+                self._put_selected(part, chunk, region, place)
+            elif region is not None:
                 region[place] = part
         return region
+
+    def _put_selected(
+        self, part: NDArray[Any], chunk: tuple[int, ...], region: NDArray[Any], place: tuple[slice, ...]
+    ) -> None:
+        """Copy what is selected of a part of a chunk; `place`: where it lies along the other axes."""
+        whole = slice(None)
+        ways = [
+            self._cuts[axis][number] if axis in self._cuts else [(whole, place[axis])]
+            for axis, number in enumerate(chunk)
+        ]
+        for way in itertools.product(*ways):
+            values = part
+            for axis, (source, _) in enumerate(way):
+                if isinstance(source, slice):
+                    values = values[(*(whole,) * axis, source)]
+                else:
+                    values = values.take(source, axis=axis)
+            region[tuple(at for _, at in way)] = values
+
+    @cached_property
+    def _cuts(self) -> dict[int, dict[int, list[tuple[slice | Ints, slice]]]]:
+        """Of each selected axis and each chunk along it: places of its part within the bounds, and where they go
+        among all that are selected."""
+        found: dict[int, dict[int, list[tuple[slice | Ints, slice]]]] = {}
+        for axis, places in self.site.taken.items():
+            size, low = self.layout.chunk_shape[axis], int(places.min())
+            owners, found[axis] = places // size, {}
+            for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(owners)) + 1):
+                number = int(owners[run[0]])
+                inside = places[run] - max(low, number * size)
+                in_a_row = bool((np.diff(inside) == 1).all())
+                source = slice(int(inside[0]), int(inside[-1]) + 1) if in_a_row else inside
+                found[axis].setdefault(number, []).append((source, slice(int(run[0]), int(run[-1]) + 1)))
+        return found
 
     def _part(self, chunk: tuple[int, ...], bounds: Sequence[tuple[int, int]], scratch: Scratch) -> NDArray[Any]:
         """A part of one chunk; the bounds are the array's."""

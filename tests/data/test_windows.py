@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ZstdCodec
@@ -182,6 +182,52 @@ async def test_what_is_no_window_is_refused(store: Path, keywords: dict[str, Any
         await samples(store, **keywords)
 
 
+@pytest.mark.parametrize("places", [[0, 36], [36, 0, 35], slice(0, 37, 12), [5]], ids=str)
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"sample_axes": (0, 1)},
+        {"window": 1},
+        {"window": 4, "stride": 4},
+        {"window": 4, "stride": 4, "io": "store"},
+        {"window": 4, "stride": 4, "shuffle": "global"},
+        {"window": {1: 2}},
+    ],
+    ids=str,
+)
+async def test_chunks_of_which_nothing_is_selected_are_neither_read_nor_planned_nor_missed(
+    tmp_path: Path, places: Any, keywords: dict[str, Any]
+) -> None:
+    data = np.arange(16 * 4 * 37, dtype=np.int32).reshape(16, 4, 37)
+    zarr.create_array(tmp_path / "s", data=data, chunks=(4, 4, 1))
+    taken = np.arange(37)[places]
+    for level in {*range(37)} - {*taken.tolist()}:
+        for row in range(4):
+            (tmp_path / f"s/c/{row}/0/{level}").write_bytes(b"cut short")
+    given: dict[str, Any] = {"batch_size": 4, "select": {2: places}, "cache": 0, "output": "numpy", **keywords}
+    async with ZarrStream(tmp_path / "s", **given) as source:
+        for batch in await collect(source):
+            assert batch.inputs.shape[-1] == len(taken)
+            if not keywords:
+                assert (batch.inputs == data[batch.index][..., taken]).all()
+        assert source.statistics().chunks == source.plan().chunks == 4 * len(taken)
+        assert source.plan().read_amplification == 1
+
+
+async def test_a_bad_chunk_costs_the_windows_that_have_something_of_it(tmp_path: Path) -> None:
+    data = np.arange(40 * 2 * 6, dtype=np.int32).reshape(40, 2, 6)
+    given: dict[str, Any] = {"window": 4, "stride": 3, "on_bad_chunk": "skip", "max_skipped": 1.0, "batch_size": 5}
+    for column, lost in ((0, 4), (1, 0), (2, 4), (3, 0)):
+        zarr.create_array(tmp_path / "s", data=data, chunks=(10, 2, 1), overwrite=True)
+        (tmp_path / f"s/c/1/0/{column}").write_bytes(b"cut short")
+        async with ZarrStream(tmp_path / "s", select={2: [2, 0]}, output="numpy", **given) as source:
+            for batch in await collect(source):
+                starts = 3 * batch.index[:, None]
+                assert (batch.inputs == data[starts + np.arange(4)][..., [2, 0]]).all()
+            assert source.statistics().rows_skipped == lost
+
+
 async def test_a_chunk_serves_all_windows_of_its_cell_with_one_read(tmp_path: Path) -> None:
     data = np.arange(4096 * 4, dtype=np.float32).reshape(4096, 4)
     zarr.create_array(tmp_path / "one", data=data, chunks=(8, 4))
@@ -267,6 +313,28 @@ def test_every_sample_once_an_epoch_as_numpy_cuts_it(drawn: Drawn) -> None:
                 assert found.shape[1:] == wanted.shape[1:]
                 assert (found == wanted[numbers]).all()
 
+    with written(drawn) as (folder, data):
+        asyncio.run(scenario(folder, data))
+
+
+@quick
+@given(drawn_windows(), st.data())
+def test_of_windows_any_places_are_selected_in_any_order(drawn: Drawn, more: st.DataObject) -> None:
+    framed = {*drawn.keywords["sample_axes"], *drawn.keywords["window"]}
+    inner = [axis for axis in range(len(drawn.shape)) if axis not in framed]
+    select: dict[int | str, Any] = {
+        axis: more.draw(st.lists(st.integers(0, drawn.shape[axis] - 1), min_size=1, max_size=9)) for axis in inner
+    }
+
+    async def scenario(folder: str, data: NDArray[Any]) -> None:
+        for axis in inner:
+            data = data.take(select[axis], axis=axis)
+        wanted = expected(data, drawn)
+        async with ZarrStream(folder, select=select, output="numpy", memory="16MiB", **drawn.keywords) as source:
+            for batch in await collect(source):
+                assert (batch.inputs == wanted[batch.index]).all()
+
+    assume(inner)
     with written(drawn) as (folder, data):
         asyncio.run(scenario(folder, data))
 
