@@ -278,8 +278,8 @@ def _parse_v3(
         shard_shape, chunk_shape = chunk_shape, tuple(int(c) for c in config["chunk_shape"])
         codecs = config["codecs"]
         at_start = config.get("index_location", "end") == "start"
-        if [c["name"] for c in config["index_codecs"]] != ["bytes", "crc32c"]:
-            slow = "a shard index that is compressed"
+        if (index := [str(c["name"]) for c in config["index_codecs"]]) != ["bytes", "crc32c"]:
+            slow = f"a shard index with the codecs {', '.join(index)}"
         elif endian_of(config["index_codecs"][0]) != "little":
             slow = "a big-endian shard index"
         if any(s % c for s, c in zip(shard_shape, chunk_shape, strict=True) if c):

@@ -249,6 +249,7 @@ def check_whole(where: Located, array: zarr.AsyncArray[Any], name: str) -> None:
 
 async def array_at(where: Located, name: str) -> zarr.AsyncArray[Any] | None:
     """An array of any dtype, None where none has this name. Raises as `open_arrays` does."""
+    _check_name(where, name)
     node = await _opened(where, "")
     if not isinstance(node, zarr.AsyncGroup):
         return None
@@ -378,7 +379,17 @@ async def _only_array(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Locat
     return await _array_in(node, where, names[0])
 
 
+def _check_name(where: Located, name: str) -> None:
+    """Raise DataError for what can be no array's name."""
+    if "\0" in name or {".", ".."} & {*name.split("/")}:
+        raise DataError(
+            f"{where.name} has no array {name!r}: names lead down from the store, without '.' and '..'",
+            hint="name an array in it; of one that lies elsewhere, give its folder as the store",
+        )
+
+
 async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.AsyncArray[Any] | zarr.AsyncGroup:
+    _check_name(where, name)
     _check_member(where, name)
     member: object = None
     try:

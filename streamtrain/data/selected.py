@@ -23,6 +23,7 @@ def resolved(
 ) -> list[Framing]:
     """The framing of each store, its selection as places. Raises DataError or ConfigError for what can't be."""
     check_named_once(framing.select, stores[0])
+    _check_sparse(framing.select, stores[0])
     taken: list[dict[Axis, Ints]] = [{} for _ in stores]
     for axis, wanted in framing.select.items():
         for mine, places in zip(taken, _resolved(axis, wanted, framing, stores, coordinates), strict=True):
@@ -72,8 +73,23 @@ def _axis(axis: Axis, fields: Sequence[Field]) -> tuple[int | None, int]:
         number = axis_of(axis, each.layout, first)
         if number is not None:
             return (number if each is fields[0] else None), each.layout.shape[number]
-    there = ", ".join(repr(dim) for f in fields for dim in f.layout.dims if dim) or "no names"
-    raise DataError(f"select= names the axis {axis!r}; the arrays' axes have {there}")
+    if isinstance(axis, int):
+        shapes = ", ".join(f"array {each.name!r} has shape {each.layout.shape}" for each in fields)
+        raise DataError(f"select= names axis {axis}; {shapes}", hint="axes are numbered from 0")
+    there = ", ".join(dict.fromkeys(repr(dim) for f in fields for dim in f.layout.dims if dim)) or "no names"
+    raise DataError(f"select= names the axis {axis!r}; the arrays' axes have {there}", hint="or give the axis' number")
+
+
+def _check_sparse(axes: Iterable[Axis], fields: Sequence[Field]) -> None:
+    """Raise ConfigError for columns of sparse rows, which are no axis of what is stored."""
+    sparse = next((each.name for each in fields if each.ragged is not None and each.ragged.columns is not None), None)
+    known = {dim for each in fields for dim in each.layout.dims}
+    for axis in axes:
+        if sparse is not None and axis != 0 and axis not in known:
+            raise ConfigError(
+                f"select= names the axis {axis!r}: columns of the sparse rows of {sparse!r} can't be selected",
+                hint="take them in a transform (batch.inputs[:, columns]), or write the array again without the others",
+            )
 
 
 def told(framings: Sequence[Framing]) -> dict[str, Any]:

@@ -179,7 +179,8 @@ class Split:
 
 
 def split_bounds(split: object, num_samples: int) -> tuple[int, int]:
-    """Sample bounds of `split`: two floats are fractions (bound = floor(f * n)), two ints numbers.
+    """Sample bounds of `split`: two floats are fractions (bound = floor(f * n)), two ints numbers; beside a float, the
+    ints 0 and 1 are fractions, too.
 
     Raises ValueError with the reason if they are neither, or not 0 <= a <= b.
     """
@@ -194,6 +195,7 @@ def split_bounds(split: object, num_samples: int) -> tuple[int, int]:
         if b > num_samples:
             raise ValueError(f"split {split!r} ends beyond the {num_samples} samples there are")
         return int(a), int(b)
-    if not (all(isinstance(x, float) for x in (a, b)) and 0.0 <= a <= b <= 1.0):
+    fractions = all(isinstance(x, float) or (type(x) is int and x in (0, 1)) for x in (a, b))
+    if not (fractions and 0.0 <= a <= b <= 1.0):
         raise ValueError(f"split {split!r} must be two fractions 0.0 <= a <= b <= 1.0, or two sample numbers")
     return math.floor(a * num_samples), math.floor(b * num_samples)

@@ -120,7 +120,13 @@ CASES = [
     _shards("blosc-index-at-start", codecs=[BytesCodec(), BloscCodec(typesize=4)], index_location="start"),
     _shards("crc32c", codecs=[BytesCodec(), Crc32cCodec()]),
     _shards("big-endian-transposed", codecs=[TransposeCodec(order=(1, 0)), BytesCodec(endian="big")]),
-    _shards("plain-index", codecs=RAW, index_codecs=RAW, slow="a shard index that is compressed"),
+    _shards("plain-index", codecs=RAW, index_codecs=RAW, slow="a shard index with the codecs bytes"),
+    _shards(
+        "index-with-two-checksums",
+        codecs=RAW,
+        index_codecs=[BytesCodec(), Crc32cCodec(), Crc32cCodec()],
+        slow="a shard index with the codecs bytes, crc32c, crc32c",
+    ),
     _shards(
         "big-endian-index",
         codecs=RAW,

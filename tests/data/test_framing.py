@@ -81,7 +81,7 @@ async def test_chunks_from_which_nothing_is_taken_are_not_read(store: Path) -> N
     [
         ({"level": [6]}, "axis 'level', which has 6 places"),
         ({"lvl": [0]}, "names the axis 'lvl'"),
-        ({3: [0]}, "names the axis 3"),
+        ({3: [0]}, r"names axis 3; array 'x' has shape \(20, 6, 4\)"),
         ({"level": []}, "takes nothing"),
         ({"level": ["a"]}, "the store has no coordinate array of it"),
         ({2: [0.5]}, "an axis by number takes positions"),

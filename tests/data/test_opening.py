@@ -172,6 +172,16 @@ def test_a_stream_leaves_nothing_to_the_garbage_collector(name: str, io: Any, cl
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["../x/y", "./x", "x/..", "x\0"])
+@pytest.mark.parametrize("role", ["inputs", "targets", "indices"])
+async def test_a_name_that_leads_out_of_the_store_is_no_damage(tmp_path: Path, name: str, role: str) -> None:
+    zarr.create_group(tmp_path / "s").create_array("x", data=np.arange(6))
+    given: dict[str, Any] = {"inputs": "x", "batch_size": 2, role: name}
+    with pytest.raises(DataError, match=r"has no array .*, without '\.' and '\.\.'") as caught:
+        await ZarrStream(tmp_path / "s", **given).open()
+    assert "restore" not in caught.value.hint
+
+
 def test_where_one_store_is_meant_it_is_said_who_takes_several() -> None:
     with pytest.raises(ConfigError, match="one store is meant here, not a list of 2") as told:
         locate(["a.zarr", "b.zarr"])

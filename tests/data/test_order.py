@@ -504,12 +504,19 @@ def test_fractions_are_floors_and_neighbours_meet(n: int, a: float, b: float) ->
 def test_whole_numbers_are_sample_numbers() -> None:
     assert split_bounds((3, 7), 10) == (3, 7)
     assert split_bounds([0, 10], 10) == (0, 10)
+    assert split_bounds((0, 1), 10) == (0, 1)
+
+
+def test_beside_a_fraction_0_and_1_are_fractions() -> None:
+    assert split_bounds((0, 0.5), 10) == (0, 5)
+    assert split_bounds([0.5, 1], 10) == (5, 10)
 
 
 @pytest.mark.parametrize(
     "split",
     [
-        *[(0.5, 0.4), (-0.1, 1.0), (0.0, 1.1), (0.0, float("nan")), (3, 2), (-1, 4), (0, 11), (0, 0.5), (True, 1)],
+        *[(0.5, 0.4), (-0.1, 1.0), (0.0, 1.1), (0.0, float("nan")), (3, 2), (-1, 4), (0, 11), (2, 0.5), (0.5, 2)],
+        *[(True, 1), (0.5, True), (False, 0.5), (1, 0.5), (0.5, 0)],
         *[(0.1,), (0.1, 0.2, 0.3), "ab", 0.5, 7, ("0", "1")],
     ],
     ids=repr,
