@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,34 @@ class Cursor(NamedTuple):
 
 
 START = Cursor(0, 0)
+MOST = 1 << 63
+"""Epochs, and samples of one, are fewer."""
+
+
+def cursor_of(state: Mapping[str, Any], what: str, keys: Sequence[str], optional: Sequence[str] = ()) -> Cursor:
+    """The position in a state of this kind of stream, which has `epoch`, `position` and these keys, and no others.
+
+    Raises DataError with the key's name.
+    """
+    if not isinstance(state, Mapping):
+        raise DataError(f"this is no position of {what}: {state!r:.80}", hint=_FROM)
+    needed = ("epoch", "position", *keys)
+    for key in (*needed, *state):
+        if key not in state or key not in (*needed, *optional):
+            said = "has no" if key not in state else "has an unknown"
+            raise DataError(f"this is no position of {what}: it {said} key {key!r}", hint=_FROM)
+    for key in ("epoch", "position"):
+        number = state[key]
+        if type(number) is not int or not 0 <= number < MOST:
+            raise DataError(
+                f"this is no position of {what}: {key!r} is {number!r:.40}, not a whole number from 0 to 2**63 - 1",
+                hint=_FROM,
+            )
+    return Cursor(state["epoch"], state["position"])
+
+
+_FROM = "load what `state_dict()` gave, as it is"
+"""What to do with a state that is none."""
 
 
 class NoRows(DataError, TypeError):

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.data.batch import START, Batch, Cursor, cursor_of
 from streamtrain.data.loader import Loader
 from streamtrain.data.source import Ending, Stream
 from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
@@ -146,7 +146,8 @@ class IterableStream:
         """Go there; the next pass continues. Raises DataError."""
         if state.get("kind") != "iterable":
             raise DataError(f"a position in a {state.get('kind', 'foreign')} stream is none in an iterable")
-        self._cursor = self._trained = Cursor(int(state["epoch"]), int(state["position"]))
+        cursor = cursor_of(state, "an iterable", ["kind", "source_position", "source"])
+        self._cursor = self._trained = cursor
         self._known = (int(state["source_position"]), state["source"])
         self._resume = state
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.data.batch import START, Batch, Cursor, cursor_of
 from streamtrain.data.draws import Draws, Weights
 from streamtrain.data.iterable import IterableStream, as_stream
 from streamtrain.data.loader import Loader
@@ -272,6 +272,7 @@ class Mix:
         """Go to a position; the next pass continues there. Raises DataError, naming the difference."""
         if state.get("kind") != "mix":
             raise DataError(f"a position in a {state.get('kind', 'ZarrStream')} is none in a mix")
+        cursor = cursor_of(state, "a mix", ["kind", "of", "sources"], ["begins", "weights"])
         mine = self._fingerprint()
         table = [
             f"{key}: {state['of'].get(key)} then, {mine[key]} now" for key in mine if mine[key] != state["of"].get(key)
@@ -284,7 +285,6 @@ class Mix:
         if self._live is not None:
             self._live.end()
         heads = [self._load_source(number, saved) for number, saved in enumerate(state["sources"])]
-        cursor = Cursor(int(state["epoch"]), int(state["position"]))
         if "weights" in state:
             self.draws.restore([(step, weights) for step, weights in state["weights"]])
         start = Cursor(cursor.epoch, 0)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from streamtrain.data.asked import Asked
-from streamtrain.data.batch import START, Batch, Cursor
+from streamtrain.data.batch import START, Batch, Cursor, cursor_of
 from streamtrain.data.block import Pool
 from streamtrain.data.budget import Budget, parse_bytes
 from streamtrain.data.canvas import Ground, Part
@@ -573,13 +573,9 @@ class ZarrStream:
         Raises DataError where the data have changed since, CheckpointError where the order is another one (seed, split,
         shuffle, windows, ...); both name the differences. Batch size, memory, threads and prefetch may differ.
         """
-        try:
-            cursor = Cursor(state["epoch"], state["position"])
-            if not all(type(number) is int for number in cursor):
-                raise TypeError("epoch and position are whole numbers")
-            theirs = dict(state["of"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"this is no position of a ZarrStream: {state!r:.80}") from error
+        cursor = cursor_of(state, "a ZarrStream", ["of"])
+        if not isinstance(theirs := state["of"], Mapping):
+            raise DataError(f"this is no position of a ZarrStream: 'of' is {theirs!r:.80}")
         if not self._lanes_given and isinstance(theirs.get("lanes"), int):
             self._lanes = at_least(theirs["lanes"], 1, "lanes")  # the order's, whatever the world is now
         mine = self._fingerprint()
@@ -595,7 +591,7 @@ class ZarrStream:
                 f"the saved position belongs to another order: {table}",
                 hint="set these back: the same split, shuffle, seed and so on; or start over",
             )
-        if not (cursor.epoch >= 0 and 0 <= cursor.position <= self.num_samples):
+        if cursor.position > self.num_samples:
             raise DataError(f"the saved position {tuple(cursor)} is beyond the {self.num_samples} samples")
         self._leave_pass()
         self._epoch, self._skip, self._cursor = cursor.epoch, cursor.position, cursor

@@ -224,6 +224,10 @@ async def test_a_state_that_json_can_not_hold_is_said_and_replaced_by_a_replay(
 def test_a_position_of_another_stream_is_refused() -> None:
     with pytest.raises(DataError):
         from_iterable([]).load_state_dict({"epoch": 0, "position": 3, "of": {}})
+    state = from_iterable([]).state_dict()
+    for wrong in ({"epoch": 2**70}, {"position": -1}, {"seed": 0}):
+        with pytest.raises(DataError, match=f"no position of an iterable: .*{next(iter(wrong))!r}"):
+            from_iterable([]).load_state_dict({**state, **wrong})
 
 
 async def test_set_epoch_is_passed_on() -> None:

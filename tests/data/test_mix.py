@@ -106,6 +106,15 @@ async def test_an_epoch_of_a_number_of_batches_is_followed_by_what_comes_next(st
     assert await whole(source) == parts[0]
 
 
+def test_what_is_no_position_of_a_mix_is_refused_by_its_key(stores: list[Path]) -> None:
+    source = mixed(stores)
+    state = source.state_dict()
+    for wrong, said in (({"epoch": 2**70}, "'epoch' is"), ({"position": "3"}, "'position' is '3'"), ({"k": 1}, "'k'")):
+        with pytest.raises(DataError, match=f"no position of a mix: .*{said}"):
+            source.load_state_dict({**state, **wrong})
+    source.load_state_dict(state)
+
+
 @pytest.mark.parametrize("stop", ["first", "all", 50])
 async def test_a_mix_that_is_closed_under_who_waits_for_it_ends_quietly(stores: list[Path], stop: Any) -> None:
     source = mixed(stores, stop=stop, prefetch=1)

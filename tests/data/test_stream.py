@@ -179,11 +179,25 @@ async def test_nobody_ends_the_pass_of_a_fit(store: Path) -> None:
         await anext(passing)
 
 
-@pytest.mark.parametrize("state", [{"epoch": 0, "position": 1.5}, {"epoch": True, "position": 0}], ids=str)
-async def test_a_position_is_whole_numbers(store: Path, state: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"position": 1.5}, "'position' is 1.5, not a whole number"),
+        ({"position": -1}, "'position' is -1, not a whole number"),
+        ({"epoch": True}, "'epoch' is True, not a whole number"),
+        ({"epoch": 2**70}, "'epoch' is 1180591620717411303424, not a whole number from 0"),
+        ({"epcoh": 1}, "it has an unknown key 'epcoh'"),
+        ({"of": 3}, "'of' is 3"),
+    ],
+    ids=str,
+)
+async def test_a_position_is_whole_numbers_and_what_of(store: Path, state: dict[str, Any], said: str) -> None:
     async with stream(store) as source:
-        with pytest.raises(DataError, match="no position"):
+        with pytest.raises(DataError, match=f"no position of a ZarrStream: {said}"):
             source.load_state_dict({**source.state_dict(), **state})
+        with pytest.raises(DataError, match="it has no key 'of'"):
+            source.load_state_dict({"epoch": 0, "position": 0})
+        assert source.epoch == 0
 
 
 async def test_a_loaded_position_is_continued_once_and_then_epochs_start_over(store: Path) -> None:
