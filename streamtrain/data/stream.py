@@ -98,7 +98,9 @@ class ZarrStream:
     `split_seed`.
     `groups`: an array's name; a split takes samples with the same value there together. `indices`: sample numbers, or
     the name of a boolean array; a split is of those. `weights`: a number for each sample, or an array's name: samples
-    come in proportion, as many in an epoch as there are; `balance`: an array of labels that come equally often.
+    come in proportion, as many in an epoch as there are; `balance`: an array of labels that come equally often. Each
+    epoch has each sample as often as its share says, rounded up or down by one keyed offset for all (systematic
+    resampling, no independent draws): over epochs shares are exact, and within one about so.
     `sample_axes`: axes that number the samples, in this order; (0, 1) makes each element of the first two axes a
     sample. Axes that a window adds come in their order, behind those here where these do not ascend.
     `window`: places that a sample covers along some axes, `{axis name or number: length}` (a length alone is along the
