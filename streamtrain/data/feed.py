@@ -362,7 +362,7 @@ class Feed:
         try:
             if self.cache is None:
                 return self.reader.read(chunk, rows, scratch, few=few)
-            everything = (0, self.layout.chunk_shape[0])
+            everything = (0, self.layout.chunk_shape[0]) if self.layout.ndim else (0, 1)
             return self.cache.get(
                 self.key(chunk),
                 lambda: self.reader.read(chunk, everything, scratch),

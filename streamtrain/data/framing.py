@@ -306,9 +306,10 @@ def _plain(fields: Sequence[Field], framing: Framing) -> Frame:
 
 def _numbered(fields: Sequence[Field], axes: Sequence[int]) -> list[list[int | None]]:
     """Each array's axes that number samples of one place each: the same numbers as the first one's. But where one of
-    them is, by its name, another axis of the first, names decide, and an array that has no such axis has None."""
+    them is, by its name, another axis of the first, names decide, and an array that has no such axis has None (as one
+    that has no axes at all has in any case)."""
     names = fields[0].layout.dims
-    found: list[list[int | None]] = [list(axes) for _ in fields]
+    found: list[list[int | None]] = [[None] * len(axes) if _scalar(each, fields) else list(axes) for each in fields]
     if not all(names) or max(axes) >= len(names) or any(each.ragged is not None for each in fields):
         return found
     wanted = [names[axis] for axis in axes]
@@ -318,6 +319,11 @@ def _numbered(fields: Sequence[Field], axes: Sequence[int]) -> list[list[int | N
         if all(mine) and any(own != name and own in names for own, name in zip(there, wanted, strict=True)):
             found[number] = [mine.index(name) if name in mine else None for name in wanted]
     return found
+
+
+def _scalar(each: Field, fields: Sequence[Field]) -> bool:
+    """Whether an array has no axes, beside a first one that has: it is the same for all samples."""
+    return each.layout.ndim == 0 and fields[0].layout.ndim > 0
 
 
 def _say_paired(fields: Sequence[Field], framing: Framing) -> None:
@@ -356,7 +362,7 @@ def _ragged(fields: Sequence[Field], framing: Framing) -> Frame:
     first = next(each for each in fields if each.ragged is not None)
     _check_rows(fields, framing)
     layouts = {f.name: replace(f.layout, shape=(f.ragged.table.rows,)) if f.ragged else f.layout for f in fields}
-    [rows] = sample_shape(layouts, (0,))
+    [rows] = sample_shape({name: layout for name, layout in layouts.items() if layout.ndim}, (0,))
     if any(axis == 0 or any(f.layout.dims[:1] == (axis,) for f in fields) for axis in framing.select):
         raise ConfigError(
             f"select= along the axis that numbers the rows of {first.name!r}, which have different lengths",
@@ -368,7 +374,9 @@ def _ragged(fields: Sequence[Field], framing: Framing) -> Frame:
     sites: list[Site] = []
     for each in fields:
         taken = _selection(each, first.layout, (0,), framing.taken)
-        if each.ragged is None:
+        if each.layout.ndim == 0:
+            sites.append(WindowSite(each.layout, (), cell, each.dtype, (), (Reach(None),)))
+        elif each.ragged is None:
             sites.append(Site(each.layout, (0,), cell, each.dtype, taken))
         else:
             sites.append(each.ragged.site(each.layout, cell, each.dtype, taken))
@@ -484,6 +492,8 @@ def _stride(
 def _own_axes(each: Field, first: ArrayLayout, axes: tuple[int, ...]) -> list[int | None]:
     """This array's own numbers of the first one's axes: by name where both name them, None where it has no such."""
     layout = each.layout
+    if layout.ndim == 0:
+        return [None] * len(axes)
     names = [first.dims[axis] if first.dims else None for axis in axes]
     if all(names) and layout.dims and all(layout.dims):
         return [layout.dims.index(name) if name in layout.dims else None for name in names]
@@ -550,7 +560,9 @@ def sample_shape(layouts: Mapping[str, ArrayLayout], axes: Sequence[int]) -> tup
         if max(axes) >= layout.ndim:
             raise DataError(
                 f"array {name!r} has shape {layout.shape}: no axis {max(axes)} for sample_axes={tuple(axes)}",
-                hint="choose axes that all arrays have",
+                hint="choose axes that all arrays have; the first one named must have them"
+                if not layout.ndim
+                else "choose axes that all arrays have",
             )
         shapes[name] = tuple(layout.shape[a] for a in axes)
     first = next(iter(shapes.values()))

@@ -109,7 +109,8 @@ class ZarrStream:
     first of its target, which has `target_window` of them (None: one, without an axis); without a horizon targets cover
     the window itself. Of windows that overlap, `split` divides the places of the first sample axis, and each part has
     those that lie in it whole. With a window or without: an array that has no such axis, by the names of the
-    dimensions, is the same for all samples (beside (time, lat, lon) one of (lat, lon) comes whole with each).
+    dimensions, is the same for all samples (beside (time, lat, lon) one of (lat, lon) comes whole with each), and
+    so is one without any axis, named behind others.
     `jitter`: windows begin up to so many places later, a number or by axis, as far as there are places.
     `crop`: so many places in a row are taken of some axes of each sample, `{axis number or name: length}`: arrays that
     have the axis are cropped alike, and only chunks that crops touch are read. They begin at places keyed by seed,

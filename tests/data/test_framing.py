@@ -144,6 +144,28 @@ async def test_an_array_without_the_sample_axis_is_cut_like_the_others(static: P
     assert (beside == MASK[[1, 5]]).all()
 
 
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"sample_axes": (0, 1)}, {"window": {"time": 2}}, {"crop": {"lat": 2}}, {"select": {1: [0, 2]}, "cache": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [("time", "lat"), None])
+async def test_an_array_without_any_axis_is_the_same_for_all_samples(
+    tmp_path: Path, dims: Any, keywords: dict[str, Any]
+) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    group.create_array("x", data=MASK, chunks=(2, 3), dimension_names=dims)
+    group.create_array("one", data=np.array(2.5))
+    if dims is None and keywords.keys() & {"window", "crop"}:
+        keywords = {name: {("time", "lat").index(axis): n for axis, n in v.items()} for name, v in keywords.items()}
+    _, found = await epoch(tmp_path / "s", targets="one", **keywords)
+    assert found.shape == (24 if "sample_axes" in keywords else 5 if "window" in keywords else 6,)
+    assert (found == 2.5).all()
+    with pytest.raises(DataError, match=r"'one' has shape \(\)") as caught:
+        await epoch(tmp_path / "s", inputs="one", targets="x")
+    assert "the first one named" in caught.value.hint
+
+
 async def test_pairing_by_rows_against_the_names_is_said_once(static: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "streamtrain"):
         _, targets = await epoch([static, static], targets="obs")

@@ -475,6 +475,26 @@ def test_sparse_rows_are_torchs_sparse_tensors(store: Path) -> None:
     assert asyncio.run(read(tree)) == 203
 
 
+def test_an_array_without_any_axis_stands_beside_every_row(tmp_path: Path) -> None:
+    path = sparse_store(tmp_path, random_sparse(50, 9, 5))
+    zarr.open_group(path).create_array("scale", data=np.array(2.5))
+
+    async def read() -> list[Any]:
+        async with stream(path, inputs=["X", "scale"]) as source:
+            return [batch.inputs["scale"] async for batch in source]
+
+    found = np.concatenate(asyncio.run(read()))
+    assert found.shape == (50,)
+    assert (found == 2.5).all()
+
+
+@pytest.mark.parametrize("axis", [1, 2, "genes"])
+def test_that_columns_of_sparse_rows_can_not_be_selected_is_said(store: Path, axis: Any) -> None:
+    for inputs in ("X", ["y", "X"]):
+        with pytest.raises(ConfigError, match=f"axis {axis!r}: columns of the sparse rows of 'X' can't be selected"):
+            stream(store, inputs=inputs, select={axis: [0, 2]}).plan()
+
+
 def test_sparse_rows_are_refused_where_nobody_could_take_them(store: Path) -> None:
     with pytest.raises(ConfigError, match="processes get no sparse rows"):
         stream(store, sparse=True, transform=len, transform_workers="process:1")
