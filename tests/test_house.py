@@ -21,7 +21,7 @@ data.container data.budget data.codecs data.layout data.draws data.entropy
 dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors
 schedules learning_rate schedulers parameter_groups muon optimizers several_optimizers
 data.spans data.seen data.filters data.decode data.manifest data.trust data.regions data.reading
-data.files data.readers data.zarr_lane data.cache data.queue data.workers
+data.files data.readers data.zarr_codecs data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
 data.values data.times data.crops data.selecting data.windows
 data.cropping data.framing data.fetch data.bucket data.zarr_bytes data.remote_manifest data.remote data.remote_zarr

@@ -23,6 +23,7 @@ from streamtrain.data.reading import Scratch
 from streamtrain.data.selecting import Coordinate
 from streamtrain.data.times import NOT_A_TIME, decode_times, is_since
 from streamtrain.data.trust import Verify
+from streamtrain.data.zarr_codecs import within_bounds
 from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
 
@@ -68,7 +69,7 @@ async def texts(where: Located, name: str, array: Any) -> Values:
     """All values of an array of texts or times. Raises DataError."""
     check_whole(where, array, name)
     try:
-        values = np.asarray(await array.getitem(Ellipsis))
+        values = np.asarray(await within_bounds(array).getitem(Ellipsis))
     except Exception as error:
         if isinstance(error, asyncio.CancelledError):
             raise

@@ -47,21 +47,33 @@ def _decode_zstd(data: Bytes, out: Bytes, codec: Any) -> None:
     codec.decode(data, out=out)
 
 
-def _decode_blosc(data: Bytes, out: Bytes, codec: Any) -> None:
+def blosc_content_size(data: Bytes) -> int:
+    """Decoded size that a Blosc header states, of a chunk that is as long as it says: nobody else looks at that, and
+    what is cut would be decoded out of the memory behind it."""
     if len(data) < 16:
         raise ValueError(f"it has {len(data)} bytes, fewer than a Blosc header")
     stated, _, compressed = struct.unpack("<III", data[4:16].tobytes())
-    if stated != len(out):
-        raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
     if compressed != len(data):
         raise ValueError(f"it has {len(data)} bytes, its Blosc header says {compressed}")
+    return int(stated)
+
+
+def _decode_blosc(data: Bytes, out: Bytes, codec: Any) -> None:
+    stated = blosc_content_size(data)
+    if stated != len(out):
+        raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
     codec.decode(data, out=out)
 
 
-def _decode_lz4(data: Bytes, out: Bytes, codec: Any) -> None:
+def lz4_content_size(data: Bytes) -> int:
+    """Decoded size that numcodecs' LZ4 writes before the data."""
     if len(data) < 4:
         raise ValueError(f"it has {len(data)} bytes, fewer than an LZ4 header")
-    (stated,) = struct.unpack("<I", data[:4].tobytes())
+    return int.from_bytes(data[:4].tobytes(), "little")
+
+
+def _decode_lz4(data: Bytes, out: Bytes, codec: Any) -> None:
+    stated = lz4_content_size(data)
     if stated != len(out):
         raise ValueError(f"it decodes to {stated} bytes, expected {len(out)}")
     codec.decode(data, out=out)
@@ -97,7 +109,11 @@ _DECODERS: dict[str, Callable[[Bytes, Bytes, Any], None]] = {
 }
 
 
-def _decoding(codec: Codec) -> Callable[[Bytes, Bytes], None]:
+def decoding(codec: Codec) -> Callable[[Bytes, Bytes], None]:
+    """What fills a buffer of the decoded size with what this codec made of it.
+
+    It raises ValueError, RuntimeError or zlib.error where the data is damaged, or of another size.
+    """
     if codec.name in FILTERS:
         return Filter(codec).decode
     decode, implementation = _DECODERS[codec.name], numcodecs.get_codec({"id": codec.name})
@@ -143,7 +159,7 @@ class Decoder:
                 self._steps.append(Checksum(codec))
             elif not codec.identity:
                 assert size is not None
-                self._steps.append(_Writer(codec.name, _decoding(codec), sizes[number + 1], start, size))
+                self._steps.append(_Writer(codec.name, decoding(codec), sizes[number + 1], start, size))
                 start, other = other, start
         self._steps.reverse()
         self.compressed = any(isinstance(step, _Writer) for step in self._steps)

@@ -36,6 +36,7 @@ from streamtrain.data.reading import ChunkReader
 from streamtrain.data.remote import RemoteReader
 from streamtrain.data.remote_zarr import RemoteZarrReader
 from streamtrain.data.zarr_bytes import StoreBytes
+from streamtrain.data.zarr_codecs import within_bounds
 from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
 from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -231,7 +232,7 @@ async def _texts(where: Located, array: zarr.AsyncArray[Any]) -> tuple[str, ...]
     """What an array of names holds, read whole."""
     check_whole(where, array, array.path)
     try:
-        return tuple(map(str, np.asarray(await array.getitem(slice(None))).reshape(-1).tolist()))
+        return tuple(map(str, np.asarray(await within_bounds(array).getitem(slice(None))).reshape(-1).tolist()))
     except Exception as error:
         raise _unusable(where, array.path, error, "restore the file from its source") from error
 
@@ -297,6 +298,8 @@ def _readable(
     metadata: Mapping[str, Any] = array.metadata.to_dict()
     layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
     why = layout.slow or ("io='store'" if io == "store" else None)
+    if why is not None:
+        array = within_bounds(array)
     if why is not None and far is not None:
         return OpenArray(layout, RemoteZarrReader(layout, array, loop, far, timeout=timeout), why)
     if why is not None:

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -32,6 +33,8 @@ LEAVE_SECONDS = 2.0
 """How long `ZarrLoop.close` waits for reads that are under way."""
 CLOSE_SECONDS = 5.0
 """How long it waits for all that it does."""
+FAR_LARGER = 64
+"""A file that has so many times the bytes that its part of the array decodes to is refused unread."""
 
 
 class _DaemonExecutor(concurrent.futures.ThreadPoolExecutor):
@@ -205,6 +208,7 @@ class ZarrReader:
     ) -> None:
         self.layout, self._array, self._loop, self._timeout, self._files = layout, array, loop, timeout, files
         self._serial = next(SERIALS)
+        self._most = FAR_LARGER * math.prod(layout.file_shape) * layout.dtype.itemsize + (1 << 20)
         self._trust: Trust | None = None
         if files is not None:
             files.describe(layout.name)
@@ -280,6 +284,8 @@ class ZarrReader:
                 return
             os.close(fd)
             files.check_unchanged(key, status)
+            if status.st_size > self._most:
+                raise ValueError(f"it has {status.st_size} bytes, far more than its part of the array decodes to")
         except ValueError as error:
             raise chunk_error(self.layout, chunk, files.root / key, error) from error
         except OSError as error:

@@ -31,6 +31,7 @@ from streamtrain.data.layout import ABSENT, ArrayLayout, parse_array, parse_shar
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.reading import Scratch, anonymous, chunk_error
 from streamtrain.data.seen import Seen
+from streamtrain.data.zarr_codecs import within_bounds
 from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
 from streamtrain.errors import DataError, EnvironmentProblem
 from tests.data.stores import CASES, FAST, Case, chunks_of, layout_of, part, within, write
@@ -86,7 +87,7 @@ def loop() -> Iterator[ZarrLoop]:
 
 
 def zarr_reader(folder: Path, loop: ZarrLoop, timeout: float = 30.0) -> ZarrReader:
-    array = loop.run(zarr_api.open_array(store=str(folder), path="x", mode="r"), 30)
+    array = within_bounds(loop.run(zarr_api.open_array(store=str(folder), path="x", mode="r"), 30))
     layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)
     return ZarrReader(layout, array, loop, timeout=timeout, files=StoreFiles(folder))
 
@@ -856,6 +857,13 @@ def test_zarrs_lane_reads_nothing_but_regular_files_of_the_store_either(
     with pytest.raises(DataError) as caught:
         read(zarr_reader(store, loop), (1, 0))
     assert str(caught.value).startswith(f"array 'x': chunk 1.0 (rows [2:4, 0:3]) in {path}: {cause}")
+
+
+def test_zarrs_lane_refuses_a_file_far_larger_than_it_decodes_to_unread(loop: ZarrLoop, tmp_path: Path) -> None:
+    raw(tmp_path, compressors=ZstdCodec())
+    os.truncate(tmp_path / "x/c/1/0", 1 << 40)
+    with pytest.raises(DataError, match=r"chunk 1.0 .*it has 1099511627776 bytes, far more than its part of the array"):
+        read(zarr_reader(tmp_path, loop), (1, 0))
 
 
 def test_zarrs_lane_looks_at_the_file_of_the_shard(loop: ZarrLoop, tmp_path: Path) -> None:
