@@ -5,9 +5,7 @@ Its law: never anything but a regular file of the store, and never one that is n
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import logging
 import mmap
 import os
@@ -18,18 +16,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from streamtrain.data.budget import available_memory
+from streamtrain.data.described import Described
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.reading import Version
 from streamtrain.data.regions import Region, region_for
-from streamtrain.data.seen import Seen, Signature, changed
+from streamtrain.data.seen import Seen, Signature, changed, signature_of, written_since
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +38,10 @@ SPARE_DESCRIPTORS = 256
 LARGE_CHUNK = 4 << 20
 """Chunks of this size cost no more by a map that is made anew each time than by pread; small ones cost twice as much
 (256 KiB: 58 us against 24), and by a map that is kept as much as by pread, or less."""
-METADATA = ("zarr.json", ".zarray")
-"""Files that describe an array, of version 3 and 2."""
 SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What fails for want of descriptors or memory: no fault of any file."""
 SHORT_ROW = 64
 """Bytes of a row below which it is not worth its place."""
-GONE = "the store was moved, removed or replaced during the run"
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _REMOTE_TYPES = frozenset(
     {"nfs", "nfs4", "cifs", "smbfs", "smb3", "9p", "ceph", "lustre", "glusterfs", "afs", "gpfs", "beegfs", "autofs"}
@@ -91,8 +87,10 @@ class StoreFiles:
         """Files that lie there."""
         self.opened_at = time.time_ns()
         self._seen = Seen(root)
-        self._described: dict[str, tuple[Signature | None, object]] = {}
-        """Of each array that is read: what its metadata file was, and said."""
+        self._described = Described(root)
+        self._due: set[str] = set()
+        """Arrays whose metadata are to be looked at before anything of the store is read."""
+        self._said = False
         self.refused: dict[str, int] = {}
         """Why the machine refused a memory map, and how often: each time `pread` took its place."""
 
@@ -121,12 +119,55 @@ class StoreFiles:
         except OSError:
             return False
 
+    def describe(self, name: str) -> None:
+        """Keep in mind what an array's metadata say, before the first of its chunks is looked for."""
+        self._described.describe(name)
+
     def check_unchanged(self, key: str, status: os.stat_result) -> None:
-        """Raise ValueError with sizes and times if the file is not what it was when first read."""
+        """Raise ValueError with sizes and times if the file is not what it was when first read, or when the store was
+        opened."""
         signature = signature_of(status)
-        known = self._seen.first(key, signature)
+        known = self._noted(key, signature)
         if known != signature:
             raise ValueError(changed(known, signature))
+        if self._due or status.st_mtime_ns >= self.opened_at or status.st_ctime_ns >= self.opened_at:
+            self._check_opened(key, status)
+
+    def _noted(self, key: str, signature: Signature) -> Signature:
+        """What this file was when it was first seen, which may be now."""
+        known = self._seen.first(key, signature)
+        if known is signature:
+            name = self._described.array_of(key)
+            if name is not None and self._described.due(name, signature[0]):
+                self._due.add(name)
+        return known
+
+    def _check_opened(self, key: str, status: os.stat_result) -> None:
+        """Raise ValueError if the store is not what it was when it was opened, as far as its metadata and the times of
+        this file tell."""
+        own = self._described.array_of(key)
+        for name in {*self._due, *(() if own is None else (own,))}:
+            if why := self._described.changed(name):
+                self._due.add(name)  # whoever asks next is told the same
+                raise ValueError(why)
+            self._due.discard(name)
+        if not self._written_since(status):
+            return
+        text = written_since(self.opened_at, status)
+        if self._near:
+            raise ValueError(text)
+        if not self._said:  # the clock of another machine may be ahead of ours
+            self._said = True
+            logger.warning("%s: %s: %s; so may others be, and it is read all the same", self.root, key, text)
+
+    def _written_since(self, status: os.stat_result) -> bool:
+        """Whether this content is younger than the opening; not so a file whose content was dated into the future
+        before, nor one that only changed its owner, mode or name."""
+        return min(status.st_mtime_ns, status.st_ctime_ns) >= self.opened_at
+
+    @cached_property
+    def _near(self) -> bool:
+        return is_local(self.root)
 
     def check_absent(self, key: str) -> None:
         """Raise ValueError if what can't be found was there before, or if a link to nothing stands in its place."""
@@ -135,43 +176,11 @@ class StoreFiles:
         if os.path.lexists(os.path.join(self.root, key)):
             raise ValueError("it is a link to nothing")
 
-    def describe(self, name: str) -> None:
-        """Keep in mind what an array's metadata say, before the first of its chunks is looked for."""
-        if name in self._described:
-            return
-        path, signature = self._metadata(name)
-        said: object = None
-        if signature is not None:
-            try:
-                said = said_by(path.read_bytes())
-            except OSError:  # gone in this very moment: the first chunk that is not there will tell
-                said = None
-        self._described[name] = signature, said
-
-    def _metadata(self, name: str) -> tuple[Path, Signature | None]:
-        """The file that describes an array, and what it is; None where consolidated metadata alone tell of it."""
-        for file in METADATA:
-            path = self.root / name / file
-            with contextlib.suppress(OSError):
-                return path, signature_of(os.stat(path))
-        return self.root / name, None
-
     def check_described(self, name: str) -> None:
         """Raise ValueError where the metadata of an array are gone or say something else: then a chunk that can't be
         found is none that was left out."""
-        before, said = self._described.get(name, (None, None))
-        if before is None:
-            return
-        path, now = self._metadata(name)
-        if now == before:
-            return
-        try:
-            says = said_by(path.read_bytes())
-        except OSError:
-            raise ValueError(f"it is not there, nor are the metadata of its array: {GONE}") from None
-        if says != said:
-            raise ValueError(f"it is not there, and the metadata of its array have changed: {GONE}")
-        self._described[name] = now, said
+        if why := self._described.changed(name):
+            raise ValueError(f"it is not there, and {why}")
 
     def version(self, key: str) -> Version:
         """What a file is now; of one that is not there, that. It counts as seen: a change from now on is one."""
@@ -181,8 +190,11 @@ class StoreFiles:
         except OSError:
             return Version(("not there",), False)
         signature = signature_of(now)
-        if key not in self._seen and os.path.realpath(path).startswith(self._inside):
-            self._seen.first(key, signature)  # what lies elsewhere is never seen, for `open` asks no more of what was
+        if not self._seen.knows(key, signature):
+            if key in self._seen or (self._written_since(now) and self._near):
+                return Version(("changed", self.opened_at), False)  # whoever opened it later may have kept that
+            if os.path.realpath(path).startswith(self._inside):
+                self._noted(key, signature)  # what lies elsewhere is never seen, for `open` asks no more of what was
         return Version((*signature, now.st_ctime_ns), self.settled(now))  # times of content can be set back, not this
 
     def settled(self, status: os.stat_result) -> bool:
@@ -286,15 +298,6 @@ class StoreFiles:
             self._maps.clear()
 
 
-def said_by(metadata: bytes) -> object:
-    """What the metadata of an array say, but for its attributes, which are written beside training too."""
-    try:
-        found = json.loads(metadata)
-    except ValueError:
-        return metadata
-    return {key: value for key, value in found.items() if key != "attributes"} if isinstance(found, dict) else found
-
-
 def _open_no_link(path: str) -> int | None:
     """Open a file without waiting for a writer; None where a link stands in its place."""
     try:
@@ -310,11 +313,6 @@ def _regular(fd: int, status: os.stat_result) -> tuple[int, os.stat_result]:
         os.close(fd)
         raise ValueError("it is not a regular file")
     return fd, status
-
-
-def signature_of(status: os.stat_result) -> Signature:
-    """What tells a file from what it was."""
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class Map:

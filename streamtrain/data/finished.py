@@ -2,7 +2,7 @@
 
 Its law: what is kept is a copy and what is given is a copy, so batches stay private; bytes are granted before they are
 kept, and go back at once when another stream asks. The same position of the same order gives the same batch, so an
-entry can't be of other data than its stream has opened.
+entry can't be of other data than its stream has opened; whether the store has changed since, nobody looks.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from streamtrain.data.budget import available_memory, format_bytes
 from streamtrain.data.decode import Decoder
-from streamtrain.data.files import SHORT_OF, Map, StoreFiles, read_into, signature_of
+from streamtrain.data.files import SHORT_OF, Map, StoreFiles, read_into
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ALONE, ArrayLayout, parse_shard_index
 from streamtrain.data.manifest import NOTHING, SLICE, Record, describe
 from streamtrain.data.reading import ChunkName, Scratch, Version, chunk_error
-from streamtrain.data.seen import Signature, changed
+from streamtrain.data.seen import Signature, changed, signature_of
 from streamtrain.data.trust import Trust, Verify, trust_in
 from streamtrain.errors import EnvironmentProblem
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.decode import Decoder
+from streamtrain.data.described import GONE, METADATA, said_by
 from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
-from streamtrain.data.files import GONE, METADATA, said_by
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES

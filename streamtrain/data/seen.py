@@ -7,6 +7,7 @@ said once.
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import threading
 import time
@@ -75,10 +76,21 @@ class Seen:
         return None
 
 
+def signature_of(status: os.stat_result) -> Signature:
+    """What tells a file from what it was."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def changed(old: Signature, new: Signature) -> str:
     """What to say of a file that is no longer what it was: both sizes and times."""
+    return f"it changed during the run: {old[0]} bytes of {_when(old[1])} before, {new[0]} bytes of {_when(new[1])} now"
 
-    def when(ns: int) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9)) + f".{ns % 10**9 // 10**6:03d}"
 
-    return f"it changed during the run: {old[0]} bytes of {when(old[1])} before, {new[0]} bytes of {when(new[1])} now"
+def written_since(opened_at: int, status: os.stat_result) -> str:
+    """What to say of a file that was written after its store was opened (a time in ns)."""
+    written = _when(status.st_mtime_ns)
+    return f"it changed during the run: it was written at {written}, the store was opened at {_when(opened_at)}"
+
+
+def _when(ns: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9)) + f".{ns % 10**9 // 10**6:03d}"

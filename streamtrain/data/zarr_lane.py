@@ -245,6 +245,8 @@ class ZarrReader:
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise chunk_error(layout, chunk, getattr(self._array, "store_path", layout.name), cause) from error
+        if self._files is not None:  # what zarr itself has opened, nobody tells: what vanished meanwhile came as fill
+            self._check_file(self._files, chunk)
         result: NDArray[Any] = np.asarray(data)
         return result
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from zarr.api import asynchronous as zarr_api
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from streamtrain.data import readers
+from streamtrain.data import described, readers
 from streamtrain.data.files import StoreFiles, is_local, populate, read_into
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_array, parse_shard_index
 from streamtrain.data.readers import LocalReader
@@ -86,10 +87,10 @@ def loop() -> Iterator[ZarrLoop]:
     private.close()
 
 
-def zarr_reader(folder: Path, loop: ZarrLoop, timeout: float = 30.0) -> ZarrReader:
+def zarr_reader(folder: Path, loop: ZarrLoop, timeout: float = 30.0, *, files: StoreFiles | None = None) -> ZarrReader:
     array = within_bounds(loop.run(zarr_api.open_array(store=str(folder), path="x", mode="r"), 30))
     layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)
-    return ZarrReader(layout, array, loop, timeout=timeout, files=StoreFiles(folder))
+    return ZarrReader(layout, array, loop, timeout=timeout, files=files or StoreFiles(folder))
 
 
 # The same numbers
@@ -526,13 +527,157 @@ def test_kept_indexes_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert list(lane._indexes) == ["x/c/1/0"]
 
 
+# What is not as it was when the store was opened
+
+
+def earlier(folder: Path) -> StoreFiles:
+    """The files of a store that was opened a minute ago."""
+    files = StoreFiles(folder)
+    files.opened_at -= 60 * 10**9
+    return files
+
+
+@pytest.fixture(params=[*LANES, "zarr"])
+def opened(request: pytest.FixtureRequest, loop: ZarrLoop, tmp_path: Path) -> Callable[[], LocalReader | ZarrReader]:
+    """A reader of the store `s`, opened a minute ago, by each lane."""
+    folder = tmp_path / "s"
+
+    def open_lane() -> LocalReader | ZarrReader:
+        if request.param == "zarr":
+            return zarr_reader(folder, loop, files=earlier(folder))
+        return reader(folder, request.param, earlier(folder))
+
+    return open_lane
+
+
+Opened = Callable[[], LocalReader | ZarrReader]
+
+
+def test_a_chunk_written_since_the_opening_is_noticed_though_it_was_never_read(opened: Opened, tmp_path: Path) -> None:
+    data = raw(tmp_path / "s")
+    lane, path = opened(), tmp_path / "s/x/c/1/0"
+    path.write_bytes(path.read_bytes())
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"chunk 1\.0 .*it changed during the run: it was written at .* opened at"):
+            read(lane, (1, 0))
+    assert np.array_equal(read(lane, (2, 0)), data[4:6])
+
+
+def test_an_array_replaced_by_another_is_noticed_by_its_metadata(opened: Opened, tmp_path: Path) -> None:
+    raw(tmp_path / "s")
+    lane = opened()
+    read(lane, (0, 0))
+    shutil.rmtree(tmp_path / "s")
+    zarr.create_group(tmp_path / "s").create_array("x", data=np.ones((8, 3), "f4"), chunks=(2, 3), compressors=None)
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"chunk 1\.0 .*the metadata of its array have changed: the store was moved"
+        ):
+            read(lane, (1, 0))
+
+
+def test_another_store_moved_into_its_place_is_noticed_though_its_files_are_old(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw(tmp_path / "s")
+    raw(tmp_path / "other", shape=(10, 3))
+    lane = opened()
+    monkeypatch.setattr(described, "LOOK_BYTES", 48)
+    read(lane, (0, 0))
+    (tmp_path / "s").rename(tmp_path / "old")
+    (tmp_path / "other").rename(tmp_path / "s")
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"chunk 1\.0 .*the metadata of its array have changed: the store was moved"
+        ):
+            read(lane, (1, 0))
+
+
+def test_who_only_gave_advice_hides_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw(tmp_path / "s")
+    raw(tmp_path / "other", shape=(10, 3))
+    lane = reader(tmp_path / "s", files=earlier(tmp_path / "s"))
+    monkeypatch.setattr(described, "LOOK_BYTES", 24)
+    (tmp_path / "s").rename(tmp_path / "old")
+    (tmp_path / "other").rename(tmp_path / "s")
+    assert lane.advise((1, 0), (0, 2), os.POSIX_FADV_WILLNEED) == 0
+    for chunk in (1, 2):
+        with pytest.raises(DataError, match="the metadata of its array have changed"):
+            read(lane, (chunk, 0))
+
+
+def test_once_a_change_was_noticed_nothing_is_read_any_more(tmp_path: Path) -> None:
+    raw(tmp_path / "s")
+    raw(tmp_path / "other", shape=(10, 3))
+    lane = reader(tmp_path / "s", files=StoreFiles(tmp_path / "s"))
+    (tmp_path / "s").rename(tmp_path / "old")
+    (tmp_path / "other").rename(tmp_path / "s")
+    _date(tmp_path / "s/x/c/1/0", time.time_ns() + 10**12)
+    for chunk in (1, 2):
+        with pytest.raises(DataError, match="the metadata of its array have changed"):
+            read(lane, (chunk, 0))
+
+
+def test_the_files_of_one_array_hide_no_change_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = raw(tmp_path)
+    group: Any = zarr.open_group(tmp_path)
+    group.create_array("y", data=data, chunks=(2, 3), compressors=None)
+    settle(tmp_path)
+    files = StoreFiles(tmp_path)
+    lane = reader(tmp_path, files=files)
+    files.describe("y")
+    monkeypatch.setattr(described, "LOOK_BYTES", 48)
+    (tmp_path / "y").rename(tmp_path / "old")
+    group.create_array("y", data=data.astype("f4"), chunks=(2, 3), compressors=None)
+    settle(tmp_path)
+    files.version("y/c/0/0")
+    read(lane, (0, 0))
+    files.version("y/c/1/0")
+    with pytest.raises(DataError, match="the metadata of its array have changed"):
+        read(lane, (1, 0))
+
+
+def test_a_file_of_another_mode_or_owner_is_what_it_was(opened: Opened, tmp_path: Path) -> None:
+    data = raw(tmp_path / "s")
+    lane = opened()
+    (tmp_path / "s/x/c/1/0").chmod(0o600)
+    os.link(tmp_path / "s/x/c/2/0", tmp_path / "backup")
+    for chunk in (1, 2):
+        assert np.array_equal(read(lane, (chunk, 0)), data[2 * chunk : 2 * chunk + 2])
+
+
+def test_where_another_machines_clock_dates_files_a_later_one_is_read_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = raw(tmp_path)
+    monkeypatch.setattr("streamtrain.data.files.is_local", lambda path: False)
+    lane = reader(tmp_path, files=earlier(tmp_path))
+    for chunk in (1, 2):
+        path = tmp_path / f"x/c/{chunk}/0"
+        path.write_bytes(path.read_bytes())
+        assert np.array_equal(read(lane, (chunk, 0)), data[2 * chunk : 2 * chunk + 2])
+    [message] = caplog.messages
+    assert re.search(r": x/c/1/0: it changed during the run: it was written at .*; so may others be", message)
+
+
+def test_what_changed_has_no_version_that_another_has_kept(tmp_path: Path) -> None:
+    raw(tmp_path)
+    before = earlier(tmp_path)
+    assert before.version("x/c/1/0").mark == StoreFiles(tmp_path).version("x/c/1/0").mark
+    for number in (1, 2):  # read before, and not
+        path = tmp_path / f"x/c/{number}/0"
+        path.write_bytes(bytes(24))
+        mark = before.version(f"x/c/{number}/0").mark
+        assert mark != StoreFiles(tmp_path).version(f"x/c/{number}/0").mark
+
+
 # Maps
 
 
-def test_files_written_since_the_store_was_opened_are_not_mapped(tmp_path: Path) -> None:
+def test_files_dated_after_the_opening_are_not_mapped(tmp_path: Path) -> None:
     data = raw(tmp_path)
+    _date(tmp_path / "x/c/1/0", time.time_ns() + 10**12)
     files = StoreFiles(tmp_path)
-    _date(tmp_path / "x/c/1/0", files.opened_at + 10**9)
     assert files.map("x/c/1/0") is None
     assert files.map("x/c/2/0") is not None
     assert np.array_equal(read(reader(tmp_path, "mmap", files), (1, 0)), data[2:4])
@@ -857,6 +1002,34 @@ def test_zarrs_lane_reads_nothing_but_regular_files_of_the_store_either(
     with pytest.raises(DataError) as caught:
         read(zarr_reader(store, loop), (1, 0))
     assert str(caught.value).startswith(f"array 'x': chunk 1.0 (rows [2:4, 0:3]) in {path}: {cause}")
+
+
+class Harmed:
+    """An array one of whose files is harmed after it was looked at and before zarr reads it."""
+
+    def __init__(self, array: Any, harm: Callable[[], object]) -> None:
+        self.metadata, self.store_path, self._array, self._harm = array.metadata, array.store_path, array, harm
+
+    async def getitem(self, selection: tuple[slice, ...]) -> Any:
+        self._harm()
+        return await self._array.getitem(selection)
+
+
+def _swap(path: Path) -> None:
+    """Another file of the same size in its place."""
+    path.with_name("new").write_bytes(bytes(path.stat().st_size))
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("change", [_swap, Path.unlink], ids=lambda change: change.__name__)
+def test_zarrs_lane_gives_nothing_of_a_file_that_changes_while_zarr_reads_it(
+    change: Callable[[Path], None], loop: ZarrLoop, tmp_path: Path
+) -> None:
+    raw(tmp_path)
+    lane = zarr_reader(tmp_path, loop)
+    lane._array = Harmed(lane._array, lambda: change(tmp_path / "x/c/1/0"))
+    with pytest.raises(DataError, match=r"chunk 1\.0 .*it (changed during|was there, and vanished)"):
+        read(lane, (1, 0))
 
 
 def test_zarrs_lane_refuses_a_file_far_larger_than_it_decodes_to_unread(loop: ZarrLoop, tmp_path: Path) -> None:

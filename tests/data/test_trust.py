@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,43 @@ async def test_a_store_that_vanishes_in_its_first_epoch_is_no_fill(
         with pytest.raises(DataError, match=r"the metadata of its array.*moved, removed or replaced during the run"):
             async for _ in passing:
                 pass
+
+
+@pytest.mark.parametrize("compressors", [None, "auto"])
+@pytest.mark.parametrize("io", ["auto", "pread", "store"])
+@pytest.mark.parametrize("harm", ["rewritten", "another dtype", "other rows"])
+async def test_of_a_store_that_changes_in_its_first_epoch_nothing_new_is_served(
+    tmp_path: Path, harm: str, io: Any, compressors: Any
+) -> None:
+    path, data = tmp_path / "x.zarr", np.arange(4000 * 8, dtype="i4").reshape(4000, 8)
+    zarr.create_array(path, data=data, chunks=(50, 8), compressors=compressors)
+    given: dict[str, Any] = {"memory": "200KiB", "cache": 0, "prefetch": 1, "threads": 1, "io": io}
+    async with ZarrStream(path, batch_size=50, output="numpy", **given) as stream:
+        passing = aiter(stream)
+        for _ in range(3):
+            await anext(passing)
+        _wait_for_a_tick(tmp_path / "clock")
+        if harm == "rewritten":
+            zarr.open_array(str(path), mode="r+")[2000:] = -1
+        else:
+            shutil.rmtree(path)
+            new = data.astype("f4") if harm == "another dtype" else data.reshape(2000, 16)
+            zarr.create_array(path, data=new, chunks=(50, 8), compressors=compressors)
+        with pytest.raises(DataError, match=r"it was (written|there, and vanished)|its array (have changed|are gone)"):
+            await _all_as_before(passing, data)
+
+
+async def _all_as_before(passing: Any, data: Any) -> None:
+    async for batch in passing:
+        assert np.array_equal(batch.inputs, data[batch.index])
+
+
+def _wait_for_a_tick(probe: Path) -> None:
+    """Until files are dated later than now: the kernel's clock for them goes by steps of some ms."""
+    now = time.time_ns()
+    probe.touch()
+    while probe.stat().st_mtime_ns <= now:
+        probe.touch()
 
 
 async def test_attributes_may_change_and_chunks_may_be_left_out_all_the_while(tmp_path: Path) -> None:
