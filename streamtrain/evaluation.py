@@ -63,12 +63,9 @@ class Evaluator:
         move: MoveBatch,
         device: torch.device,
         precision: str = "32",
-        before: Callable[[], None] = lambda: None,
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`before` is called on the train thread before each burst of batches. `weights`: within it the model has those
-        that count, if they are not those that it trains with."""
-        self._before = before
+        """`weights`: within it the model has those that count, if they are not those that it trains with."""
         self.metrics = dict(metrics)
         self.tables: dict[str, list[Any]] = {}
         """Of the last run: what metrics came to that is no number, by their names, as nested lists."""
@@ -149,7 +146,6 @@ class Evaluator:
         began = time.perf_counter()
         made: list[T] = []
         batch: Batch | None = None
-        self._before()
         with rng.swapped_in(), self._weights(), evaluating(self._model):
             while time.perf_counter() - began < BURST and (batch := batches.take()) is not None:
                 try:

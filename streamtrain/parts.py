@@ -205,17 +205,13 @@ class Parts:
             move=self.move,
             device=options.device,
             precision=options.precision,
-            before=self._judge,
-            weights=self._averaged,
+            weights=self._judged,
         )
 
-    def _judge(self) -> None:
-        """Before the model is evaluated; on the train thread."""
+    def _judged(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that count; a switch leaves them there until the next update."""
         if self.switch is not None:
             self.switch.judge()
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        """Within it the model has the weights that count."""
         return nullcontext() if self.average is None else self.average.swapped_in()
 
     # --- before the first update ---
