@@ -28,8 +28,6 @@ class _Told:
     path: Path
     signature: Signature
     said: object
-    unlooked: int = 0
-    """Bytes of files that were seen for the first time since."""
 
 
 class Described:
@@ -38,6 +36,8 @@ class Described:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._told: dict[str, _Told | None] = {}
+        self.unlooked = 0
+        """Bytes of files that were seen for the first time since all were looked at."""
 
     def describe(self, name: str) -> None:
         """Keep in mind what an array's metadata say, before the first of its chunks is looked for."""
@@ -61,13 +61,15 @@ class Described:
             at = key.find("/", at + 1)
         return "" if "" in self._told else None
 
-    def due(self, name: str, more: int) -> bool:
-        """Whether to look again, after `more` bytes of files of this array that are new to us."""
-        told = self._told.get(name)
-        if told is None:
-            return False
-        told.unlooked += more
-        return told.unlooked >= LOOK_BYTES
+    @property
+    def due(self) -> bool:
+        """Whether to look at all of them again: LOOK_BYTES for each came from files that are new to us."""
+        return self.unlooked >= LOOK_BYTES * len(self._told)
+
+    def any_changed(self) -> str | None:
+        """The same as `changed` of the first array of which that is so."""
+        self.unlooked = 0
+        return next((why for name in tuple(self._told) if (why := self.changed(name))), None)
 
     def changed(self, name: str) -> str | None:
         """Why the metadata of an array are no longer what they were; None where they say what they said (but for
@@ -75,15 +77,15 @@ class Described:
         told = self._told.get(name)
         if told is None:
             return None
-        told.unlooked = 0
+        what = f"array {name!r}" if name else "its array"
         with contextlib.suppress(OSError):
             if signature_of(os.stat(told.path)) == told.signature:
                 return None
         now = self._look(name)
         if now is None:
-            return f"the metadata of its array are gone: {GONE}"
+            return f"the metadata of {what} are gone: {GONE}"
         if now.said != told.said:
-            return f"the metadata of its array have changed: {GONE}"
+            return f"the metadata of {what} have changed: {GONE}"
         self._told[name] = now
         return None
 

@@ -88,8 +88,8 @@ class StoreFiles:
         self.opened_at = time.time_ns()
         self._seen = Seen(root)
         self._described = Described(root)
-        self._due: set[str] = set()
-        """Arrays whose metadata are to be looked at before anything of the store is read."""
+        self._look = False
+        """Whether the metadata of all arrays are to be looked at before anything of the store is read."""
         self._said = False
         self.refused: dict[str, int] = {}
         """Why the machine refused a memory map, and how often: each time `pread` took its place."""
@@ -130,27 +130,28 @@ class StoreFiles:
         known = self._noted(key, signature)
         if known != signature:
             raise ValueError(changed(known, signature))
-        if self._due or status.st_mtime_ns >= self.opened_at or status.st_ctime_ns >= self.opened_at:
+        if self._look or status.st_mtime_ns >= self.opened_at or status.st_ctime_ns >= self.opened_at:
             self._check_opened(key, status)
 
     def _noted(self, key: str, signature: Signature) -> Signature:
         """What this file was when it was first seen, which may be now."""
         known = self._seen.first(key, signature)
         if known is signature:
-            name = self._described.array_of(key)
-            if name is not None and self._described.due(name, signature[0]):
-                self._due.add(name)
+            self._described.unlooked += signature[0]
+            self._look = self._look or self._described.due
         return known
 
     def _check_opened(self, key: str, status: os.stat_result) -> None:
         """Raise ValueError if the store is not what it was when it was opened, as far as its metadata and the times of
         this file tell."""
         own = self._described.array_of(key)
-        for name in {*self._due, *(() if own is None else (own,))}:
-            if why := self._described.changed(name):
-                self._due.add(name)  # whoever asks next is told the same
-                raise ValueError(why)
-            self._due.discard(name)
+        if self._look or own is None:
+            why = self._described.any_changed()
+        else:
+            why = self._described.changed(own)
+        self._look = why is not None  # whoever asks next is told the same
+        if why is not None:
+            raise ValueError(why)
         if not self._written_since(status):
             return
         text = written_since(self.opened_at, status)

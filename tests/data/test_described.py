@@ -42,7 +42,7 @@ def test_another_array_in_its_place_is_told_each_time(tmp_path: Path, version: A
     told = known(tmp_path)
     make(tmp_path, dtype="f4", version=version)
     for _ in range(2):
-        assert str(told.changed("g/x")).startswith("the metadata of its array have changed: the store was moved")
+        assert str(told.changed("g/x")).startswith("the metadata of array 'g/x' have changed: the store was moved")
 
 
 def test_an_array_of_the_other_zarr_in_its_place_is_another(tmp_path: Path) -> None:
@@ -66,7 +66,6 @@ def test_of_an_array_that_others_tell_of_nothing_is_known(tmp_path: Path) -> Non
     told = known(tmp_path)
     assert told.changed("g/x") is None
     assert told.changed("another") is None
-    assert not told.due("g/x", LOOK_BYTES)
 
 
 def test_a_file_belongs_to_the_array_above_it(tmp_path: Path) -> None:
@@ -79,12 +78,19 @@ def test_a_file_belongs_to_the_array_above_it(tmp_path: Path) -> None:
     assert told.array_of("c/0") == ""
 
 
-def test_new_files_of_so_many_bytes_are_worth_one_look(tmp_path: Path) -> None:
+def test_new_files_of_so_many_bytes_an_array_are_worth_one_look_at_all(tmp_path: Path) -> None:
     make(tmp_path)
+    zarr.open_group(tmp_path).create_array("g/y", data=np.arange(4))
     told = known(tmp_path)
-    assert [told.due("g/x", LOOK_BYTES // 4) for _ in range(5)] == [False, False, False, True, True]
-    assert told.changed("g/x") is None
-    assert not told.due("g/x", LOOK_BYTES // 2)
+    told.describe("g/y")
+    told.unlooked += 2 * LOOK_BYTES - 1
+    assert not told.due
+    told.unlooked += 1
+    assert told.due
+    assert told.any_changed() is None
+    assert not told.due
+    shutil.rmtree(tmp_path / "g/y")
+    assert str(told.any_changed()).startswith("the metadata of array 'g/y' are gone")
 
 
 def test_a_look_at_what_is_as_it_was_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -571,7 +571,7 @@ def test_an_array_replaced_by_another_is_noticed_by_its_metadata(opened: Opened,
     zarr.create_group(tmp_path / "s").create_array("x", data=np.ones((8, 3), "f4"), chunks=(2, 3), compressors=None)
     for _ in range(2):
         with pytest.raises(
-            DataError, match=r"chunk 1\.0 .*the metadata of its array have changed: the store was moved"
+            DataError, match=r"chunk 1\.0 .*the metadata of array 'x' have changed: the store was moved"
         ):
             read(lane, (1, 0))
 
@@ -588,7 +588,7 @@ def test_another_store_moved_into_its_place_is_noticed_though_its_files_are_old(
     (tmp_path / "other").rename(tmp_path / "s")
     for _ in range(2):
         with pytest.raises(
-            DataError, match=r"chunk 1\.0 .*the metadata of its array have changed: the store was moved"
+            DataError, match=r"chunk 1\.0 .*the metadata of array 'x' have changed: the store was moved"
         ):
             read(lane, (1, 0))
 
@@ -602,7 +602,7 @@ def test_who_only_gave_advice_hides_no_change(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "other").rename(tmp_path / "s")
     assert lane.advise((1, 0), (0, 2), os.POSIX_FADV_WILLNEED) == 0
     for chunk in (1, 2):
-        with pytest.raises(DataError, match="the metadata of its array have changed"):
+        with pytest.raises(DataError, match="the metadata of array 'x' have changed"):
             read(lane, (chunk, 0))
 
 
@@ -614,7 +614,7 @@ def test_once_a_change_was_noticed_nothing_is_read_any_more(tmp_path: Path) -> N
     (tmp_path / "other").rename(tmp_path / "s")
     _date(tmp_path / "s/x/c/1/0", time.time_ns() + 10**12)
     for chunk in (1, 2):
-        with pytest.raises(DataError, match="the metadata of its array have changed"):
+        with pytest.raises(DataError, match="the metadata of array 'x' have changed"):
             read(lane, (chunk, 0))
 
 
@@ -633,7 +633,7 @@ def test_the_files_of_one_array_hide_no_change_of_another(tmp_path: Path, monkey
     files.version("y/c/0/0")
     read(lane, (0, 0))
     files.version("y/c/1/0")
-    with pytest.raises(DataError, match="the metadata of its array have changed"):
+    with pytest.raises(DataError, match="the metadata of array 'y' have changed"):
         read(lane, (1, 0))
 
 
