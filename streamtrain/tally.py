@@ -161,6 +161,15 @@ class Tally:
                 report.loss_sum += losses[place] * counts[place]
 
 
+def _numbers(values: list[Any]) -> list[float]:
+    """Numbers and tensors of one value, these read together where they lie on one device."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len({tensor.device for tensor in tensors}) != 1:
+        return [float(value) for value in values]
+    read = iter(torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist())
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
+
+
 def _floats(losses: list[Tensor]) -> list[float]:
     """The values of 0-d (or one-element) tensors, read together."""
     if all(loss.ndim == 0 for loss in losses):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,25 @@ async def test_a_function_is_given_update() -> None:
     fitted = Trainer(Pair(), step=step, optimizer=OPTIMIZERS, seed=5, device="cpu")
     await fitted.fit(Samples(), validation=Samples(24), max_epochs=2)
     assert same(fitted.model, by_hand(2)[0])
+
+
+async def test_nothing_of_a_step_is_alive_in_the_next() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def step(model: Any, batch: Batch, update: Any) -> None:
+        alive.append(sum(ref() is not None for ref in seen))
+        told, fake = losses(model, batch.inputs, batch.targets)
+        seen.extend(weakref.ref(tensor) for tensor in (told, fake))
+        update(told, "disc")
+        update(fooled(model, fake), "gen")
+
+    gc.disable()
+    try:
+        await Trainer(Pair(), step=step, optimizer=OPTIMIZERS, device="cpu", ema=0.9).fit(Samples())
+    finally:
+        gc.enable()
+    assert alive == [0] * 13
 
 
 class Broken(Trainer):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,26 @@ async def test_blocks_are_computed_twice_in_training_and_once_without_gradients(
     assert model.calls == [26, 26, 26]
     await fitted.evaluate(Samples(24))  # 3 batches
     assert model.calls == [29, 29, 29]
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"ema": 0.9, "gradient_clip_norm": 1.0}])
+async def test_nothing_of_a_step_is_alive_in_the_next(options: dict[str, Any]) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in seen))
+        outputs = model(batch.inputs)
+        loss = nn.functional.mse_loss(outputs, batch.targets)
+        seen.extend(weakref.ref(tensor) for tensor in (outputs, loss))
+        return {"loss": loss, "outputs": outputs, "largest": outputs.max()}
+
+    gc.disable()
+    try:
+        await Trainer(Deep(), step=step, device="cpu", **options).fit(Samples())
+    finally:
+        gc.enable()
+    assert alive == [0] * 13
 
 
 def test_what_is_kept_is_less() -> None:

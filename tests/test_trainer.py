@@ -861,6 +861,49 @@ async def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+async def test_fast_dev_run_takes_one_batch_of_everything() -> None:
+    fitted, recorder = trainer(fast_dev_run=True, accumulate_grad_batches=3), Recorder()
+    fitted.callbacks.append(recorder)
+    validation = {"a": Samples(30), "b": Samples(30)}
+    result = await fitted.fit(Samples(), validation=validation, max_epochs=9)
+    assert (result.epoch, result.step, result.samples) == (1, 1, 8)
+    assert {"val_a_loss", "val_b_loss"} <= result.metrics.keys()
+    assert len(recorder.events("on_validation_end")) == 1  # no sanity check before: all of it is one
+    first = next(iter(Samples(30).batches(0)))
+    means = await fitted.evaluate(Samples(30))
+    with torch.no_grad():
+        assert means["test_loss"] == float(nn.MSELoss()(fitted.model.eval()(first.inputs), first.targets))
+
+
+async def test_limits_are_the_validations_too_and_shares_are_rounded_down_to_at_least_one() -> None:
+    seen: list[int] = []
+
+    class Counting(Trainer):
+        def validation_step(self, model: nn.Module, batch: Batch) -> Any:
+            seen.append(len(batch))
+            return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    for limit, batches in ((3, 3), (0.5, 2), (0.01, 1)):
+        seen.clear()
+        fitted = Counting(network(), nn.MSELoss(), seed=SEED, device="cpu", limit_batches=limit, sanity_batches=0)
+        await fitted.fit(Samples(40), validation=Samples(40))  # 5 batches each
+        assert (len(seen), fitted.state.step) == (batches, batches)
+
+
+async def test_what_is_broken_in_validation_breaks_before_the_first_update() -> None:
+    def step(model: nn.Module, batch: Batch) -> Any:
+        loss = nn.functional.mse_loss(model(batch.inputs), batch.targets)
+        if not torch.is_grad_enabled() and batch.cursor.position > 8:
+            raise ValueError("broken")
+        return loss
+
+    for sanity, steps_made in ((2, 0), (1, 13), (0, 13)):
+        fitted = Trainer(network(), step=step, seed=SEED, device="cpu", sanity_batches=sanity)
+        with pytest.raises(UserCodeError, match=r"in evaluation: .*ValueError: broken"):
+            await fitted.fit(Samples(), validation=Samples(24))
+        assert fitted.state.step == steps_made
+
+
 async def test_limits_of_batches() -> None:
     assert (await trainer(limit_batches=5).fit(Samples(), max_epochs=2)).step == 10
     assert (await trainer(limit_batches=0.5).fit(Samples(), max_epochs=2)).step == 12
