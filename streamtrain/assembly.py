@@ -161,8 +161,8 @@ def optimizer(config: Config, said: Said) -> object:
     """What `[optimizer]` describes, for `build_optimizer`: a short name with keywords, or a callable."""
     named = config.optimizer
     tables = list(named.arguments.values())
-    if tables and "name" not in named.model_fields_set and all(isinstance(table, dict) for table in tables):
-        return named.arguments  # several, by name
+    if tables and all(isinstance(table, dict) for table in tables):
+        return named.arguments  # several, by name; "name" is the default of one
     if ":" in named.name:
         said_lr = {"lr": named.lr} if "lr" in named.model_fields_set else {}
         return {"name": load(named.name, _where(said, ("optimizer", "name"))), **said_lr, **named.arguments}

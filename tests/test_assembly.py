@@ -244,6 +244,14 @@ def test_an_optimizer_may_be_named_by_where_it_is() -> None:
     assert built.defaults["lr"] == 1e-3
 
 
+def test_several_optimizers_are_tables_by_name_and_stay_so_in_the_resolved_configuration() -> None:
+    tables = {"gen": {"name": "adam"}, "disc": {"name": "sgd", "momentum": 0.5, "params": "^d"}}
+    config = resolve(Said({"data": {"store": "d"}, "model": {"target": "m:N"}, "optimizer": {**tables, "lr": 0.1}}))
+    again = resolve(Said(tomllib.loads(config.dumps())))
+    assert assembly.optimizer(config, Said()) == assembly.optimizer(again, Said()) == tables
+    assert again.optimizer.lr == 0.1
+
+
 def test_a_schedule_may_be_named_by_where_it_is_and_is_tried_before_training() -> None:
     named = Named.model_validate({"name": "torch.optim.lr_scheduler:StepLR", "step_size": 2, "interval": "epoch"})
     bound = build_scheduler(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0), assembly.scheduler(named, Said()))
