@@ -128,7 +128,7 @@ class Parts:
         """Bring the model to its device and make the optimizer."""
         self.model.to(self.options.device)
         if self.options.recompute:
-            recompute(self.model, self.options.recompute)
+            recompute(self.model, self.options.recompute, compiled=self.options.compile is not None)
         if self.options.compile is not None:
             self.compiled = Compiled(self.model, self.options.compile, self.options.device)
         if self.options.freeze:

@@ -53,13 +53,20 @@ class Recomputed:
                 layer._buffers.update(buffers)
 
 
-def recompute(model: nn.Module, which: str | bool) -> list[str]:
+def recompute(model: nn.Module, which: str | bool, *, compiled: bool = False) -> list[str]:
     """Have blocks of the model computed again in the backward pass; their names.
 
     `which`: a regex of names of modules (of nested ones the outermost), or True: the children of the `nn.Sequential` or
-    `nn.ModuleList` that has most of them. It is done once; state_dict and names stay what they are. Raises ConfigError.
+    `nn.ModuleList` that has most of them. It is done once; state_dict and names stay what they are. Raises ConfigError,
+    also where the call is `compiled` and a block has running statistics: torch's compiler would take them in twice.
     """
     blocks = _named(model, which) if isinstance(which, str) else _children(model)
+    for name, block in blocks:
+        if compiled and any(isinstance(layer, _NormBase) for layer in block.modules()):
+            raise ConfigError(
+                f"gradient_checkpointing of {name}, which has running statistics (BatchNorm), can't be compiled",
+                hint="Leave compile or gradient_checkpointing out, or name blocks without them by a regex.",
+            )
     for _, block in blocks:
         block.forward = Recomputed(block)
     return [name for name, _ in blocks]

@@ -113,6 +113,27 @@ async def test_a_forward_that_cannot_be_compiled_whole_is_the_models_fault() -> 
         await trainer(Breaks(), compile={**QUICK, "fullgraph": True}).fit(Samples())
 
 
+async def test_blocks_that_are_computed_again_are_compiled_unless_they_keep_statistics() -> None:
+    def deep(*norm: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(4, 4), *norm, nn.Dropout(0.25)) for _ in range(3)]
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(*blocks), nn.Linear(4, 1))
+
+    plain, both = trainer(deep(), compile=False), trainer(deep(), gradient_checkpointing=r"^1\.")
+    await plain.fit(Samples(96))
+    await both.fit(Samples(96))
+    assert same(plain.model, both.model)
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing of 1.0, which has running statistics"):
+        trainer(deep(nn.BatchNorm1d(4)), gradient_checkpointing=r"^1\.")
+
+
+async def test_the_average_is_validated_by_the_compiled_model() -> None:
+    plain, both = trainer(compile=False, ema=0.9), trainer(ema=0.9)
+    first = await plain.fit(Samples(96), validation=Samples(24))
+    second = await both.fit(Samples(96), validation=Samples(24))
+    assert first.metrics == second.metrics
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [("fast", "unknown mode 'fast'"), ({"mod": "x"}, "unknown key 'mod'"), (3, "compile must be true, false, a mode")],
