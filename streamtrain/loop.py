@@ -52,6 +52,9 @@ from streamtrain.threads import TrainThread
 
 logger = logging.getLogger(__name__)
 
+NOTES = 5.0
+"""Seconds after which what callbacks leave for the log is told, where no batch comes."""
+
 
 class Wheel:
     """Turns for one fit."""
@@ -226,8 +229,11 @@ class Wheel:
             while not batches.ready and not give_up():
                 waiting = waiting or asyncio.create_task(batches.wait())
                 knocked = asyncio.create_task(self._control.knocked())
-                await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=self._left())
+                patience = min(NOTES, self._left() or NOTES)
+                await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
                 knocked.cancel()
+                if self._teller.noted:
+                    await self._keeper.attend(self._teller.take_notes())
                 if not self._step.partial:
                     await self._obey_requests()
         finally:

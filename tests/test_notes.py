@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,24 @@ async def test_a_callback_adds_numbers_and_lines_through_its_event() -> None:
     await made(Says(), heard, log_every=5).fit(Samples(80), max_steps=10)
     assert [log.values for log in heard.logs if log.split == "resource"] == [{"cpu": 0.5}]
     assert [log.values.get("mine") for log in heard.logs if log.split == "train"] == [3.0, None]
+
+
+async def test_what_is_left_while_no_batch_comes_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamtrain.loop.NOTES", 0.01)
+    stream, told = Samples(80), asyncio.Event()
+    stream.gates[16] = told  # the third batch comes once the line is told
+
+    class Says(Callback):
+        async def on_batch_end(self, event: Event) -> None:
+            if event.step == 2:  # and a moment later, so that the wheel stands still
+                asyncio.get_running_loop().call_later(0.05, lambda: event.log_metrics({"cpu": 1.0}, split="resource"))
+
+    class Hears(Callback):
+        async def on_log(self, event: Log) -> None:
+            told.set()
+
+    async with asyncio.timeout(30):
+        await made(Says(), Hears()).fit(stream, max_steps=5)
 
 
 async def test_within_the_train_thread_the_number_of_updates_is_exact() -> None:
