@@ -176,11 +176,3 @@ def _floats(losses: list[Tensor]) -> list[float]:
         values: list[float] = torch.stack(losses).tolist()
         return values
     return [float(loss) for loss in losses]
-
-
-def _numbers(logged: list[Any]) -> list[float]:
-    """The values of numbers and 0-d tensors, those of one device read together."""
-    devices = {number.device if isinstance(number, Tensor) else None for number in logged}
-    if len(devices) == 1 and None not in devices:
-        return _floats(logged)
-    return [float(number) for number in logged]

@@ -36,8 +36,9 @@ PRIVATE = [("streamtrain/data/zarr_lane.py", {"_serve"})]
 TOOLS = [
     ("streamtrain/data/vouching.py", {"vouch", "write_manifest"}),
     ("streamtrain/data/verification.py", {"verify"}),
+    *((f"data_tools/{name}.py", {name}) for name in ("convert", "rechunk", "reshuffle", "split", "synth")),
 ]
-"""What looks at whole stores, for the command line and for our writers: no stream calls it."""
+"""What looks at whole stores or writes them, for the command line: no stream calls it."""
 HARMLESS = ("os.getcwd", "os.path.abspath")
 """System calls that touch no disk."""
 
