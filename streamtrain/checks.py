@@ -36,7 +36,7 @@ class Checks:
         if self._parts.lossless:
             raise ConfigError(
                 "there is no loss",
-                hint="Give loss=, step=, override training_step, or have the model return an object with `loss`.",
+                hint="Give loss=, step=, override training_step, or a model that takes `labels` and returns its loss.",
             )
         for callback in self._callbacks:
             self._watched(type(callback).__name__, watched(callback))

@@ -211,10 +211,14 @@ class TrainerTable(Table):
     gradient_clip_value: Positive | None = None
     device: Text = "auto"
     device_transform: Target | None = None
-    compile: Annotated[
-        bool | Text | dict[str, Any], Must('true, false, a mode such as "reduce-overhead", or a table of keywords')
-    ] = False
-    gradient_checkpointing: Annotated[bool | Text, Must("true, false or a regex of names of modules")] = False
+    compile: (
+        Annotated[
+            bool | Text | dict[str, Any],
+            Must('true, false, a mode such as "reduce-overhead", or a table of keywords'),
+        ]
+        | None
+    ) = None
+    gradient_checkpointing: Annotated[bool | Text, Must("true, false or a regex of names of modules")] | None = None
     ema: Annotated[float, Field(gt=0, lt=1), Must("a number above 0 and below 1, such as 0.999")] | None = None
     freeze: (
         Annotated[

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
@@ -94,11 +94,10 @@ def spread(model: nn.Module) -> Callable[[Any, Any], Any]:
     return call
 
 
-def gives_no_loss(model: nn.Module) -> bool:
-    """Whether it is known beforehand that a model's outputs hold no loss: one of torch's own, or one that says that it
-    returns a tensor."""
-    own = type(model).__module__.partition(".")[0] == "torch"
-    return own or _signature(model).return_annotation in (Tensor, "Tensor", "torch.Tensor")
+def may_give_loss(model: nn.Module) -> bool:
+    """Whether a model's outputs may hold its loss: its forward takes `labels`, or keywords of any name."""
+    parameters = _signature(model).parameters
+    return "labels" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

@@ -46,7 +46,7 @@ from streamtrain.manual import ManualStep, ManualUpdates
 from streamtrain.metrics import Metric, as_metric, names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
-from streamtrain.outcome import Compute, called, custom, gives_no_loss, own_loss, supervised
+from streamtrain.outcome import Compute, called, custom, may_give_loss, own_loss, supervised
 from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
 from streamtrain.recomputing import recompute
@@ -192,7 +192,7 @@ class Parts:
     @property
     def lossless(self) -> bool:
         """Whether nothing can give a loss."""
-        return self.loss is None and self.steps.training is None and gives_no_loss(self.model)
+        return self.loss is None and self.steps.training is None and not may_give_loss(self.model)
 
     def _evaluator(self) -> Evaluator:
         compute, options = self.compute, self.options

@@ -85,10 +85,11 @@ class Trainer:
     """Trains a model on streams: `result = await Trainer(model, loss).fit(stream)`.
 
     The model is called `model(batch.inputs)`, the loss `loss(outputs, targets)`, or `loss(outputs, inputs)` without
-    targets. Without any loss the model gives its own, as those of Hugging Face do: it is called `model(**batch.inputs)`
-    where inputs are a dict whose keys it takes, with targets as `labels`, and returns an object or dict with `loss` and
-    perhaps `logits`. Anything else is a `step=` function `(model, batch) -> loss | {"loss": ..., "outputs": ...,
-    "targets": ..., other names: logged}`, or an overridden `training_step`, `validation_step` or `predict_step`.
+    targets. Without any loss a model that takes `labels` gives its own, as those of Hugging Face do: it is called
+    `model(**batch.inputs)` where inputs are a dict whose keys it takes, with targets as `labels`, and returns an object
+    or dict with `loss` and perhaps `logits`. Anything else is a `step=` function `(model, batch) -> loss |
+    {"loss": ..., "outputs": ..., "targets": ..., other names: logged}`, or an overridden `training_step`,
+    `validation_step` or `predict_step`.
 
     A model with several outputs (a dict, or a tuple or list, by number) has a loss for each, `loss={"rain": "mse",
     "kind": "cross_entropy"}`, whose targets have the same names; their sum, weighted by `loss_weights={"kind": 0.1}`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
-from streamtrain.outcome import gives_no_loss, own_loss, spread
+from streamtrain.outcome import own_loss, spread
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, bare_loop, network, pairs, same, samples
 
@@ -56,31 +57,37 @@ async def test_a_models_own_loss_makes_the_bare_loops_weights(where: str, as_dic
     assert [tuple(output.shape) for output in predicted[:2]] == [(8, 1), (8, 1)]
 
 
-async def test_a_model_that_gives_no_loss_is_explained() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
+class Plain(nn.Module):
+    """Takes no labels."""
 
-        def forward(self, x: Any) -> Any:
-            return self.net(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
 
-    with pytest.raises(ConfigError, match="there is no loss: Plain returned a Tensor without one") as caught:
-        await Trainer(Plain(), device="cpu").fit(Samples())
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+
+class Silent(Plain):
+    """Takes labels, and makes nothing of them."""
+
+    def forward(self, x: Any, labels: Any = None) -> Any:
+        return self.net(x)
+
+
+async def test_a_model_that_takes_no_labels_needs_a_loss_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no loss") as caught:
+        await Trainer(Plain(), device="cpu", run_dir=tmp_path / "run").fit(Samples())
     assert "labels" in caught.value.hint
-    assert [
-        len(output) async for output in Trainer(Plain(), device="cpu").predict(list(torch.split(samples(8)[0], 4)))
-    ] == [4, 4]
+    assert not (tmp_path / "run").exists()
+    halves = list(torch.split(samples(8)[0], 4))
+    assert [len(output) async for output in Trainer(Plain(), device="cpu").predict(halves)] == [4, 4]
 
 
-def test_a_model_that_says_that_it_returns_a_tensor_gives_no_loss() -> None:
-    class Typed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    assert gives_no_loss(Typed())
-    assert gives_no_loss(network())
-    assert not gives_no_loss(Named())
+async def test_a_model_that_takes_labels_and_gives_no_loss_is_explained() -> None:
+    with pytest.raises(ConfigError, match="there is no loss: Silent returned a Tensor without one"):
+        await Trainer(Silent(), device="cpu").fit(Samples())
+    assert set(await Trainer(Silent(), device="cpu", metrics={"mae": nn.L1Loss()}).evaluate(Samples(8))) == {"test_mae"}
 
 
 def test_a_dict_whose_keys_forward_does_not_take_is_its_argument() -> None:
