@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.budget import format_bytes
-from streamtrain.data.codecs import ALIGN, Codec, chain_of, decode_room, endian_of, slow_codec
+from streamtrain.data.codecs import ALIGN, CHECKSUMS, Codec, chain_of, decode_room, endian_of, slow_codec
 from streamtrain.errors import DataError
 
 MAX_SAMPLES = 1 << 48
@@ -100,6 +100,9 @@ class ArrayLayout:
     @cached_property
     def together(self) -> int:
         """How many encoded chunks are decoded side by side: small ones that end at aligned bytes."""
+        first = next((codec for codec in self.codecs if not codec.identity), None)
+        if first is not None and first.name in CHECKSUMS:
+            return 1  # it may stand before the data, which then begin behind it
         if not self.decode_room or self.chunk_bytes % ALIGN:
             return 1
         return max(1, min(TOGETHER_BYTES // self.chunk_bytes, self.num_files * math.prod(self.inner)))

@@ -38,7 +38,7 @@ from streamtrain.errors import ConfigError, DataError
 
 UNIT_BYTES = 16 << 20
 """Small blocks are filled together until they have so many bytes, or a quarter of the memory."""
-WORTH_BESIDE = 16
+WORTH_BESIDE = 64
 """Chunks are decoded side by side where memory is at least so many times what that takes of a thread."""
 
 
@@ -221,7 +221,8 @@ def take_survey(
             hint=f"memory={math.ceil(least / 2**20)}MiB, or a smaller shuffle_blocks= or batch_size=",
         )
     beside = max(((site.layout.together - 1) * site.layout.chunk_bytes for site in sites if site.one_chunk), default=0)
-    if WORTH_BESIDE * beside <= memory and sizes.least + beside <= memory:
+    useful = ranks.alone and not (scattered or cache_bytes)
+    if useful and WORTH_BESIDE * beside <= memory and sizes.least + beside <= memory:
         sizes = replace(sizes, beside_bytes=beside, scratch_bytes=sizes.scratch_bytes + beside)
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.needed(memory))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -200,3 +201,28 @@ async def test_a_damaged_chunk_among_others_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"array 'y': chunk 11\.0 \(rows \[88:96, 0:16\]\).*c/11/0"):
             await listed(source)
         assert source.statistics().chunks > 0
+
+
+@pytest.mark.parametrize("checksum", ["adler32", "crc32", "fletcher32", "jenkins_lookup3", "crc32c"])
+@pytest.mark.parametrize("location", [None, "start", "end"])
+async def test_a_checksum_before_the_data_shifts_no_row(checksum: str, location: str | None, tmp_path: Path) -> None:
+    if location is not None and checksum not in ("adler32", "crc32", "crc32c"):
+        pytest.skip("it stands in one place")
+    codec: Any = {"id": checksum} | ({} if location is None else {"location": location})
+    codec |= {"initval": 1} if checksum == "jenkins_lookup3" else {}
+    group = zarr.create_group(tmp_path / "s.zarr", zarr_format=2)
+    for name, values in {"x": X, "y": Y}.items():
+        filters, compressor = [numcodecs.get_codec(dict(codec))], numcodecs.Zstd()
+        group.create_array(
+            name, data=values, chunks=(CHUNK, *values.shape[1:]), filters=filters, compressors=compressor
+        )
+    for shuffle in (False, "block"):
+        async with stream(tmp_path / "s.zarr", shuffle=shuffle) as source:
+            right(await listed(source))
+
+
+async def test_nothing_is_set_aside_where_chunks_are_not_read_together(store: Path) -> None:
+    for keywords in ({"shuffle": "global"}, {"rank": 0, "world_size": 2}, {"cache": "1MiB"}):
+        async with stream(store, **keywords) as source:
+            await anext(aiter(source))
+            assert source._opened.survey.sizes.beside_bytes == 0  # type: ignore[union-attr]
