@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import logging
 import math
 import os
 import zipfile
@@ -25,6 +27,8 @@ from streamtrain.data.budget import format_bytes
 from streamtrain.data.layout import MAX_CHUNK_BYTES, MAX_SAMPLES, TRAINABLE, trainable
 from streamtrain.data.whole import whole_or_nothing
 from streamtrain.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 Codec = Literal["raw", "zstd", "blosc"]
 Progress = Callable[[int, int], None]
@@ -93,6 +97,7 @@ def convert(
     source, target, layout = Path(source), Path(target), layout or Layout()
     if every < 1:
         raise ConfigError(f"every={every} must be at least 1", hint="every=1 keeps all")
+    groups = _groups_of(target)
     with _open_npy(source, member) as (stream, size):
         shape, dtype = _read_header(stream, source)
         _check_size(size - stream.tell(), shape, dtype, source)
@@ -107,19 +112,36 @@ def convert(
                 if progress:
                     progress(start + len(band), kept[0])
             _check_end(stream, source)
-            _make_groups(target)
+            for group in groups:
+                if not (group / "zarr.json").exists():
+                    zarr.create_group(group)
     return target
 
 
-def _make_groups(target: Path) -> None:
-    """See to it that the folders from the store's own, which is called `*.zarr`, down to the array are groups."""
+def _groups_of(target: Path) -> list[Path]:
+    """The folders from the store's own, which is called `*.zarr`, down to the array: they are to be groups.
+
+    Raises ConfigError where one of them is something else.
+    """
     store = next((folder for folder in target.parents if folder.suffix == ".zarr"), None)
     if store is None:
-        return
-    within = [store, *reversed(target.parents[: target.parents.index(store)])]
-    for folder in within:
-        if not any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
-            zarr.create_group(folder)
+        return []
+    groups = [store, *reversed(target.parents[: target.parents.index(store)])]
+    for group in groups:
+        if any((group / name).exists() for name in (".zgroup", ".zarray")):
+            raise ConfigError(f"{group} is Zarr 2, where no array of Zarr 3 is seen", hint="name a store of its own")
+        if (group / "zarr.json").is_file() and _consolidated(group / "zarr.json"):
+            logger.warning("%s has consolidated metadata, in which the new array is not: consolidate them anew", group)
+    return groups
+
+
+def _consolidated(metadata: Path) -> bool:
+    """Whether a group lists its arrays itself; what it lacks is then not seen."""
+    try:
+        found = json.loads(metadata.read_bytes())
+    except ValueError:
+        return False  # who opens it says so
+    return isinstance(found, dict) and bool(found.get("consolidated_metadata"))
 
 
 def create_array(

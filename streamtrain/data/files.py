@@ -147,9 +147,11 @@ class StoreFiles:
         own = self._described.array_of(key)
         if self._look or own is None:
             why = self._described.any_changed()
+            self._look = why is not None  # whoever asks next is told the same
         else:
             why = self._described.changed(own)
-        self._look = why is not None  # whoever asks next is told the same
+            if why is not None:
+                self._look = True
         if why is not None:
             raise ValueError(why)
         if not self._written_since(status):

@@ -144,11 +144,14 @@ class IterableStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go there; the next pass continues. Raises DataError."""
-        if state.get("kind") != "iterable":
-            raise DataError(f"a position in a {state.get('kind', 'foreign')} stream is none in an iterable")
+        given: object = state
+        if isinstance(given, Mapping) and given.get("kind") != "iterable":
+            raise DataError(f"a position in a {given.get('kind', 'foreign')} stream is none in an iterable")
         cursor = cursor_of(state, "an iterable", ["kind", "source_position", "source"])
+        if type(state["source_position"]) is not int:
+            raise DataError(f"this is no position of an iterable: source_position {state['source_position']!r:.40}")
         self._cursor = self._trained = cursor
-        self._known = (int(state["source_position"]), state["source"])
+        self._known = (state["source_position"], state["source"])
         self._resume = state
 
     def follow(self, driven: bool) -> None:

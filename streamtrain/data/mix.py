@@ -270,9 +270,12 @@ class Mix:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position; the next pass continues there. Raises DataError, naming the difference."""
-        if state.get("kind") != "mix":
-            raise DataError(f"a position in a {state.get('kind', 'ZarrStream')} is none in a mix")
+        given: object = state
+        if isinstance(given, Mapping) and given.get("kind") != "mix":
+            raise DataError(f"a position in a {given.get('kind', 'ZarrStream')} is none in a mix")
         cursor = cursor_of(state, "a mix", ["kind", "of", "sources"], ["begins", "weights"])
+        if not isinstance(state["of"], Mapping):
+            raise DataError(f"this is no position of a mix: of {state['of']!r:.40}")
         mine = self._fingerprint()
         table = [
             f"{key}: {state['of'].get(key)} then, {mine[key]} now" for key in mine if mine[key] != state["of"].get(key)

@@ -119,7 +119,12 @@ def _publish(part: Path, target: Path, *, overwrite: bool) -> None:
     replaced = overwrite and os.path.lexists(target)
     if replaced:
         target.rename(old)  # a death between these two is mended by the next writer's sweep
-    part.rename(target)
+    try:
+        part.rename(target)
+    except OSError:
+        if replaced and not os.path.lexists(target):
+            old.rename(target)
+        raise
     fsync(target.parent)
     if replaced:
         shutil.rmtree(old, ignore_errors=True)

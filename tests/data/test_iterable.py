@@ -228,6 +228,10 @@ def test_a_position_of_another_stream_is_refused() -> None:
     for wrong in ({"epoch": 2**70}, {"position": -1}, {"seed": 0}):
         with pytest.raises(DataError, match=f"no position of an iterable: .*{next(iter(wrong))!r}"):
             from_iterable([]).load_state_dict({**state, **wrong})
+    foreign: Any
+    for foreign in ([state], {**state, "source_position": "3"}):
+        with pytest.raises(DataError, match="no position of an iterable"):
+            from_iterable([]).load_state_dict(foreign)
 
 
 async def test_set_epoch_is_passed_on() -> None:

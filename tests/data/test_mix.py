@@ -112,6 +112,10 @@ def test_what_is_no_position_of_a_mix_is_refused_by_its_key(stores: list[Path]) 
     for wrong, said in (({"epoch": 2**70}, "'epoch' is"), ({"position": "3"}, "'position' is '3'"), ({"k": 1}, "'k'")):
         with pytest.raises(DataError, match=f"no position of a mix: .*{said}"):
             source.load_state_dict({**state, **wrong})
+    foreign: Any
+    for foreign in ([state], {**state, "of": 3}):
+        with pytest.raises(DataError, match="no position of a mix"):
+            source.load_state_dict(foreign)
     source.load_state_dict(state)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -109,3 +110,21 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"the disk is full, .* are free"), whole_or_nothing(tmp_path / "t"):
         raise OSError(28, "No space left on device")
     assert names(tmp_path) == []
+
+
+def test_what_stood_there_comes_back_where_its_successor_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "t", Path.rename
+    write(target, [1])
+
+    def failing(self: Path, other: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise OSError(errno.EIO, "the disk is ill")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(EnvironmentProblem, match="the disk is ill"):
+        write(target, [2], overwrite=True)
+    assert read(target) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]

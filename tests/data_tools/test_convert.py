@@ -116,6 +116,20 @@ async def _same(stream: ZarrStream, x: Any, y: Any) -> None:
         np.testing.assert_array_equal(batch.targets, y[batch.index])
 
 
+def test_a_store_whose_readers_would_not_see_the_array_is_refused_or_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save(tmp_path / "x.npy", np.arange(6))
+    zarr.create_group(tmp_path / "two.zarr", zarr_format=2)
+    with pytest.raises(ConfigError, match=r"two\.zarr is Zarr 2"):
+        convert(tmp_path / "x.npy", tmp_path / "two.zarr" / "x")
+    assert not (tmp_path / "two.zarr" / "x").exists()
+    zarr.create_group(tmp_path / "three.zarr").create_array("y", data=np.arange(3))
+    zarr.consolidate_metadata(tmp_path / "three.zarr")
+    convert(tmp_path / "x.npy", tmp_path / "three.zarr" / "x")
+    assert "three.zarr has consolidated metadata, in which the new array is not" in caplog.text
+
+
 def test_a_store_that_stands_keeps_what_it_says_of_itself(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(6))
     zarr.create_group(tmp_path / "s.zarr", attributes={"title": "old"})
