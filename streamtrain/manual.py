@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -43,11 +44,13 @@ class ManualUpdates:
         self.step: ManualStep | None = None
         self.active = False
         """A training step of the user's is being computed."""
+        self.training = False
+        """It is one of a fit's own, not of an evaluation."""
         self._losses: list[Tensor] = []
 
     def update(self, loss: Any, name: str, **backward: Any) -> bool:
-        """Update by `loss` what the optimizer `name` holds; whether it was made. Without gradients, as in validation,
-        only the loss is counted. Raises ConfigError."""
+        """Update by `loss` what the optimizer `name` holds; whether it was made. In validation only the loss is
+        counted. Raises ConfigError."""
         if not self.active:
             raise ConfigError(
                 "manual_update is for the training_step of a fit with optimizer={name: ..., name: ...}",
@@ -59,7 +62,7 @@ class ManualUpdates:
                 f"manual_update needs a loss of one number, not one of {what}", hint="Average it: .mean()"
             )
         self._losses.append(loss.detach())
-        if not torch.is_grad_enabled():
+        if not self.training:
             return False
         assert self.step is not None
         return self.step.update(loss, name, backward)
@@ -100,11 +103,11 @@ class ManualStep(TrainStep):
         super().__init__(model, optimizer, *arguments, **more)
         self._members, self._epoch, self._made, self._refused = optimizer.members, 0, 0, 0
         self._kernel_skips = False
-        updates.step = self
+        self._updates, updates.step = updates, self
 
     def run(self, source: Source, *, epoch: int, **how: Any) -> Report:
-        """As in the automatic mode; the epoch is known before the first update of a batch."""
-        self._epoch = epoch
+        """As in the automatic mode; when the burst began is known before the first update of a batch."""
+        self._began = time.perf_counter()
         return super().run(source, epoch=epoch, **how)
 
     def _add(self, batch: Batch, remaining: int | None) -> None:
@@ -119,17 +122,22 @@ class ManualStep(TrainStep):
             return
         self._made = self._refused = 0
         if self._rated:
-            self.lr.before_update(self.step, self._epoch, self._samples, self._elapsed)
+            since = time.perf_counter() - self._began
+            self.lr.before_update(self.step, self._epoch, self._samples, self._elapsed + since)
         elif self._scheduled:
             self.lr.before_update(self.step, self._epoch)
-        if self._autocast is None:
-            loss, _, _, logged = self._compute(batch)
-        else:
-            with self._autocast():
+        self._updates.training = True
+        try:
+            if self._autocast is None:
                 loss, _, _, logged = self._compute(batch)
+            else:
+                with self._autocast():
+                    loss, _, _, logged = self._compute(batch)
+        finally:
+            self._updates.training = False
         if logged:
             self.tally.add_logged(logged)
-        self.tally.losses.append(torch.zeros(()) if loss is None else loss)
+        self.tally.losses.append(torch.zeros((), device=self._device) if loss is None else loss)
         self.tally.counts.append(samples)
         self._group += 1
         if loss is None or self._refused:
@@ -183,6 +191,8 @@ class ManualStep(TrainStep):
             self.scaler.update()
         self.torn = False
         if self._refused:
+            if self._buffers:  # not earlier: a graph of the same batch may need them as they are
+                torch._foreach_copy_(self._buffers, self._kept)
             report.skipped += 1
             self.skipped += 1
         if self._average is not None and self._made:
@@ -192,6 +202,8 @@ class ManualStep(TrainStep):
         if self._scheduled:
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
             self.lr.after_update()
+        if self._rated:
+            self._samples += sum(self.tally.counts[-self._group :])
         self.step += 1
         report.updates += 1
         report.cursor = self._cursor

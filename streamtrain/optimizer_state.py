@@ -87,7 +87,9 @@ def _put_together(value: Any, optimizer: Optimizer) -> Any:
         return {key: _put_together(one, optimizer) for key, one in value.items()}
     module, _, name = str(value["tensor_class"]).partition(":")
     kind = getattr(sys.modules.get(module), name, None)
-    own = type(optimizer).__module__.partition(".")[0] == module.partition(".")[0]
+    members = getattr(optimizer, "members", None)
+    homes = [optimizer, *(members.values() if isinstance(members, dict) else ())]
+    own = module.partition(".")[0] in {type(home).__module__.partition(".")[0] for home in homes}
     if not own or not (isinstance(kind, type) and issubclass(kind, torch.Tensor)):
         raise CheckpointError(
             f"the checkpoint holds a tensor of the class {module}.{name}, which is not the optimizer's"

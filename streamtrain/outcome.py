@@ -142,7 +142,7 @@ def custom_outputs(function: Callable[[Batch], Any]) -> Compute:
 def called(function: Callable[..., Any], model: nn.Module) -> Callable[[Batch], Any]:
     """A step of the user as a function of the batch: it takes (model, batch), (batch) or (batch, batch_idx)."""
     names = list(inspect.signature(function).parameters)
-    if names[:1] == ["batch"] and len(names) == 1:
+    if names in (["batch"], ["batch", "update"]):
         return function
     if names[:1] == ["batch"]:
         number = itertools.count()

@@ -64,6 +64,8 @@ from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+LONG = 1 << 20
+"""Epochs, or steps of one, that no run has."""
 Function = Callable[..., Any]
 Losses = Function | str | Mapping[Any, Function | str] | Sequence[Function | str]
 """One loss, or one for each output: by name, or in their order."""
@@ -268,6 +270,19 @@ class Parts:
             samples_per_epoch=samples,
         )
 
+    def _schedule_of_any_length(self, limits: Limits, train: Stream | None, optimizer: Optimizer) -> LearningRate:
+        """The schedule where it is only to be saved: how long the run is does not matter."""
+        return build_scheduler(
+            optimizer,
+            self.scheduler_spec,
+            total_steps=LONG * LONG,
+            total_epochs=LONG,
+            total_samples=LONG * LONG,
+            total_seconds=float(LONG),
+            steps_per_epoch=LONG,
+            samples_per_epoch=LONG,
+        )
+
     # --- a life ---
 
     def life(self, train: Stream | None, progress: Progress, bus: Bus, door: Door, limits: Limits) -> Life:
@@ -277,8 +292,9 @@ class Parts:
         if train is not None and not self._told:
             self._told = True
             logger.info("%s", "\n".join(table(optimizer)))
-        self.scheduler = self._go_on_with(self.schedule, limits, train, optimizer)
-        if not self.model.training:
+        bind = self.schedule if train is not None else self._schedule_of_any_length
+        self.scheduler = self._go_on_with(bind, limits, train, optimizer)
+        if train is not None and not self.model.training:
             self.model.train()
         if self.freezing is not None:
             self.freezing.begin()

@@ -20,12 +20,15 @@ from torch.optim import Optimizer
 from streamtrain import state as trees
 from streamtrain.averaging import Average
 from streamtrain.errors import NonFiniteError, StreamtrainError
+from streamtrain.optimizer_state import load_by_name, state_by_name
 from streamtrain.state import Tree
 
 logger = logging.getLogger(__name__)
 
 EVERY = 100
 """Updates between two times of keeping."""
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "base_momentum", "max_momentum")
+"""What schedules set of a group: it stays that of now."""
 MOST = 5
 """Rollbacks in a run."""
 
@@ -42,7 +45,10 @@ class Rollback:
         """Keep what there is after `step` updates, every so often and the first time; on the train thread."""
         if self._kept is None or (step % EVERY == 0 and step != self._step):
             average = None if self._average is None else self._average.state_dict()
-            live = {"model": dict(self._model.state_dict()), "optimizer": self._optimizer.state_dict()}
+            live = {
+                "model": dict(self._model.state_dict()),
+                "optimizer": state_by_name(self._optimizer, self._model),
+            }
             self._kept, self._step = trees.clone({**live, "average": average}), step
 
     def back(self, problem: StreamtrainError, step: int) -> None:
@@ -55,10 +61,10 @@ class Rollback:
             ) from problem
         kept: Any = trees.clone(self._kept)  # torch takes tensors as they are, and goes on in them
         self._model.load_state_dict(kept["model"])
-        options = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
-        self._optimizer.load_state_dict(kept["optimizer"])
-        for group, own in zip(self._groups(), options, strict=True):
-            group.update(own)  # the learning rate is that of now
+        rates = [{key: group[key] for key in SCHEDULED if key in group} for group in self._groups()]
+        load_by_name(self._optimizer, self._model, kept["optimizer"])
+        for group, now in zip(self._groups(), rates, strict=True):
+            group.update(now)
         if self._average is not None:
             self._average.load_state_dict(kept["average"])
         self._times += 1

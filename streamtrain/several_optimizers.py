@@ -103,9 +103,15 @@ def build_optimizers(model: nn.Module, specs: Mapping[str, OptimizerSpec], lr: f
                 hint=f"Name a submodule ({names}), or give {{'name': ..., 'params': regex}}.",
             )
         try:
-            members[str(key)] = build_optimizer(part, table, lr)
+            made = members[str(key)] = build_optimizer(part, table, lr)
         except ConfigError as error:
             raise ConfigError(f"optimizer.{key}: {error}", hint=error.hint) from error
+        if callable(getattr(made, "train", None)) and callable(getattr(made, "eval", None)):
+            raise ConfigError(
+                f"optimizer.{key}: {type(made).__name__} learns with other weights than those to be judged by, "
+                "which only one optimizer alone can do",
+                hint="Take another one here, or train with it alone.",
+            )
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in homes]
     if left:
         more = ", ..." if len(left) > 8 else ""

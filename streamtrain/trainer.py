@@ -708,6 +708,11 @@ class Trainer:
     async def _save_outside(self, target: Path | None) -> Path:
         if self.optimizer is None:
             raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
+        if self._lasting is not None and self._lasting.step.torn:
+            raise CheckpointError(
+                "the weights are those of no step: the fit ended in the middle of an update",
+                hint="load_checkpoint() the last one first.",
+            )
         bus, limits = Bus(self.callbacks), Limits(max_steps=1)
         life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
         if self._loaded is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
-from streamtrain.errors import ConfigError, NonFiniteError
+from streamtrain.errors import CheckpointError, ConfigError, NonFiniteError, UserCodeError
 from streamtrain.optimizers import build_optimizer
 from streamtrain.several_optimizers import build_optimizers
 from streamtrain.trainer import Trainer
@@ -226,3 +226,92 @@ async def test_what_manual_mode_cannot_do_is_refused(tmp_path: Path) -> None:
         trainer().manual_update(torch.zeros(()), "gen")
     with pytest.raises(ConfigError, match="needs several optimizers"):
         Trainer(Pair()).manual_update(torch.zeros(()), "gen")
+
+
+async def test_no_update_is_made_in_validation_even_with_gradients() -> None:
+    class Penalised(Trainer):
+        def training_step(self, model: Any, batch: Batch) -> None:
+            with torch.enable_grad():
+                told, fake = losses(model, batch.inputs, batch.targets)
+                self.manual_update(told, "disc")
+                self.manual_update(fooled(model, fake), "gen")
+
+    fitted = Penalised(Pair(), optimizer=OPTIMIZERS, seed=5, device="cpu")
+    before = {name: value.clone() for name, value in fitted.model.state_dict().items()}
+    await fitted.validate(Samples(24))
+    assert all(torch.equal(value, before[name]) for name, value in fitted.model.state_dict().items())
+    await fitted.fit(Samples(24))
+    assert not all(torch.equal(value, before[name]) for name, value in fitted.model.state_dict().items())
+
+
+async def test_running_statistics_forget_the_batch_of_a_skipped_update() -> None:
+    stream = Samples(24)
+    stream.inputs[int(list(stream.batches(0))[1].index[0])] = float("nan")
+
+    class Careless(Trainer):
+        def training_step(self, model: Any, batch: Batch) -> None:
+            told, fake = losses(model, batch.inputs, batch.targets)
+            self.manual_update(told, "disc")
+            self.manual_update(fooled(model, fake), "gen")
+
+    fitted = Careless(Pair(), optimizer=OPTIMIZERS, seed=5, device="cpu", nonfinite="skip")
+    await fitted.fit(stream)
+    assert all(value.isfinite().all() for value in fitted.model.state_dict().values())
+
+
+async def test_rates_by_samples_are_those_of_each_step() -> None:
+    rates: list[float] = []
+
+    class Told(Adversarial):
+        def training_step(self, model: Any, batch: Batch) -> Any:
+            if torch.is_grad_enabled():
+                assert self.optimizer is not None
+                rates.append(self.optimizer.param_groups[0]["lr"])
+            return super().training_step(model, batch)
+
+    fitted = Told(
+        Pair(),
+        optimizer=OPTIMIZERS,
+        seed=5,
+        device="cpu",
+        lr=1.0,
+        scheduler={"name": lambda t: 1.0 / (1.0 + t), "interval": "samples"},
+    )
+    await fitted.fit(Samples(40))
+    assert rates == pytest.approx([1.0 / (1 + 8 * step) for step in range(5)])
+
+
+async def test_a_step_of_batch_and_update_is_called_with_those() -> None:
+    model = Pair()
+
+    def step(batch: Batch, update: Any) -> None:
+        told, fake = losses(model, batch.inputs, batch.targets)
+        update(told, "disc")
+        update(fooled(model, fake), "gen")
+
+    fitted = Trainer(model, optimizer=OPTIMIZERS, step=step, seed=5, device="cpu")
+    assert (await fitted.fit(Samples(24))).step == 3
+
+
+async def test_weights_of_half_a_step_are_not_saved_by_hand(tmp_path: Path) -> None:
+    class Broken(Trainer):
+        def training_step(self, model: Any, batch: Batch) -> None:
+            self.manual_update(losses(model, batch.inputs, batch.targets)[0], "disc")
+            raise RuntimeError("between the two")
+
+    fitted = Broken(Pair(), optimizer=OPTIMIZERS, seed=5, device="cpu")
+    with pytest.raises(UserCodeError, match="between the two"):
+        await fitted.fit(Samples(24))
+    with pytest.raises(CheckpointError, match="middle of an update"):
+        await fitted.save_checkpoint(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_optimizer_that_learns_with_other_weights_is_refused_among_several() -> None:
+    class Free(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"optimizer\.gen: Free learns with other weights"):
+        build_optimizers(Pair(), {"gen": Free, "disc": "sgd"}, 0.1)

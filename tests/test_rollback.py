@@ -136,3 +136,16 @@ async def test_several_optimizers_have_none() -> None:
     spec = {"all": {"name": "sgd", "params": ""}}
     with pytest.raises(ConfigError, match="'rollback' is for one optimizer"):
         await trainer(optimizer=spec).fit(Samples())
+
+
+async def test_numbers_that_an_optimizer_keeps_in_its_groups_go_back_as_well() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["k"] = group.get("k", 0) + 1
+            return super().step(closure)
+
+    fitted = trainer(optimizer=Counting)
+    await fitted.fit(Samples(), max_epochs=2)
+    assert fitted.optimizer is not None
+    assert fitted.optimizer.param_groups[0]["k"] == 26 - 4 - 3  # as many as the average took in

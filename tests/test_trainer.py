@@ -1655,3 +1655,21 @@ async def test_an_error_of_an_earlier_life_is_forgotten(tmp_path: Path) -> None:
     await fitted.fit(Samples())
     assert not (tmp_path / "error.json").exists()
     assert fitted.logger is not None
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"name": "cosine", "warmup": "1epoch"}, {"name": "cosine", "interval": "epoch"}, "linear"]
+)
+async def test_a_trainer_that_never_fitted_saves_whatever_its_schedule_needs_to_know(
+    scheduler: Any, tmp_path: Path
+) -> None:
+    fresh = trainer(scheduler=scheduler)
+    fresh.model.eval()
+    path = await fresh.save_checkpoint(tmp_path / "c")
+    assert not fresh.model.training
+    other = trainer(scheduler=scheduler)
+    await other.load_checkpoint(path)
+    whole = trainer(scheduler=scheduler)
+    for each in (other, whole):
+        await each.fit(Samples(), max_epochs=2)
+    assert same(other.model, whole.model)
