@@ -127,12 +127,21 @@ class Parts:
         self.evaluator = self._evaluator()
 
     def build(self) -> None:
-        """Bring the model to its device and make the optimizer."""
+        """Bring the model to its device and make the optimizer; where that is refused, the model is as it was."""
         self.model.to(self.options.device)
+        required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            self._build()
+        except BaseException:
+            for parameter, before in required:
+                parameter.requires_grad_(before)
+            raise
         if self.options.recompute:
             recompute(self.model, self.options.recompute, compiled=self.options.compile is not None)
         if self.options.compile is not None:
             self.compiled = Compiled(self.model, self.options.compile, self.options.device)
+
+    def _build(self) -> None:
         if self.options.freeze:
             self.freezing = Freezing(self.model, self.options.freeze)
         if is_several(self.optimizer_spec):

@@ -1673,3 +1673,14 @@ async def test_a_trainer_that_never_fitted_saves_whatever_its_schedule_needs_to_
     for each in (other, whole):
         await each.fit(Samples(), max_epochs=2)
     assert same(other.model, whole.model)
+
+
+def test_a_trainer_that_is_refused_leaves_the_model_as_it_was() -> None:
+    model = network()
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    with pytest.raises(ConfigError, match="adamww"):
+        Trainer(model, nn.MSELoss(), freeze="^0", gradient_checkpointing=True, compile=True, optimizer="adamww")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+    assert not any(getattr(module, "_compiled_call_impl", None) for module in model.modules())
