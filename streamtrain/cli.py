@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -147,12 +147,7 @@ def validate(
     flags: Annotated[RunFlags | None, Parameter(name="*")] = None,
 ) -> int:
     """Measure a checkpoint on the run's validation data, or others."""
-    from streamtrain import run_commands
-
-    found = run_commands.find(run, checkpoint)
-    typed = [*_sets(set_ or ()), *assignments(flags)]
-    _print(run_commands.in_words(run_commands.measure(found, "validate", typed, level=logging.INFO), as_json=json))
-    return 0
+    return _measure("validate", run, checkpoint, json, set_, flags)
 
 
 @command
@@ -166,11 +161,22 @@ def evaluate(
     flags: Annotated[RunFlags | None, Parameter(name="*")] = None,
 ) -> int:
     """The same as a test: named test_..., and kept in the run's log."""
+    return _measure("evaluate", run, checkpoint, json, set_, flags)
+
+
+def _measure(
+    kind: Literal["validate", "evaluate"],
+    run: str,
+    checkpoint: str | None,
+    json: bool,
+    sets: list[str] | None,
+    flags: RunFlags | None,
+) -> int:
     from streamtrain import run_commands
 
     found = run_commands.find(run, checkpoint)
-    typed = [*_sets(set_ or ()), *assignments(flags)]
-    _print(run_commands.in_words(run_commands.measure(found, "evaluate", typed, level=logging.INFO), as_json=json))
+    typed = [*_sets(sets or ()), *assignments(flags)]
+    _print(run_commands.in_words(run_commands.measure(found, kind, typed, level=logging.INFO), as_json=json))
     return 0
 
 

@@ -202,9 +202,4 @@ class ManualStep(TrainStep):
         if self._scheduled:
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
             self.lr.after_update()
-        if self._rated:
-            self._samples += sum(self.tally.counts[-self._group :])
-        self.step += 1
-        report.updates += 1
-        report.cursor = self._cursor
-        self._begin_group()
+        self._end_group(report)

@@ -295,14 +295,18 @@ class TrainStep:
                 self.lr.after_update()
         else:
             self._refuse(report)
+        self._end_group(report)
+        if self._rollback is not None:
+            self._rollback.keep(self.step)
+
+    def _end_group(self, report: Report) -> None:
+        """Count the update that was made of the group, or refused."""
         if self._rated:
             self._samples += sum(self.tally.counts[-self._group :])
         self.step += 1
         report.updates += 1
         report.cursor = self._cursor
         self._begin_group()
-        if self._rollback is not None:
-            self._rollback.keep(self.step)
 
     def _zero_grad(self) -> None:
         """Drop the gradients. torch's own method does the same, and records each call: 9 us a step."""
