@@ -29,6 +29,7 @@ BENCHES = {
     "equal": "weights after fit against a bare loop with the same batches",
     "memory": "memory over that of an open stream, for a pass over 4 GiB in 256 MiB",
     "fit_memory": "the most memory that fit takes over a bare loop with the same batches",
+    "million": "a million steps with all loggers: memory, rotated files, lines",
     "slow": "a step beside a callback that takes a second an event, over one without",
     "passes": "200 passes in one process: descriptors, threads, tasks and memory",
     "fits": "200 fits in one loop, and two at a time: what is left, and whether each is what it is alone",

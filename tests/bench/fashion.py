@@ -77,7 +77,7 @@ async def streamed(stores: dict[str, Path], epochs: int, seed: int) -> float:
     data: dict[str, Any] = {
         "inputs": "images",
         "targets": "labels",
-        "memory": "128MiB",
+        "memory": "256MiB",
         "normalize": {"images": (MEAN, DEVIATION)},
     }
     train = ZarrStream(stores["train"], batch_size=BATCH, shuffle="block", seed=seed, **data)
