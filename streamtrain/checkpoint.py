@@ -12,43 +12,30 @@ process that holds the run's lock.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
-import hashlib
-import json
 import logging
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from torch import Tensor
-
-from streamtrain import tensor_file
+from streamtrain.checkpoint_files import MODEL, OPTIMIZER, STATE, Contents, Damaged, Verified, bytes_in
+from streamtrain.disk import FOLDER, LOCAL, LOOK, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
-from streamtrain.state import Json, Snapshot, decode, encode
+from streamtrain.state import Snapshot, decode
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FILES = (MODEL, OPTIMIZER, STATE)
-"""What the manifest lists, in the order of writing."""
 _NAME = re.compile(r"step-(\d+)")
 _STALE = re.compile(r"\.(tmp|old)-(.+)-[0-9a-f]{8}")
 """Half-made or discarded folders: `tmp` may always go; `old` was the target until its successor took the name."""
-_PIECE = 4 << 20
-_MAX_MANIFEST = 1 << 20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +63,7 @@ class Entry:
     """None if it is valid; else the file, a comma, and the reason."""
 
 
-class _Damaged(Exception):
-    """This file is not what was committed, for this reason."""
-
-    def __init__(self, file: str, reason: str) -> None:
-        super().__init__(f"{file}, {reason}")
-
-
-def commit(folder: Path, snapshot: Snapshot, *, replace: bool = False) -> Committed:
+def commit(folder: Path, snapshot: Snapshot, *, replace: bool = False, disk: Disk = LOCAL) -> Committed:
     """Write `snapshot` as the checkpoint folder `folder`; it is durable when this returns, else there is none.
 
     With `replace` a folder that stands there stays whole until the new one takes its name in one step. Memory: one
@@ -92,42 +72,41 @@ def commit(folder: Path, snapshot: Snapshot, *, replace: bool = False) -> Commit
     """
     started = time.perf_counter()
     folder = Path(os.path.abspath(folder))
-    contents = _Contents(snapshot)
-    if not replace and os.path.lexists(folder):
-        raise CheckpointError(f"{folder} exists already", hint="choose another name, or ask for it to be replaced")
+    contents = Contents(snapshot)
     try:
-        _make_folder(folder.parent)
-        _check_space(folder.parent, contents.bytes)
-        with _staging(folder) as (staging, descriptor):
-            contents.write(staging)
-            os.fsync(descriptor)
-            _publish(staging, folder, replace=replace)
+        if not replace and _there(folder, disk):
+            raise CheckpointError(f"{folder} exists already", hint="choose another name, or ask for it to be replaced")
+        _make_folder(folder.parent, disk)
+        _check_space(folder.parent, contents.bytes, disk)
+        with _staging(folder, disk) as staging:
+            contents.write(staging.path, disk)
+            disk.fsync(staging.descriptor)
+            _publish(staging, folder, replace=replace, disk=disk)
     except OSError as error:
-        _refuse(error, folder, contents.bytes)
+        _refuse(error, folder, contents.bytes, disk)
     return Committed(folder, contents.bytes, time.perf_counter() - started)
 
 
-def read(path: Path) -> Snapshot:
+def read(path: Path, *, disk: Disk = LOCAL) -> Snapshot:
     """Read the checkpoint folder `path`, each tensor into fresh memory.
 
     Sizes and digests of all files are verified before anything is parsed, on the same open files. Raises
     CheckpointError with the file and the reason.
     """
     try:
-        with ExitStack() as stack:
-            files = _open_verified(path, stack)
-            model = _read_tensors(files, MODEL)
-            others = _read_tensors(files, OPTIMIZER)
-            document = _read_json(files)
+        with Verified(path, disk) as files:
+            model = files.tensors(MODEL)
+            others = files.tensors(OPTIMIZER)
+            document = files.document()
             weights = decode(document["model"], model, where="model")
             if not isinstance(weights, dict):
-                raise _Damaged(STATE, "its model is no table of names")
+                raise Damaged(STATE, "its model is no table of names")
             return Snapshot(
                 model=weights,
                 optimizer=decode(document["optimizer"], others, where="optimizer"),
                 state=decode(document["state"], others, where="state"),
             )
-    except _Damaged as damage:
+    except Damaged as damage:
         raise CheckpointError(
             f"checkpoint {path}: {damage}", hint="`streamtrain checkpoints RUN` lists the good ones"
         ) from None
@@ -135,23 +114,23 @@ def read(path: Path) -> Snapshot:
         raise CheckpointError(f"checkpoint {path}: {STATE}, {error}", hint=error.hint) from error
 
 
-def scan(checkpoints: Path, *, deep: bool = True) -> list[Entry]:
+def scan(checkpoints: Path, *, deep: bool = True, disk: Disk = LOCAL) -> list[Entry]:
     """All folders `step-<number>` in `checkpoints`, oldest first, each verified.
 
     Without `deep` digests are left out: only what the manifest and the sizes tell. A missing folder has none.
     """
-    return [_examine(path, step, deep=deep) for step, path in _named(checkpoints)]
+    return [_examine(path, step, disk, deep=deep) for step, path in _named(checkpoints, disk)]
 
 
-def newest_valid(checkpoints: Path) -> Entry | None:
+def newest_valid(checkpoints: Path, *, disk: Disk = LOCAL) -> Entry | None:
     """The newest checkpoint that passes all tests, or None if there is none at all.
 
     Damaged newer ones are warned of in the log. Raises CheckpointError with each one's reason if there are some and
     none is valid: to start over silently would throw the run away. Call `sweep` before.
     """
     damaged: list[Entry] = []
-    for step, path in reversed(_named(checkpoints)):
-        entry = _examine(path, step, deep=True)
+    for step, path in reversed(_named(checkpoints, disk)):
+        entry = _examine(path, step, disk, deep=True)
         if entry.problem is None:
             for other in damaged:
                 message = "checkpoint %s is damaged (%s): going back to %s repeats %d steps"
@@ -167,242 +146,202 @@ def newest_valid(checkpoints: Path) -> Entry | None:
     )
 
 
-def prune(checkpoints: Path, keep: Collection[str]) -> list[str]:
+def prune(checkpoints: Path, keep: Collection[str], *, disk: Disk = LOCAL) -> list[str]:
     """Remove all `step-<number>` folders but those named in `keep`; the names removed, oldest first.
 
-    A folder loses its name before it loses its files, so a death in between leaves none half-removed. If none of
-    `keep` is there, nothing is removed. Raises EnvironmentProblem if the disk refuses.
+    Folders lose their names, durably, before they lose their files: a death or a power cut in between leaves none
+    half-removed. If none of `keep` is there, nothing is removed. Raises EnvironmentProblem if the disk refuses.
     """
-    named = _named(checkpoints)
+    named = _named(checkpoints, disk)
     if not any(path.name in keep for _, path in named):
         return []
     removed = [path for _, path in named if path.name not in keep]
     try:
-        for path in removed:
-            discarded = _beside(path, "tmp")
-            os.rename(path, discarded)
-            _remove(discarded)
+        discarded = [_beside(path, "tmp") for path in removed]
+        for path, aside in zip(removed, discarded, strict=True):
+            disk.rename(path, aside)
         if removed:
-            _sync_folder(checkpoints)
+            _sync_folder(checkpoints, disk)
+        for aside in discarded:
+            _remove(aside, disk)
     except OSError as error:
         raise EnvironmentProblem(f"can't remove old checkpoints in {checkpoints}: {error}") from error
     return [path.name for path in removed]
 
 
-def sweep(checkpoints: Path) -> list[str]:
+def sweep(checkpoints: Path, *, disk: Disk = LOCAL) -> list[str]:
     """Remove what commits and prunes that died left behind; the names removed.
 
     A folder that was being replaced gets its name back if its successor did not arrive. A commit under way in another
-    process or thread is left alone. Never raises for a folder that can't be removed: it is said in the log.
+    process or thread is left alone. Never raises: what can't be removed is said in the log.
     """
-    swept: list[str] = []
-    if not checkpoints.is_dir():
-        return swept
-    for path in sorted(checkpoints.iterdir()):
-        match = _STALE.fullmatch(path.name)
-        if match is None or _in_use(path):
-            continue
-        try:
-            original = checkpoints / match[2]
-            if match[1] == "old" and not os.path.lexists(original):
-                os.rename(path, original)
-                _sync_folder(checkpoints)
-                logger.warning("checkpoint %s was being replaced when its process died: the old one stands", original)
-                continue
-            _remove(path)
-            swept.append(path.name)
-        except OSError as error:
-            logger.warning("can't remove %s: %s", path, error)
-    return swept
-
-
-class _Contents:
-    """A snapshot laid out as files, nothing of it written or copied yet."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        model_json, model = encode(snapshot.model, where="model", views=False)
-        rest = {"optimizer": snapshot.optimizer, "state": snapshot.state}
-        rest_json, others = encode(rest)
-        document = {"format": FORMAT, "model": model_json, **rest_json}
-        aliases = {
-            name: reference["$tensor"]
-            for name, reference in model_json.items()
-            if isinstance(reference, dict) and reference.get("$tensor", name) != name and name != "format"
-        }
-        self._state = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-        self._model = tensor_file.plan(model, aliases)
-        self._others = tensor_file.plan(others, {})
-        self._step = snapshot.state.get("step") if isinstance(snapshot.state, dict) else None
-        sizes = tensor_file.size(*self._model), tensor_file.size(*self._others), len(self._state)
-        self._manifest_bytes = len(
-            self._manifest({name: ("0" * 64, size) for name, size in zip(FILES, sizes, strict=True)})
-        )
-        self.bytes = sum(sizes) + self._manifest_bytes
-
-    def write(self, folder: Path) -> None:
-        """Write and sync all files into an empty folder, the manifest last."""
-        digests: dict[str, tuple[str, int]] = {}
-        with _DigestedFile(folder / MODEL) as file:
-            tensor_file.write(file.write, *self._model)
-            digests[MODEL] = file.finish()
-        with _DigestedFile(folder / OPTIMIZER) as file:
-            tensor_file.write(file.write, *self._others)
-            digests[OPTIMIZER] = file.finish()
-        with _DigestedFile(folder / STATE) as file:
-            file.write(memoryview(self._state))
-            digests[STATE] = file.finish()
-        with _DigestedFile(folder / MANIFEST) as file:
-            file.write(memoryview(self._manifest(digests)))
-            file.finish()
-
-    def _manifest(self, digests: dict[str, tuple[str, int]]) -> bytes:
-        files = {name: {"sha256": digest, "bytes": size} for name, (digest, size) in digests.items()}
-        document: dict[str, Json] = {"format": FORMAT, "files": files}
-        if type(self._step) is int:
-            document["step"] = self._step
-        return _canonical({**document, "sha256": hashlib.sha256(_canonical(document)).hexdigest()})
-
-
-def _canonical(document: dict[str, Json]) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-class _DigestedFile:
-    """A new file that is digested while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def __enter__(self) -> _DigestedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def write(self, data: memoryview) -> None:
-        for start in range(0, len(data), _PIECE):
-            piece = data[start : start + _PIECE]
-            self._digest.update(piece)
-            self._size += len(piece)
-            while piece:
-                piece = piece[os.write(self._fd, piece) :]
-
-    def finish(self) -> tuple[str, int]:
-        """Make it durable; its SHA-256 in hexadecimal and its size in bytes."""
-        os.fsync(self._fd)
-        if os.fstat(self._fd).st_size != self._size:
-            raise OSError(errno.EIO, f"the file does not hold the {self._size} bytes written to it")
-        return self._digest.hexdigest(), self._size
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, each durable in its own parent."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    with suppress(FileExistsError):
-        os.mkdir(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        names = [name for name in sorted(disk.names(checkpoints)) if _STALE.fullmatch(name)]
+        stale = [checkpoints / name for name in names if not _in_use(checkpoints / name, disk)]
+        stale = [path for path in stale if not _given_back(path, disk)]
+        if names:
+            _sync_folder(checkpoints, disk)  # the names as they are may not be durable, and what has none goes
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        logger.warning("can't clear up in %s: %s", checkpoints, error)
+        return []
+    return [path.name for path in stale if _removed(path, disk)]
+
+
+def _given_back(path: Path, disk: Disk) -> bool:
+    """Whether this folder was being replaced, and has its name again."""
+    match = _STALE.fullmatch(path.name)
+    assert match is not None
+    original = path.parent / match[2]
+    if match[1] != "old" or _there(original, disk):
+        return False
+    disk.rename(path, original)
+    logger.warning("checkpoint %s was being replaced when its process died: the old one stands", original)
+    return True
+
+
+def _removed(path: Path, disk: Disk) -> bool:
+    try:
+        _remove(path, disk)
+    except OSError as error:
+        logger.warning("can't remove %s: %s", path, error)
+        return False
+    return True
+
+
+def _make_folder(folder: Path, disk: Disk) -> None:
+    """Make a folder and its missing parents, each durable in its own parent."""
+    if _is_folder(folder, disk):
+        return
+    _make_folder(folder.parent, disk)
+    with suppress(FileExistsError):
+        disk.mkdir(folder)
+    _sync_folder(folder.parent, disk)
+
+
+def _sync_folder(folder: Path, disk: Disk) -> None:
+    descriptor = disk.open(folder, FOLDER)
+    try:
+        disk.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        disk.close(descriptor)
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    if _free(folder) < needed:
+def _check_space(folder: Path, needed: int, disk: Disk) -> None:
+    if disk.free(folder) < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _free(folder: Path) -> int:
-    """Bytes that the file system leaves to us."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+def _there(path: Path, disk: Disk) -> bool:
+    """Whether something has this name, be it a link to nowhere."""
+    try:
+        disk.stat(path, follow=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _is_folder(path: Path, disk: Disk, *, follow: bool = True) -> bool:
+    try:
+        return stat.S_ISDIR(disk.stat(path, follow=follow).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _beside(folder: Path, kind: str) -> Path:
     return folder.parent / f".{kind}-{folder.name}-{secrets.token_hex(4)}"
 
 
+@dataclass
+class _Staging:
+    path: Path
+    descriptor: int
+    moved: bool = False
+    """Whether names were moved: what lies under this one may be what the medium knows under another."""
+
+
 @contextmanager
-def _staging(folder: Path) -> Iterator[tuple[Path, int]]:
+def _staging(folder: Path, disk: Disk) -> Iterator[_Staging]:
     """A temp folder beside `folder`, locked while we live so that no sweep takes it; gone at the end if still there."""
     path = _beside(folder, "tmp")
-    os.mkdir(path)
+    disk.mkdir(path)
+    moved = False
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = disk.open(path, FOLDER)
+        staging = _Staging(path, descriptor)
         try:
             with suppress(OSError):  # file systems without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield path, descriptor
+                disk.lock(descriptor)
+            yield staging
         finally:
-            os.close(descriptor)
+            moved = staging.moved
+            disk.close(descriptor)
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # the next sweep takes what is left
+            if moved:
+                _sync_folder(folder.parent, disk)
+            _remove(path, disk)
 
 
-def _in_use(path: Path) -> bool:
+def _in_use(path: Path, disk: Disk) -> bool:
     """Whether a living commit holds this temp folder."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = disk.open(path, LOOK)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        disk.lock(descriptor)
     except BlockingIOError:
         return True
     except OSError:
         return False
     finally:
-        os.close(descriptor)
+        disk.close(descriptor)
     return False
 
 
-def _publish(staging: Path, folder: Path, *, replace: bool) -> None:
-    """Give the finished folder its name, durably; whatever had it before is discarded afterwards."""
-    if not (replace and os.path.lexists(folder)):
-        os.rename(staging, folder)
-    elif not _exchange(staging, folder):
-        old = _beside(folder, "old")
-        os.rename(folder, old)  # a death between these two is mended by sweep
-        os.rename(staging, folder)
-        _sync_folder(folder.parent)
-        _remove(old)
-    _sync_folder(folder.parent)
+def _publish(staging: _Staging, folder: Path, *, replace: bool, disk: Disk) -> None:
+    """Give the finished folder its name, durably, else none; whatever had it before is discarded afterwards."""
+    path, old = staging.path, _beside(folder, "old")
+    staging.moved = True
+    with ExitStack() as undo:
+        if not (replace and _there(folder, disk)):
+            disk.rename(path, folder)
+            undo.callback(_try, disk.rename, folder, path)
+        elif disk.exchange(path, folder):
+            undo.callback(_try, disk.exchange, path, folder)
+        else:
+            disk.rename(folder, old)  # a death between these two is mended by sweep
+            undo.callback(_try, disk.rename, old, folder)
+            disk.rename(path, folder)
+            undo.callback(_try, disk.rename, folder, path)
+        _sync_folder(folder.parent, disk)
+        undo.pop_all()
+    if _there(old, disk):
+        _removed(old, disk)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, where the kernel and the file system can."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(other))
+def _try(operation: Callable[[Path, Path], object], one: Path, other: Path) -> None:
+    """Take back what can be taken back; else both folders stay, each whole, for the next sweep."""
+    with suppress(OSError):
+        operation(one, other)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
+def _remove(path: Path, disk: Disk) -> None:
+    """Remove a file or link, or a folder with all that is in it."""
+    if not _is_folder(path, disk, follow=False):
+        return disk.unlink(path)
+    for name in disk.names(path):
+        _remove(path / name, disk)
+    return disk.rmdir(path)
 
 
-def _refuse(error: OSError, folder: Path, needed: int) -> NoReturn:
+def _refuse(error: OSError, folder: Path, needed: int, disk: Disk) -> NoReturn:
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         raise CheckpointError(f"{folder} exists already") from error
     try:
-        free = f"{_free(_existing(folder.parent)):,} bytes are free"
+        free = f"{disk.free(_existing(folder.parent, disk)):,} bytes are free"
     except OSError:
         free = "how many are free can't be told"
     cause = "the disk is full" if error.errno in _NO_SPACE else "the disk refuses"
@@ -413,134 +352,28 @@ def _refuse(error: OSError, folder: Path, needed: int) -> NoReturn:
     ) from error
 
 
-def _existing(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
+def _existing(folder: Path, disk: Disk) -> Path:
+    while not _is_folder(folder, disk) and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
-def _named(checkpoints: Path) -> list[tuple[int, Path]]:
+def _named(checkpoints: Path, disk: Disk) -> list[tuple[int, Path]]:
     """Step and path of all `step-<number>`, oldest first."""
     try:
-        found = [(match, path) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name))]
+        found = [match for name in disk.names(checkpoints) if (match := _NAME.fullmatch(name))]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"can't list the checkpoints in {checkpoints}: {error.strerror}") from error
-    return sorted((int(match[1]), path) for match, path in found)
+    return sorted((int(match[1]), checkpoints / match[0]) for match in found)
 
 
-def _examine(path: Path, step: int, *, deep: bool) -> Entry:
+def _examine(path: Path, step: int, disk: Disk, *, deep: bool) -> Entry:
     problem = None
     try:
-        with ExitStack() as stack:
-            _open_verified(path, stack, deep=deep)
-    except _Damaged as damage:
+        with Verified(path, disk, deep=deep):
+            pass
+    except Damaged as damage:
         problem = str(damage)
-    return Entry(path, path.name, step, _bytes_in(path), problem)
-
-
-def _bytes_in(path: Path) -> int:
-    total = 0
-    for name in (*FILES, MANIFEST):
-        with suppress(OSError):
-            total += os.stat(path / name).st_size
-    return total
-
-
-def _open_verified(path: Path, stack: ExitStack, *, deep: bool = True) -> dict[str, int]:
-    """Open all files of a checkpoint and verify them; their descriptors by name. Raises _Damaged."""
-    if path.is_file():
-        raise _Damaged(
-            path.name, "is a file, not a checkpoint folder (pickled checkpoints such as .pt are never loaded)"
-        )
-    manifest = _open(path, MANIFEST, stack)
-    listed = _parse_manifest(_whole(manifest))
-    files = {name: _open(path, name, stack) for name in FILES}
-    for name, fd in files.items():
-        size = os.fstat(fd).st_size
-        if size != listed[name]["bytes"]:
-            raise _Damaged(name, f"it has {size:,} bytes in place of {listed[name]['bytes']:,}")
-    for name, fd in files.items() if deep else ():
-        if _sha256(fd, name) != listed[name]["sha256"]:
-            raise _Damaged(name, "its SHA-256 is not the one in the manifest")
-    return files
-
-
-def _open(path: Path, name: str, stack: ExitStack) -> int:
-    try:
-        fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise _Damaged(name, "it is missing" if path.is_dir() else "there is no such folder") from None
-    except OSError as error:
-        raise _Damaged(name, f"it can't be opened: {error.strerror}") from error
-    stack.callback(os.close, fd)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise _Damaged(name, "it is no regular file")
-    return fd
-
-
-def _whole(fd: int) -> bytes:
-    try:
-        return os.pread(fd, _MAX_MANIFEST, 0)
-    except OSError as error:
-        raise _Damaged(MANIFEST, f"it can't be read: {error.strerror}") from error
-
-
-def _parse_manifest(text: bytes) -> dict[str, dict[str, Any]]:
-    try:
-        document = json.loads(text)
-        version, digest = document["format"], document.pop("sha256", None)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _Damaged(MANIFEST, "it is no manifest") from None
-    if type(version) is int and version > FORMAT:
-        raise _Damaged(
-            MANIFEST, f"format {version} is newer than this streamtrain reads ({FORMAT}): update streamtrain"
-        )
-    if digest != hashlib.sha256(_canonical(document)).hexdigest():
-        raise _Damaged(MANIFEST, "its own SHA-256 does not fit")
-    if text != _canonical({**document, "sha256": digest}):
-        raise _Damaged(MANIFEST, "it was changed after it was written")
-    files = document.get("files")
-    listed = isinstance(files, dict) and set(files) == set(FILES)
-    if version != FORMAT or not listed or not all(_is_listing(entry) for entry in files.values()):
-        raise _Damaged(MANIFEST, f"it is not of format {FORMAT}")
-    return dict(files)
-
-
-def _is_listing(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
-
-
-def _sha256(fd: int, name: str) -> str:
-    digest, buffer, offset = hashlib.sha256(), bytearray(1 << 20), 0
-    window = memoryview(buffer)
-    try:
-        while count := os.preadv(fd, [buffer], offset):
-            digest.update(window[:count])
-            offset += count
-    except OSError as error:
-        raise _Damaged(name, f"it can't be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def _read_tensors(files: dict[str, int], name: str) -> dict[str, Tensor]:
-    try:
-        return tensor_file.read(files[name])
-    except tensor_file.Malformed as error:
-        raise _Damaged(name, str(error)) from None
-    except OSError as error:
-        raise _Damaged(name, f"it can't be read: {error.strerror}") from error
-
-
-def _read_json(files: dict[str, int]) -> dict[str, Json]:
-    try:
-        with os.fdopen(os.dup(files[STATE]), "rb") as file:
-            document = json.loads(file.read())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _Damaged(STATE, f"it can't be read: {error!s:.120}") from error
-    if not isinstance(document, dict) or not {"model", "optimizer", "state"} <= document.keys():
-        raise _Damaged(STATE, "it does not hold model, optimizer and state")
-    if unknown := document.keys() - {"format", "model", "optimizer", "state"}:
-        raise _Damaged(STATE, f"nobody knows its {', '.join(sorted(unknown))}")
-    return document
+    return Entry(path, path.name, step, bytes_in(path, disk), problem)

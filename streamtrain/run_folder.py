@@ -6,18 +6,19 @@ events by their loggers.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
 import os
 import socket
+import stat
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streamtrain.disk import LOCAL, OVER, Disk
 from streamtrain.errors import EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ LOCK = ".lock"
 class RunFolder:
     """The folder `path` of one run. It is made by `lock`; nothing is touched before."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, disk: Disk = LOCAL) -> None:
         self.path = Path(os.path.abspath(path))
+        self._disk = disk
         self._lock: int | None = None
 
     @property
@@ -45,28 +47,32 @@ class RunFolder:
         if self._lock is not None:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._make(self.path)
+            descriptor = self._disk.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                self._take(descriptor)
+            except BaseException:
+                self._disk.close(descriptor)
+                raise
         except OSError as error:
             raise EnvironmentProblem(
                 f"the run folder {self.path} can't be written: {error.strerror}",
                 hint="choose another run_dir, or mend its permissions",
             ) from error
-        try:
-            self._take(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
         self._lock = descriptor
 
     def release(self) -> None:
         """Let others have the folder; does nothing if it is not held."""
         if self._lock is not None:
             descriptor, self._lock = self._lock, None
-            os.ftruncate(descriptor, 0)
-            # A forked child may hold the same lock: closing alone would leave it locked.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
+            try:
+                self._disk.truncate(descriptor, 0)
+                # A forked child may hold the same lock: closing alone would leave it locked.
+                self._disk.unlock(descriptor)
+            except OSError as error:
+                logger.warning("%s could not be given free: %s", self.path / LOCK, error.strerror)
+            finally:
+                self._disk.close(descriptor)
 
     def __enter__(self) -> RunFolder:
         self.lock()
@@ -99,35 +105,54 @@ class RunFolder:
 
     def _take(self, descriptor: int) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._disk.lock(descriptor)
         except BlockingIOError:
             raise EnvironmentProblem(
-                f"the run folder {self.path} is in use by {_holder(descriptor)}",
+                f"the run folder {self.path} is in use by {_holder(descriptor, self._disk)}",
                 hint="wait for it, stop it, or choose another run_dir",
             ) from None
         except OSError as error:
             logger.warning("%s can't be locked (%s): nothing keeps a second process out", self.path, error.strerror)
         holder = {"pid": os.getpid(), "since": _now(), "host": socket.gethostname()}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _json(holder).encode(), 0)
+        self._disk.truncate(descriptor, 0)
+        self._write(descriptor, _json(holder))
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder and its missing parents."""
+        try:
+            self._disk.mkdir(folder)
+        except FileNotFoundError:
+            self._make(folder.parent)
+            self._disk.mkdir(folder)
+        except OSError:  # what refuses a folder that is there differs from one file system to the other
+            if not stat.S_ISDIR(self._disk.stat(folder).st_mode):
+                raise
+
+    def _write(self, descriptor: int, text: str) -> None:
+        left = memoryview(text.encode())
+        while left:
+            left = left[self._disk.write(descriptor, left) :]
 
     def _replace(self, name: str, text: str, *, durable: bool) -> None:
         """Write beside the target, then rename; `durable` also survives a power cut. Raises EnvironmentProblem."""
         temp = self.path / f".{name}.tmp"
         try:
-            with open(temp, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
+            descriptor = self._disk.open(temp, OVER)
+            try:
+                self._write(descriptor, text)
                 if durable:
-                    os.fsync(file.fileno())
-            os.replace(temp, self.path / name)
+                    self._disk.fsync(descriptor)
+            finally:
+                self._disk.close(descriptor)
+            self._disk.rename(temp, self.path / name)
         except OSError as error:
             raise EnvironmentProblem(f"{self.path / name} can't be written: {error.strerror}") from error
 
 
-def _holder(descriptor: int) -> str:
+def _holder(descriptor: int, disk: Disk) -> str:
+    text = bytearray(4096)
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        holder = json.loads(text[: disk.read(descriptor, memoryview(text), 0)])
         pid, since, host = int(holder["pid"]), str(holder["since"]), str(holder["host"])
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -14,6 +14,7 @@ from pathlib import Path
 from streamtrain import checkpoint
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
+from streamtrain.disk import LOCAL, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem, StreamtrainError
 from streamtrain.file_thread import Files
 from streamtrain.state import Snapshot
@@ -35,8 +36,8 @@ def folder_name(step: int) -> str:
 class Saver:
     """The saves of one fit."""
 
-    def __init__(self, checkpoints: Path, rule: ModelCheckpoint, files: Files) -> None:
-        self.checkpoints, self.rule, self.files = checkpoints, rule, files
+    def __init__(self, checkpoints: Path, rule: ModelCheckpoint, files: Files, *, disk: Disk = LOCAL) -> None:
+        self.checkpoints, self.rule, self.files, self._disk = checkpoints, rule, files, disk
         self.last: Path | None = None
         """The last committed checkpoint."""
         self.pins: Callable[[], Collection[str]] = tuple
@@ -97,7 +98,8 @@ class Saver:
     ) -> None:
         target = path or self.path(step)
         try:
-            committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=path is None))
+            replace = path is None
+            committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=replace, disk=self._disk))
             if path is None:
                 self._failures, self.last = 0, committed.path
             await told(committed)
@@ -127,8 +129,8 @@ class Saver:
 
     async def _prune(self) -> None:
         try:
-            entries = await self.files(lambda: checkpoint.scan(self.checkpoints, deep=False))
+            entries = await self.files(lambda: checkpoint.scan(self.checkpoints, deep=False, disk=self._disk))
             stay = self.rule.retain(entries, pins=self.pins())
-            await self.files(lambda: checkpoint.prune(self.checkpoints, stay))
+            await self.files(lambda: checkpoint.prune(self.checkpoints, stay, disk=self._disk))
         except StreamtrainError as error:
             logger.warning("%s", error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -81,14 +80,14 @@ def write(sink: Callable[[memoryview], object], head: bytes, tensors: list[Tenso
             sink(_memory(tensor.to("cpu").contiguous()))
 
 
-def read(fd: int) -> dict[str, Tensor]:
-    """Read all tensors of an open file into fresh memory, in the file's order.
+def read(source: Callable[[memoryview, int], int], total: int) -> dict[str, Tensor]:
+    """Read all tensors of a file of `total` bytes into fresh memory, in the file's order.
 
-    The header is not believed: what it claims is checked against the file's size before memory is taken. Raises
-    Malformed, or OSError.
+    `source(into, offset)` fills memory with the file's bytes from `offset` on and tells how many came. The header is
+    not believed: what it claims is checked against the file's size before memory is taken. Raises Malformed, or what
+    `source` raises.
     """
-    total = os.fstat(fd).st_size
-    start, header, notes = _header(fd, total)
+    start, header, notes = _header(source, total)
     foreign = _foreign_dtypes(notes)
     tensors: dict[str, Tensor] = {}
     expected = 0
@@ -104,7 +103,7 @@ def read(fd: int) -> dict[str, Tensor]:
         except (RuntimeError, TypeError, OverflowError) as error:
             raise Malformed(f"tensor {name!r:.80} of {dtype} {shape} can't be made: {error!s:.120}") from error
         if last > first:
-            _fill(fd, _memory(tensor), start + first)
+            _fill(source, _memory(tensor), start + first)
         tensors[name] = tensor
         expected = last
     if start + expected != total:
@@ -119,12 +118,17 @@ def _memory(tensor: Tensor) -> memoryview:
     return raw.numpy().data
 
 
-def _header(fd: int, total: int) -> tuple[int, list[tuple[str, torch.dtype, list[int], int, int]], dict[str, Any]]:
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if total < 8 or length > min(total - 8, MAX_HEADER):
+def _header(
+    source: Callable[[memoryview, int], int], total: int
+) -> tuple[int, list[tuple[str, torch.dtype, list[int], int, int]], dict[str, Any]]:
+    if total < 8:
+        raise Malformed(f"it has {total} bytes, which hold no header")
+    length = int.from_bytes(_bytes(source, 8, 0), "little")
+    if length > min(total - 8, MAX_HEADER):
         raise Malformed(f"its header claims {length} bytes of {total}")
+    text = _bytes(source, length, 8)
     try:
-        document = json.loads(os.pread(fd, length, 8))
+        document = json.loads(text)
         notes = document.pop("__metadata__", {})
         return 8 + length, list(_entries(document)), notes
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -151,9 +155,15 @@ def _foreign_dtypes(notes: dict[str, Any]) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _fill(fd: int, memory: memoryview, offset: int) -> None:
+def _bytes(source: Callable[[memoryview, int], int], count: int, offset: int) -> bytes:
+    content = bytearray(count)
+    _fill(source, memoryview(content), offset)
+    return bytes(content)
+
+
+def _fill(source: Callable[[memoryview, int], int], memory: memoryview, offset: int) -> None:
     while memory:
-        count = os.preadv(fd, [memory[: 1 << 30]], offset)
+        count = source(memory[: 1 << 30], offset)
         if not count:
             raise Malformed("it ends early")
         memory, offset = memory[count:], offset + count

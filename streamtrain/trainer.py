@@ -33,6 +33,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.iterable import as_stream
 from streamtrain.data.source import Stream
 from streamtrain.device import resolve_device
+from streamtrain.disk import LOCAL, Disk
 from streamtrain.driving import Driver
 from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem, StreamtrainError
 from streamtrain.evaluation import Evaluator
@@ -190,6 +191,7 @@ class Trainer:
         self._bus: Bus | None = None
         """While the wheel turns."""
         self._lasting: Life | None = None
+        self._disk: Disk = LOCAL
         self._checkpoint: Path | None = None
         self._loaded: Mapping[str, Any] | None = None
         """The state of a checkpoint from which no fit has gone on yet."""
@@ -364,7 +366,7 @@ class Trainer:
         values = await self._evaluate(stream, "test_")
         if self.run_dir is not None and not self._fitting:
             numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-            await self._log_outside(RunFolder(self.run_dir), numbers)
+            await self._log_outside(RunFolder(self.run_dir, disk=self._disk), numbers)
         return values
 
     def predict(
@@ -425,7 +427,7 @@ class Trainer:
         if self._fitting:
             raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
         async with file_thread() as files, train_thread() as thread:
-            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
+            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk).checkpoints
             found = await files(lambda: resume.find(checkpoints, path))
             if found is None:
                 raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
@@ -499,7 +501,7 @@ class Trainer:
         """Open, lock, restore, turn the wheel; closed again in the opposite order."""
         async with AsyncExitStack() as stack:
             files = await stack.enter_async_context(file_thread())
-            folder = None if self.run_dir is None else RunFolder(self.run_dir)
+            folder = None if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk)
             if folder is not None and resume_from is None and not self.state.step:
                 await files(lambda: resume.refuse_unasked(folder.checkpoints))
             context = contextvars.copy_context()  # torch keeps its configuration there
@@ -617,7 +619,7 @@ class Trainer:
 
     def _saver(self, checkpoints: Path, files: Files) -> Saver:
         rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
-        return Saver(checkpoints, rule, files)
+        return Saver(checkpoints, rule, files, disk=self._disk)
 
     def _plan(
         self, limits: Limits, train: Stream, streams: dict[str, Stream], folder: RunFolder | None, path: Path | None
@@ -725,13 +727,13 @@ class Trainer:
                 state["stream"] = self._position[1]
             snapshot = await thread.run(lambda: life.snapshot(state))
             if target is not None:
-                return (await files(lambda: checkpoint.commit(target, snapshot))).path
+                return (await files(lambda: checkpoint.commit(target, snapshot, disk=self._disk))).path
             assert self.run_dir is not None
-            folder = RunFolder(self.run_dir)
+            folder = RunFolder(self.run_dir, disk=self._disk)
             await files(folder.lock)
             try:
                 path = folder.checkpoints / folder_name(self.state.step)
-                return (await files(lambda: checkpoint.commit(path, snapshot, replace=True))).path
+                return (await files(lambda: checkpoint.commit(path, snapshot, replace=True, disk=self._disk))).path
             finally:
                 await files(folder.release)
 

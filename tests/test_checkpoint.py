@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from streamtrain import checkpoint
-from streamtrain.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE
+from streamtrain.checkpoint_files import FILES, MANIFEST, MODEL, OPTIMIZER, STATE
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.state import Snapshot
 
@@ -390,13 +390,17 @@ CHILD = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     from streamtrain import checkpoint
+    from streamtrain.disk import LocalDisk
     from tests.test_checkpoint import snapshot
 
+    class NoSwap(LocalDisk):  # a file system that can't swap names
+        def exchange(self, one, other):
+            return False
+
     def act(what, folder):
-        if what == "replace by two renames":
-            checkpoint._exchange = lambda staging, folder: False  # as where the file system can't swap names
         if what.startswith("replace"):
-            checkpoint.commit(folder / "step-000000001", snapshot(2), replace=True)
+            disk = NoSwap() if what == "replace by two renames" else LocalDisk()
+            checkpoint.commit(folder / "step-000000001", snapshot(2), replace=True, disk=disk)
         elif what == "add":
             checkpoint.commit(folder / "step-000000002", snapshot(2))
         else:

@@ -48,7 +48,7 @@ def opened(path: Path) -> Iterator[int]:
 
 def read(path: Path) -> dict[str, Tensor]:
     with opened(path) as fd:
-        return tensor_file.read(fd)
+        return tensor_file.read(lambda into, offset: os.preadv(fd, [into], offset), os.fstat(fd).st_size)
 
 
 def _tensor(dtype: torch.dtype, shape: list[int], turned: bool) -> Tensor:
