@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -122,9 +123,12 @@ class _DigestedFile:
 class Verified:
     """The files of a checkpoint folder, open and found to be what was committed; closed at the end of the block."""
 
-    def __init__(self, path: Path, disk: Disk, *, deep: bool = True) -> None:
-        """Open all files and verify them; without `deep` their sizes only. Raises Damaged."""
-        self._disk = disk
+    def __init__(self, path: Path, disk: Disk, *, deep: bool = True, cold: bool = False) -> None:
+        """Open all files and verify them; without `deep` their sizes only. `cold`: as the medium has them, not memory.
+
+        Raises Damaged.
+        """
+        self._disk, self._cold = disk, cold
         with ExitStack() as stack:
             self._verify(path, stack, deep=deep)
             self._open_files = stack.pop_all()
@@ -160,23 +164,32 @@ class Verified:
         except OSError as error:
             raise Damaged(name, f"it can't be opened: {error.strerror}") from error
         stack.callback(self._disk.close, fd)
-        if not stat.S_ISREG(self._disk.fstat(fd).st_mode):
+        if not stat.S_ISREG(self._about(fd, name).st_mode):
             raise Damaged(name, "it is no regular file")
         return fd
 
+    def _about(self, fd: int, name: str) -> os.stat_result:
+        try:
+            return self._disk.fstat(fd)
+        except OSError as error:
+            raise Damaged(name, f"it can't be looked at: {error.strerror}") from error
+
     def _size(self, name: str) -> int:
-        return self._disk.fstat(self._files[name]).st_size
+        return self._about(self._files[name], name).st_size
 
     def _sha256(self, name: str) -> str:
         digest, buffer, offset = hashlib.sha256(), bytearray(_READ), 0
         window = memoryview(buffer)
+        if self._cold:
+            with suppress(OSError):  # advice, which a file system may not take
+                self._disk.forget(self._files[name])
         while count := self._read(self._files[name], name, window, offset):
             digest.update(window[:count])
             offset += count
         return digest.hexdigest()
 
     def _content(self, fd: int, name: str, *, most: int) -> bytes:
-        content = bytearray(min(self._disk.fstat(fd).st_size, most))
+        content = bytearray(min(self._about(fd, name).st_size, most))
         window, offset = memoryview(content), 0
         while count := self._read(fd, name, window[offset:], offset):
             offset += count

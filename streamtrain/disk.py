@@ -49,6 +49,9 @@ class Disk(Protocol):
     def fsync(self, fd: int) -> None:
         """Wait until the file's bytes, or the names in the folder, are on the medium."""
 
+    def forget(self, fd: int) -> None:
+        """Drop what memory holds of a synced file, so that the next read is the medium's, where the kernel can."""
+
     def truncate(self, fd: int, size: int) -> None:
         """Give the file a size in bytes."""
 
@@ -109,6 +112,10 @@ class LocalDisk:
     def fsync(self, fd: int) -> None:
         """See Disk."""
         os.fsync(fd)
+
+    def forget(self, fd: int) -> None:
+        """See Disk; posix_fadvise's DONTNEED, which tmpfs and some network file systems don't heed."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, fd: int, size: int) -> None:
         """See Disk."""

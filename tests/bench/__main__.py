@@ -33,6 +33,7 @@ BENCHES = {
     "slow": "a step beside a callback that takes a second an event, over one without",
     "passes": "200 passes in one process: descriptors, threads, tasks and memory",
     "fits": "200 fits in one loop, and two at a time: what is left, and whether each is what it is alone",
+    "crash": "a power cut after each operation of a save: every image of the disk that it may leave, 0 bad",
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
     "shuffle": "whether shuffling is real",
