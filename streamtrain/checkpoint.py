@@ -19,7 +19,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,14 @@ def commit(folder: Path, snapshot: Snapshot, *, replace: bool = False, disk: Dis
     except OSError as error:
         _refuse(error, folder, contents.bytes, disk)
     return Committed(folder, contents.bytes, time.perf_counter() - started)
+
+
+def check_space(folder: Path, needed: int, *, disk: Disk = LOCAL) -> None:
+    """Raise EnvironmentProblem if there is no room for `needed` bytes where `folder` is to be committed."""
+    try:
+        _check_space(_existing(folder.parent, disk), needed, disk)
+    except OSError as error:
+        _refuse(error, folder, needed, disk)
 
 
 def read(path: Path, *, disk: Disk = LOCAL) -> Snapshot:
@@ -317,7 +325,8 @@ def _verify(path: Path, disk: Disk) -> None:
 
 def _publish(staging: _Staging, folder: Path, *, replace: bool, disk: Disk) -> None:
     """Give the finished folder its name, durably, else none; whatever had it before is discarded afterwards."""
-    path, back = staging.path, disk.rename
+    path = staging.path
+    back: Callable[[Path, Path], object] = disk.rename
     staging.moved = True
     if not (replace and _there(folder, disk)):
         disk.rename(path, folder)

@@ -167,6 +167,19 @@ class CheckpointCommitted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFailed(Event):
+    """`on_checkpoint_failed`: a save of this step failed; what was saved before is untouched."""
+
+    path: str = ""
+    """Where it was to lie."""
+    kind: str = "periodic"
+    """As of CheckpointCommitted."""
+    error: BaseException | None = None
+    failures: int = 1
+    """Failed saves in a row; after the third, training ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExceptionRaised(Event):
     """`on_exception`: the fit is about to raise `error`."""
 

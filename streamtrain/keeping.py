@@ -18,7 +18,7 @@ from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Control, Save
 from streamtrain.errors import ConfigError
-from streamtrain.events import CheckpointCommitted, Event, Verdict
+from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Verdict
 from streamtrain.file_thread import Files
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
@@ -118,29 +118,38 @@ class Keeper:
 
     async def save(self, kind: str, request: Save | None = None) -> None:
         """Take a snapshot and have it committed while training goes on."""
-        if self.saver is None:
+        saver = self.saver
+        if saver is None:
             if request is not None:
                 await self._save_elsewhere(request)
-            return
-        await self.saver.wait()  # one at a time: there is memory for one copy
+            return None
+        await saver.wait()  # one at a time: there is memory for one copy
         began = time.perf_counter()
-        path = None if request is None else request.path
-        step, rule = self._life.progress.step, self.saver.rule
+        path, done = (None, None) if request is None else (request.path, request.done)
+        step, rule = self._life.progress.step, saver.rule
+        where = {**self._teller.standing(), "kind": kind}  # of this step, not of the later one
+
+        async def failed(error: Exception, failures: int) -> None:
+            about = {**where, "path": str(saver.path(step)), "error": error, "failures": failures}
+            await self._teller.emit("on_checkpoint_failed", CheckpointFailed, **about)
+
+        if path is None and (problem := await saver.lack_of_room(step, kind=kind, failed=failed)) is not None:
+            self._saved, self._when = self._mark(), time.monotonic()
+            return None if done is None else done(None, problem)
         coming = [best for best in self._coming if best.step == step and path is None]
         snapshot = await self._snapshot(coming, primary=rule.monitor)
         stall = time.perf_counter() - began
         if path is None:
             self._saved, self._when = self._mark(), time.monotonic()
-        fields = {**self._teller.standing(), "kind": kind, "seconds": stall}  # of this step, not of the later one
 
         async def told(committed: Committed) -> None:
             for best in coming:
                 self._life.progress.offer(best, primary=rule.monitor)
-            about = {**fields, "path": str(committed.path), "bytes": committed.bytes}
+            about = {**where, "path": str(committed.path), "bytes": committed.bytes, "seconds": stall}
             await self._teller.emit("on_checkpoint", CheckpointCommitted, **about)
 
-        done = None if request is None else request.done
-        self.saver.begin(snapshot, step, kind=kind, told=told, path=path, done=done)
+        saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done)
+        return None
 
     async def save_all(self, requests: Sequence[Save]) -> None:
         """Save as often as was asked; where that raises, all who wait for one are told before."""

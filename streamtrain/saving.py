@@ -22,9 +22,11 @@ from streamtrain.state import Snapshot
 logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
-"""Periodic saves in a row that may fail while training goes on."""
+"""Saves in a row that may fail: at the last of them training ends."""
 
 Told = Callable[[Committed], Awaitable[None]]
+Failed = Callable[[Exception, int], Awaitable[None]]
+"""Given the error, and how many saves in a row have failed."""
 Done = Callable[[Path | None, BaseException | None], None]
 
 
@@ -36,10 +38,21 @@ def folder_name(step: int) -> str:
 class Saver:
     """The saves of one fit."""
 
-    def __init__(self, checkpoints: Path, rule: ModelCheckpoint, files: Files, *, disk: Disk = LOCAL) -> None:
+    def __init__(
+        self,
+        checkpoints: Path,
+        rule: ModelCheckpoint,
+        files: Files,
+        *,
+        before: Path | None = None,
+        disk: Disk = LOCAL,
+    ) -> None:
+        """`before`: the checkpoint that the run goes on from."""
         self.checkpoints, self.rule, self.files, self._disk = checkpoints, rule, files, disk
-        self.last: Path | None = None
+        self.last = before
         """The last committed checkpoint."""
+        self._bytes = 0
+        """Of the last commit."""
         self.pins: Callable[[], Collection[str]] = tuple
         """Names of checkpoints that must stay."""
         self._task: asyncio.Task[None] | None = None
@@ -72,15 +85,16 @@ class Saver:
         *,
         kind: str,
         told: Told,
+        failed: Failed,
         path: Path | None = None,
         done: Done | None = None,
     ) -> None:
-        """Commit in the background, then await `told`; the save before must be over.
+        """Commit in the background, then await `told`, or else `failed`; the save before must be over.
 
         With `path` it goes there, and a failure concerns only `done`, which is told how it went.
         """
         assert not self.busy
-        commit = self._commit(snapshot, step, kind, told, path, done)
+        commit = self._commit(snapshot, step, kind, told, failed, path, done)
         self._task = asyncio.create_task(commit, name="streamtrain-save")
 
     async def wait(self) -> None:
@@ -93,15 +107,30 @@ class Saver:
         if self._fatal is not None:
             raise self._fatal
 
-    async def _commit(
-        self, snapshot: Snapshot, step: int, kind: str, told: Told, path: Path | None, done: Done | None
-    ) -> None:
-        target = path or self.path(step)
+    async def lack_of_room(self, step: int, *, kind: str, failed: Failed) -> Exception | None:
+        """Why there is no room for a save like the last one, which is then a failed one; None if there is."""
         try:
-            replace = path is None
+            await self.files(lambda: checkpoint.check_space(self.path(step), self._bytes, disk=self._disk))
+        except EnvironmentProblem as error:
+            await self._failed(error, kind, failed)
+            return error
+        return None
+
+    async def _commit(
+        self,
+        snapshot: Snapshot,
+        step: int,
+        kind: str,
+        told: Told,
+        failed: Failed,
+        path: Path | None,
+        done: Done | None,
+    ) -> None:
+        target, replace = path or self.path(step), path is None
+        try:
             committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=replace, disk=self._disk))
             if path is None:
-                self._failures, self.last = 0, committed.path
+                self._failures, self.last, self._bytes = 0, committed.path, committed.bytes
             await told(committed)
             if path is None:
                 await self._prune()
@@ -111,21 +140,31 @@ class Saver:
             if not isinstance(error, Exception):
                 raise
             if path is None:
-                self._failed(error, kind)
+                await self._failed(error, kind, failed)
         else:
             if done is not None:
                 done(committed.path, None)
 
-    def _failed(self, error: Exception, kind: str) -> None:
+    async def _failed(self, error: Exception, kind: str, failed: Failed) -> None:
         self._failures += 1
-        if kind != "end" and isinstance(error, EnvironmentProblem) and self._failures <= MOST_FAILURES:
+        if kind != "end" and isinstance(error, EnvironmentProblem) and self._failures < MOST_FAILURES:
             message = "%s; training goes on (failed saves in a row: %d of %d)"
             logger.warning(message, error, self._failures, MOST_FAILURES)
+        elif isinstance(error, EnvironmentProblem):
+            last = "there is none yet" if self.last is None else f"the last good one is {self.last}"
+            row = f" (failed saves in a row: {self._failures})" if self._failures > 1 else ""
+            self._fatal = EnvironmentProblem(f"{error}{row}; {last}", hint=error.hint)
+            self._fatal.__cause__ = error
         elif isinstance(error, StreamtrainError):
             self._fatal = error
         else:
             self._fatal = CheckpointError(f"a checkpoint could not be saved: {type(error).__name__}: {error}")
             self._fatal.__cause__ = error
+        try:
+            await failed(error, self._failures)
+        except Exception as of_callback:
+            logger.exception("telling the callbacks of a failed save failed")
+            self._fatal = self._fatal or (of_callback if isinstance(of_callback, StreamtrainError) else None)
 
     async def _prune(self) -> None:
         try:

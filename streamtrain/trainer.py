@@ -619,7 +619,7 @@ class Trainer:
 
     def _saver(self, checkpoints: Path, files: Files) -> Saver:
         rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
-        return Saver(checkpoints, rule, files, disk=self._disk)
+        return Saver(checkpoints, rule, files, before=self._checkpoint, disk=self._disk)
 
     def _plan(
         self, limits: Limits, train: Stream, streams: dict[str, Stream], folder: RunFolder | None, path: Path | None

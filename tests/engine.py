@@ -211,6 +211,9 @@ class Recorder(Callback):
     async def on_checkpoint(self, event: Event) -> None:
         self.told.append(("on_checkpoint", event))
 
+    async def on_checkpoint_failed(self, event: Event) -> None:
+        self.told.append(("on_checkpoint_failed", event))
+
     async def on_exception(self, event: Event) -> None:
         self.told.append(("on_exception", event))
 

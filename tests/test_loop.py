@@ -168,8 +168,11 @@ async def test_one_save_at_a_time_and_whoever_stops_waiting_does_not_stop_it(tmp
     async def tell(committed: Committed) -> None:
         told.append(committed.path.name)
 
+    async def failed(error: Exception, failures: int) -> None:
+        raise error
+
     snapshot = Snapshot({"w": torch.zeros(2)}, {}, {"step": 3})
-    saver.begin(snapshot, 3, kind="periodic", told=tell)
+    saver.begin(snapshot, 3, kind="periodic", told=tell, failed=failed)
     assert saver.busy
     waiting = asyncio.create_task(saver.wait())
     await asyncio.sleep(0)
@@ -177,7 +180,7 @@ async def test_one_save_at_a_time_and_whoever_stops_waiting_does_not_stop_it(tmp
     files.gate.set()
     await saver.wait()
     assert (saver.last, told) == (tmp_path / "step-000000003", ["step-000000003"])
-    saver.begin(snapshot, 4, kind="end", told=tell)
+    saver.begin(snapshot, 4, kind="end", told=tell, failed=failed)
     await saver.wait()
     assert names(tmp_path) == ["step-000000004"]
 

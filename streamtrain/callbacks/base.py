@@ -18,6 +18,7 @@ HOOKS: tuple[str, ...] = (
     "on_validation_begin",
     "on_validation_end",
     "on_checkpoint",
+    "on_checkpoint_failed",
     "on_exception",
     "on_interrupt",
     "on_log",

@@ -19,6 +19,7 @@ from streamtrain.callbacks.lines import LineLog, cut
 from streamtrain.errors import StreamtrainError
 from streamtrain.events import (
     CheckpointCommitted,
+    CheckpointFailed,
     EpochBegin,
     EpochEnd,
     Event,
@@ -91,6 +92,11 @@ class EventLog(LineLog):
         """A checkpoint is durable."""
         facts = {"path": event.path, "kind": event.kind, "bytes": event.bytes, "seconds": round(event.seconds, 6)}
         self._write("checkpoint", event, facts)
+
+    async def on_checkpoint_failed(self, event: CheckpointFailed) -> None:
+        """A save failed."""
+        facts = {"path": event.path, "kind": event.kind, "message": str(event.error), "failures": event.failures}
+        self._write("checkpoint_failed", event, facts)
 
     async def on_exception(self, event: ExceptionRaised) -> None:
         """The fit is about to raise."""

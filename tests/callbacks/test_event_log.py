@@ -14,6 +14,7 @@ from streamtrain.callbacks.event_log import EventLog
 from streamtrain.errors import DataError
 from streamtrain.events import (
     CheckpointCommitted,
+    CheckpointFailed,
     EpochBegin,
     EpochEnd,
     Event,
@@ -57,6 +58,7 @@ async def test_each_event_is_a_line_with_its_facts(tmp_path: Path) -> None:
             "on_validation_begin": ValidationBegin(batches=4),
             "on_validation_end": ValidationEnd(metrics={"val_loss": 0.5}),
             "on_checkpoint": CheckpointCommitted(path="/x/step-000000007", bytes=9, seconds=0.25),
+            "on_checkpoint_failed": CheckpointFailed(path="/x/step-000000009", error=OSError("full"), failures=2),
             "on_interrupt": Interrupt(reason="signal", detail="SIGTERM"),
             "on_exception": ExceptionRaised(error=DataError("chunk 3 is cut", hint="fetch it again")),
         },
@@ -69,6 +71,7 @@ async def test_each_event_is_a_line_with_its_facts(tmp_path: Path) -> None:
         "validation_begin",
         "validation_end",
         "checkpoint",
+        "checkpoint_failed",
         "interrupt",
         "exception",
         "train_end",
@@ -79,6 +82,7 @@ async def test_each_event_is_a_line_with_its_facts(tmp_path: Path) -> None:
     assert said["epoch_end"]["used"]["peak_rss"] > 1 << 20
     assert said["train_end"]["used"]["cpu"] >= said["epoch_end"]["used"]["cpu"] > 0
     assert said["checkpoint"]["path"] == "/x/step-000000007"
+    assert (said["checkpoint_failed"]["message"], said["checkpoint_failed"]["failures"]) == ("full", 2)
     assert said["interrupt"]["detail"] == "SIGTERM"
     assert said["exception"] | {"error": "DataError", "message": "chunk 3 is cut"} == said["exception"]
     assert (said["train_end"]["reason"], said["train_end"]["detail"]) == ("stopped", "enough")

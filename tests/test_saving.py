@@ -1,0 +1,140 @@
+"""A save that fails costs nothing that was saved before; the run ends once it has failed again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from streamtrain import ModelCheckpoint, Trainer, checkpoint
+from streamtrain.disk import LOCAL, Disk, LocalDisk
+from streamtrain.errors import EnvironmentProblem
+from streamtrain.events import Event
+from streamtrain.life import Life
+from streamtrain.state import Snapshot, Tree
+from tests.disks import RefusingDisk
+from tests.engine import Recorder, Samples, network, same
+from tests.test_checkpoint import problems, put, snapshot
+
+IN_A_COMMIT = frozenset({"mkdir", "open", "write", "fsync", "rename"})
+
+
+def operations(tmp_path: Path) -> list[str]:
+    """What one commit beside another asks of the disk."""
+    disk = RefusingDisk(LOCAL, kinds=IN_A_COMMIT)
+    put(tmp_path / "counted", 1)
+    checkpoint.commit(tmp_path / "counted" / "step-2", snapshot(2), disk=disk)
+    return disk.asked
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+def test_whatever_fails_in_a_save_the_one_before_stands_and_the_error_names_path_and_cause(
+    tmp_path: Path, code: int
+) -> None:
+    asked = operations(tmp_path)
+    assert set(asked) == IN_A_COMMIT
+    for number in range(len(asked)):
+        folder = tmp_path / str(number)
+        put(folder, 1)
+        disk = RefusingDisk(LOCAL, number, code, kinds=IN_A_COMMIT)
+        with pytest.raises(EnvironmentProblem) as caught:
+            checkpoint.commit(folder / "step-2", snapshot(2), disk=disk)
+        assert str(folder / "step-2") in str(caught.value)
+        assert os.strerror(code) in str(caught.value)
+        assert [path.name for path in folder.iterdir()] == ["step-000000001"]
+        assert problems(folder) == {"step-000000001": None}
+
+
+class Lies(LocalDisk):
+    """Keeps other bytes than it was given."""
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return super().write(fd, memoryview(bytes(data[:-1]) + bytes([data[-1] ^ 1])))
+
+
+def test_what_does_not_read_back_as_it_was_written_gets_no_name(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    with pytest.raises(EnvironmentProblem, match=r"does not read back as it was written: manifest\.json, "):
+        checkpoint.commit(tmp_path / "step-2", snapshot(2), disk=Lies())
+    assert problems(tmp_path) == {"step-000000001": None}
+
+
+class Failing(LocalDisk):
+    """Refuses so many syncs, or says that so many bytes are free."""
+
+    def __init__(self, *, syncs: int = 0, free: int = 1 << 40) -> None:
+        self.syncs, self.left = syncs, free
+
+    def fsync(self, fd: int) -> None:
+        if self.syncs:
+            self.syncs -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        super().fsync(fd)
+
+    def free(self, path: Path) -> int:
+        return self.left
+
+
+def on(disk: Disk, run: Path, recorder: Recorder) -> Trainer:
+    callbacks = [ModelCheckpoint(every="3steps"), recorder]
+    made = Trainer(network(), nn.MSELoss(), run_dir=run, callbacks=callbacks, seed=5, device="cpu")
+    made._disk = disk
+    return made
+
+
+async def test_a_failed_save_is_told_and_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    recorder = Recorder()
+    quiet, hit = on(LOCAL, tmp_path / "a", Recorder()), on(Failing(syncs=1), tmp_path / "b", recorder)
+    await quiet.fit(Samples(), max_epochs=2)
+    result = await hit.fit(Samples(), max_epochs=2)
+    (event,) = recorder.events("on_checkpoint_failed")
+    assert (event.step, event.failures, event.kind) == (3, 1, "periodic")
+    assert "Input/output error" in str(event.error)
+    assert result.checkpoint == tmp_path / "b" / "checkpoints" / "step-000000026"
+    assert same(quiet.model, hit.model)
+    told = [json.loads(line) for line in (tmp_path / "b" / "events.jsonl").read_text().splitlines()]
+    (line,) = (line for line in told if line["event"] == "checkpoint_failed")
+    assert (line["step"], line["path"]) == (3, str(tmp_path / "b" / "checkpoints" / "step-000000003"))
+
+
+async def test_the_third_failed_save_in_a_row_ends_the_run_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    await on(LOCAL, tmp_path, Recorder()).fit(Samples(), max_epochs=1)
+    recorder = Recorder()
+    again = on(Failing(syncs=10**9), tmp_path, recorder)
+    with pytest.raises(EnvironmentProblem) as caught:
+        await again.fit(Samples(), max_epochs=100, resume="auto")
+    assert caught.value.exit_code == 5
+    assert str(caught.value).endswith(f"in a row: 3); the last good one is {tmp_path}/checkpoints/step-000000013")
+    assert [event.failures for event in recorder.events("on_checkpoint_failed")] == [1, 2, 3]
+    assert (await asyncio.to_thread(problems, tmp_path / "checkpoints"))["step-000000013"] is None
+
+
+class Fills(Recorder):
+    """Takes the room away after the first save."""
+
+    def __init__(self, disk: Failing) -> None:
+        super().__init__()
+        self._disk = disk
+
+    async def on_checkpoint(self, event: Event) -> None:
+        self._disk.left = 5
+
+
+async def test_where_there_is_no_room_no_snapshot_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, taken, real = Failing(), [], Life.snapshot
+
+    def snapshot(self: Life, state: Tree) -> Snapshot:
+        taken.append(state["step"])
+        return real(self, state)
+
+    monkeypatch.setattr(Life, "snapshot", snapshot)
+    recorder = Fills(disk)
+    with pytest.raises(EnvironmentProblem, match=r"the disk is full: .* needs [\d,]+ bytes, 5 bytes are free"):
+        await on(disk, tmp_path, recorder).fit(Samples(), max_epochs=100)
+    assert taken == [3]
+    assert [event.failures for event in recorder.events("on_checkpoint_failed")] == [1, 2, 3]
