@@ -30,7 +30,8 @@ class Optimizers(Optimizer):
     def __init__(self, members: Mapping[str, Optimizer]) -> None:
         # torch's own __init__ would make groups of its own: these are the members', also after they load a state.
         self.members = dict(members)
-        self.defaults = {}
+        own = [member.defaults for member in self.members.values()]
+        self.defaults = {key: own[0][key] for key in own[0] if all(key in defaults for defaults in own)}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -63,6 +64,13 @@ class Optimizers(Optimizer):
             own = [{**group, "params": [n - begin for n in group["params"]]} for group in own]
             member.load_state_dict({"state": states, "param_groups": own})
             begin = end
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: a group belongs to one of the members."""
+        raise ConfigError(
+            "add_param_group: nobody knows which of several optimizers the group is for",
+            hint=f"optimizer.members[name].add_param_group(...), with one of {', '.join(map(repr, self.members))}.",
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of all."""

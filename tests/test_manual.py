@@ -189,6 +189,35 @@ def test_the_state_of_several_is_that_of_one_with_their_groups() -> None:
     assert all(torch.equal(mine["state"][n]["exp_avg"], theirs["state"][n]["exp_avg"]) for n in mine["state"])
 
 
+async def test_a_group_is_added_to_one_of_the_optimizers_and_never_lost() -> None:
+    extra = nn.Parameter(torch.ones(()))
+
+    class Scaled(Adversarial):
+        def training_step(self, model: Any, batch: Batch) -> None:
+            told, fake = losses(model, batch.inputs, batch.targets)
+            self.manual_update(told * extra, "disc")
+            self.manual_update(fooled(model, fake), "gen")
+
+    fitted = Scaled(Pair(), optimizer=OPTIMIZERS, seed=5, device="cpu")
+    several: Any = fitted.optimizer
+    with pytest.raises(ConfigError, match="which of several optimizers") as caught:
+        several.add_param_group({"params": [extra]})
+    assert "members[name].add_param_group(...), with one of 'gen', 'disc'" in caught.value.hint
+    several.members["disc"].add_param_group({"params": [extra]})
+    await fitted.fit(Samples(24))
+    assert float(extra.detach()) != 1.0
+    assert len(several.param_groups) == 3
+
+
+async def test_schedules_that_ask_for_defaults_find_those_that_all_optimizers_have() -> None:
+    spec = {"gen": "adam", "disc": "adamw"}
+    cycle = {"name": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.01, "total_steps": 26}
+    fitted = trainer(optimizer=spec, scheduler=cycle)
+    await fitted.fit(Samples(), max_epochs=1)
+    with pytest.raises(ConfigError, match="momentum"):
+        await trainer(scheduler=cycle).fit(Samples(), max_epochs=1)  # Adam's betas are none of SGD's
+
+
 @pytest.mark.parametrize(
     ("optimizer", "told"),
     [
