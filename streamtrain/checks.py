@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from streamtrain.callbacks.defaults import watched
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.data.source import Stream
+from streamtrain.dotted import is_path
 from streamtrain.errors import ConfigError
 from streamtrain.life import Life
 from streamtrain.monitors import check_monitors, validation_names
@@ -109,8 +110,10 @@ class Checks:
         for stream in self._validation.values():
             self._parts.options.batches(length(stream))
         spec = self._parts.scheduler_spec
-        made = isinstance(spec, Mapping) and isinstance(spec.get("name"), LRScheduler)  # bound to the real optimizer
-        if isinstance(spec, str | Mapping) and not made:
+        name = spec.get("name") if isinstance(spec, Mapping) else spec
+        made = isinstance(name, LRScheduler)  # bound to the real optimizer
+        groups = self._parts.optimizer is not None or (isinstance(name, str) and not is_path(name))
+        if isinstance(spec, str | Mapping) and not made and groups:
             self.scheduler(self._parts.schedule(limits, train))
 
     async def validations(self, thread: TrainThread, life: Life) -> None:

@@ -5,6 +5,7 @@ Its law: nothing here knows of epochs, files or limits of a run beyond what a sc
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -269,7 +270,7 @@ class Parts:
         total = None if per_epoch is None or limits.max_epochs is None else per_epoch * limits.max_epochs
         samples = None if train is None or known is None or batches != known else train.num_samples
         return build_scheduler(
-            optimizer or torch.optim.SGD([torch.zeros(1)], lr=self.lr),
+            optimizer or self._stand_in(),
             self.scheduler_spec,
             total_steps=least(total, limits.max_steps),
             total_epochs=limits.max_epochs,
@@ -278,6 +279,14 @@ class Parts:
             steps_per_epoch=per_epoch,
             samples_per_epoch=samples,
         )
+
+    def _stand_in(self) -> Optimizer:
+        """An optimizer with the groups of the real one, for a schedule that is only checked: binding sets rates."""
+        real = self.optimizer
+        if real is None:
+            return torch.optim.SGD([torch.zeros(1)], lr=self.lr)
+        groups = [{**copy.deepcopy(_options(group)), "params": [torch.zeros(1)]} for group in real.param_groups]
+        return Optimizer(groups, real.defaults)
 
     def _schedule_of_any_length(self, limits: Limits, train: Stream | None, optimizer: Optimizer) -> LearningRate:
         """The schedule where it is only to be saved: how long the run is does not matter."""
@@ -347,7 +356,7 @@ class Parts:
         if self.scheduler is not None and left is None:
             left = schedule_name(self.scheduler), self.scheduler.state_dict()
         self._schedule_left = None
-        before = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        before = [_options(group) for group in optimizer.param_groups]
         scheduler = bind(limits, train, optimizer)
         if left is None:
             return scheduler
@@ -452,6 +461,11 @@ def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function |
         f"loss must be a function of (outputs, targets), not {loss!r}",
         hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
     )
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set of a group, beside its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _gauges(bus: Bus) -> tuple[Gauge, ...]:

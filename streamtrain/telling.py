@@ -137,7 +137,8 @@ class Teller:
         life, progress = self._life, self._life.progress
         values = life.step.tally.window.compute()
         if progress.step > self._first_step and values:
-            values = {**values, **life.step.gauged(), **self._notes.take_metrics()}
+            gauged = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
+            values = {**values, **gauged, **self._notes.take_metrics()}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values=values)
 

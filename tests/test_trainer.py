@@ -1684,3 +1684,29 @@ def test_a_trainer_that_is_refused_leaves_the_model_as_it_was() -> None:
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     assert not any(getattr(module, "_compiled_call_impl", None) for module in model.modules())
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["known", "lazy"])
+async def test_a_schedule_with_numbers_for_each_group_is_checked_against_as_many(lazy: bool) -> None:
+    cycle = {"name": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": [0.1, 0.2], "total_steps": 20}
+    first = nn.LazyLinear(8) if lazy else nn.Linear(4, 8)
+    optimizer = {"name": "adamw", "rules": [("bias", {"weight_decay": 0.0})]}
+    fitted = trainer(nn.Sequential(first, nn.Linear(8, 1)), optimizer=optimizer, scheduler=cycle)
+    await fitted.fit(Samples(24))
+    assert fitted.optimizer is not None
+    assert [group["max_lr"] for group in fitted.optimizer.param_groups] == [0.1, 0.2]
+    with pytest.raises(ConfigError, match="max_lr"):
+        await trainer(nn.Sequential(nn.Linear(4, 1)), scheduler=cycle).fit(Samples(24))
+
+
+async def test_gauges_are_read_on_the_train_thread_for_the_last_line_too(tmp_path: Path) -> None:
+    threads: list[str] = []
+
+    class Gauge(Callback):
+        def gauge(self, optimizer: Any, epoch: int) -> dict[str, float]:
+            threads.append(threading.current_thread().name)
+            return {"gauged": float(len(threads))}
+
+    await trainer(callbacks=[Gauge()], run_dir=tmp_path, log_every=10).fit(Samples())
+    assert [row.get("gauged") for row in lines(tmp_path)] == [1, 2]
+    assert set(threads) == {"streamtrain-train"}
