@@ -57,12 +57,15 @@ def _uncompiled(error: BaseException, where: str) -> StreamtrainError:
     )
 
 
-def non_finite(batch: Batch | None, indices: Sequence[Any], losses: Sequence[float], step: int) -> StreamtrainError:
+def non_finite(
+    batch: Batch | None, indices: Sequence[Any], losses: Sequence[float], step: int, *, scale: float | None = None
+) -> StreamtrainError:
     """The error for an update that was not made; a DataError where the batch itself holds what is not finite.
 
     `batch`, `indices`, `losses`: the group's last batch, the sample numbers of each, and the loss of each. The data are
     looked at only here, for NaN in them is no fault by itself: that of masked values, which a loss leaves out, is said
-    to be what it may be. Where another batch of the group has the bad loss, this one is not blamed.
+    to be what it may be. Where another batch of the group has the bad loss, this one is not blamed. `scale`: of fp16's
+    loss, where there is one.
     """
     bad_losses = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
     if batch is not None and (not bad_losses or bad_losses[-1] == len(losses) - 1):
@@ -80,7 +83,8 @@ def non_finite(batch: Batch | None, indices: Sequence[Any], losses: Sequence[flo
     rows = [row for index in indices if index is not None for row in torch.as_tensor(index).tolist()]
     shown = f", rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}" if rows else ""
     bad_loss = next((loss for loss in losses if loss != loss or abs(loss) == float("inf")), None)
-    what = "a gradient is not finite" if bad_loss is None else f"the loss is {bad_loss}"
+    down = "" if scale is None else f", though the loss's scale is down to {scale:g}"
+    what = f"a gradient is not finite{down}" if bad_loss is None else f"the loss is {bad_loss}"
     return NonFiniteError(
         f"step {step}{shown}: {what}; the weights are those of step {step - 1}, the last good one",
         hint="Lower the learning rate, give gradient_clip_norm, or nonfinite='skip'.",

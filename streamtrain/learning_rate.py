@@ -30,7 +30,7 @@ class LearningRate(Protocol):
         """
 
     def after_update(self) -> None:
-        """An update was made."""
+        """An update was made, or refused for a number that is not finite: each is a step."""
 
     def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
         """An epoch and its validation, if it had one, are done; `metrics` holds what can be monitored."""

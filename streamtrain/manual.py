@@ -113,9 +113,7 @@ class ManualStep(TrainStep):
     def _add(self, batch: Batch, remaining: int | None) -> None:
         """One call of the user's step, which makes its updates."""
         self._batch = batch
-        if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
-        self._generator = torch.default_generator.get_state()
+        self._remember()
         batch = self._batch = self._move(batch)
         samples = len(batch)
         if not samples:
@@ -191,8 +189,7 @@ class ManualStep(TrainStep):
             self.scaler.update()
         self.torn = False
         if self._refused:
-            if self._buffers:  # not earlier: a graph of the same batch may need them as they are
-                torch._foreach_copy_(self._buffers, self._kept)
+            self._statistics.give_back()  # not earlier: a graph of the same batch may need them as they are
             report.skipped += 1
             self.skipped += 1
         if self._average is not None and self._made:

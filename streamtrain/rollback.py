@@ -41,9 +41,14 @@ class Rollback:
         self._kept: dict[str, Tree] | None = None
         self._step = self._times = 0
 
+    def due(self, step: int) -> bool:
+        """Whether what there is after `step` updates is to be kept: every so often, and the first time."""
+        return self._kept is None or (step % EVERY == 0 and step != self._step)
+
     def keep(self, step: int) -> None:
-        """Keep what there is after `step` updates, every so often and the first time; on the train thread."""
-        if self._kept is None or (step % EVERY == 0 and step != self._step):
+        """Keep what there is after `step` updates if that is due; on the train thread, once it is known that each of
+        their numbers was finite."""
+        if self.due(step):
             average = None if self._average is None else self._average.state_dict()
             live = {
                 "model": dict(self._model.state_dict()),

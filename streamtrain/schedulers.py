@@ -135,7 +135,9 @@ def build_scheduler(
     torch scheduler, its class, a path to it ("torch.optim.lr_scheduler.StepLR"), or a callable from optimizer to one.
     All of these may be the dict's "name"; further keys are its keywords. Keys for all: `warmup`, `interval` (what is
     counted: "step", "epoch", "samples" or "time", the last two not for torch's) and `total`. Without an interval
-    torch's are stepped after each update, ReduceLROnPlateau (with "monitor") after each epoch's validation.
+    torch's are stepped after each update, ReduceLROnPlateau (with "monitor") after each epoch's validation. All of them
+    count steps, also those whose update was left out because of a number that is not finite: the rate of a step is that
+    of its number, on any device (a GPU tells of such an update only later).
 
     Raises ConfigError.
     """

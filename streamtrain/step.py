@@ -15,16 +15,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from streamtrain.averaging import Average
 from streamtrain.blame import explained, non_finite
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import MoveBatch
-from streamtrain.errors import ConfigError, DataError, StreamtrainError
+from streamtrain.errors import ConfigError, DataError, NonFiniteError, StreamtrainError
+from streamtrain.flagged import LOWEST, Flag, Flags, Rates, scaled_after
 from streamtrain.outcome import Compute
 from streamtrain.rollback import Rollback
+from streamtrain.running_statistics import RunningStatistics
 from streamtrain.schedulers import FixedLearningRate, LearningRate, get_lr
 from streamtrain.spikes import Spikes
 from streamtrain.tally import Report, Tally
@@ -84,7 +85,7 @@ class TrainStep:
         """Asked at each line of the log, and never else."""
         self.skipped = 0
         """Updates over this life that were not made because of a number that is not finite."""
-        self.scaler = torch.amp.GradScaler("cuda") if precision == "16" else None
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "16" else None
         self.torn = False
         """The optimizer raised in the middle of an update: the weights are worth nothing."""
         self.seconds = 0.0
@@ -111,10 +112,13 @@ class TrainStep:
         self._found = torch.zeros((), device=device)
         self._epoch = 0
         self._kernel_skips = device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        self._flags: list[tuple[Tensor, int, Cursor | None]] = []
-        self._buffers = _running_statistics(model)
-        self._kept = [buffer.clone() for buffer in self._buffers]
-        self._generator: Tensor | None = None
+        self._flags = Flags(device, lasting=not skip)
+        self._rates: Rates | None = None
+        self._scale: dict[str, Any] = {}
+        """The scaler's state when the burst began."""
+        self._statistics = RunningStatistics(model)
+        self._sources = _generators(device)
+        self._generators: list[Tensor] = []
         # The group of batches that is not updated yet:
         self._group = 0
         self._divisor = accumulate
@@ -154,44 +158,64 @@ class TrainStep:
         report = Report(self.step + 1, began=time.perf_counter())
         self._samples, self._elapsed = samples, elapsed
         before, self._epoch = self.seconds, epoch
+        try:
+            try:
+                self._begin()
+                while True:
+                    ended = source.ended  # asked first: only then can nothing come after an empty hand
+                    batch = source.take()
+                    if batch is None:
+                        if not (ended and self._group):
+                            break
+                    else:
+                        self._add(batch, remaining)
+                        del batch
+                        if remaining is not None:
+                            remaining -= 1
+                        if self._group < self.accumulate:
+                            continue
+                    self._update(report, epoch)
+                    if report.updates == updates or self._door.pending or (self._flags and self._wants_flags()):
+                        break
+                    if time.perf_counter() - report.began + before > seconds:
+                        break
+            except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
+                report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
+                self.undo()
+            self._batch = self._loss = None
+            report.seconds = time.perf_counter() - report.began
+            self._read(report)
+        except BaseException as error:  # the device itself has failed: nobody knows what it holds
+            self.torn = True
+            report.error = report.error or explained(error, None, f"step {self.step + 1}")
+        if report.updates:
+            each = report.seconds / report.updates
+            self.seconds = each if not before else 0.8 * before + 0.2 * each
+        return report
+
+    def _begin(self) -> None:
+        """What a burst must know before its first batch."""
         if self._rollback is not None and not self._group:
             self._rollback.keep(self.step)
         self._parameters = _parameters(self._optimizer)  # a callback may have added a group between bursts
         if self._clip_norm is not None:
             self._parameters.sort(key=lambda parameter: self._order.get(id(parameter), len(self._order)))
-        try:
-            while True:
-                ended = source.ended  # asked first: only then can nothing come after an empty hand
-                batch = source.take()
-                if batch is None:
-                    if not (ended and self._group):
-                        break
-                else:
-                    self._add(batch, remaining)
-                    del batch
-                    if remaining is not None:
-                        remaining -= 1
-                    if self._group < self.accumulate:
-                        continue
-                self._update(report, epoch)
-                if report.updates == updates or self._door.pending:
-                    break
-                if time.perf_counter() - report.began + before > seconds:
-                    break
-        except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
-            report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
-            self.undo()
-        self._batch = self._loss = None
-        report.seconds = time.perf_counter() - report.began
+        if self.scaler is not None:
+            self._scale = self.scaler.state_dict()
+        late = self._kernel_skips or self.scaler is not None
+        self._rates = Rates(self.lr, self._optimizer) if late and self._scheduled else None
+
+    def _read(self, report: Report) -> None:
+        """What the burst came to: all that has to be asked of the device, and was not asked before."""
+        if self._flags:
+            self._read_flags(report)
+            if self._rollback is not None and report.error is None:
+                self._rollback.keep(self.step)
         report.lr = get_lr(self._optimizer)
-        done = len(self.tally.losses) - self._group
         if self._clip_norm is not None:
-            self.spikes.offer(*self.tally.take_norms())
-        self.tally.read(report, min(done, self._read_flags(report)) if self._flags else done)
-        if report.updates:
-            each = report.seconds / report.updates
-            self.seconds = each if not before else 0.8 * before + 0.2 * each
-        return report
+            for step, norm in self.tally.take_norms():
+                self.spikes.offer(step, (norm,))
+        self.tally.read(report, len(self.tally.losses) - self._group)
 
     def gauged(self) -> dict[str, float]:
         """What a line of the log says beside the means: the learning rate, and what the gauges read."""
@@ -205,20 +229,26 @@ class TrainStep:
         if not self._group and self._batch is None:
             return
         self._zero_grad()
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
-        if self._generator is not None:
-            torch.default_generator.set_state(self._generator)
+        self._statistics.give_back()
+        self._set_generators(self._generators)
         self.tally.drop(self._group)
         self._begin_group()
+
+    def take_over(self, other: TrainStep) -> None:
+        """Go on with what another step of the same run has learned of gradients: their usual norm, and fp16's scale."""
+        self.spikes = other.spikes
+        if self.scaler is not None and other.scaler is not None:
+            self.scaler.load_state_dict(other.scaler.state_dict())
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._sources, states, strict=False):
+            generator.set_state(state)
 
     def _add(self, batch: Batch, remaining: int | None) -> None:
         """Forward and backward of one batch."""
         self._batch = batch
         if not self._group:
-            if self._buffers:
-                torch._foreach_copy_(self._kept, self._buffers)
-            self._generator = torch.default_generator.get_state()
+            self._remember()
             if self.accumulate > 1:
                 short = remaining is not None and remaining < self.accumulate
                 self._divisor = max(remaining or 1, 1) if short else self.accumulate
@@ -246,11 +276,22 @@ class TrainStep:
         tally.counts.append(samples)
         self._group += 1
         index = batch.index
-        if self.accumulate > 1 and isinstance(index, Tensor):
+        if self._outlives and isinstance(index, Tensor):
             index = index.clone()  # it outlives its batch: a view would keep a whole block of the stream's memory
         self._indices.append(index)
         self._cursor = batch.cursor
         self._loss = None
+
+    def _remember(self) -> None:
+        """What is put back if the group that begins is not updated."""
+        if self._statistics:
+            self._statistics.keep()
+        self._generators = [generator.get_state() for generator in self._sources]
+
+    @property
+    def _outlives(self) -> bool:
+        """Whether sample numbers are kept for longer than their batch."""
+        return self.accumulate > 1 or self._kernel_skips or self.scaler is not None
 
     def _scaled(self, loss: Tensor, samples: int) -> Any:
         """This batch's part of its update's loss."""
@@ -267,17 +308,17 @@ class TrainStep:
         gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
         if self._group != self.accumulate or self._divisor != self.accumulate:
             self._weigh(gradients)
+        if self._rated:
+            since = time.perf_counter() - report.began
+            self.lr.before_update(self.step, epoch, self._samples, self._elapsed + since)
+        elif self._scheduled:
+            self.lr.before_update(self.step, epoch)
         if self._finite(gradients):
             if self._clip_value is not None:
                 nn.utils.clip_grad_value_(self._parameters, self._clip_value)
             if self._clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
                 self.tally.add_norm(norm, self.step + 1)
-            if self._rated:
-                since = time.perf_counter() - report.began
-                self.lr.before_update(self.step, epoch, self._samples, self._elapsed + since)
-            elif self._scheduled:
-                self.lr.before_update(self.step, epoch)
             self.torn = True
             if self.scaler is None:
                 optimizer.step()
@@ -285,18 +326,22 @@ class TrainStep:
                 self.scaler.step(optimizer)
                 self.scaler.update()
             self.torn = False
+            flag = self._flags.last
+            if flag is not None and self._statistics:
+                self._statistics.give_back_where(flag.bad)
             if self._average is not None:
-                self._average.update(self._flags[-1][0] if self._flags else None)
+                self._average.update(None if flag is None else flag.left_out)
             if (self.step + 1) % self._log_every == 0:
                 self.tally.mark(self.step + 1, self.gauged())
             del gradients
             self._zero_grad()
-            if self._scheduled:
-                self.lr.after_update()
         else:
             self._refuse(report)
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+        if self._scheduled:
+            self.lr.after_update()
         self._end_group(report)
-        if self._rollback is not None:
+        if self._rollback is not None and not self._flags:
             self._rollback.keep(self.step)
 
     def _end_group(self, report: Report) -> None:
@@ -334,8 +379,7 @@ class TrainStep:
     def _finite(self, gradients: list[Tensor]) -> bool:
         """Whether the update may be made; on CUDA the fused kernels look at the flag themselves."""
         if self.scaler is not None:
-            self.scaler.unscale_(self._optimizer)
-            return True
+            return self._unscaled(self.scaler)
         values = [_dense(gradient) for gradient in gradients] if self._odd else gradients.copy()
         values += self.tally.losses[-self._group :]
         try:
@@ -353,15 +397,27 @@ class TrainStep:
             if group.get("fused"):
                 group["fused"] = False
 
+    def _unscaled(self, scaler: torch.amp.GradScaler) -> bool:
+        """Gradients without fp16's scale; the scaler leaves the update out where they overflow, or the loss has."""
+        scaler.unscale_(self._optimizer)
+        bad = self._flags.raised(self.tally.losses[-self._group :])
+        left_out = bad
+        for left_out in scaler._found_inf_per_device(self._optimizer).values():
+            torch.maximum(left_out, bad, out=left_out)
+        self._flag(bad, left_out)
+        return True
+
+    def _flag(self, bad: Tensor, left_out: Tensor) -> None:
+        place = len(self.tally.losses) - self._group
+        self._flags.add(Flag(bad, left_out, place, self._cursor, self._indices.copy(), self._generators))
+
     def _checked(self, values: list[Tensor]) -> bool:
         found = self._found
         if self._kernel_skips:
-            if self._skip:
-                found = torch.zeros_like(found)  # else it stays: after a bad one no later update is made either
-            torch._amp_foreach_non_finite_check_and_unscale_(values, found, self._one)
+            found = self._flags.raised(values)
             self._optimizer.found_inf = found  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self._flags.append((found.clone(), len(self.tally.losses) - self._group, self._cursor))
+            self._flag(found, found)
             return True
         torch._amp_foreach_non_finite_check_and_unscale_(values, found, self._one)
         if found.item():
@@ -379,8 +435,7 @@ class TrainStep:
         if not back:
             logger.warning("%s; the update is skipped", problem)
         self._zero_grad()
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+        self._statistics.give_back()
         if back and self._rollback is not None:
             self._rollback.back(problem, self.step + 1)
         self.tally.leave_out(self._group)
@@ -389,31 +444,72 @@ class TrainStep:
         report.skipped += 1
         self.skipped += 1
 
-    def _read_flags(self, report: Report) -> int:
-        """On CUDA: which updates the kernels left out, known only now; how many batches are part of good ones."""
-        flags, self._flags = self._flags, []
-        bad = [number for number, flag in enumerate(torch.stack([flag for flag, _, _ in flags]).tolist()) if flag]
-        if not bad:
-            return len(self.tally.losses)
-        problem = non_finite(None, [], [], report.first_step + bad[0])
-        if self._skip or self._rollback is not None:
-            if self._rollback is not None:
-                self._found.zero_()
-                self._rollback.back(problem, report.first_step + bad[0])
+    def _wants_flags(self) -> bool:
+        """Whether the flags must be read before the next update: its state is to be kept, or fp16's scale may be at the
+        lowest, since each update can halve it."""
+        if self._rollback is not None and self._rollback.due(self.step):
+            return True
+        if self.scaler is None or self._skip:
+            return False
+        least: float = self._scale["scale"] * self._scale["backoff_factor"] ** len(self._flags)
+        return least <= LOWEST
+
+    def _read_flags(self, report: Report) -> None:
+        """Which updates were left out, known only now: pass over them, or put everything back to before the first."""
+        flags, bad, left_out = self._flags.take()
+        ends = [*(flag.place for flag in flags[1:]), len(self.tally.losses) - self._group]
+        scale = None if self.scaler is None else float(self.scaler.get_scale())
+        if scale is not None and left_out[-1] and scale <= LOWEST and not self._skip:
+            bad = [*bad[:-1], True]
+        self.tally.leave_out_norms(ends[at] - 1 for at, out in enumerate(left_out) if out)
+        report.skipped = sum(left_out)
+        if True in bad:
+            first = bad.index(True)
+            losses = [float(loss) for loss in self.tally.losses[flags[first].place : ends[first]]]
+            problem = non_finite(None, flags[first].indices, losses, report.first_step + first, scale=scale)
+            error = self._passed_over(problem, report.first_step + first, bad, left_out)
+            if error is not None:
+                report.error = report.error or error
+                self._back_to(report, flags, first, left_out)
             else:
-                logger.warning("%s; %d updates are skipped", problem, len(bad))
-            report.skipped += len(bad)
-            self.skipped += len(bad)
-            ends = [*(place for _, place, _ in flags[1:]), len(self.tally.losses) - self._group]
-            for number in bad:
-                self.tally.leave_out_places(range(flags[number][1], ends[number]))
-            return len(self.tally.losses)
-        report.error = report.error or problem
-        report.updates = bad[0]
-        report.cursor = flags[bad[0] - 1][2] if bad[0] else None
-        self.step = report.first_step + bad[0] - 1
-        self.tally.drop(len(self.tally.losses) - flags[bad[0]][1])
-        return len(self.tally.losses)
+                for at, refused in enumerate(bad):
+                    if refused:
+                        self.tally.leave_out_places(range(flags[at].place, ends[at]))
+        self.skipped += report.skipped
+
+    def _passed_over(
+        self, problem: StreamtrainError, step: int, bad: list[bool], left_out: list[bool]
+    ) -> StreamtrainError | None:
+        """Go on without the bad updates, of which `step` is the first; else what is to be raised."""
+        if self._rollback is not None:
+            try:
+                self._rollback.back(problem, step)
+            except NonFiniteError as error:
+                return error
+            self._flags.lower()
+            if self.scaler is not None:  # not halved by those that were given up; from the lowest it begins anew
+                after = scaled_after(self._scale, left_out[: bad.index(True) + 1])
+                self.scaler.load_state_dict({**after, "scale": 2.0**16} if after["scale"] <= LOWEST else after)
+            return None
+        if self._skip:
+            logger.warning("%s; %d updates are skipped", problem, sum(bad))
+            return None
+        return problem
+
+    def _back_to(self, report: Report, flags: list[Flag], first: int, left_out: list[bool]) -> None:
+        """All is as it was before update `first` of the burst, which is not made, nor any later one."""
+        self.undo()  # of a group that was begun after them
+        report.updates, report.skipped = first, sum(left_out[:first])
+        report.cursor = flags[first - 1].cursor if first else None
+        self.step = report.first_step + first - 1
+        place = flags[first].place
+        if self._rates is not None:
+            samples = self._samples - sum(self.tally.counts[place:])
+            self._rates.count(self.step - first, first, self._epoch, samples, self._elapsed)
+        self.tally.drop(len(self.tally.losses) - place)
+        self._set_generators(flags[first].generators)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(scaled_after(self._scale, left_out[:first]))
 
 
 def _parameters(optimizer: Optimizer) -> list[Any]:
@@ -464,7 +560,9 @@ def _has_odd_gradients(model: nn.Module) -> bool:
     return sparse or any(parameter.is_complex() for parameter in model.parameters())
 
 
-def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """Buffers that a forward pass changes: what an update that is not made has to give back."""
-    layers = [layer for layer in model.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
-    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """Those of torch that a step may draw from."""
+    here = [torch.default_generator]
+    if device.type == "cuda":
+        here.append(torch.cuda.default_generators[device.index or 0])
+    return here

@@ -73,8 +73,8 @@ class Tally:
         self.counts: list[int] = []
         """Samples of each batch."""
         self._logged: list[tuple[int, str, Any]] = []
-        self._norms: list[Tensor] = []
-        self._first_norm = 0
+        self._norms: list[tuple[int, int, Tensor]] = []
+        """Place of the last batch, number of the update, norm (0-d)."""
         self._marks: list[_Mark] = []
         self._left_out: set[int] = set()
 
@@ -87,15 +87,21 @@ class Tally:
 
     def add_norm(self, norm: Tensor, step: int) -> None:
         """The norm of the gradients (0-d) of update `step`, whose last batch was added last."""
-        if not self._norms:
-            self._first_norm = step
-        self._norms.append(norm)
-        self._logged.append((len(self.losses) - 1, "grad_norm", norm))
+        place = len(self.losses) - 1
+        self._norms.append((place, step, norm))
+        self._logged.append((place, "grad_norm", norm))
 
-    def take_norms(self) -> tuple[int, list[float]]:
-        """The norms since this was last asked, and the update of the first."""
-        norms, self._norms = self._norms, []
-        return self._first_norm, torch.stack(norms).tolist() if norms else []
+    def take_norms(self) -> list[tuple[int, float]]:
+        """Update and norm since this was last asked, but of what is left out; to be asked before `read`."""
+        norms, self._norms = [each for each in self._norms if each[0] not in self._left_out], []
+        values = torch.stack([norm for _, _, norm in norms]).tolist() if norms else []
+        return [(step, value) for (_, step, _), value in zip(norms, values, strict=True)]
+
+    def leave_out_norms(self, places: Iterable[int]) -> None:
+        """Not to log the norms of updates that were not made, of which these batches are the last."""
+        if without := set(places):
+            self._norms = [each for each in self._norms if each[0] not in without]
+            self._logged = [item for item in self._logged if item[1] != "grad_norm" or item[0] not in without]
 
     def mark(self, step: int, gauged: Mapping[str, float]) -> None:
         """A line of the log ends with the last batch; `gauged`: what it says beside the means."""
@@ -106,6 +112,7 @@ class Tally:
         keep = len(self.losses) - batches
         del self.losses[keep:], self.counts[keep:]
         self._logged = [item for item in self._logged if item[0] < keep]
+        self._norms = [each for each in self._norms if each[0] < keep]
         self._marks = [mark for mark in self._marks if mark.place <= keep]
 
     def leave_out(self, batches: int) -> None:

@@ -6,15 +6,19 @@ The fused kernels of the CPU look at the flag as well, so that all of it runs he
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from streamtrain import rollback
 from streamtrain.averaging import Average
-from streamtrain.errors import NonFiniteError
+from streamtrain.data.batch import Batch
+from streamtrain.errors import EnvironmentProblem, NonFiniteError, UserCodeError
 from streamtrain.outcome import Compute, supervised
 from streamtrain.step import TrainStep
 from tests.engine import network, same
@@ -24,18 +28,45 @@ BAD = 3
 """Number of the batch whose loss is no number."""
 
 
-def flagged(model: nn.Module, **options: Any) -> TrainStep:
-    inner, calls = supervised(model, nn.MSELoss()), []
+def bad_at(model: nn.Module, *numbers: int) -> Compute:
+    """A loss that is no number for these batches, whenever they come, nor is what the model makes of them."""
+    inner, places = supervised(model, nn.MSELoss()), {8 * number for number in numbers}
 
-    def compute(batch: Any) -> Any:
-        calls.append(1)
-        outcome = inner(batch)
-        return outcome._replace(loss=outcome.loss * float("nan")) if len(calls) == BAD else outcome
+    def compute(batch: Batch) -> Any:
+        if batch.cursor.position in places:
+            outcome = inner(replace(batch, inputs=batch.inputs * float("inf")))
+            return outcome._replace(loss=outcome.loss * float("nan"))
+        return inner(batch)
 
-    computed: Compute = compute
-    step = made(model, computed, **options)
+    return compute
+
+
+def flagged(model: nn.Module, *bad: int, **options: Any) -> TrainStep:
+    step = made(model, bad_at(model, *(bad or (BAD,))), **options)
     step._kernel_skips = True
     return step
+
+
+def with_rollback(step: TrainStep, model: nn.Module) -> TrainStep:
+    step._rollback = rollback.Rollback(model, step._optimizer, None)
+    return step
+
+
+def standing(step: TrainStep, model: nn.Module) -> list[Any]:
+    """All that a burst leaves, as lists."""
+    spikes: Any = step.spikes.state_dict()
+    weights = [value.tolist() for value in model.state_dict().values()]
+    rates = [group["lr"] for group in step._optimizer.param_groups]
+    means = [step.tally.epoch.state_dict(), step.tally.window.state_dict()]
+    return [
+        weights,
+        rates,
+        step.lr.state_dict(),
+        means,
+        spikes,
+        step.step,
+        torch.default_generator.get_state().tolist(),
+    ]
 
 
 def without_it() -> nn.Module:
@@ -80,8 +111,7 @@ def test_a_rollback_is_made_at_the_end_of_the_burst(caplog: pytest.LogCaptureFix
     """The updates after the bad one were not made: they are given up with those before it."""
     model = network(dropout=0.0)
     before = copy.deepcopy(model)
-    step = flagged(model)
-    step._rollback = rollback.Rollback(model, step._optimizer, None)
+    step = with_rollback(flagged(model), model)
     report = burst(step, Hand(batches(6)))
     assert (report.error, report.updates, report.skipped) == (None, 6, 4)
     assert same(model, before)
@@ -116,3 +146,154 @@ def test_numbers_are_read_once_a_burst(options: dict[str, Any], monkeypatch: pyt
         assert burst(step, Hand(batches(updates))).updates == updates
         counts.append(len(reads))
     assert counts[0] == counts[1]
+
+
+SCHEDULES = {
+    "none": None,
+    "ours": {"name": "cosine", "total": 40},
+    "torch's": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
+    "samples": {"name": "linear", "total": 400, "interval": "samples"},
+}
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@settings(max_examples=8)
+@given(
+    bad=st.sets(st.integers(1, 9), min_size=1),
+    accumulate=st.integers(1, 3),
+    clip=st.booleans(),
+    cuts=st.lists(st.integers(1, 4), max_size=4),
+)
+def test_a_flag_leaves_what_looking_at_once_leaves(
+    nonfinite: str, schedule: str, bad: set[int], accumulate: int, clip: bool, cuts: list[int]
+) -> None:
+    """Weights, statistics, rates, means, norms and random numbers, however the updates are divided into bursts."""
+    options: dict[str, Any] = {"skip": nonfinite == "skip", "accumulate": accumulate, "log_every": 3}
+    options |= {"scheduler": SCHEDULES[schedule], "clip_norm": 0.5 if clip else None}
+    outcomes = []
+    for late in (True, False):
+        model = network()
+        step = flagged(model, *bad, **options)
+        step._kernel_skips = late
+        torch.manual_seed(7)
+        hand = Hand(batches(9), ended=True)
+        reports = []
+        for updates in (*cuts, None):
+            reports.append(burst(step, hand, updates))
+            if reports[-1].error is not None:
+                step.undo()
+                break
+        told = [
+            (r.updates, r.skipped, r.samples, r.cursor, [row.step for row in r.rows], str(r.error)) for r in reports
+        ]
+        outcomes.append([told, *standing(step, model)])
+    mine, at_once = outcomes
+    assert mine[0][:-1] == at_once[0][:-1]
+    assert mine[0][-1][:-1] == at_once[0][-1][:-1]
+    assert mine[1:] == at_once[1:]
+
+
+def test_the_error_names_the_rows_and_the_last_good_step() -> None:
+    model, rows = network(), ", ".join(map(str, batches(6)[2].index.tolist()))
+    report = burst(flagged(model), Hand(batches(6)))
+    told = f"step 3, rows {rows}: the loss is nan; the weights are those of step 2, the last good one"
+    assert str(report.error) == told
+
+
+def test_after_too_many_rollbacks_the_error_is_that_of_the_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights, statistics and position of before the bad update, as where each number is looked at at once."""
+    monkeypatch.setattr(rollback, "MOST", 1)
+    outcomes = []
+    for late in (True, False):
+        model = network()
+        step = with_rollback(flagged(model, 1, 5), model)
+        step._kernel_skips = late
+        torch.manual_seed(7)
+        hand = Hand(batches(8))
+        assert burst(step, hand, updates=1).skipped == 1
+        report = burst(step, hand)
+        assert isinstance(report.error, NonFiniteError)
+        assert str(report.error).startswith("step 5, rows ")
+        assert str(report.error).endswith(": the loss is nan; 1 rollbacks did not help, the last one to step 0")
+        assert report.cursor == batches(8)[3].cursor
+        outcomes.append([report.updates, report.samples, *standing(step, model)])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("bad", [(3,), (4,), (5,), (4, 8), (9,)], ids=str)
+def test_only_what_is_known_to_be_good_is_kept_for_a_rollback(
+    bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bursts are cut where something is to be kept; what is kept is what is kept of bursts of one update."""
+    monkeypatch.setattr(rollback, "EVERY", 4)
+    kept = []
+    for late in (True, False):
+        model = network(dropout=0.0)
+        step = with_rollback(flagged(model, *bad), model)
+        step._kernel_skips = late
+        hand, updates = Hand(batches(12)), 0
+        while hand.batches:
+            updates += (report := burst(step, hand, None if late else 1)).updates
+            assert report.error is None
+            if late:
+                assert step._rollback is not None
+                assert step._rollback._step == 4 * (updates // 4)
+        assert step._rollback is not None
+        state: Any = step._rollback.state_dict()
+        kept.append([state["step"], state["times"]])
+        assert all(torch.isfinite(value).all() for value in state["kept"]["model"].values())
+    assert kept[0] == kept[1]
+
+
+def test_what_fails_while_a_burst_is_read_ends_it_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as an error of a kernel, which CUDA tells only there: nothing is raised past the burst, nothing is saved."""
+
+    def read(*_: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    for where in ("read", "take_norms"):
+        model = network()
+        step = made(model, clip_norm=1.0)
+        monkeypatch.setattr(step.tally, where, read)
+        report = burst(step, Hand(batches(2)))
+        assert isinstance(report.error, UserCodeError)
+        assert "device-side assert" in str(report.error)
+        assert step.torn
+
+
+def test_what_fails_while_a_rollbacks_weights_are_kept_ends_the_burst_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(step: int) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model = network()
+    step = with_rollback(made(model), model)
+    monkeypatch.setattr(step._rollback, "keep", full)
+    report = burst(step, Hand(batches(2)))
+    assert isinstance(report.error, EnvironmentProblem)
+    assert (report.updates, step.torn) == (0, False)
+
+
+def test_batches_of_a_group_that_was_begun_after_a_bad_update_are_given_back_too() -> None:
+    model = network(dropout=0.0)
+    step = flagged(model, 3, accumulate=2)
+    report = burst(step, Hand(batches(5)))
+    assert isinstance(report.error, NonFiniteError)
+    assert (report.updates, report.batches, step.partial, step.tally.losses) == (1, 2, False, [])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_all_of_torchs_generators_stand_where_they_stood_before_the_bad_update() -> None:
+    """As those of a GPU do, beside that of the CPU."""
+    model, own = network(dropout=0.0), torch.Generator()
+    step, drawn = flagged(model), []
+    inner = step._compute
+
+    def compute(batch: Batch) -> Any:
+        drawn.append(torch.rand((), generator=own).item())
+        return inner(batch)
+
+    step._compute = compute
+    step._sources.append(own)
+    burst(step, Hand(batches(6)))
+    assert torch.rand((), generator=own).item() == drawn[BAD - 1]

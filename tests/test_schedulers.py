@@ -34,6 +34,8 @@ from torch.optim.lr_scheduler import (
 from streamtrain.errors import ConfigError
 from streamtrain.schedulers import build_scheduler, get_lr, parse_span, set_group_lr
 from streamtrain.schedules import NAMED, Cosine, Scheduler
+from streamtrain.trainer import Trainer
+from tests.engine import Recorder, Samples
 
 
 def optimizer(*rates: float) -> Optimizer:
@@ -472,6 +474,24 @@ def test_torch_schedulers_are_stepped_after_each_update() -> None:
 
     assert ours(make, 20) == of_torch(make, 20)
     assert ours({"name": make, "interval": "step"}, 20) == of_torch(make, 20)
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_refused_update_is_a_step_of_each_schedule_torchs_too() -> None:
+    rates = []
+    specs: list[Any] = [{"name": "step", "step_size": 2, "gamma": 0.5}, lambda of: StepLR(of, 2, gamma=0.5)]
+    for spec in specs:
+        stream = Samples(64)
+        order = list(stream.batches(0))
+        for number in (0, 3):
+            stream.inputs[int(order[number].index[0])] = float("nan")
+        seen = Recorder()
+        fitted = Trainer(
+            nn.Linear(4, 1), nn.MSELoss(), lr=1.0, scheduler=spec, nonfinite="skip", log_every=1, callbacks=[seen]
+        )
+        await fitted.fit(stream)
+        rates.append([event.values["lr"] for event in seen.events("on_log")])
+    assert rates[0] == rates[1] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
 
 
 def test_torch_schedulers_may_be_stepped_after_each_epoch() -> None:
