@@ -62,6 +62,11 @@ class Control:
         self._knocked: asyncio.Event | None = None
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of the fit that runs."""
+        return self._loop
+
+    @property
     def stopping(self) -> Stop | None:
         """The first stop that was asked for."""
         return self._stop

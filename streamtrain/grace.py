@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -38,6 +39,13 @@ async def saving_on_cancel(fit: Coroutine[Any, Any, T], stop: Callable[[asyncio.
         if task.done() and not task.cancelled() and task.exception() is not None:
             logger.error("the cancelled fit failed", exc_info=task.exception())
         raise
+
+
+def lost(path: Path, step: int) -> str:
+    """How many steps a run that stands at `step` loses if it goes on from this checkpoint; empty where it is none."""
+    number = path.name.removeprefix("step-")
+    steps = step - int(number) if number.isdecimal() else 0
+    return f", {steps} steps after it are lost" if steps > 0 else ""
 
 
 async def _patiently(task: asyncio.Task[Any], timeout: float) -> None:

@@ -128,6 +128,7 @@ def logged(level: int, *, to_file: int = logging.INFO) -> Iterator[LogFile]:
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setFormatter(_Plain())
     stderr.setLevel(level)
+    stderr.addFilter(lambda record: not getattr(record, "shown", False))  # it is there already
     handlers: tuple[logging.Handler, ...] = (stderr, log.handler)
     for handler in handlers:
         root.addHandler(handler)

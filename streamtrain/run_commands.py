@@ -19,6 +19,7 @@ from streamtrain import assembly
 from streamtrain.config import Config, Said, read, resolve
 from streamtrain.errors import ConfigError
 from streamtrain.log_file import logged
+from streamtrain.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +101,22 @@ def measure(
 ) -> dict[str, float]:
     """The means of `validate` or `evaluate`."""
     with logged(level):
-        job = assembly.build(measuring(run, command, typed), run.said)
-        values: dict[str, float] = asyncio.run(_on(job, run, getattr(job.trainer, command)))
+        config = measuring(run, command, typed)
+        with Watch(config.trainer.grace) as watch:
+            job = assembly.build(config, run.said)
+            work = _on(job, run, getattr(job.trainer, command))
+            values: dict[str, float] = asyncio.run(watch.cancelling(work))
     return values
 
 
 def predict(run: Run, out: str, typed: Iterable[tuple[str, str, object]], *, overwrite: bool, level: int) -> Path:
     """Write predictions to `out`."""
     with logged(level):
-        job = assembly.build(measuring(run, "predict", typed), run.said)
-        written: Path = asyncio.run(_on(job, run, lambda stream: job.trainer.predict(stream, out, overwrite=overwrite)))
+        config = measuring(run, "predict", typed)
+        with Watch(config.trainer.grace) as watch:
+            job = assembly.build(config, run.said)
+            work = _on(job, run, lambda stream: job.trainer.predict(stream, out, overwrite=overwrite))
+            written: Path = asyncio.run(watch.cancelling(work))
     return written
 
 

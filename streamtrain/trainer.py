@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from streamtrain import checkpoint, resume, signals
+from streamtrain import checkpoint, resume, signals, stacks
 from streamtrain.callbacks.bus import Bus
 from streamtrain.callbacks.defaults import with_defaults
 from streamtrain.callbacks.json_logger import JSONLogger
@@ -192,6 +193,8 @@ class Trainer:
         """While the wheel turns."""
         self._lasting: Life | None = None
         self._disk: Disk = LOCAL
+        self._saver: Saver | None = None
+        """While the wheel turns."""
         self._checkpoint: Path | None = None
         self._loaded: Mapping[str, Any] | None = None
         """The state of a checkpoint from which no fit has gone on yet."""
@@ -245,6 +248,11 @@ class Trainer:
     def average(self) -> dict[str, Tensor] | None:
         """With `ema=`: a copy of the averaged parameters by name; to be asked while no fit runs."""
         return None if self._parts.average is None else self._parts.average.weights()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last committed checkpoint of this trainer's fits, or the one that it went on from; None before."""
+        return self._checkpoint if self._saver is None else self._saver.last or self._checkpoint
 
     @property
     def evaluator(self) -> Evaluator:
@@ -335,18 +343,34 @@ class Trainer:
             return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
         finally:
             self.control.unbind()
-            self._fitting, self._bus = False, None
+            self._fitting, self._bus, self._saver = False, None, None
 
     train = fit
 
     def fit_sync(self, *args: Any, **kwargs: Any) -> FitResult:
-        """`fit` for scripts and notebooks without a running loop; the first SIGINT or SIGTERM finishes the step and
-        saves, if this is the main thread and nobody else handles them."""
+        """`fit` for scripts and notebooks without a running loop, with signal handlers while it runs, if this is the
+        main thread and nobody else handles SIGINT and SIGTERM.
+
+        The first SIGINT, SIGTERM or SIGHUP finishes the step, saves and returns; a second one ends the process.
+        SIGUSR1 and SIGUSR2 save and go on; SIGQUIT writes the stacks of all threads and the tasks to stderr and to the
+        log, and goes on. Handlers that were there before are called after ours, and stand again at the end.
+        """
         fit = self.fit(*args, **kwargs)  # first: a signal from now on is meant for it
         if not signals.untouched():
             return asyncio.run(fit)
-        with signals.capture(lambda number: self.control.stop("signal", signal.Signals(number).name)):
+        with signals.capture(self._asked_to_end, save=lambda number: self.control.save(), show=self._show):
             return asyncio.run(fit)
+
+    def _asked_to_end(self, signum: int) -> None:
+        self.control.stop("signal", signal.Signals(signum).name)
+
+    def _show(self, signum: int) -> None:
+        """Where everything stands; in a signal handler, which may not log by itself."""
+        loop, shown = self.control.loop, stacks.everything(self.control.loop)
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(signum).name}: where it stands, and goes on\n{shown}\n".encode())
+        if loop is not None:
+            loop.call_soon_threadsafe(partial(logger.info, "%s", shown, extra={"shown": True}))
 
     def train_epoch(self, stream: Streams) -> Coroutine[Any, Any, dict[str, float]]:
         """Train one more epoch and return its means; a stop or a pause from this call on is meant for it."""
@@ -566,7 +590,10 @@ class Trainer:
             plan = self._plan(limits, train, streams, folder, path)
             status = StatusFile(files, folder)
             stack.push_async_callback(status.written)
-            saver = None if checkpoints is None else self._saver(checkpoints, files)
+            saver = None
+            if checkpoints is not None:
+                saver = Saver(checkpoints, self._rule(), files, before=self._checkpoint, disk=self._disk)
+            self._saver = saver
             teller = Teller(life, plan, bus, thread, status=status.write, notes=self._notes)
             wheel = Wheel(
                 life,
@@ -617,9 +644,8 @@ class Trainer:
             logger.info("another stream: epoch %d begins anew", self.state.epoch)
             self.state.batch, self.state.owes, self.state.verdicts = 0, "", []
 
-    def _saver(self, checkpoints: Path, files: Files) -> Saver:
-        rule = next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
-        return Saver(checkpoints, rule, files, before=self._checkpoint, disk=self._disk)
+    def _rule(self) -> ModelCheckpoint:
+        return next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
 
     def _plan(
         self, limits: Limits, train: Stream, streams: dict[str, Stream], folder: RunFolder | None, path: Path | None

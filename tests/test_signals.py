@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from streamtrain import signals
-from streamtrain.signals import SIGNALS, capture, untouched
+from streamtrain.signals import SAVING, SHOWING, SIGNALS, capture, untouched
 
 ROOT = Path(__file__).parents[1]
 CHILD = textwrap.dedent("""
@@ -90,7 +90,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
 
 @pytest.fixture
 def _handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *SAVING, *SHOWING)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -153,3 +153,70 @@ def test_whether_handlers_are_untouched_is_told() -> None:
     thread.start()
     thread.join()
     assert told == [False]
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_signals_that_save_or_show_are_neither_first_nor_second() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def note(what: str) -> Callable[[int], None]:
+        return lambda signum: asked.append((what, signum))
+
+    with capture(note("end"), second=note("second"), save=note("save"), show=note("show")) as captured:
+        for number in (signal.SIGUSR1, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR2, signal.SIGQUIT):
+            signal.raise_signal(number)
+    assert [what for what, _ in asked] == ["save", "show", "end", "save", "show"]
+    assert [number for _, number in asked] == [10, 3, 15, 12, 3]
+    assert (captured.first, captured.count) == (signal.SIGTERM, 1)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_without_an_action_signals_that_save_or_show_are_left_alone() -> None:
+    before = [signal.getsignal(number) for number in (*SAVING, *SHOWING)]
+    with capture(lambda number: None):
+        assert [signal.getsignal(number) for number in (*SAVING, *SHOWING)] == before
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_handler_that_was_there_is_called_after_ours() -> None:
+    called: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda signum, frame: called.append(f"theirs {signum}"))
+    with capture(lambda number: called.append("end"), save=lambda number: called.append("save")):
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert called == ["save", "theirs 10", "end", "theirs 15", "theirs 15"]
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_what_a_handler_that_was_there_raises_does_not_tear_apart_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+    def leave(signum: int, frame: object) -> None:
+        sys.exit(3)
+
+    signal.signal(signal.SIGTERM, leave)
+    with capture(lambda number: None) as captured:
+        signal.raise_signal(signal.SIGTERM)
+    assert captured.first == signal.SIGTERM
+    assert "the handler of SIGTERM that was there before failed" in caplog.text
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("number", [signal.SIGHUP, *SAVING], ids=lambda number: number.name)
+def test_what_somebody_ignores_stays_ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    asked: list[int] = []
+    with capture(asked.append, save=asked.append):
+        signal.raise_signal(number)
+    assert asked == []
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_what_a_shell_ignores_for_the_background_is_heard() -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    asked: list[int] = []
+    with capture(asked.append, show=asked.append):
+        signal.raise_signal(signal.SIGQUIT)
+        signal.raise_signal(signal.SIGINT)
+    assert asked == [signal.SIGQUIT, signal.SIGINT]

@@ -40,6 +40,15 @@ class Stuck(Net):
             threading.Event().wait(60)
         return self.layer(x)
 
+class Asked(Net):  # is sent a signal while it computes, and computes on until that has been heard
+    signum = 0
+
+    def forward(self, x):
+        if Asked.signum:
+            os.kill(os.getpid(), Asked.signum)
+            threading.Event().wait(0.5)
+        return self.layer(x)
+
 class Raises:
     def on_log(self, event):
         raise ValueError("no")
@@ -202,3 +211,39 @@ def test_a_signal_before_training_ends_it_with_nothing_written(
     assert main([*FIT, "--run-dir", "run"]) == code
     assert capsys.readouterr().err == f"error: ended by {signum.name}\nhint: The same command starts over.\n"
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_saves_has_a_checkpoint_made_and_the_run_goes_on(signum: signal.Signals, place: Path) -> None:
+    (place / "c.toml").write_text(f'[[callbacks]]\nname = "flow_nets:Kill"\nsignum = {int(signum)}\nat = 6\n')
+    assert main(["fit", "c.toml", *FIT[1:], "--run-dir", "run", "--max-steps", "400", "-q"]) == 0
+    events = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+    saved = [event for event in events if event["event"] == "checkpoint"]
+    assert [event["kind"] for event in saved] == ["request", "end"]
+    assert 6 <= saved[0]["step"] < 400
+    assert steps(place / "run") == list(range(1, 401))
+
+
+def test_a_signal_that_asks_where_it_stands_is_answered_on_stderr_and_in_the_log(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "c.toml").write_text(f'[[callbacks]]\nname = "flow_nets:Kill"\nsignum = {int(signal.SIGQUIT)}\nat = 6\n')
+    assert main(["fit", "c.toml", *FIT[1:], "--run-dir", "run", "--max-steps", "2000"]) == 0
+    shown = capfd.readouterr().err
+    assert shown.count("SIGQUIT: where it stands, and goes on") == 1
+    for part in ("thread MainThread:\n", "daemon thread streamtrain-train:\n", "task streamtrain-fit:\n"):
+        assert part in shown
+        assert part in (place / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("command", ["validate", "evaluate", "predict"])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_commands_on_a_checkpoint_unwind_at_a_signal(
+    command: str, signum: signal.Signals, code: int, place: Path, capsys: Capture
+) -> None:
+    assert main([*[part.replace("Net", "Asked") for part in FIT], "--run-dir", "run", "-q"]) == 0
+    sys.modules["flow_nets"].Asked.signum = int(signum)
+    before = {*place.rglob("*")}
+    assert main([command, "run", *(["--out", "p.zarr"] if command == "predict" else [])]) == code
+    assert capsys.readouterr().err.endswith(f"error: ended by {signum.name}\nhint: The same command starts over.\n")
+    assert {*place.rglob("*")} == before
