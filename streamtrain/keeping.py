@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from streamtrain import checkpoint
@@ -18,6 +18,7 @@ from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Control, Save
 from streamtrain.errors import ConfigError
+from streamtrain.evaluation import Stopped
 from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Verdict
 from streamtrain.file_thread import Files
 from streamtrain.life import Life, has_state
@@ -192,11 +193,16 @@ class Keeper:
         finally:
             self._life.asked = {}
 
-    async def attend(self, telling: Coroutine[Any, Any, T]) -> T:
-        """Wait for callbacks; a save for which one of their hooks waits is made meanwhile, else both wait for ever."""
+    async def attend(self, telling: Coroutine[Any, Any, T], *, unless: Callable[[], bool] = lambda: False) -> T:
+        """Wait for callbacks; a save for which one of their hooks waits is made meanwhile, else both wait for ever.
+
+        Raises Stopped once `unless()` says so, when what was waited for has been cancelled and has ended.
+        """
         told = asyncio.create_task(telling)
         try:
             while not told.done():
+                if unless():
+                    raise Stopped
                 await self.save_all(() if self._life.step.partial else self._control.take_saves())
                 knocked = asyncio.create_task(self._control.knocked())
                 await asyncio.wait({told, knocked}, return_when=asyncio.FIRST_COMPLETED)

@@ -246,7 +246,8 @@ class Wheel:
     # --- validation, verdicts and requests ---
 
     async def _validate(self, *, sanity: bool = False) -> list[Verdict]:
-        """The means over all validation streams, told and judged. Raises Stopped."""
+        """The means over all validation streams, told and judged; what is to be saved is saved meanwhile, and a stop
+        waits for no batch. Raises Stopped."""
         batches = self._plan.sanity if sanity else None
         if not sanity:
             with contextlib.suppress(TypeError):
@@ -260,7 +261,8 @@ class Wheel:
             stream.set_epoch(0)
             limit = self._plan.sanity if sanity else self._plan.validation_limits.get(name)
             rng = self._life.rng
-            means = await self._evaluator.run(stream, self._thread, rng, limit=limit, stopping=self._stopping)
+            evaluating = self._evaluator.run(stream, self._thread, rng, limit=limit, stopping=self._stopping)
+            means = await self._keeper.attend(evaluating, unless=self._stopping)
             prefix = f"val_{name}_" if name else "val_"
             values |= {prefix + metric: value for metric, value in means.items()}
             tables |= {prefix + metric: table for metric, table in self._evaluator.tables.items()}
