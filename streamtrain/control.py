@@ -7,9 +7,10 @@ updates. The train thread reads `pending` before each update, a plain attribute.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ class Stop:
     reason: str
     """FitResult.reason: "stopped", "signal" or "cancelled"."""
     detail: str = ""
+    deadline: float | None = field(default=None, compare=False)
+    """Until when all has to be saved and closed, on `time.monotonic`'s clock; None: it may take its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Control:
         self._saves: deque[Save] = deque()
         self._stop: Stop | None = None
         self._late = False
+        self._hasten: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._knocked: asyncio.Event | None = None
 
@@ -75,8 +79,12 @@ class Control:
         """A fit was called for: what is asked for from now on is meant for it, even if its task has not begun."""
         self._late = False
 
-    def bind(self) -> None:
-        """Serve the running loop from now on, beginning with what was asked for before."""
+    def bind(self, hasten: Callable[[], None] | None = None) -> None:
+        """Serve the running loop from now on, beginning with what was asked for before.
+
+        `hasten`: called on the loop whenever a stop is asked for that has a deadline.
+        """
+        self._hasten = hasten
         self._loop = asyncio.get_running_loop()
         self._knocked = asyncio.Event()
         self._late = False
@@ -84,17 +92,29 @@ class Control:
 
     def unbind(self) -> None:
         """The wheel stands still; who waits for a save that was not begun is told, and who asks for one from now on."""
-        self._loop = self._knocked = self._stop = None
+        self._loop = self._knocked = self._stop = self._hasten = None
         self.paused, self._late = False, True
         saves, self._saves = self._saves, deque()
         for save in saves:
             self.save(save)
 
-    def stop(self, reason: str = "stopped", detail: str = "") -> None:
-        """End after the current update, save, and give `reason` as the result's."""
-        if self._stop is None and not self._late:
-            self._stop = Stop(reason, detail)
-            self._knock()
+    def stop(self, reason: str = "stopped", detail: str = "", *, within: float | None = None) -> None:
+        """End after the current update, save, and give `reason` as the result's; all `within` so many seconds.
+
+        A later stop gives no other reason, but it may leave less time.
+        """
+        if self._late:
+            return
+        deadline = None if within is None else time.monotonic() + within
+        if self._stop is None:
+            self._stop = Stop(reason, detail, deadline)
+        elif deadline is None or (self._stop.deadline is not None and self._stop.deadline <= deadline):
+            return
+        else:
+            self._stop = replace(self._stop, deadline=deadline)
+        self._knock()
+        if deadline is not None and self._hasten is not None:
+            self._soon(self._hasten)
 
     def pause(self) -> None:
         """Wait after the current update until `resume` or `stop`."""
@@ -130,10 +150,15 @@ class Control:
 
     def _knock(self) -> None:
         self.pending = True
-        loop, event = self._loop, self._knocked
-        if loop is not None and event is not None:
+        if self._knocked is not None:
+            self._soon(self._knocked.set)
+
+    def _soon(self, fn: Callable[[], object]) -> None:
+        """On the loop."""
+        loop = self._loop
+        if loop is not None:
             try:
-                loop.call_soon_threadsafe(event.set)
+                loop.call_soon_threadsafe(fn)
             except RuntimeError:  # the loop was closed meanwhile
                 self._loop = None
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
+
+from streamtrain.data.daemons import DaemonExecutor
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Files(Protocol):
 @asynccontextmanager
 async def file_thread(*, patience: float = 5.0) -> AsyncIterator[Files]:
     """A thread of its own; a disk that hangs for more than `patience` seconds at the end is left behind, and said."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix="streamtrain-files")
+    executor = DaemonExecutor(1, "streamtrain-files")
     loop = asyncio.get_running_loop()
 
     async def files(fn: Callable[[], T], /) -> T:
@@ -38,5 +39,5 @@ async def file_thread(*, patience: float = 5.0) -> AsyncIterator[Files]:
         _end(executor, wait=last.done())
 
 
-def _end(executor: ThreadPoolExecutor, *, wait: bool) -> None:
+def _end(executor: DaemonExecutor, *, wait: bool) -> None:
     executor.shutdown(wait=wait, cancel_futures=True)

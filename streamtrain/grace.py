@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import tempfile
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 
+from streamtrain.data.budget import format_bytes
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+PROBE = 32 << 20
+"""Bytes written to learn how fast a disk is, where no save has told; a state smaller than that is simply saved."""
 _LAST = 5.0
 """Seconds to close files and threads after the grace was not enough."""
 
@@ -45,7 +53,36 @@ def lost(path: Path, step: int) -> str:
     """How many steps a run that stands at `step` loses if it goes on from this checkpoint; empty where it is none."""
     number = path.name.removeprefix("step-")
     steps = step - int(number) if number.isdecimal() else 0
-    return f", {steps} steps after it are lost" if steps > 0 else ""
+    return f", {steps} {'step after it is' if steps == 1 else 'steps after it are'} lost" if steps > 0 else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How long a save would take, from what is known of its size and of the disk."""
+
+    bytes: int
+    rate: float
+    """Bytes a second that were committed, or written by a probe."""
+
+    @property
+    def seconds(self) -> float:
+        """How long that is."""
+        return self.bytes / self.rate
+
+    def __str__(self) -> str:
+        return f"about {self.seconds:.3g} s ({format_bytes(self.bytes)} at {format_bytes(int(self.rate))}/s)"
+
+
+def disk_rate(folder: Path, size: int = PROBE) -> float:
+    """Bytes a second that a file of this size is written and synced with in `folder`; blocks. Raises OSError."""
+    began = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        piece = bytes(1 << 20)
+        for _ in range(0, size, len(piece)):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return size / (time.perf_counter() - began)
 
 
 async def _patiently(task: asyncio.Task[Any], timeout: float) -> None:

@@ -21,6 +21,7 @@ from streamtrain.errors import ConfigError
 from streamtrain.evaluation import Stopped
 from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Verdict
 from streamtrain.file_thread import Files
+from streamtrain.grace import lost
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
@@ -228,12 +229,28 @@ class Keeper:
         if self.saver is None:
             return
         await self.saver.wait()
-        if self._life.progress.step and (self._saved != self._mark() or self.saver.behind):
+        unsaved = self._life.progress.step and (self._saved != self._mark() or self.saver.behind)
+        if unsaved and await self._fits():
             await self.save("end")
         await self.saver.wait()
         if self._joined:
             logger.warning("%d saves were due while another was under way: joined with later ones", self._joined)
             self._joined = 0
+
+    async def _fits(self) -> bool:
+        """Whether a save can be over when all has to be: one that can't be is not begun, and that is said."""
+        stop, saver, step = self._control.stopping, self.saver, self._life.progress.step
+        if stop is None or stop.deadline is None or saver is None:
+            return True
+        forecast = await saver.forecast(lambda: self._thread.run(self._life.bytes))
+        left = max(0.0, stop.deadline - time.monotonic())
+        if forecast is None or forecast.seconds <= left:
+            return True
+        last = saver.last
+        kept = f"{last.name} is the last checkpoint{lost(last, step)}" if last else "there is no checkpoint yet"
+        message = "step %d is not saved: that would take %s, and %.3g s of the grace are left; %s"
+        logger.warning(message, step, forecast, left, kept)
+        return False
 
     async def save_after_error(self) -> None:
         """The same where saving itself may be what went wrong."""

@@ -127,6 +127,14 @@ class Life:
         trees.check(state_by_name(self.optimizer, self.model), "optimizer")
         trees.check(dict(self.model.state_dict()), "model")
 
+    def bytes(self) -> int:
+        """About how large a snapshot is: the tensors of model and optimizer, and averages; on the train thread."""
+        kept: list[Tree] = [dict(self.model.state_dict()), state_by_name(self.optimizer, self.model)]
+        if self.average is not None:
+            kept.append(self.average.state_dict())
+        found = [tensor for tree in kept for tensor in trees.encode(tree)[1].values()]
+        return sum(tensor.numel() * tensor.itemsize for tensor in found)
+
     def snapshot(self, state: Tree) -> Snapshot:
         """A copy of everything, in memory of its own; on the train thread, between two updates."""
         model = self.weights_to_keep()

@@ -17,6 +17,7 @@ from streamtrain.checkpoint import Committed
 from streamtrain.disk import LOCAL, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem, StreamtrainError
 from streamtrain.file_thread import Files
+from streamtrain.grace import PROBE, Forecast, disk_rate
 from streamtrain.state import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ class Saver:
         self.checkpoints, self.rule, self.files, self._disk = checkpoints, rule, files, disk
         self.last = before
         """The last committed checkpoint."""
-        self._bytes = 0
-        """Of the last commit."""
+        self.committed: Committed | None = None
+        """The last one of this fit, with its size and how long it took."""
         self.pins: Callable[[], Collection[str]] = tuple
         """Names of checkpoints that must stay."""
         self._task: asyncio.Task[None] | None = None
@@ -97,6 +98,21 @@ class Saver:
         commit = self._commit(snapshot, step, kind, told, failed, path, done)
         self._task = asyncio.create_task(commit, name="streamtrain-save")
 
+    async def forecast(self, size: Callable[[], Awaitable[int]]) -> Forecast | None:
+        """How long a save would take: as the last one of this fit did, or what `size` tells, as fast as a probe is.
+
+        None where it is too little to matter, or where the disk refuses even that: the save itself will say why.
+        """
+        if self.committed is not None:
+            return Forecast(self.committed.bytes, self.committed.bytes / max(self.committed.seconds, 1e-9))
+        needed = await size()
+        if needed < PROBE:
+            return None
+        try:
+            return Forecast(needed, await self.files(lambda: disk_rate(self.checkpoints.parent)))
+        except OSError:
+            return None
+
     async def wait(self) -> None:
         """Wait for the save that is under way; whoever stops waiting does not stop it."""
         if self._task is not None:
@@ -109,8 +125,9 @@ class Saver:
 
     async def lack_of_room(self, step: int, *, kind: str, failed: Failed) -> Exception | None:
         """Why there is no room for a save like the last one, which is then a failed one; None if there is."""
+        needed = 0 if self.committed is None else self.committed.bytes
         try:
-            await self.files(lambda: checkpoint.check_space(self.path(step), self._bytes, disk=self._disk))
+            await self.files(lambda: checkpoint.check_space(self.path(step), needed, disk=self._disk))
         except EnvironmentProblem as error:
             await self._failed(error, kind, failed)
             return error
@@ -130,7 +147,7 @@ class Saver:
         try:
             committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=replace, disk=self._disk))
             if path is None:
-                self._failures, self.last, self._bytes = 0, committed.path, committed.bytes
+                self._failures, self.last, self.committed = 0, committed.path, committed
             await told(committed)
             if path is None:
                 await self._prune()

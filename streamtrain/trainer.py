@@ -11,6 +11,7 @@ import contextvars
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
@@ -338,7 +339,7 @@ class Trainer:
                 train = same_batches(train, self._options.overfit)
             checks = Checks(self._parts, self.callbacks, streams)
             checks.arguments(train, limits, resume, self.run_dir)
-            self.control.bind()
+            self.control.bind(self._hasten)
             fit = self._fit(train, streams, limits, resume, checks)
             return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
         finally:
@@ -362,7 +363,7 @@ class Trainer:
             return asyncio.run(fit)
 
     def _asked_to_end(self, signum: int) -> None:
-        self.control.stop("signal", signal.Signals(signum).name)
+        self.control.stop("signal", signal.Signals(signum).name, within=self._options.grace)
 
     def _show(self, signum: int) -> None:
         """Where everything stands; in a signal handler, which may not log by itself."""
@@ -509,15 +510,16 @@ class Trainer:
         return limits
 
     def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
-        """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet.
-
-        Callbacks have half of the time: the other half is for a save that had to wait for them.
-        """
-        self.control.stop("cancelled", "the task was cancelled")
+        """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet."""
+        self.control.stop("cancelled", "the task was cancelled", within=self._options.grace)
         if self._bus is None:
             fit.cancel()
-        else:
-            self._bus.hurry(self._options.grace / 2)
+
+    def _hasten(self) -> None:
+        """Where the end has a deadline callbacks have half of the time: the other half is for a save that waited."""
+        stop = self.control.stopping
+        if self._bus is not None and stop is not None and stop.deadline is not None:
+            self._bus.hurry(max(0.0, stop.deadline - time.monotonic()) / 2)
 
     async def _fit(
         self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume, checks: Checks
@@ -607,6 +609,7 @@ class Trainer:
                 keeper=Keeper(life, saver, teller=teller, bus=bus, thread=thread, control=self.control, files=files),
             )
             self._bus = bus
+            self._hasten()
             try:
                 reason, detail = await wheel.turn()
             finally:

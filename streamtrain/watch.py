@@ -42,6 +42,7 @@ class Watch:
         self.grace = grace
         self.signum = 0
         """The first signal's number that asks for the end; 0 while there was none."""
+        self._when = 0.0
         self._trainer: Trainer | None = None
         self._work: tuple[asyncio.AbstractEventLoop, Callable[[], object]] | None = None
         """What a command does that has nothing to save: its loop, and what cancels it."""
@@ -96,7 +97,7 @@ class Watch:
 
     def _first(self, signum: int) -> None:
         self._rung(signum)
-        self.signum = signum
+        self.signum, self._when = signum, time.monotonic()
         if self._work is not None:
             loop, cancel = self._work
             loop.call_soon_threadsafe(cancel)
@@ -112,7 +113,8 @@ class Watch:
 
     def _stop(self) -> None:
         assert self._trainer is not None
-        self._trainer.control.stop("signal", signal.Signals(self.signum).name)
+        left = max(0.0, self._when + self.grace - time.monotonic())
+        self._trainer.control.stop("signal", signal.Signals(self.signum).name, within=left)
 
     def _rung(self, signum: int) -> None:
         """The thread hears of signals by itself, unless somebody else, such as an event loop, took its descriptor."""

@@ -401,6 +401,8 @@ class Bus:
     def hurry(self, seconds: float) -> None:
         """Hooks have so many seconds from now on: a callback that is in one then is left behind, and that is said."""
         loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
         self._deadline = loop.time() + seconds
         self._timer = loop.call_later(seconds, self._give_up)
 

@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ import aiofiles
 
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.rolling import older, part_bytes, roll
+from streamtrain.data.daemons import DaemonExecutor
 from streamtrain.errors import EnvironmentProblem, StreamtrainError
 from streamtrain.events import Log, TrainBegin, TrainEnd
 
@@ -49,7 +49,7 @@ class LineFile:
     def __init__(self, path: Path, *, most: int | None = None, headed: bool = False) -> None:
         self.path = path
         self._most, self._headed, self._size = most, headed, 0
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"streamtrain-{path.name}")
+        self._executor = DaemonExecutor(1, f"streamtrain-{path.name}")
         self._raw: _Raw | None = None
         self._waiting: list[str | Change] = []
         self._taken: list[str | Change] = []

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from streamtrain.data.budget import Share
+from streamtrain.data.daemons import LEAVE_SECONDS
 from streamtrain.data.feed import Feed
 from streamtrain.data.fetch import RECENT, Account
 from streamtrain.data.filters import Bytes
@@ -32,7 +33,7 @@ from streamtrain.data.reading import Scratch, under
 from streamtrain.data.remote import RemoteReader, Want
 from streamtrain.data.spans import MIN_REQUESTS, RATE_PER_THREAD, Span, coalesce, requests_at_once
 from streamtrain.data.workers import Job
-from streamtrain.data.zarr_lane import LEAVE_SECONDS, ZarrLoop
+from streamtrain.data.zarr_lane import ZarrLoop
 
 logger = logging.getLogger(__name__)
 

@@ -9,15 +9,14 @@ import itertools
 import logging
 import math
 import os
-import queue
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamtrain.data.daemons import DaemonExecutor
 from streamtrain.data.files import StoreFiles
 from streamtrain.data.layout import ArrayLayout
 from streamtrain.data.manifest import unaddressable
@@ -29,54 +28,10 @@ from streamtrain.errors import EnvironmentProblem
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-LEAVE_SECONDS = 2.0
-"""How long `ZarrLoop.close` waits for reads that are under way."""
 CLOSE_SECONDS = 5.0
 """How long it waits for all that it does."""
 FAR_LARGER = 64
 """A file that has so many times the bytes that its part of the array decodes to is refused unread."""
-
-
-class _DaemonExecutor(concurrent.futures.ThreadPoolExecutor):
-    """Daemon threads in place of the pool's own, so that a read that hangs for ever keeps no process alive."""
-
-    def __init__(self, max_workers: int, name: str) -> None:
-        super().__init__(max_workers)  # a loop takes nothing else; it starts no thread before its own `submit`
-        self._name, self._limit, self._ended = name, max_workers, False
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._daemons: list[threading.Thread] = []
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.put(call)
-        if len(self._daemons) < self._limit:
-            name = f"{self._name}-{len(self._daemons)}"
-            self._daemons.append(threading.Thread(target=self._serve, name=name, daemon=True))
-            self._daemons[-1].start()
-        return future
-
-    def _serve(self) -> None:
-        while call := self._calls.get():
-            call()
-            del call
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads; the first call waits for those that end within LEAVE_SECONDS."""
-        waited, self._ended = self._ended, True
-        for _ in self._daemons:
-            self._calls.put(None)
-        deadline = time.monotonic() + LEAVE_SECONDS
-        for thread in self._daemons if wait and not waited else ():
-            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class ZarrLoop:
@@ -133,7 +88,7 @@ class ZarrLoop:
     @staticmethod
     def _serve(loop: asyncio.AbstractEventLoop, ended: concurrent.futures.Future[None]) -> None:
         asyncio.set_event_loop(loop)
-        executor = _DaemonExecutor(4, "streamtrain-zarr-io")
+        executor = DaemonExecutor(4, "streamtrain-zarr-io")
         loop.set_default_executor(executor)
         try:
             loop.run_forever()

@@ -62,7 +62,7 @@ async def test_what_is_not_written_yet_is_known(tmp_path: Path) -> None:
 
 async def test_the_thread_ends_with_the_file(tmp_path: Path) -> None:
     file = await opened(tmp_path / "x")
-    assert threads() == ["streamtrain-x_0"]
+    assert threads() == ["streamtrain-x-0"]
     await file.close()
     assert threads() == []
 

@@ -1073,10 +1073,10 @@ FIFO = """
 import sys, time
 from pathlib import Path
 from zarr.api import asynchronous as zarr_api
-from streamtrain.data import zarr_lane
+from streamtrain.data import daemons, zarr_lane
 from streamtrain.data.reading import Scratch
 from streamtrain.data.layout import parse_array
-zarr_lane.LEAVE_SECONDS = 0.05
+daemons.LEAVE_SECONDS = 0.05
 loop = zarr_lane.ZarrLoop()
 array = loop.run(zarr_api.open_array(store=sys.argv[1], path="x", mode="r"), 30)
 layout = parse_array(array.path, array.metadata.to_dict(), array.dtype, array.metadata.fill_value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 from data_tools.synth import synth
 from streamtrain.checkpoint import newest_valid, scan
 from streamtrain.cli import main
+from streamtrain.grace import Forecast
+from streamtrain.saving import Saver
 
 Capture = pytest.CaptureFixture[str]
 
@@ -247,3 +250,28 @@ def test_commands_on_a_checkpoint_unwind_at_a_signal(
     assert main([command, "run", *(["--out", "p.zarr"] if command == "predict" else [])]) == code
     assert capsys.readouterr().err.endswith(f"error: ended by {signum.name}\nhint: The same command starts over.\n")
     assert {*place.rglob("*")} == before
+
+
+def test_a_save_that_would_outlast_the_grace_is_left_out_and_said(
+    place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "c.toml").write_text(
+        f'[[callbacks]]\nname = "flow_nets:Kill"\nsignum = {int(signal.SIGTERM)}\nat = 6\n'
+        '[[callbacks]]\nname = "ModelCheckpoint"\nevery = "1000000steps"\n'
+    )
+    command = ["fit", "c.toml", *FIT[1:], "--run-dir", "run", "--resume", "auto"]
+    assert main([*command, "--max-steps", "4", "-q"]) == 0
+
+    async def slow(saver: Saver, size: object) -> Forecast:
+        return Forecast(bytes=10**9, rate=10.0**6)
+
+    monkeypatch.setattr(Saver, "forecast", slow)
+    assert main([*command, "--max-epochs", "1000000", "--grace", "60"]) == 143
+    shown = capsys.readouterr()
+    assert newest(place / "run") == 4
+    assert "newest checkpoint step-000000004" in shown.out
+    assert re.search(
+        r"warning: step \d+ is not saved: that would take about 1e\+03 s .* grace are left; step-000000004 is the last "
+        r"checkpoint, \d+ steps? after it (is|are) lost",
+        shown.err,
+    )

@@ -45,7 +45,7 @@ class Gate(asyncio.Event):
 
     async def wait(self) -> bool:  # type: ignore[override]
         self._entered.set()
-        return await super().wait()  # type: ignore[return-value]
+        return await super().wait()
 
 
 @asynccontextmanager
