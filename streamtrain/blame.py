@@ -7,14 +7,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from streamtrain.data.batch import Batch
-from streamtrain.data.budget import format_bytes
+from streamtrain.data.batch import Batch, Cursor
+from streamtrain.data.budget import available_memory, format_bytes
 from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, StreamtrainError, UserCodeError
+
+FIRST = 8
+"""Rows of a batch that are remembered."""
+LESS = "Lower batch_size (and raise accumulate_grad_batches), or the stream's memory."
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """Which batch was computed when an error came up: what is known of it once it is let go."""
+
+    step: int
+    """The update that it was part of."""
+    cursor: Cursor
+    rows: int
+    index: list[int]
+    """The first of its samples' numbers; empty where the source numbers none."""
+
+    @classmethod
+    def of(cls, batch: Batch | None, step: int) -> Culprit | None:
+        """None for none."""
+        if batch is None:
+            return None
+        try:
+            index = [] if batch.index is None else [int(number) for number in batch.index[:FIRST]]
+            return cls(step, batch.cursor, len(batch), index)
+        except Exception:  # a batch so odd that it may be the very error
+            return cls(step, batch.cursor, 0, [])
+
+
+class OutOfMemory(EnvironmentProblem):
+    """Memory that the machine does not have, with the sizes of what was held."""
+
+
+def exhausted(error: Exception, statistics: Any) -> Exception:
+    """`error`, and where it is that memory ran out: the same with what the stream and the process held.
+
+    `statistics`: of the stream, while its pass lives; what it does not tell is left out.
+    """
+    if isinstance(error, OutOfMemory) or not _of_memory(error):
+        return error
+    held = []
+    for name in ("queue", "cache"):
+        size = getattr(getattr(statistics, name, None), "bytes", None)
+        held += [] if size is None else [f"its {name} {format_bytes(size)}"]
+    budget = getattr(statistics, "budget", None)
+    if budget is not None:
+        held.insert(0, f"the stream holds {format_bytes(budget.used)} of its memory of {format_bytes(budget.total)}")
+    held.append(f"the process {format_bytes(psutil.Process().memory_info().rss)} of {format_bytes(available_memory())}")
+    text = str(error).partition("\n")[0] or type(error).__name__
+    said = text if "out of memory" in text else f"out of memory: {text}"
+    made = OutOfMemory(f"{said}; {', '.join(held)}", hint=LESS)
+    made.__cause__ = error
+    return made
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, here or in what this error came of."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(seen):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def explained(error: BaseException, batch: Batch | None, where: str) -> StreamtrainError:
@@ -28,12 +93,9 @@ def explained(error: BaseException, batch: Batch | None, where: str) -> Streamtr
 
 def _made(error: BaseException, batch: Batch | None, where: str) -> StreamtrainError:
     text = str(error).partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if _of_memory(error):
         size = "" if batch is None else f" with a batch of {format_bytes(_bytes(batch))}"
-        return EnvironmentProblem(
-            f"{where}: out of memory{size}: {text}",
-            hint="Lower batch_size (and raise accumulate_grad_batches), or the stream's memory.",
-        )
+        return EnvironmentProblem(f"{where}: out of memory{size}: {text}", hint=LESS)
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return _uncompiled(error, where)
     if batch is not None and isinstance(error, IndexError | RuntimeError) and "out of bounds" in text:

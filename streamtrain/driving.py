@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from streamtrain import own_rng
+from streamtrain.blame import exhausted
 from streamtrain.data.batch import Batch
 from streamtrain.evaluation import BURST
 from streamtrain.life import Life
@@ -53,6 +54,12 @@ class Driver:
                 else:
                     life.epoch_rng = life.rng.state
             yield source
+        except Exception as error:  # while the pass lives: what it holds can still be told
+            raised, held = error, self._stream.statistics()
+            problem = await self._thread.run(lambda: exhausted(raised, held))
+            if problem is error:
+                raise
+            raise problem from error
         finally:
             try:
                 await self.landed()
@@ -95,7 +102,8 @@ class Driver:
         await self._thread.run(job)
 
     async def burst(self, batches: Supply, updates: int | None) -> Report:
-        """One burst of `updates` updates at most. Raises the error that ended it, after counting what came before."""
+        """One burst of `updates` updates at most, counted; an error that ended it is in the report, to be raised once
+        what came before is told."""
         step, rng, progress = self._life.step, self._life.rng, self._life.progress
         if not step.seconds:
             updates = 1  # nobody knows yet how long one takes
@@ -120,8 +128,6 @@ class Driver:
         batches.burst(None)
         self.waited += batches.waited - waited
         self._land(report)
-        if report.error is not None:
-            raise report.error
         return report
 
     def _run(self, batches: Supply, **how: Any) -> Report:

@@ -118,7 +118,11 @@ class Wheel:
             while await self._ready(batches):
                 report = await driver.burst(batches, self._most_updates())
                 telling = self._teller.burst(report, driver.take_waited())
-                await (self._keeper.attend(telling) if report.rows or self._teller.noted else telling)
+                try:
+                    await (self._keeper.attend(telling) if report.rows or self._teller.noted else telling)
+                finally:
+                    if report.error is not None:  # only now: the lines of the updates before it are in no later log
+                        raise report.error
                 self._keeper.check()
                 if report.updates and not self._step.partial:
                     if self._due() and not await self._finished(batches):

@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import traceback
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -87,8 +88,8 @@ class RunFolder:
         """Replace `status.json`; non-finite numbers become null. Readers see the old or the new one, never half."""
         self._replace("status.json", _json(status), durable=False)
 
-    def write_error(self, error: BaseException) -> None:
-        """Replace `error.json`: the error's type, message, hint, traceback and time (UTC)."""
+    def write_error(self, error: BaseException, standing: Mapping[str, Any] | None = None) -> None:
+        """Replace `error.json`: the error's type, message, hint, traceback and time (UTC), and how the fit stood."""
         document = {
             "type": type(error).__qualname__,
             "message": str(error),
@@ -96,6 +97,7 @@ class RunFolder:
             "exit_code": error.exit_code if isinstance(error, StreamtrainError) else 1,
             "time": _now(),
             "traceback": "".join(traceback.format_exception(error)),
+            **(standing or {}),
         }
         self._replace("error.json", _json(document), durable=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamtrain.averaging import Average
-from streamtrain.blame import explained, non_finite
+from streamtrain.blame import Culprit, explained, non_finite
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import MoveBatch
 from streamtrain.errors import ConfigError, DataError, NonFiniteError, StreamtrainError
@@ -108,6 +108,8 @@ class TrainStep:
         self._average, self._rollback = average, rollback
         self._clip_norm, self._clip_value = clip_norm, clip_value
         self._autocast = None if precision == "32" else autocast(precision, device)
+        self.culprit: Culprit | None = None
+        """The batch that was computed when an error came up."""
         self._one = torch.ones((), device=device)
         self._found = torch.zeros((), device=device)
         self._epoch = 0
@@ -181,6 +183,8 @@ class TrainStep:
                         break
             except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
                 report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
+                pulling = isinstance(error, StreamtrainError) and self._group < self.accumulate and not source.ended
+                self.culprit = None if pulling else Culprit.of(self._batch, self.step + 1)
                 self.undo()
             self._batch = self._loss = None
             report.seconds = time.perf_counter() - report.began

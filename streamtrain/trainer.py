@@ -40,6 +40,7 @@ from streamtrain.driving import Driver
 from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem, StreamtrainError
 from streamtrain.evaluation import Evaluator
 from streamtrain.events import Log
+from streamtrain.failure import standing
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.freezing import FreezeSpec, parse_freeze
 from streamtrain.grace import saving_on_cancel
@@ -539,14 +540,19 @@ class Trainer:
                 stack.push_async_callback(files, folder.release)
                 await files(folder.lock)
                 await files(lambda: (folder.path / "error.json").unlink(missing_ok=True))
+            before = self._lasting
             try:
                 return await self._turn(train, streams, limits, resume_from, files, folder, checks)
             except Exception as error:
                 if folder is not None:
-                    failure = error
+                    failure, life = error, None if self._lasting is before else self._lasting
                     with suppress(StreamtrainError):
-                        await files(lambda: folder.write_error(failure))
+                        await files(lambda: self._write_down(folder, failure, life))
                 raise
+
+    def _write_down(self, folder: RunFolder, error: Exception, life: Life | None) -> None:
+        """`error.json`; `life`: none where it had not begun."""
+        folder.write_error(error, None if life is None else standing(life, folder.path, self._checkpoint))
 
     async def _turn(
         self,

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 from streamtrain.callbacks.base import NEWS, hooks_of
-from streamtrain.errors import StreamtrainError, UserCodeError
+from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError
 from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
 from streamtrain.threads import tell
 
@@ -276,7 +276,8 @@ class _Mailbox:
         else:
             text = str(error).partition("\n")[0]
             said = f"{type(error).__name__}: {text}" if text else type(error).__name__
-            self.failure = UserCodeError(
+            kind = EnvironmentProblem if isinstance(error, MemoryError) else UserCodeError
+            self.failure = kind(
                 f"callback {self.name}: {hook} raised {said}",
                 hint="The traceback (--debug) shows the line in the callback.",
             )
