@@ -73,12 +73,19 @@ def demo(
     out: Annotated[Path, option("folder of the run and its data; runs/demo by default")] = Path("runs/demo"),
     quick: Annotated[bool, option("a small world and a small model: seconds")] = False,
     max_epochs: Annotated[str | None, option("passes over the data, at most")] = None,
+    prove: Annotated[bool, option("kill it three times, and compare with an undisturbed run: two minutes")] = False,
 ) -> int:
     """Learn the map of the world from disk; again: carry on."""
     if max_epochs is not None and not re.fullmatch("[0-9]*[1-9][0-9]*", max_epochs):
         raise ConfigError(
             f"--max-epochs must be an integer of at least 1, got {shown(max_epochs)}", hint="For instance 3."
         )
+    if prove:
+        if max_epochs is not None:
+            raise ConfigError("--prove trains whole epochs, as many as it needs", hint="Leave --max-epochs out.")
+        from streamtrain.proof import prove as prove_it
+
+        return prove_it(out=out / "proof", quick=quick)
     from streamtrain.demo import run
     from streamtrain.log_file import logged
 

@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class Recipe:
     hidden: int
     steps: int
     validate_every: int
+    save_every: str = "10s"
 
 
 FULL = Recipe(
@@ -237,19 +239,24 @@ def true_map(world: Path) -> NDArray[np.bool_]:
     return ~np.stack(lines)
 
 
-def build(out: Path, world: Path, recipe: Recipe) -> Trainer:
-    """The model and all that trains it; nothing is read or written yet but the true map."""
+def build(
+    out: Path, world: Path, recipe: Recipe, *, step: Callable[[nn.Module], Callable[..., Any]] | None = None
+) -> Trainer:
+    """The model and all that trains it; nothing is read or written yet but the true map. `step`: makes a step function
+    of one's own out of the loss."""
     torch.manual_seed(0)  # the weights that a model begins with are drawn when it is made
+    loss = nn.BCEWithLogitsLoss()
     return Trainer(
         FourierMLP(recipe.features, recipe.hidden),
-        nn.BCEWithLogitsLoss(),
+        loss,
+        step=None if step is None else step(loss),
         optimizer="adam",
         lr=5e-3,
         scheduler={"name": "cosine", "warmup": "20steps"},
         metrics={"accuracy": Accuracy()},
         callbacks=[
             Painter(true_map(world), out / "plots"),
-            ModelCheckpoint(every="10s", monitor="val_accuracy", save_top_k=1, keep_last=2),
+            ModelCheckpoint(every=recipe.save_every, monitor="val_accuracy", save_top_k=1, keep_last=2),
             ProgressBar(),
         ],
         run_dir=out,
@@ -259,8 +266,8 @@ def build(out: Path, world: Path, recipe: Recipe) -> Trainer:
     )
 
 
-async def train(trainer: Trainer, world: Path, recipe: Recipe, max_epochs: int | None, watch: Watch) -> FitResult:
-    """Stream the world's pixels through `trainer`, from where the last run in this folder stopped."""
+def streams(world: Path, recipe: Recipe) -> tuple[ZarrStream, ZarrStream]:
+    """The world's pixels to be trained on, in shuffled order, and those that are held out."""
     height, width = (-(-size // recipe.every) for size in MASK_SHAPE)
     common: dict[str, Any] = {"batch_size": recipe.batch_size, "sample_axes": (0, 1), "split_by": "chunk", "seed": 0}
     lines = ZarrStream(
@@ -279,6 +286,12 @@ async def train(trainer: Trainer, world: Path, recipe: Recipe, max_epochs: int |
         memory="256MiB",
         **common | {"batch_size": recipe.batch_size * recipe.validate_on},
     )
+    return lines, held_out
+
+
+async def train(trainer: Trainer, world: Path, recipe: Recipe, max_epochs: int | None, watch: Watch) -> FitResult:
+    """Stream the world's pixels through `trainer`, from where the last run in this folder stopped."""
+    lines, held_out = streams(world, recipe)
     async with lines, held_out:
         watch.begins(trainer)
         return await trainer.fit(

@@ -49,7 +49,7 @@ callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving failure
 loop
 trainer
-config assembly watch inspection peers bench fit_command run_commands demo
+config assembly watch inspection peers bench fit_command run_commands demo proof
 complaints cli
 __main__
 """
