@@ -251,19 +251,26 @@ class _Lease(weakref.ref[Bytes]):
     memory: Bytes
 
 
+_LEASES: dict[int, _Lease] = {}
+"""All that are out, of every pool, by their `id`. A lease that is garbage together with its array tells nobody: the
+bytes of a cycle that keeps a pass, or of batches that outlive their stream, would be lost for good."""
+
+
 class _Account:
     """What a pool's leases refer to: not the pool itself, so that letting go of a pool ends it at once."""
 
     def __init__(self, size: int, share: Share) -> None:
         self.size, self.share = size, share
         self.returned: deque[Bytes] = deque()
-        self.out: dict[int, _Lease] = {}
+        self.out: set[int] = set()
+        """Leases of this pool."""
         self.closed = False
 
     def back(self, lease: weakref.ref[Bytes]) -> None:
         """A finalizer: it may run at any moment and in any thread, so that it takes no lock."""
         assert isinstance(lease, _Lease)
-        del self.out[id(lease)]
+        del _LEASES[id(lease)]
+        self.out.discard(id(lease))
         if self.closed:
             self.share.release_from_finalizer(self.size)
         else:
@@ -307,7 +314,8 @@ class Pool:
         root: Bytes = np.frombuffer(memory.data, dtype=np.uint8)
         lease = _Lease(root, self._account.back)
         lease.memory = memory
-        self._account.out[id(lease)] = lease
+        self._account.out.add(id(lease))
+        _LEASES[id(lease)] = lease
         return root
 
     def close(self) -> None:

@@ -199,20 +199,26 @@ class KeptPass(Ending):
         if self._before is not None:
             await self._before.aclose()
             self._before = None
+        if self._inner is None:
+            # A pass of hits alone would never let anybody else run; before one is taken, since who is cancelled here
+            # must lose none.
+            await asyncio.sleep(0)
         try:
             batch = self.next_nowait()
             if batch is None:
                 assert self._inner is not None
                 batch = self._keep(await anext(self._inner))
-            else:
-                await asyncio.sleep(0)  # a pass of hits alone would never let anybody else run
         except BudgetHeld:
             raise
         except (StopAsyncIteration, Exception) as error:
             ended = isinstance(error, StopAsyncIteration)
             if ended:
                 self._over()
-            await self.aclose()
+            try:
+                await self.aclose()
+            except asyncio.CancelledError:
+                self._untold = None if ended else error
+                raise
             if ended:
                 self._no_more()
             raise

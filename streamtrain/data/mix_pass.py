@@ -5,6 +5,7 @@ Its law: nothing is drawn ahead of what is handed over; what the sources read ah
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from streamtrain.data.batch import Batch, Cursor
@@ -62,8 +63,12 @@ class MixPass(Ending):
             return batch
         except BudgetHeld:
             raise
-        except (StopAsyncIteration, Exception):
-            await self.aclose()
+        except (StopAsyncIteration, Exception) as error:
+            try:
+                await self.aclose()
+            except asyncio.CancelledError:
+                self._untold = None if isinstance(error, StopAsyncIteration) else error
+                raise
             raise
 
     async def _pulled(self, number: int) -> Batch:
@@ -155,9 +160,12 @@ class MixPass(Ending):
         if self._before is not None:
             await self._before.aclose()
             self._before = None
-        passes, self._passes, self._over = [*self._over, *self._passes.values()], {}, []
-        for passing in passes:
-            await passing.aclose()
+        self._over += self._passes.values()
+        self._passes = {}
+        while self._over:
+            passing = self._over[-1]
+            await passing.aclose()  # who is cancelled here may call again
+            self._over = [other for other in self._over if other is not passing]
         if self._puller is not None:
             await self._puller.aclose()
 

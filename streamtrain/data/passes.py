@@ -236,8 +236,12 @@ class ZarrPass(Ending):
                 raise
             except BudgetHeld:
                 raise
-            except Exception:
-                await self.aclose()
+            except Exception as error:
+                try:
+                    await self.aclose()
+                except asyncio.CancelledError:
+                    self._untold = error
+                    raise
                 raise
             if batch is not None:
                 return batch
@@ -760,10 +764,13 @@ class ZarrPass(Ending):
         self._queue.end()
 
     async def aclose(self) -> None:
-        """End the pass: join its threads and give its memory back. A read that hangs is left behind, and said."""
+        """End the pass: join its threads and give its memory back. A read that hangs is left behind, and said.
+
+        Where it is cancelled, a further call goes on with that.
+        """
         self.stop()
         await self._after()
-        workers, self._workers = self._workers, None
+        workers = self._workers
         if workers is None:
             return
         if not await workers.joined(timeout=JOIN):
@@ -772,7 +779,7 @@ class ZarrPass(Ending):
             await self._ahead.aclose()
         if self._stage is not None and not await self._stage.joined(JOIN):
             logger.error("a transform has not returned within %g s, and is left behind", JOIN)
-        self.retired = workers.scratches
+        self._workers, self.retired = None, workers.scratches
         self._recipe.share.release(self._scratch_granted)
         self._scratch_granted = 0
         await self._recipe.at_end()

@@ -19,16 +19,24 @@ def say_superseded() -> None:
 
 
 class Ending:
-    """How a pass over a stream ends: where another one ended it, who asks it for more is told, once."""
+    """How a pass over a stream ends: where another one ended it, or an error, who asks it for more is told, once."""
 
     _superseded = False
+    _untold: Exception | None = None
+    """What went wrong, where whoever was to be told was cancelled meanwhile: it must not pass for an epoch's end."""
 
     def _end_by_another(self, live: bool) -> None:
         """Another pass begins; `live`: this one had not ended yet."""
         self._superseded = self._superseded or live
 
     def _no_more(self) -> NoReturn:
-        """Give nothing more."""
+        """Give nothing more. Raises StopAsyncIteration, or what nobody was told of yet."""
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            try:
+                raise untold
+            finally:
+                del untold  # its traceback leads to this very frame: a cycle that would keep the pass's memory
         if self._superseded:
             self._superseded = False
             say_superseded()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -228,4 +229,22 @@ async def test_who_waits_in_a_pass_that_another_ends_is_told_so(store: Path, cap
         await waiting
     assert [record for record in caplog.records if "another one over this stream began" in record.getMessage()]
     assert len(await anext(second)) == 10
+    await source.aclose()
+
+
+async def test_who_is_cancelled_before_a_kept_batch_comes_loses_none(store: Path) -> None:
+    source = plain(store, transform=small.in_place)
+    whole = await listed(source)
+    passing, found = aiter(source), list[Batch]()
+    while True:
+        waiting = asyncio.ensure_future(anext(passing, None))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+        batch = await anext(passing, None)
+        if batch is None:
+            break
+        found.append(batch)
+    assert same(found, whole)
     await source.aclose()

@@ -22,8 +22,11 @@ from data_tools.synth import synth
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.block import Pool
 from streamtrain.data.budget import Budget, BudgetHeld
+from streamtrain.data.mix import mix
 from streamtrain.data.stream import POISON, ZarrStream
+from streamtrain.data.workers import Workers
 from streamtrain.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserCodeError
+from tests.data import small
 
 torch: Any = None
 with contextlib.suppress(ImportError):  # the room needs none: then its tests see numpy arrays
@@ -407,6 +410,61 @@ async def test_all_memory_is_given_back(store: Path) -> None:
     assert 0 < used < 1 << 20  # the buffer that the kept batch lies in
     del kept
     assert budget.statistics().used == 0
+
+
+async def test_a_batch_that_outlives_its_stream_gives_its_bytes_back_when_it_dies(store: Path) -> None:
+    """Also if garbage was collected meanwhile, which takes what only a dead stream looked at."""
+    budget = Budget("8MiB")
+    async with stream(store, memory=budget) as source:
+        batch = await anext(aiter(source))
+    del source
+    gc.collect()
+    assert budget.statistics().used > 0
+    del batch
+    assert budget.statistics().used == 0
+
+
+async def test_a_batch_that_dies_in_a_cycle_with_its_stream_gives_its_bytes_back(store: Path) -> None:
+    budget = Budget("8MiB")
+    source = stream(store, memory=budget)
+    batch = await anext(aiter(source))
+    await source.aclose()
+    cycle: list[Any] = [source, batch]
+    cycle.append(cycle)
+    del source, batch, cycle
+    gc.collect()
+    assert budget.statistics().used == 0
+
+
+@pytest.mark.parametrize("kind", ["read", "kept", "mixed"])
+async def test_an_error_is_told_though_whoever_waited_for_it_was_cancelled(
+    store: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next question would be answered by the end of the epoch."""
+    closing, joined = asyncio.Event(), Workers.joined
+
+    async def slow(self: Workers, timeout: float) -> bool:
+        closing.set()
+        await asyncio.sleep(0)
+        return await joined(self, timeout)
+
+    monkeypatch.setattr(Workers, "joined", slow)
+    source: Any = stream(store, transform=small.fails_at_99, shuffle=kind == "read" and "block")
+    source = mix([source]) if kind == "mixed" else source
+    passing = aiter(source)
+    for _ in range(2):
+        await anext(passing)
+    waiting = asyncio.ensure_future(anext(passing))
+    await closing.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    with pytest.raises(UserCodeError, match="99"):
+        await anext(passing)
+    with pytest.raises(StopAsyncIteration):
+        await anext(passing)
+    await source.aclose()
+    assert ours() == []
 
 
 async def test_passes_that_are_left_cost_no_memory(store: Path) -> None:
