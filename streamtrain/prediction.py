@@ -121,8 +121,7 @@ class Prediction:
 
         def keep(batch: Batch, outcome: Outcome) -> tuple[Any, NDArray[np.int64] | None, Arrays, int]:
             outputs = undo(outcome.outputs)
-            index = _array(torch.as_tensor(batch.index), "index") if numbered and batch.index is not None else None
-            return outputs if give else None, index, _arrays(outputs), len(batch)
+            return outputs if give else None, _numbers(batch) if numbered else None, _arrays(outputs), len(batch)
 
         made = self.evaluator.each(stream, self.thread, self.rng, self.compute, keep)
         async with _writing(store) as write, aclosing(made) as bursts:
@@ -193,6 +192,16 @@ def _arrays(outputs: Any) -> Arrays:
     if isinstance(outputs, list | tuple):
         return {f"{NAME}_{n}": _array(value, f"{NAME}_{n}") for n, value in enumerate(outputs)}
     return {NAME: _array(outputs, NAME)}
+
+
+def _numbers(batch: Batch) -> NDArray[np.int64]:
+    """Which samples these are. Raises UserCodeError where a transform left rows out and does not tell which."""
+    if batch.index is None:
+        raise UserCodeError(
+            "predict(out=...): a transform dropped rows and does not tell which are left: they have no place",
+            hint="Return the numbers as well: dataclasses.replace(batch, inputs=..., index=batch.index[keep]).",
+        )
+    return _array(torch.as_tensor(batch.index), "index")
 
 
 def _array(value: Any, name: str) -> NDArray[Any]:

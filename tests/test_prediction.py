@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,25 @@ async def test_the_loop_turns_while_predictions_are_written(tmp_path: Path) -> N
     beating.cancel()
     assert beats > 20
     np.testing.assert_array_equal(await made(values, tmp_path / "p"), field)
+
+
+async def test_rows_that_a_filter_left_without_their_numbers_are_not_put_anywhere(tmp_path: Path) -> None:
+    await made(climate, tmp_path / "s")
+    async with stream(tmp_path / "s", transform=lambda batch: (batch.inputs[::2], None)) as source:
+        with pytest.raises(UserCodeError, match=r"dropped rows and does not tell which"):
+            await Trainer(Same(), loss="mse").predict(source, out=tmp_path / "p")
+    assert not await made((tmp_path / "p").exists)
+
+
+async def test_rows_that_a_filter_left_stand_at_the_numbers_that_it_tells(tmp_path: Path) -> None:
+    field = await made(climate, tmp_path / "s")
+    source = stream(tmp_path / "s", transform=lambda b: replace(b, inputs=b.inputs[::2], index=b.index[::2]))
+    await Trainer(Same(), loss="mse").predict(source, out=tmp_path / "p")
+    await source.aclose()
+    written = await made(values, tmp_path / "p")
+    there = ~np.isnan(written).all(axis=(1, 2))
+    assert 0 < there.sum() < len(field)
+    np.testing.assert_array_equal(written[there], field[there])
 
 
 async def test_an_empty_stream_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
