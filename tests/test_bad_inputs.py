@@ -19,6 +19,7 @@ import zarr
 from data_tools.synth import synth
 from streamtrain.cli import main
 from streamtrain.run_folder import RunFolder
+from tests import warm
 
 Capture = pytest.CaptureFixture[str]
 Prepare = Callable[[Path], object]
@@ -507,8 +508,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_full_disk_ends_with_5_and_the_last_checkpoint_stands(place: Path) -> None:
     assert main([*FIT, "-q", "--model", "bad_nets:Wide"]) == 0
-    command = [sys.executable, "-c", LIMITED, *RESUME, "auto", "-q", "--model", "bad_nets:Wide"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = warm.run(["-c", LIMITED, *RESUME, "auto", "-q", "--model", "bad_nets:Wide"])
     assert done.returncode == 5, done.stderr
     assert re.search("(?m)^error: the disk is full: .* needs [0-9,]+ bytes, [0-9,]+ bytes are free", done.stderr)
     assert "training goes on (failed saves in a row: 1 of 3)" in done.stderr

@@ -26,6 +26,7 @@ from streamtrain import checkpoint
 from streamtrain.checkpoint_files import FILES, MANIFEST, MODEL, OPTIMIZER, STATE
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.state import Snapshot
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -437,7 +438,7 @@ ACTS = ["replace", "replace by two renames", "add", "prune"]
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each of ACTS, with one for each instant at which it was killed."""
     root = tmp_path_factory.mktemp("killed")
-    subprocess.run([sys.executable, "-c", CHILD, root, *ACTS], check=True, timeout=60, cwd=ROOT)
+    warm.run(["-c", CHILD, str(root), *ACTS], cwd=ROOT).check_returncode()
     return root
 
 

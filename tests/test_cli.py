@@ -21,16 +21,17 @@ from data_tools.synth import synth
 from streamtrain.checkpoint import commit
 from streamtrain.cli import main
 from streamtrain.state import Snapshot
+from tests import warm
 from tests.data.sparse import random_sparse, write_arrays, write_sparse
 
 Capture = pytest.CaptureFixture[str]
 
 
-def child(*arguments: str, cwd: Path | None = None, code: str | None = None) -> subprocess.CompletedProcess[str]:
+def child(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     """A real process: the command line, or the code given."""
     command = ["-c", code] if code is not None else ["-m", "streamtrain"]
     return subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=60, cwd=cwd, check=False
+        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -162,15 +163,8 @@ def test_an_output_that_is_full_is_named_with_what_to_do(command: str, store: Pa
 def test_a_fit_whose_report_finds_no_room_says_that_it_is_done(store: Path, tmp_path: Path) -> None:
     named = ["--data", str(store), "--inputs", "x", "--targets", "y", "--loss", "mse"]
     model = ["--model", "torch.nn:Linear", "--set", "model.args={in_features=4, out_features=1}"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "streamtrain", "fit", *named, *model, "--run-dir", str(tmp_path / "run")],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+    with open("/dev/full", "wb") as full:
+        done = warm.run(["-m", "streamtrain", "fit", *named, *model, "--run-dir", str(tmp_path / "run")], stdout=full)
     assert done.returncode == 5
     assert done.stderr.splitlines()[-2:] == [
         "error: the output can't be written: No space left on device",
@@ -191,7 +185,8 @@ signal.raise_signal(signal.SIGINT)
 def test_after_a_ctrl_c_no_thread_keeps_the_process(store: Path, tmp_path: Path) -> None:
     """Such as one of zarr's in a read that hangs: Python would wait for it at its end."""
     (tmp_path / "slow_nets.py").write_text(SLOW)
-    done = child("fit", "--data", str(store), "--inputs", "x", "--model", "slow_nets:Net", cwd=tmp_path)
+    named = ["--data", str(store), "--inputs", "x", "--model", "slow_nets:Net"]
+    done = warm.run(["-m", "streamtrain", "fit", *named], cwd=tmp_path)
     assert done.returncode == 130
     assert done.stderr == "error: ended by SIGINT\nhint: The same command starts over.\n"
 

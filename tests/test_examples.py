@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 
 from examples.service import application
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
 
-async def run(*arguments: str) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=ROOT, stdout=pipe, stderr=pipe)
-
-
-async def test_the_async_tests_of_the_example_pass() -> None:
-    process = await run("-m", "pytest", "-q", "examples/test_training.py")
-    out, _ = await process.communicate()
-    assert process.returncode == 0, out.decode()
-    assert b"2 passed" in out
+def test_the_async_tests_of_the_example_pass() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "examples/test_training.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 async def test_the_service_starts_tells_cancels_and_goes_on(tmp_path: Path) -> None:
@@ -57,15 +54,14 @@ async def test_the_service_tells_why_a_training_failed(tmp_path: Path) -> None:
 
 async def one_life(folder: Path, *, cancel: bool) -> int:
     """Start the service and a training in it; the step that it reached when it was cancelled, or the service ended."""
-    process = await run("-m", "examples.service", str(folder), "--port", "0", "--quick")
-    assert process.stderr is not None
+    process, said = warm.piped(["-m", "examples.service", str(folder), "--port", "0", "--quick"], cwd=ROOT)
     port, told = None, b""
     while port is None:
-        line = await process.stderr.readline()
+        line = said.readline()
         assert line, told.decode()
         told += line
         port = re.search(rb"http://127\.0\.0\.1:(\d+)", line)
-    rest = asyncio.create_task(process.stderr.read())
+    rest = asyncio.create_task(asyncio.to_thread(said.read))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{int(port[1])}") as client:
         assert (await client.get("/status")).json() == {"running": False}
         assert (await client.post("/start")).status_code == 202
@@ -82,7 +78,8 @@ async def one_life(folder: Path, *, cancel: bool) -> int:
             step = ended["step"]
     process.send_signal(signal.SIGINT)
     assert b"Traceback" not in await rest
-    await process.wait()
+    assert process.wait(10) == 0
+    said.close()
     assert saved(folder)
     return step
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
+from tests import warm
 from tests.data.sparse import random_sparse, sparse_store, write_arrays
 
 ROOT = Path(__file__).parent.parent
@@ -46,18 +44,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def run(folder: Path, *arguments: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    out, _ = await process.communicate()
-    assert process.returncode == 0, out.decode()
-    return out.decode()
+def run(folder: Path, *arguments: str) -> str:
+    done = warm.run(list(arguments), cwd=folder, environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -65,25 +55,25 @@ async def run(folder: Path, *arguments: str) -> str:
     blocks("python"),
     ids=["fit", "stream", "windows", "crops", "ragged", "samples", "mix", "optimizers", "several", "tasks", "predict"],
 )
-async def test_programs_run(folder: Path, program: str) -> None:
-    await run(folder, "-c", program)
+def test_programs_run(folder: Path, program: str) -> None:
+    run(folder, "-c", program)
 
 
-async def test_commands_run_in_their_order(folder: Path) -> None:
+def test_commands_run_in_their_order(folder: Path) -> None:
     lines = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
     ours = [shlex.split(line) for line in lines if line.startswith("python -m ")]
     assert len(ours) == 4
     for command in ours:
-        assert await run(folder, *command[1:])
+        assert run(folder, *command[1:])
 
 
-async def test_the_configuration_trains(folder: Path) -> None:
+def test_the_configuration_trains(folder: Path) -> None:
     (config,) = blocks("toml")
     (folder / "config.toml").write_text(config)
-    await run(folder, "-m", "streamtrain", "fit", "config.toml", "--run-dir", "runs/config")
+    run(folder, "-m", "streamtrain", "fit", "config.toml", "--run-dir", "runs/config")
     assert (folder / "runs" / "config" / "metrics.jsonl").read_text()
 
 
-async def test_the_two_commands_stand_at_the_top() -> None:
+def test_the_two_commands_stand_at_the_top() -> None:
     first = blocks("console")[0]
     assert first == "$ python3 run.py demo\n$ python3 run.py test\n"

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from data_tools.synth import synth
+from tests import warm
 from tests.bench.measure import Measure, Options
 from tests.bench.passes import Stock, growth, stock
 
@@ -43,8 +43,8 @@ def run(options: Options) -> Iterator[Measure]:
 
 
 def _process(store: Path, folder: Path, fits: int, seeds: tuple[int, ...]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.bench.fits", str(store), str(folder), str(fits), *map(str, seeds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    done = warm.run(["-m", "tests.bench.fits", str(store), str(folder), str(fits), *map(str, seeds)], timeout=None)
+    done.check_returncode()
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

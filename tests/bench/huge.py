@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -24,6 +23,7 @@ from streamtrain import ZarrStream
 from streamtrain.data.cells import CellGrid
 from streamtrain.data.order import EpochOrder, Shuffle, default_cells_per_block
 from streamtrain.data.splits import Split
+from tests import warm
 from tests.bench.measure import Measure, Options
 
 SAMPLES, CHUNK, BATCH, SEED = 10**9, 1000, 256, 3
@@ -75,8 +75,9 @@ def _round(store: Path, samples: int, shuffle: Shuffle, place: int) -> dict[str,
     (store / "x" / "c").mkdir(exist_ok=True)
     for cell in _touched(order, 0) | _touched(order, place):
         (store / "x" / "c" / str(cell)).write_bytes(values)
-    command = [sys.executable, "-m", "tests.bench.huge", str(store), shuffle, str(place)]
-    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    done = warm.run(["-m", "tests.bench.huge", str(store), shuffle, str(place)], timeout=None)
+    done.check_returncode()
+    found: dict[str, float] = json.loads(done.stdout)
     return found
 
 

@@ -11,7 +11,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from data_tools.synth import synth
 from streamtrain import checkpoint
+from tests import warm
 from tests.bench import life
 from tests.bench.measure import Measure, Options
 
@@ -117,7 +117,7 @@ class Setup:
         batches = -(-ROWS // life.BATCH)
         return self.epochs * -(-batches // life.ACCUMULATE)
 
-    def start(self, folder: Path) -> subprocess.Popen[bytes]:
+    def start(self, folder: Path) -> warm.Process:
         """A process that trains in this folder, from wherever the last one got to."""
         if self.command:
             config = folder / "config.toml"
@@ -128,7 +128,7 @@ class Setup:
             numbers = map(str, (self.columns, self.epochs, self.every))
             arguments = ["-m", "tests.bench.life", str(self.store), str(folder), *numbers]
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-            return subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err)
+            return warm.start(arguments, stdout=out, stderr=err)
 
 
 def run(options: Options) -> Iterator[Measure]:
@@ -222,7 +222,7 @@ def lived(setup: Setup, folder: Path, kills: list[Kill]) -> Trial:
     return trial
 
 
-def _end(process: subprocess.Popen[bytes], checkpoints: Path, kill: Kill, number: signal.Signals) -> None:
+def _end(process: warm.Process, checkpoints: Path, kill: Kill, number: signal.Signals) -> None:
     """End a life at an instant, if it lives so long."""
     while kill.late and not _committed(checkpoints) and process.poll() is None:
         time.sleep(0.002)

@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_tools.synth import synth
+from tests import warm
 from tests.bench.measure import Measure, Options
 from tests.bench.memory import resident
 
@@ -44,8 +44,8 @@ def run(options: Options) -> Iterator[Measure]:
         store = synth(
             room / "s.zarr", rows=1 << (12 if options.quick else 15), columns=64, chunk_rows=256, codec="zstd"
         )
-        command = [sys.executable, "-m", "tests.bench.passes", str(store), str(passes)]
-        done = subprocess.run(command, capture_output=True, check=True)
+        done = warm.run(["-m", "tests.bench.passes", str(store), str(passes)], timeout=None)
+        done.check_returncode()
     yield from growth(f"{passes} passes", [Stock(**each) for each in json.loads(done.stdout)])
 
 

@@ -18,6 +18,7 @@ import torch
 from streamtrain import Budget, from_iterable, mix
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.errors import ConfigError, UserCodeError
+from tests import warm
 from tests.data import small
 from tests.data.small import ours, stream
 
@@ -237,12 +238,12 @@ print(len(next(passing)))
 
 
 def test_ctrl_c_ends_it_at_once(store: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(store)], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "going\n"
+    child, said = warm.piped(["-c", SCRIPT, str(store)])
+    with said:
+        assert said.readline() == b"going\n"
         child.send_signal(signal.SIGINT)
-        assert child.stdout.readline() == "[]\n"
-    assert child.returncode == 0
+        assert said.read() == b"[]\n"
+    assert child.wait(60) == 0
 
 
 def test_an_interpreter_that_ends_in_the_middle_ends(store: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from streamtrain.checkpoint import newest_valid, scan
 from streamtrain.cli import main
 from streamtrain.grace import Forecast
 from streamtrain.saving import Saver
+from tests import warm
 
 Capture = pytest.CaptureFixture[str]
 
@@ -184,20 +184,15 @@ def test_a_second_ctrl_c_ends_within_two_seconds_and_harms_no_checkpoint(place: 
     (place / "c.toml").write_text('[[callbacks]]\nname = "ModelCheckpoint"\nevery = "1steps"\n')
     stuck = [part.replace("Net", "Stuck") for part in FIT]
     command = [*stuck, "c.toml", "--run-dir", "run", "--max-epochs", "1000000", "-q"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "streamtrain", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    process, said = warm.piped(["-m", "streamtrain", *command])
+    with said:
         try:
-            assert process.stdout.readline() == b"stuck\n"
+            assert b"stuck\n" in iter(said.readline, b"")
             process.send_signal(signal.SIGINT)
-            while b"finishing the step" not in process.stderr.readline():
-                assert process.poll() is None
+            assert any(b"finishing the step" in line for line in iter(said.readline, b""))
             began = time.monotonic()
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=10) == 130
+            assert process.wait(10) == 130
             assert time.monotonic() - began < 2
         finally:
             process.kill()
