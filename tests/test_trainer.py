@@ -1454,7 +1454,7 @@ async def test_a_burst_that_breaks_down_ends_the_pass_all_the_same() -> None:
             await event.on_train_thread(lambda model, optimizer: optimizer.param_groups[0].pop("lr"))
 
     fitted = trainer(callbacks=[Breaks()])
-    with pytest.raises(KeyError, match="lr"):
+    with pytest.raises(UserCodeError, match="lr"):
         await fitted.fit(Samples())
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -1517,13 +1517,15 @@ async def test_a_label_out_of_range_names_its_row() -> None:
         await Trainer(nn.Linear(4, 3), nn.CrossEntropyLoss()).fit(batches)
 
 
-async def test_saves_that_fail_let_training_go_on_three_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_saves_that_fail_let_training_go_on_until_the_third_one_in_a_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     fitted = trainer(run_dir=tmp_path, callbacks=[ModelCheckpoint(every="1epoch")])
     with pytest.raises(EnvironmentProblem, match="checkpoint"):
         await fitted.fit(Samples(), max_epochs=10_000)  # saves that are due while one is under way are joined
-    assert caplog.text.count("training goes on") == 3
-    assert 4 <= fitted.state.epoch < 10_000
+    assert caplog.text.count("training goes on") == 2
+    assert 3 <= fitted.state.epoch < 10_000
 
 
 async def test_saves_that_are_joined_are_counted_and_the_newest_stay(
