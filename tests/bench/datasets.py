@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import importlib.resources
 import io
@@ -40,15 +41,19 @@ def flights(*, fetch: bool = True) -> Path:
     return _kept("flights", _fetch_flights, fetch)
 
 
+@functools.cache
 def land_mask(every: int) -> NDArray[np.bool_]:
     """Whether each `every`th point of the globe, 1/120 degree apart, is land: (latitude, longitude).
 
     From the package global-land-mask, which the demo needs too.
     """
     packed = importlib.resources.files("global_land_mask") / "globe_combined_mask_compressed.npz"
-    with packed.open("rb") as file, np.load(file) as arrays:
-        mask: NDArray[np.bool_] = arrays["mask"]
-        return ~mask[::every, ::every]  # it says where the ocean is
+    with packed.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open("mask.npy") as unpacked:
+        np.lib.format.read_magic(unpacked)
+        (height, width), fortran, dtype = np.lib.format.read_array_header_1_0(unpacked)
+        assert (fortran, dtype) == (False, np.bool_)
+        lines = [np.frombuffer(unpacked.read(width), np.bool_)[::every] for _ in range(height)]  # not 1 GB at once
+        return ~np.stack(lines[::every])  # it says where the ocean is
 
 
 def idx(path: Path) -> NDArray[np.uint8]:
