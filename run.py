@@ -28,10 +28,12 @@ STAMP = VENV / "made-from.json"
 MARK = VENV / "made-by-run.py"
 PYTHON = VENV / "bin" / "python"
 
+IN_TWO = ("-n", "2", "--dist", "worksteal")
+"""How pytest is told to use two processes."""
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "demo": (["-m", "streamtrain", "demo"], ("demo",)),
     "test": (
-        ["-m", "pytest", "-n", "2", "--dist", "worksteal"],
+        ["-m", "pytest", *IN_TWO],
         ("demo", "cloud", "tensorboard", "plots", "test", "lint", "writers", "peers"),
     ),
     "setup": ([], ("demo", "cloud", "tensorboard", "plots", "test", "lint", "writers", "peers")),
@@ -169,9 +171,17 @@ def on_newer_python() -> int:
     return fail(f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed", "python3.11 run.py ...")
 
 
-NEWEST = ("3.12", "3.13")
-"""Pythons on which the newest zarr and numpy run that 3.11 no longer gets."""
+NEWEST = ("3.13", "3.12")
+"""Pythons on which the newest zarr and numpy run that 3.11 no longer gets, the newest first."""
 TORCH_FREE = ("tests/data", "tests/data_tools")
+"""What runs on the first of them that is found."""
+MEETS_PYTHON = (
+    *("any_store", "budget", "cache", "container", "disk_cache", "handing", "opening", "queue", "readahead", "readers"),
+    *("remote_manifest", "shared_cache", "stores", "stream", "stream_properties", "torch_free", "whole", "workers"),
+)
+"""Files of tests/data about loops, threads, processes and files of the system's. All that the others could find on a
+Python between 3.11 and the newest, the newest one finds too: it has the same zarr and numpy. So they are run there."""
+BETWEEN = (*(f"tests/data/test_{name}.py" for name in MEETS_PYTHON), "tests/data_tools/test_convert.py")
 NOT_THERE = ("torch", "pydantic", "cyclopts", "rich", "safetensors", "starlette", "uvicorn")
 """What the room without torch does without."""
 SERVERS = ("moto", "boto3")
@@ -180,7 +190,8 @@ WRITERS = ("tensorstore", "xarray", "dask", "ml-dtypes")
 
 
 def on_newest(options: list[str]) -> int:
-    """The tests of the room without torch on each newer Python that is found; the first exit code that is not 0."""
+    """The tests of the room without torch on the newest Python that is found, those that meet Python's own parts on
+    the others; the first exit code that is not 0."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -189,24 +200,25 @@ def on_newest(options: list[str]) -> int:
         one for one in groups["test"] if not one.startswith(SERVERS)
     ]
     wanted += [one for one in groups["writers"] if one.startswith(WRITERS)]
+    found = {version: path for version in NEWEST if (path := interpreter(version)) is not None}
+    for version in NEWEST:
+        if version not in found:
+            say(f"no Python {version} is found: the newest zarr and numpy are not tested on it")
+    tests = dict(zip(found, ([*IN_TWO, *TORCH_FREE], *[[*BETWEEN]] * len(found)), strict=False))
     with ThreadPoolExecutor(len(NEWEST)) as pool:  # side by side: each waits for its own pip and tests
-        codes = list(pool.map(lambda version: on_one(version, wanted, options), NEWEST))
+        codes = list(pool.map(lambda one: on_one(one, found[one], wanted, [*tests[one], *options]), found))
     return next((code for code in codes if code), 0)
 
 
-def on_one(version: str, wanted: list[str], options: list[str]) -> int:
-    """The same on one of them; what its tests print comes at their end."""
-    found = interpreter(version)
-    if found is None:
-        say(f"no Python {version} is found: the newest zarr and numpy are not tested on it")
-        return 0
+def on_one(version: str, found: str, wanted: list[str], arguments: list[str]) -> int:
+    """Tests on one of them, by these arguments of pytest's; what they print comes at their end."""
     try:
         python = environment(found, version, wanted)
     except subprocess.CalledProcessError as error:
         return fail(f"pip ended with {error.returncode} for Python {version}", "its output above says why")
     shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
     say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
-    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *TORCH_FREE, *options]
+    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     there = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -244,6 +256,8 @@ def environment(interpreter: str, version: str, wanted: list[str], needs: str = 
         except (OSError, ValueError, subprocess.CalledProcessError):
             pass
         say(f"making {folder.name}")
+        if folder.is_symlink():
+            folder.unlink()  # venv would empty what it leads to, which may be another checkout's
         subprocess.run([interpreter, "-m", "venv", "--clear", folder], check=True)
         pip: list[Any] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
         subprocess.run([*pip, *wanted], check=True, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()])
