@@ -292,6 +292,28 @@ def verify(
     return 0
 
 
+@app.command(name="import-pt", help_epilogue=DEBUG)
+def import_pt(
+    file: Annotated[Path, Parameter(help="a .pt, .pth, .ckpt or .bin of torch.save, or .safetensors")],
+    out: Annotated[Path, Parameter(help="the checkpoint that is written, or a run's folder")],
+    /,
+    *,
+    model: Annotated[str | None, option("pkg.mod:Name of the model that the weights must fit")] = None,
+    partial: Annotated[bool, option("fit in part: leave out what does not")] = False,
+) -> int:
+    """Bring in a foreign file's weights: a checkpoint to begin with.
+
+    Nothing in the file is run. `fit --model-weights OUT` begins with them.
+    """
+    from streamtrain.importing import bring_in
+    from streamtrain.log_file import logged
+
+    with logged(logging.INFO):
+        written = bring_in(file, out, model=model, partial=partial)
+    _print([f"{written} holds the weights; begin with them by --model-weights {written}"])
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)

@@ -187,6 +187,10 @@ class ModelTable(Table):
     target: Target
     """`pkg.mod:Name` of a torch Module's class, of a function that returns one, or of a Module."""
     args: Annotated[dict[str, Any], Must("a table of keyword arguments")] = Field(default_factory=dict)
+    weights: Text | None = None
+    """A checkpoint, or a run's folder, with whose weights a fresh run begins."""
+    partial: Annotated[bool, Must("true or false")] = False
+    """Take of these what fits."""
 
 
 class OptimizerTable(Named):
@@ -545,7 +549,7 @@ MAY_CHANGE = frozenset(
     | {"data.retries", "data.storage_options"}
     | {"data.transform_workers", "data.cache_transform", "data.disk_cache", "data.disk_cache_bytes"}
     | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
-    | {"trainer.nonfinite", "data.store"}
+    | {"trainer.nonfinite", "data.store", "model.weights", "model.partial"}
     | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume"}
 )
 """Keys that a run may change in the course of its life; a store that moved is known again by its fingerprint."""

@@ -62,7 +62,8 @@ def run(
         begun.trainer = job.trainer
         if quiet:
             job.trainer.callbacks[:] = [each for each in job.trainer.callbacks if not isinstance(each, progress_bar())]
-        result = asyncio.run(_train(job, watch))
+        weights = None if _goes_on(config) else config.model.weights
+        result = asyncio.run(_train(job, watch, weights, partial=config.model.partial))
     return watch.exit_code(result.reason), report(result, config), unreported(result, config)
 
 
@@ -172,10 +173,20 @@ class Begun(Callback):
             self.watch.begins(self.trainer)
 
 
-async def _train(job: assembly.Job, watch: Watch) -> FitResult:
+async def _train(job: assembly.Job, watch: Watch, begins_with: str | None, *, partial: bool) -> FitResult:
     async with _closing(job):
         watch.begins(job.trainer)
+        if begins_with is not None:
+            await job.trainer.load_weights(begins_with, partial=partial)
         return await job.trainer.fit(job.train, validation=job.validation, **job.limits)
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether the run has checkpoints, whose weights it goes on with."""
+    folder = config.trainer.run_dir
+    if folder is None or not glob.glob(os.path.join(glob.escape(folder), "checkpoints", "step-*")):
+        return config.fit.resume not in (None, "auto")
+    return True
 
 
 async def _opened(job: assembly.Job) -> None:

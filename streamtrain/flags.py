@@ -95,6 +95,8 @@ _VALIDATION = [
 ]
 _MODEL = [
     Flag("--model", ("model.target",), "pkg.mod:Name of a Module, or of what makes one", "text"),
+    Flag("--model-weights", ("model.weights",), "checkpoint or run with whose weights a fresh run begins", "text"),
+    Flag("--partial-weights", ("model.partial",), "take of these what fits", "bool"),
     Flag("--loss", ("loss.name",), "mse, mae, cross_entropy, bce, huber or pkg.mod:name", "text"),
     Flag("--metrics", ("metrics",), "accuracy, mae, f1, ... or name=pkg.mod:name; a,b or repeated", "names"),
     Flag("--optimizer", ("optimizer.name",), "adamw, sgd, muon, ..., or package.module.Class", "text"),

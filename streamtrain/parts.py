@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -62,6 +62,7 @@ from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
 from streamtrain.tasks import TaskLosses, TaskMetric
 from streamtrain.threads import TrainThread
+from streamtrain.warm_start import begin_with
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -399,6 +400,12 @@ class Parts:
         step.step = begin
         step.gauges = gauges
         return step
+
+    def begin_with(self, weights: Mapping[str, Tensor], path: Path, *, partial: bool) -> None:
+        """Other weights before the first update; on the train thread. Raises CheckpointError."""
+        begin_with(weights, self.model, path, partial=partial)
+        if self.optimizer is None and not any(map(is_lazy, self.model.parameters())):
+            self.build()
 
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""

@@ -35,15 +35,15 @@ from streamtrain.events import TrainBegin
 from streamtrain.watch import Watch
 
 WHOLE = demo.Recipe(
-    every=20,
+    every=24,
     lines_together=128,
     validation=(0.9, 1.0),
     validate_on=16,
     batch_size=4096,
     features=64,
     hidden=64,
-    steps=1026,  # two epochs
-    validate_every=300,
+    steps=712,  # two epochs
+    validate_every=240,
     save_every="60steps",
 )
 QUICK = demo.Recipe(

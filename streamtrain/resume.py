@@ -6,13 +6,36 @@ import logging
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from streamtrain import checkpoint
 from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.foreign import refuse_to_go_on
 from streamtrain.state import Snapshot
 
 logger = logging.getLogger(__name__)
 
 Resume = str | os.PathLike[str] | None
+
+
+def weights(checkpoints: Path, path: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:
+    """The weights that count of a checkpoint, where `find` finds it; those of the moving average if it has one.
+
+    Raises CheckpointError.
+    """
+    if os.path.isfile(path):
+        raise CheckpointError(
+            f"{path} is a file, not a checkpoint (pickles are never loaded)",
+            hint=f"Bring it in first: streamtrain import-pt {path} OUT, which gives a checkpoint.",
+        )
+    where, snapshot = _read(checkpoints, path) or (None, None)
+    if where is None or snapshot is None:
+        raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
+    average = snapshot.state.get("average") if isinstance(snapshot.state, dict) else None
+    averaged = average.get("weights", {}) if isinstance(average, dict) else {}
+    if averaged:
+        logger.info("the weights of %s are those of its moving average", where)
+    return where, {**snapshot.model, **averaged}
 
 
 def refuse_unasked(checkpoints: Path) -> None:
@@ -32,6 +55,13 @@ def find(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
     "auto": the newest that is valid; "best": the one that the newest names as its best; else a path of a checkpoint,
     a folder of checkpoints, or a run's folder. Raises CheckpointError.
     """
+    found = _read(checkpoints, resume)
+    if found is not None:
+        refuse_to_go_on(found[1].state, found[0])
+    return found
+
+
+def _read(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
     assert resume is not None
     if resume == "auto":
         checkpoint.sweep(checkpoints)

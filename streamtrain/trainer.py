@@ -461,6 +461,25 @@ class Trainer:
             await thread.run(lambda: self._parts.load(where, snapshot, self.state))
             self._lasting, self._position, self._loaded = None, None, snapshot.state
 
+    async def load_weights(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
+        """Begin a run with the weights alone of a checkpoint: its path, a run's folder (the newest), or what
+        `import-pt` made of a foreign file; with those of its moving average if it has one. Optimizer, schedule, counts
+        and random state begin fresh.
+
+        `partial`: take the tensors that fit by name and shape; the names of those that the model keeps as they were,
+        and of those that are unused, are said. Raises CheckpointError with a table of the differences if not all fit,
+        or with `partial` if none does, and changes nothing then; ConfigError once the run has begun.
+        """
+        if self._fitting or self.state.step:
+            raise ConfigError(
+                f"load_weights() after {self.state.step} steps of the run: it begins with other weights, or not at all",
+                hint="Make a new Trainer, or load_checkpoint() to go on from one.",
+            )
+        async with file_thread() as files, train_thread() as thread:
+            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
+            where, weights = await files(lambda: resume.weights(checkpoints, path))
+            await thread.run(lambda: self._parts.begin_with(weights, where, partial=partial))
+
     # --- plain, from any thread ---
 
     def log_metrics(self, values: Mapping[str, float]) -> None:

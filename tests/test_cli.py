@@ -63,7 +63,8 @@ def test_help_lists_the_commands_that_there_are(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     listed = [line.split(":")[0].strip() for line in shown.splitlines() if line.startswith("  ") and ": " in line]
-    commands = ["bench", "checkpoints", "demo", "evaluate", "fit", "inspect", "predict", "validate", "verify"]
+    commands = ["bench", "checkpoints", "demo", "evaluate", "fit", "import-pt", "inspect", "predict", "validate"]
+    commands += ["verify"]
     assert listed[: len(commands)] == commands
     assert shown.isascii()
 
@@ -83,7 +84,7 @@ def test_each_command_has_help(command: str, capsys: Capture) -> None:
         (
             ["plot"],
             "unknown command plot",
-            "There are: demo, fit, validate, evaluate, predict, inspect, bench, checkpoints, verify.",
+            "There are: demo, fit, validate, evaluate, predict, inspect, bench, checkpoints, verify, import-pt.",
         ),
         (["--epochs=3"], "unknown option --epochs", "`streamtrain --help` lists what there is."),
         (["fit", "--epcohs", "3"], "unknown option --epcohs", "Did you mean --max-epochs?"),

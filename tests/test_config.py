@@ -223,7 +223,7 @@ def test_rows_of_different_lengths_are_read_as_the_data_says(tmp_path: Path) -> 
             "c.toml:5:2: trainer.loss_weights must be a table of numbers by output",
             "",
         ),
-        ("fit = 3", "c.toml:5:1: unknown key model.fit", "Known here: args, target."),
+        ("fit = 3", "c.toml:5:1: unknown key model.fit", "Known here: args, partial, target, weights."),
     ],
 )
 def test_a_complaint_names_place_key_what_it_must_be_and_what_it_was(extra: str, message: str, hint: str) -> None:

@@ -39,6 +39,7 @@ GOOD = {
     "--loss-weights": "{kind = 0.1}",
     "--gradient-clip-value": "1.5", "--nonfinite": "skip", "--log-every": "1", "--validate-every": "9steps",
     "--sanity-batches": "0", "--limit-batches": "0.5", "--overfit-batches": "1", "--data": "d", "--model": "m:N",
+    "--model-weights": "runs/a",
     "--step": "m:f", "--device-transform": "m:f", "--window": "{time = 24}", "--stride": "4", "--horizon": "0",
     "--target-window": "2", "--select": "{level = [0, 3]}", "--groups": "g", "--indices": "0,2,5", "--weights": "w",
     "--balance": "b", "--disk-cache": "cache", "--disk-cache-bytes": "9GiB",

@@ -36,8 +36,8 @@ data.pulling data.handing data.loader
 data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
 averaging compiling freezing recomputing media options progress rng openmp threads file_thread grace signals control
-disk tensors device tensor_file state optimizer_state rollback switching checkpoint_files checkpoint run_folder
-status_file
+disk tensors device tensor_file state foreign warm_start optimizer_state rollback switching checkpoint_files checkpoint
+run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 own_rng overfitting streams blame outcome supply tally running_statistics flagged step manual
 callbacks.base callbacks.bus early_stopping evaluation prediction life resume plan notes telling
@@ -49,7 +49,7 @@ callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving failure
 loop
 trainer
-config assembly watch inspection peers bench fit_command run_commands demo proof
+config assembly watch inspection peers bench fit_command run_commands importing demo proof
 complaints cli
 __main__
 """
