@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import streamtrain
@@ -44,6 +43,44 @@ KEYS = frozenset(
     | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average", "spikes", "kept"}
 )
 """What the state of this version holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What is learned, and kept beside it: the one way into a live model, for a life and outside of one."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    switch: Switch | None
+    average: Average | None
+    rollback: Rollback | None
+
+    def check(self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path) -> None:
+        """Raise CheckpointError with a table of the differences if the snapshot is of another model or average, or
+        has others of these settings."""
+        state = snapshot.state
+        saved = {key: state["settings"].get(key) for key in settings}
+        told = [*_model_differences(snapshot.model, self.model), *_differences(saved, dict(settings))]
+        if self.average is not None and state["average"] is not None:
+            told += self.average.differences(state["average"])
+        if told:
+            more = f"; and {len(told) - 12} more" if len(told) > 12 else ""
+            raise CheckpointError(
+                f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
+                hint="Set these back, or train in another run_dir.",
+            )
+
+    def load(self, snapshot: Snapshot) -> None:
+        """All as a snapshot that was checked has it; on the train thread."""
+        self.model.load_state_dict(snapshot.model)
+        saved = snapshot.optimizer if self.switch is None else snapshot.optimizer["optimizer"]
+        load_by_name(self.optimizer, self.model, saved)
+        if self.switch is not None:
+            self.switch.load_state_dict(snapshot.optimizer["learning"])
+        if self.average is not None:
+            self.average.load_state_dict(snapshot.state["average"])
+        if self.rollback is not None:
+            self.rollback.load_state_dict(snapshot.state["kept"])
 
 
 @dataclass(kw_only=True)
@@ -89,6 +126,17 @@ class Life:
     """Those weights, where no checkpoint holds them."""
     asked: dict[str, Tree] = field(default_factory=dict)
     """While deciders are asked: their states of before, for the next life asks them again."""
+
+    @property
+    def learned(self) -> Learned:
+        """What its updates change."""
+        return Learned(
+            model=self.model,
+            optimizer=self.optimizer,
+            switch=self.switch,
+            average=self.average,
+            rollback=self.rollback,
+        )
 
     def state(self) -> Tree:
         """All but the weights and the optimizer, as of the last finished update."""
@@ -180,14 +228,9 @@ class Life:
     def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
         DataError if the data have changed."""
-        state = snapshot.state
-        if not isinstance(state, dict) or state.get("version") != VERSION:
-            raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
-        check_keys(state, path)
-        told = [*_model_differences(snapshot.model, self.model), *_differences(state["settings"], self.settings)]
-        if self.average is not None and state["average"] is not None:
-            told += self.average.differences(state["average"])
-        _refuse(told, path)
+        state, learned = snapshot.state, self.learned
+        check_state(state, path)
+        learned.check(snapshot, self.settings, path)
         if self.stream is not None and state["stream"] is not None:
             try:
                 self.stream.load_state_dict(state["stream"])
@@ -195,11 +238,7 @@ class Life:
                 raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
         for difference in _differences(state["habits"], self.habits):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
-        load_weights(snapshot, self.model, self.optimizer, self.switch)
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.rollback is not None:
-            self.rollback.load_state_dict(state["kept"])
+        learned.load(snapshot)
         self.lr.load_state_dict(state["scheduler"])
         self.rng.state = state["rng"]
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
@@ -238,12 +277,11 @@ class Life:
         self.step.tally.epoch.load_state_dict(state["means"])
 
 
-def load_weights(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, switch: Switch | None) -> None:
-    """Model and optimizer as a snapshot has them; on the train thread."""
-    model.load_state_dict(snapshot.model)
-    load_by_name(optimizer, model, snapshot.optimizer if switch is None else snapshot.optimizer["optimizer"])
-    if switch is not None:
-        switch.load_state_dict(snapshot.optimizer["learning"])
+def check_state(state: Any, path: Path) -> None:
+    """Raise CheckpointError for a state of another version, or with other keys than this one's."""
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
+    check_keys(state, path)
 
 
 def check_keys(state: Mapping[str, Any], path: Path) -> None:
@@ -270,27 +308,6 @@ def schedule_name(lr: LearningRate) -> str:
     """What a schedule is called, to be compared between two lives."""
     schedule = getattr(lr, "schedule", None) or getattr(lr, "scheduler", None)
     return str(getattr(schedule, "name", type(schedule).__name__))
-
-
-def check_model(snapshot: Snapshot, model: nn.Module, path: Path) -> None:
-    """Raise CheckpointError if the snapshot's model is another one."""
-    if not any(is_lazy(parameter) for parameter in model.parameters()):
-        _refuse(list(_model_differences(snapshot.model, model)), path)
-
-
-def check_settings(snapshot: Snapshot, settings: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError if one of these settings is another one in the snapshot."""
-    saved = snapshot.state["settings"]
-    _refuse(list(_differences({key: saved[key] for key in settings}, settings)), path)
-
-
-def _refuse(differences: list[str], path: Path) -> None:
-    if differences:
-        more = f"; and {len(differences) - 12} more" if len(differences) > 12 else ""
-        raise CheckpointError(
-            f"checkpoint {path} does not fit (saved -> now): {'; '.join(differences[:12])}{more}",
-            hint="Set these back, or train in another run_dir.",
-        )
 
 
 def habits(device: torch.device, **given: Any) -> dict[str, Any]:

@@ -28,17 +28,15 @@ from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
 from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover
-from streamtrain.errors import ConfigError, DataError
+from streamtrain.errors import CheckpointError, ConfigError, DataError
 from streamtrain.evaluation import Evaluator, evaluating
 from streamtrain.freezing import Freezing
 from streamtrain.life import (
+    Learned,
     Life,
-    check_keys,
-    check_model,
-    check_settings,
+    check_state,
     first_rng,
     habits,
-    load_weights,
     schedule_name,
     settings,
 )
@@ -48,6 +46,7 @@ from streamtrain.metrics import Metric, as_metric, names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
 from streamtrain.outcome import Compute, called, custom, may_give_loss, own_loss, supervised
+from streamtrain.outside_changes import digest
 from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
 from streamtrain.recomputing import recompute
@@ -121,6 +120,8 @@ class Parts:
         self.rollback: Rollback | None = None
         self.freezing: Freezing | None = None
         self.rng: Rng | None = None
+        self._left: list[tuple[object, ...]] | None = None
+        """Of the weights that a fit or a loaded checkpoint left; None while a fit goes on, and before the first."""
         self._settings: dict[str, Any] = {}
         self._told = False
         """The optimizer's groups were said."""
@@ -302,6 +303,44 @@ class Parts:
             samples_per_epoch=LONG,
         )
 
+    # --- between two fits ---
+
+    def to_device(self) -> None:
+        """Have the model where it is computed with, and what is kept beside it of its weights; on the train thread."""
+        self.model.to(self.options.device)
+        self.take_up()
+
+    def begin(self, *, resumed: bool) -> None:
+        """A fit begins, which may do with the weights what it likes; on the train thread."""
+        if not resumed:  # else all is as the checkpoint has it
+            self.take_up()
+        self._left = None
+
+    def leave(self) -> None:
+        """Remember the weights, of which all is that is kept beside the model; on the train thread."""
+        if self.switch is None and self.average is None and self.rollback is None:
+            return
+        try:
+            self._left = digest(self.model)
+        except RuntimeError as error:  # of a device that failed, which is told elsewhere
+            logger.warning("the weights can't be read any more: %s", str(error).partition("\n")[0])
+
+    def take_up(self) -> None:
+        """Have what is kept beside the model follow weights that were put into it since; on the train thread."""
+        if self._left is not None and self._left != (now := digest(self.model)):
+            self._left = now
+            told = []
+            if self.switch is not None:
+                self.switch.forget()
+                told.append("those to learn with follow from them")
+            if self.average is not None:
+                self.average.restart()
+                told.append("their average begins anew")
+            if self.rollback is not None:
+                self.rollback.forget()
+                told.append("a rollback goes back to them at most")
+            logger.warning("the model was given other weights since its last fit: %s", ", ".join(told))
+
     # --- a life ---
 
     def life(self, train: Stream | None, progress: Progress, bus: Bus, door: Door, limits: Limits) -> Life:
@@ -409,18 +448,24 @@ class Parts:
 
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
-        check_keys(snapshot.state, path)
-        check_model(snapshot, self.model, path)
-        if self.optimizer is None:
-            self.model.load_state_dict(snapshot.model)
+        check_state(snapshot.state, path)
+        if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
+            try:
+                self.model.load_state_dict(snapshot.model)
+            except RuntimeError as error:
+                raise CheckpointError(f"checkpoint {path} does not fit: {' '.join(str(error).split())}") from error
             self.build()
         assert self.optimizer is not None
-        check_settings(snapshot, self._settings, path)
-        load_weights(snapshot, self.model, self.optimizer, self.switch)
-        if self.average is not None:
-            self.average.load_state_dict(snapshot.state["average"])
-        if self.rollback is not None:
-            self.rollback.load_state_dict(snapshot.state["kept"])
+        learned = Learned(
+            model=self.model,
+            optimizer=self.optimizer,
+            switch=self.switch,
+            average=self.average,
+            rollback=self.rollback,
+        )
+        learned.check(snapshot, self._settings, path)
+        learned.load(snapshot)
+        self.leave()
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]

@@ -78,6 +78,10 @@ class Rollback:
             *(what, self._step, step - 1 - self._step, self._times, MOST),
         )
 
+    def forget(self) -> None:
+        """Other weights were put into the model: what was kept is none to go back to."""
+        self._kept = None
+
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 

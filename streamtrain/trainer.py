@@ -249,6 +249,7 @@ class Trainer:
     @property
     def average(self) -> dict[str, Tensor] | None:
         """With `ema=`: a copy of the averaged parameters by name; to be asked while no fit runs."""
+        self._parts.take_up()
         return None if self._parts.average is None else self._parts.average.weights()
 
     @property
@@ -315,6 +316,10 @@ class Trainer:
         "best", or a path. If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError
         raised again; a callback that hangs is left behind after half of them. `stop` and `pause` are obeyed from this
         call on, even before the coroutine has begun to run.
+
+        Another fit of the same trainer goes on where the last one ended, as one that is resumed would. Weights that the
+        model was given in between are taken: an average (`ema`) begins anew with them, a rollback goes back to them at
+        most, and that is said; momenta and the like are the optimizer's, and stay.
 
         Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem.
         """
@@ -594,6 +599,8 @@ class Trainer:
             train.follow(True)
             stack.callback(train.follow, False)
             await parts.prepare(train, thread)
+            await thread.run(lambda: parts.begin(resumed=found is not None))
+            stack.push_async_callback(thread.run, parts.leave)
             limits = self._limited(limits, found=found is not None)
             life = await thread.run(lambda: parts.life(train, self.state, bus, self.control, limits))
             checks.scheduler(life.lr)
@@ -656,6 +663,7 @@ class Trainer:
             return
         if self._lasting is not None:
             life.restores, life.weights = self._lasting.restores, self._lasting.weights
+            life.step.take_over(self._lasting.step)
         last, state = self._position or (None, {})
         if last is not None and behind(last) is behind(train) and self.state.batch:
             if serves_one_epoch(train) and not hasattr(behind(train), "load_state_dict"):
@@ -720,7 +728,7 @@ class Trainer:
             for name, stream in named_streams(streams).items():
                 await stream.open()
                 stream.set_epoch(0)
-                await thread.run(lambda: self.model.to(self._options.device))
+                await thread.run(self._parts.to_device)
                 limit = self._options.batches(length(stream))
                 means = await self.evaluator.run(stream, thread, rng, limit=limit)
                 before = f"{prefix}{name}_" if name else prefix
@@ -750,7 +758,7 @@ class Trainer:
         compute = custom_outputs(called(self.predict_step, self.model))
         async with train_thread() as thread:
             await stream.open()
-            await thread.run(lambda: self.model.to(self._options.device))
+            await thread.run(self._parts.to_device)
             prediction = Prediction(self.evaluator, thread, self._random(), compute)
             if out is None:
                 made = prediction.given(stream)
@@ -774,6 +782,7 @@ class Trainer:
         if self._loaded is not None:
             life.go_on(self._loaded)
         async with file_thread() as files, train_thread() as thread:
+            await thread.run(self._parts.take_up)
             state = life.state()
             if self._loaded is not None:
                 state["stream"] = self._loaded["stream"]

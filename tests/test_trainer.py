@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1712,3 +1713,36 @@ async def test_gauges_are_read_on_the_train_thread_for_the_last_line_too(tmp_pat
     await trainer(callbacks=[Gauge()], run_dir=tmp_path, log_every=10).fit(Samples())
     assert [row.get("gauged") for row in lines(tmp_path)] == [1, 2]
     assert set(threads) == {"streamtrain-train"}
+
+
+async def test_a_second_fit_goes_on_with_what_is_usual_of_norms() -> None:
+    """As a resumed one does: it is said at once, not only when 20 more norms were seen."""
+    fitted, stream = trainer(gradient_clip_norm=1.0), Samples(400)
+    await fitted.fit(stream, max_steps=25)
+    assert fitted._lasting is not None
+    before = fitted._lasting.step.spikes.state_dict()
+    await fitted.fit(stream, max_steps=26)
+    assert fitted._lasting.step.spikes.state_dict()["norms"][:25] == before["norms"]
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["known", "lazy"])
+async def test_a_checkpoint_is_loaded_with_the_checks_with_which_it_is_resumed(tmp_path: Path, lazy: bool) -> None:
+    """Its version, its keys, and whose weights it holds: nothing live is touched before."""
+
+    def network_of(width: int) -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(width) if lazy else nn.Linear(4, width), nn.Linear(width, 1))
+
+    first = trainer(network_of(8))
+    await first.fit(Samples(24))
+    path = await first.save_checkpoint(tmp_path / "good")
+    snapshot = await asyncio.to_thread(checkpoint.read, path)
+    wrong: dict[str, Any] = {"version": {**snapshot.state, "version": 1}, "unknown": {**snapshot.state, "more": 1}}
+    for name, state in wrong.items():
+        await asyncio.to_thread(checkpoint.commit, tmp_path / name, replace(snapshot, state=state))
+    for name, told in (("version", "of a version that this"), ("unknown", "'more' is unknown")):
+        again = trainer(network_of(8))
+        with pytest.raises(CheckpointError, match=told):
+            await again.load_checkpoint(tmp_path / name)
+        assert (again.state.step, again.optimizer is None) == (0, lazy)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        await trainer(network_of(9)).load_checkpoint(path)
