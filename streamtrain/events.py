@@ -163,7 +163,11 @@ class CheckpointCommitted(Event):
     kind: str = "periodic"
     """`periodic`, `best`, `request` or `end`."""
     bytes: int = 0
+    """Of its files."""
     seconds: float = 0.0
+    """For which training stood still."""
+    buffers: int = 0
+    """Bytes of memory that are kept for snapshots, beside the budgets of the streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from streamtrain import checkpoint
 from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
@@ -25,7 +27,7 @@ from streamtrain.grace import lost
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
-from streamtrain.state import Snapshot
+from streamtrain.state import Snapshot, fresh
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread
 
@@ -78,8 +80,12 @@ class Keeper:
         """Whether a periodic save is due; `epoch_end`: the last update of `epoch` was just made."""
         if self.saver is None or self._saved == self._mark():
             return False
+        self.saver.reserve(self._content)
         since = time.monotonic() - self._when
         return self.saver.rule.schedule.due(self._life.progress.step, epoch, since, epoch_end=epoch_end)
+
+    async def _content(self) -> list[Tensor]:
+        return await self._thread.run(self._life.tensors)
 
     async def save_if_due(self, epoch: int, *, epoch_end: bool = False) -> None:
         """Begin a periodic save, unless the one before is still under way."""
@@ -148,6 +154,7 @@ class Keeper:
             for best in coming:
                 self._life.progress.offer(best, primary=rule.monitor)
             about = {**where, "path": str(committed.path), "bytes": committed.bytes, "seconds": stall}
+            about["buffers"] = saver.buffers.bytes
             await self._teller.emit("on_checkpoint", CheckpointCommitted, **about)
 
         saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done)
@@ -184,7 +191,8 @@ class Keeper:
         await self._settled()
         with self._life.progress.offered(coming, primary=primary):
             state = self._life.state()
-        return await self._thread.run(lambda: self._life.snapshot(state))
+        copier = fresh if self.saver is None else self.saver.buffers.copies
+        return await self._thread.run(lambda: self._life.snapshot(state, copier))
 
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
         """What the deciders answer; a checkpoint made meanwhile is of before, and the life that loads it asks again."""

@@ -31,7 +31,7 @@ from streamtrain.progress import Progress
 from streamtrain.rng import Rng, RngState
 from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate
-from streamtrain.state import Snapshot, Tree
+from streamtrain.state import Copier, Snapshot, Tree, fresh
 from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
 
@@ -176,16 +176,13 @@ class Life:
         trees.check(dict(self.model.state_dict()), "model")
 
     def bytes(self) -> int:
-        """About how large a snapshot is: the tensors of model and optimizer, and averages; on the train thread."""
-        kept: list[Tree] = [dict(self.model.state_dict()), state_by_name(self.optimizer, self.model)]
-        if self.average is not None:
-            kept.append(self.average.state_dict())
-        found = [tensor for tree in kept for tensor in trees.encode(tree)[1].values()]
-        return sum(tensor.numel() * tensor.itemsize for tensor in found)
+        """About how large a snapshot is; on the train thread."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors())
 
-    def snapshot(self, state: Tree) -> Snapshot:
-        """A copy of everything, in memory of its own; on the train thread, between two updates."""
-        model = self.weights_to_keep()
+    def snapshot(self, state: Tree, copier: Copier = fresh) -> Snapshot:
+        """A copy of everything; on the train thread, between two updates."""
+        if self.switch is not None:
+            self.switch.judge()
         optimizer = state_by_name(self.optimizer, self.model)
         if self.switch is not None:
             optimizer = {"optimizer": optimizer, "learning": self.switch.state_dict()}
@@ -193,7 +190,14 @@ class Life:
             state = {**state, "average": self.average.state_dict()}
         if self.rollback is not None:
             state = {**state, "kept": self.rollback.state_dict()}
-        return Snapshot(model, trees.clone(optimizer), trees.clone(state))
+        live = {"model": dict(self.model.state_dict()), "optimizer": optimizer, "state": state}
+        return Snapshot(**trees.clone(live, copier))
+
+    def tensors(self) -> list[Tensor]:
+        """The large ones that a snapshot copies, as they are; on the train thread, once there was an update."""
+        live = [dict(self.model.state_dict()), state_by_name(self.optimizer, self.model)]
+        live += [part.state_dict() for part in (self.average, self.rollback) if part is not None]
+        return list(trees.encode(live)[1].values())
 
     def weights_to_keep(self) -> dict[str, Tensor]:
         """A copy of the model's state, with the weights to be judged by; on the train thread."""

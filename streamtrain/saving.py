@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from streamtrain import checkpoint
+from streamtrain.buffers import Buffers
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.disk import LOCAL, Disk
@@ -54,6 +57,9 @@ class Saver:
         """The last committed checkpoint."""
         self.committed: Committed | None = None
         """The last one of this fit, with its size and how long it took."""
+        self.buffers = Buffers()
+        """Where snapshots are copied to."""
+        self._reserving: asyncio.Task[None] | None = None
         self.pins: Callable[[], Collection[str]] = tuple
         """Names of checkpoints that must stay."""
         self._task: asyncio.Task[None] | None = None
@@ -113,10 +119,23 @@ class Saver:
         except OSError:
             return None
 
+    def reserve(self, content: Callable[[], Awaitable[Sequence[Tensor]]]) -> None:
+        """Once a fit: have memory for snapshots before the first is taken, while training goes on."""
+        if self._reserving is None:
+            self._reserving = asyncio.create_task(self._reserve(content), name="streamtrain-buffers")
+
+    async def _reserve(self, content: Callable[[], Awaitable[Sequence[Tensor]]]) -> None:
+        try:
+            tensors = await content()
+            await self.files(lambda: self.buffers.reserve_for(tensors))
+        except EnvironmentProblem as problem:
+            logger.warning("%s; the first snapshot tries again", problem)
+
     async def wait(self) -> None:
         """Wait for the save that is under way; whoever stops waiting does not stop it."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        under_way = [task for task in (self._task, self._reserving) if task is not None]
+        if under_way:
+            await asyncio.wait(under_way)
 
     def check(self) -> None:
         """Raise the error of saves that failed too often."""
@@ -145,7 +164,7 @@ class Saver:
     ) -> None:
         target, replace = path or self.path(step), path is None
         try:
-            committed = await self.files(lambda: checkpoint.commit(target, snapshot, replace=replace, disk=self._disk))
+            committed = await self.files(lambda: self._written(target, snapshot, replace=replace))
             if path is None:
                 self._failures, self.last, self.committed = 0, committed.path, committed
             await told(committed)
@@ -161,6 +180,10 @@ class Saver:
         else:
             if done is not None:
                 done(committed.path, None)
+
+    def _written(self, target: Path, snapshot: Snapshot, *, replace: bool) -> Committed:
+        self.buffers.landed()
+        return checkpoint.commit(target, snapshot, replace=replace, disk=self._disk)
 
     async def _failed(self, error: Exception, kind: str, failed: Failed) -> None:
         self._failures += 1

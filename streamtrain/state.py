@@ -74,10 +74,19 @@ def check(tree: Tree, where: str) -> None:
     _Encoder(where).encode(tree)
 
 
-def clone(tree: Tree) -> Tree:
+Copier: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Copies tensors by name to the CPU, with their shapes and, where they are dense, their strides."""
+
+
+def fresh(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in memory of their own."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def clone(tree: Tree, copier: Copier = fresh) -> Tree:
     """Copy a tree's tensors and arrays to CPU memory of its own; what shares memory shares it in the copy too."""
     json, tensors = encode(tree)
-    return decode(json, {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()})
+    return decode(json, copier(tensors))
 
 
 @dataclass(slots=True)
@@ -217,7 +226,7 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the elements fill their extent without gaps or overlaps, in whatever order of dimensions."""
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
@@ -269,7 +278,7 @@ def _base(group: list[_Found]) -> tuple[Tensor, int]:
 
 
 def _plain_reference(name: str, tensor: Tensor) -> dict[str, Json]:
-    if tensor.is_contiguous() or not _dense(tensor.shape, tensor.stride()):
+    if tensor.is_contiguous() or not is_dense(tensor.shape, tensor.stride()):
         return {"$tensor": name}
     return {"$tensor": name, "stride": list(tensor.stride())}
 
@@ -361,8 +370,10 @@ class _Decoder:
         if "stride" not in json:
             return base
         stride = tuple(json["stride"])
+        if base.stride() == stride:
+            return base
         if (name, stride) not in self.restrided:
-            if len(stride) != base.dim() or not _dense(base.shape, stride):
+            if len(stride) != base.dim() or not is_dense(base.shape, stride):
                 raise self._refusal(f"strides {stride} that do not fit the shape {tuple(base.shape)}")
             strided = torch.empty_strided(tuple(base.shape), stride, dtype=base.dtype)
             self.restrided[name, stride] = strided.copy_(base)

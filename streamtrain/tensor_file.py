@@ -77,7 +77,7 @@ def write(sink: Callable[[memoryview], object], head: bytes, tensors: list[Tenso
     sink(memoryview(head))
     for tensor in tensors:
         if tensor.numel():
-            sink(_memory(tensor.to("cpu").contiguous()))
+            sink(memory_of(tensor.to("cpu").contiguous()))
 
 
 def read(source: Callable[[memoryview, int], int], total: int) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def read(source: Callable[[memoryview, int], int], total: int) -> dict[str, Tens
         except (RuntimeError, TypeError, OverflowError) as error:
             raise Malformed(f"tensor {name!r:.80} of {dtype} {shape} can't be made: {error!s:.120}") from error
         if last > first:
-            _fill(source, _memory(tensor), start + first)
+            _fill(source, memory_of(tensor), start + first)
         tensors[name] = tensor
         expected = last
     if start + expected != total:
@@ -111,7 +111,7 @@ def read(source: Callable[[memoryview, int], int], total: int) -> dict[str, Tens
     return tensors
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor; writing to them writes to it."""
     count, first = tensor.numel() * tensor.itemsize, tensor.storage_offset() * tensor.itemsize
     raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), first, (count,), (1,))

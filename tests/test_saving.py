@@ -16,7 +16,7 @@ from streamtrain.disk import LOCAL, Disk, LocalDisk
 from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import Event
 from streamtrain.life import Life
-from streamtrain.state import Snapshot, Tree
+from streamtrain.state import Copier, Snapshot, Tree
 from tests.disks import RefusingDisk
 from tests.engine import Recorder, Samples, network, same
 from tests.test_checkpoint import problems, put, snapshot
@@ -128,9 +128,9 @@ class Fills(Recorder):
 async def test_where_there_is_no_room_no_snapshot_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, taken, real = Failing(), [], Life.snapshot
 
-    def snapshot(self: Life, state: Tree) -> Snapshot:
+    def snapshot(self: Life, state: Tree, copier: Copier) -> Snapshot:
         taken.append(state["step"])
-        return real(self, state)
+        return real(self, state, copier)
 
     monkeypatch.setattr(Life, "snapshot", snapshot)
     recorder = Fills(disk)

@@ -91,6 +91,7 @@ class EventLog(LineLog):
     async def on_checkpoint(self, event: CheckpointCommitted) -> None:
         """A checkpoint is durable."""
         facts = {"path": event.path, "kind": event.kind, "bytes": event.bytes, "seconds": round(event.seconds, 6)}
+        facts["buffers"] = event.buffers
         self._write("checkpoint", event, facts)
 
     async def on_checkpoint_failed(self, event: CheckpointFailed) -> None:

@@ -34,6 +34,7 @@ BENCHES = {
     "passes": "200 passes in one process: descriptors, threads, tasks and memory",
     "fits": "200 fits in one loop, and two at a time: what is left, and whether each is what it is alone",
     "crash": "a power cut after each operation of a save: every image of the disk that it may leave, 0 bad",
+    "saves": "for how long a save of 1 GiB stops training, over torch.save and fsync of the same",
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "pipeline": "10,000 seeds of delays, errors and cancellations in random order: samples, cursor, budget, deadlocks",
     "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
