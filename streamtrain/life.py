@@ -194,9 +194,14 @@ class Life:
         return Snapshot(**trees.clone(live, copier))
 
     def tensors(self) -> list[Tensor]:
-        """The large ones that a snapshot copies, as they are; on the train thread, once there was an update."""
-        live = [dict(self.model.state_dict()), state_by_name(self.optimizer, self.model)]
-        live += [part.state_dict() for part in (self.average, self.rollback) if part is not None]
+        """The large ones that a snapshot copies, as they are; on the train thread, once there was an update.
+
+        Raises CheckpointError if an optimizer keeps what can't be kept: before its first update it has nothing.
+        """
+        live: dict[str, Tree] = {"model": dict(self.model.state_dict())}
+        live["optimizer"] = state_by_name(self.optimizer, self.model)
+        live["average"] = None if self.average is None else self.average.state_dict()
+        live["kept"] = None if self.rollback is None else self.rollback.state_dict()
         return list(trees.encode(live)[1].values())
 
     def weights_to_keep(self) -> dict[str, Tensor]:

@@ -130,6 +130,10 @@ class Saver:
             await self.files(lambda: self.buffers.reserve_for(tensors))
         except EnvironmentProblem as problem:
             logger.warning("%s; the first snapshot tries again", problem)
+        except StreamtrainError as error:
+            self._fatal = error
+        except Exception as error:
+            logger.warning("no memory is held for snapshots yet: %s: %s", type(error).__name__, error)
 
     async def wait(self) -> None:
         """Wait for the save that is under way; whoever stops waiting does not stop it."""

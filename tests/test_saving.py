@@ -7,13 +7,15 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from streamtrain import ModelCheckpoint, Trainer, checkpoint
+from streamtrain import Callback, ModelCheckpoint, Trainer, checkpoint
 from streamtrain.disk import LOCAL, Disk, LocalDisk
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.events import Event
 from streamtrain.life import Life
 from streamtrain.state import Copier, Snapshot, Tree
@@ -138,3 +140,34 @@ async def test_where_there_is_no_room_no_snapshot_is_taken(tmp_path: Path, monke
         await on(disk, tmp_path, recorder).fit(Samples(), max_epochs=100)
     assert taken == [3]
     assert [event.failures for event in recorder.events("on_checkpoint_failed")] == [1, 2, 3]
+
+
+class Odd(Callback):
+    """Keeps what no checkpoint can."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": [1, {2}]}
+
+
+async def test_what_a_callback_can_not_have_kept_is_found_before_the_first_step(tmp_path: Path) -> None:
+    stream = Samples()
+    with pytest.raises(CheckpointError, match=r"state\.callbacks\.Odd\.seen\[1\]: a set can't be kept"):
+        await Trainer(network(), nn.MSELoss(), run_dir=tmp_path, callbacks=[Odd()], device="cpu").fit(stream)
+    assert stream.passes == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+class Keeps(torch.optim.SGD):
+    """An optimizer that keeps something odd once it has made an update."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        self.state[self.param_groups[0]["params"][0]]["odd"] = {1, 2}
+
+
+async def test_what_an_optimizer_can_not_have_kept_is_found_after_its_first_update(tmp_path: Path) -> None:
+    model = network()
+    fitted = Trainer(model, nn.MSELoss(), optimizer=Keeps(model.parameters(), lr=0.1), run_dir=tmp_path, device="cpu")
+    with pytest.raises(CheckpointError, match=r"^optimizer\.state\['0\.weight'\]\.odd: a set can't be kept"):
+        await fitted.fit(Samples(), max_epochs=10_000)
+    assert fitted.state.step < 1000

@@ -171,6 +171,22 @@ def test_kinds_of_containers_fall_back_to_the_plain_one() -> None:
     assert through(torch.Size([2, 3])) == (2, 3)
 
 
+class Distributed(Tensor):
+    """Answers for itself, as a DTensor does: its parts lie elsewhere."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Distributed:
+        made: Distributed = Tensor._make_wrapper_subclass(cls, like.shape)  # type: ignore[attr-defined]
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return "Distributed()"
+
+
 def _holds_itself() -> list[Any]:
     loop: list[Any] = []
     loop.append(loop)
@@ -189,6 +205,7 @@ def _holds_itself() -> list[Any]:
         ({"o": np.array([None])}, "state.o", "a numpy array of dtype object"),
         ({"s": torch.zeros(2).to_sparse()}, "state.s", "sparse"),
         ({"m": torch.zeros(2, device="meta")}, "state.m", "meta"),
+        ({"d": Distributed(torch.zeros(2))}, "state.d", "a tensor of the class Distributed"),
         ({"l": nn.LazyLinear(3).weight}, "state.l", "shape"),
         ({"loop": _holds_itself()}, "state.loop", "holds itself"),
     ],
@@ -199,6 +216,14 @@ def test_what_cannot_be_kept_is_refused_by_its_path(tree: Any, path: str, what: 
         check(tree, "state")
     assert str(caught.value).startswith(path)
     assert what in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says of both that they are new or old
+def test_quantized_and_compressed_tensors_are_refused_by_their_path() -> None:
+    quantized = torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)
+    for odd, what in ((quantized, "qint8"), (torch.eye(2).to_sparse_csr(), "sparse_csr")):
+        with pytest.raises(CheckpointError, match=rf"^state\.a\[0\]: .*{what}"):
+            check({"a": [odd]}, "state")
 
 
 def test_depth_has_a_bound_and_what_is_within_it_goes_through() -> None:
