@@ -126,12 +126,14 @@ def read(path: Path, *, disk: Disk = LOCAL) -> Snapshot:
         raise CheckpointError(f"checkpoint {path}: {STATE}, {error}", hint=error.hint) from error
 
 
-def scan(checkpoints: Path, *, deep: bool = True, disk: Disk = LOCAL) -> list[Entry]:
+def scan(checkpoints: Path, *, deep: bool = True, verified: Collection[str] = (), disk: Disk = LOCAL) -> list[Entry]:
     """All folders `step-<number>` in `checkpoints`, oldest first, each verified.
 
-    Without `deep` digests are left out: only what the manifest and the sizes tell. A missing folder has none.
+    Without `deep`, and for those named in `verified`, digests are left out: only what the manifest and the sizes tell.
+    A missing folder has none.
     """
-    return [_examine(path, step, disk, deep=deep) for step, path in _named(checkpoints, disk)]
+    named = _named(checkpoints, disk)
+    return [_examine(path, step, disk, deep=deep and path.name not in verified) for step, path in named]
 
 
 def newest_valid(checkpoints: Path, *, disk: Disk = LOCAL) -> Entry | None:

@@ -1,7 +1,7 @@
 """Saves, one at a time: commits snapshots on a thread of ours while training goes on, and removes what need not stay.
 
 Its law: a save that fails costs nothing that was saved before, and is not the end of a run until it has failed again
-and again.
+and again. What was not verified, when it was committed or since, pushes out nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Saver:
         """The last committed checkpoint."""
         self.committed: Committed | None = None
         """The last one of this fit, with its size and how long it took."""
+        self._verified = set[str]() if before is None else {before.name}
+        """Names of the checkpoints that were found whole in this life."""
         self.buffers = Buffers()
         """Where snapshots are copied to."""
         self._reserving: asyncio.Task[None] | None = None
@@ -171,6 +173,7 @@ class Saver:
             committed = await self.files(lambda: self._written(target, snapshot, replace=replace))
             if path is None:
                 self._failures, self.last, self.committed = 0, committed.path, committed
+                self._verified.add(committed.path.name)
             await told(committed)
             if path is None:
                 await self._prune()
@@ -212,8 +215,13 @@ class Saver:
 
     async def _prune(self) -> None:
         try:
-            entries = await self.files(lambda: checkpoint.scan(self.checkpoints, deep=False, disk=self._disk))
+            entries = await self.files(
+                lambda: checkpoint.scan(self.checkpoints, verified=self._verified, disk=self._disk)
+            )
+            self._verified = {entry.name for entry in entries if entry.problem is None}
             stay = self.rule.retain(entries, pins=self.pins())
+            if self.last is not None:
+                stay.add(self.last.name)
             await self.files(lambda: checkpoint.prune(self.checkpoints, stay, disk=self._disk))
         except StreamtrainError as error:
             logger.warning("%s", error)

@@ -17,7 +17,9 @@ from streamtrain import Callback, ModelCheckpoint, Trainer, checkpoint
 from streamtrain.disk import LOCAL, Disk, LocalDisk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.events import Event
+from streamtrain.file_thread import file_thread
 from streamtrain.life import Life
+from streamtrain.saving import Saver
 from streamtrain.state import Copier, Snapshot, Tree
 from tests.disks import RefusingDisk
 from tests.engine import Recorder, Samples, network, same
@@ -171,3 +173,26 @@ async def test_what_an_optimizer_can_not_have_kept_is_found_after_its_first_upda
     with pytest.raises(CheckpointError, match=r"^optimizer\.state\['0\.weight'\]\.odd: a set can't be kept"):
         await fitted.fit(Samples(), max_epochs=10_000)
     assert fitted.state.step < 1000
+
+
+async def test_what_was_never_verified_pushes_out_nothing(tmp_path: Path) -> None:
+    """The newest is rotten: the run went back to the one before it, and must not lose that, nor what it saves then."""
+
+    async def nobody(*_: object) -> None:
+        pass
+
+    def rot() -> None:
+        put(tmp_path, 10, 20)
+        with open(tmp_path / "step-000000020" / "model.safetensors", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x55")
+
+    await asyncio.to_thread(rot)
+    rule, before = ModelCheckpoint(keep_last=1), tmp_path / "step-000000010"
+    async with file_thread() as files:
+        saver = Saver(tmp_path, rule, files, before=before)
+        saver.begin(snapshot(15), 15, kind="periodic", told=nobody, failed=nobody)
+        await saver.wait()
+    left = await asyncio.to_thread(problems, tmp_path)
+    assert left.pop("step-000000015") is None
+    assert list(left) == ["step-000000020"]

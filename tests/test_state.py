@@ -175,12 +175,12 @@ class Distributed(Tensor):
     """Answers for itself, as a DTensor does: its parts lie elsewhere."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Distributed:
-        made: Distributed = Tensor._make_wrapper_subclass(cls, like.shape)  # type: ignore[attr-defined]
+        made: Distributed = Tensor._make_wrapper_subclass(cls, like.shape)
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
