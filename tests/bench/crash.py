@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,9 +126,10 @@ class Found:
 
     def judge(self, name: str, image: Image, allowed: frozenset[Mark], *, again: bool, swaps: bool = True) -> None:
         """Take an image up; `again`: cut the power in the middle of that, too."""
-        if (image, allowed) in self._judged:
+        known = (_without_tokens(image), allowed)
+        if known in self._judged:
             return
-        self._judged.add((image, allowed))
+        self._judged.add(known)
         self.images += 1
         disk = MemoryDisk(image)
         disk.swaps = swaps
@@ -139,6 +141,15 @@ class Found:
             self.bad.append(f"{name}: {problem}")
         for cut in later:
             self.judge(f"{name}, cut again", cut, allowed, again=False, swaps=swaps)
+
+
+def _without_tokens(image: Image) -> Image:
+    """The same for all random names of half-made folders: one of them is looked at."""
+    named = ((_TOKEN.sub("", name), content) for name, content in image)
+    return tuple(sorted((name, _without_tokens(inner) if isinstance(inner, tuple) else inner) for name, inner in named))
+
+
+_TOKEN = re.compile(r"(?<=-)[0-9a-f]{8}$")
 
 
 def _problem(disk: MemoryDisk, allowed: frozenset[Mark]) -> str:
