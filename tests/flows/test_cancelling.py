@@ -13,6 +13,7 @@ import zarr
 from torch import nn
 
 from streamtrain import Trainer, ZarrStream
+from tests.bench.cancels import WAYS, Campaign
 
 
 @pytest.fixture
@@ -53,3 +54,12 @@ async def test_a_fit_cancelled_at_any_moment_leaves_no_thread_behind(
         assert (turns, left) == (turns, [])
         assert asyncio.all_tasks() == {asyncio.current_task()}
     assert caplog.text == ""
+
+
+def test_cancellations_at_random_wakeups_tear_nothing_and_leave_nothing(tmp_path: Path) -> None:
+    """In every way, natively and by scopes; at length in tests/bench."""
+    counts = Campaign(tmp_path).run(3 * len(WAYS), every=False)
+    assert counts.cancelled >= 3 * len(WAYS)
+    assert counts.begun
+    assert (counts.swallowed, counts.torn, counts.lost, counts.unequal) == (0, 0, 0, 0)
+    assert (counts.left, counts.errors) == ([], [])
