@@ -38,6 +38,7 @@ BENCHES = {
     "kill": "kill -9 at random instants, resume, compare weights; the same for the command with SIGTERM",
     "pipeline": "10,000 seeds of delays, errors and cancellations in random order: samples, cursor, budget, deadlocks",
     "cancels": "1,000 fits cancelled at random wake-ups of the loop, natively and by scopes: torn, lost, left behind",
+    "terms": "SIGTERM to the command at 100 random instants: saved, steps lost, weights after resuming",
     "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
     "shuffle": "whether shuffling is real",
     "cloud": "batches from S3 on loopback, 20 ms a request, against obstore fetching the same ranges",
