@@ -257,6 +257,8 @@ class FitTable(Table):
     max_time: Duration | None = None
     resume: Text | None = None
     """`auto`, `best` or the path of a checkpoint."""
+    allow_data_change: Annotated[bool | None, Must("true or false")] = None
+    """Go on though the data are others than those of the checkpoint."""
 
 
 class Config(Table):
@@ -550,7 +552,7 @@ MAY_CHANGE = frozenset(
     | {"data.transform_workers", "data.cache_transform", "data.disk_cache", "data.disk_cache_bytes"}
     | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
     | {"trainer.nonfinite", "data.store", "model.weights", "model.partial"}
-    | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume"}
+    | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume", "fit.allow_data_change", "optimizer.lr"}
 )
 """Keys that a run may change in the course of its life; a store that moved is known again by its fingerprint."""
 

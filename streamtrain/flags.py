@@ -108,6 +108,7 @@ _TRAINER = [
     Flag("--max-steps", ("fit.max_steps",), "updates in the run's whole life"),
     Flag("--max-time", ("fit.max_time",), "training time in the run's whole life: 90s, 2h"),
     Flag("--resume", ("fit.resume",), "auto, best or the path of a checkpoint", "text"),
+    Flag("--allow-data-change", ("fit.allow_data_change",), "go on though the data have changed", "bool"),
     Flag("--run-dir", ("trainer.run_dir",), "the run's folder; runs/<name>-<time> by default", "text"),
     Flag("--grace", ("trainer.grace",), "seconds that saving may take after a signal"),
     Flag("--step", ("trainer.step",), "pkg.mod:function of (model, batch) that gives the loss", "text"),

@@ -6,6 +6,7 @@ Its law: nothing live is touched before everything that a checkpoint holds was f
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ from streamtrain.optimizer_state import load_by_name, names_of, signature, state
 from streamtrain.progress import Progress
 from streamtrain.rng import Rng, RngState
 from streamtrain.rollback import Rollback
-from streamtrain.schedulers import LearningRate
+from streamtrain.schedulers import LearningRate, get_lr, set_group_lr
 from streamtrain.state import Copier, Snapshot, Tree, fresh
 from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
@@ -55,12 +56,17 @@ class Learned:
     average: Average | None
     rollback: Rollback | None
 
-    def check(self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path) -> None:
+    def check(
+        self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path, *, rate_may_change: bool = False
+    ) -> float:
         """Raise CheckpointError with a table of the differences if the snapshot is of another model or average, or
-        has others of these settings."""
+        has others of these settings; by what the learning rate is another, where it may be, 1 for the same."""
         state = snapshot.state
-        saved = {key: state["settings"].get(key) for key in settings}
-        told = [*_model_differences(snapshot.model, self.model), *_differences(saved, dict(settings))]
+        saved = {key: state["settings"].get(key, settings[key] if key == "loss" else None) for key in settings}
+        rate, told = (
+            _rate_change(saved, settings) if rate_may_change else (1.0, list(_differences(saved, dict(settings))))
+        )
+        told = [*_model_differences(snapshot.model, self.model), *told]
         if self.average is not None and state["average"] is not None:
             told += self.average.differences(state["average"])
         if told:
@@ -69,6 +75,7 @@ class Learned:
                 f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
                 hint="Set these back, or train in another run_dir.",
             )
+        return rate
 
     def load(self, snapshot: Snapshot) -> None:
         """All as a snapshot that was checked has it; on the train thread."""
@@ -234,30 +241,63 @@ class Life:
             self.average.load_state_dict(average)
             self.average.into_model()
 
-    def restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None) -> None:
+    def restore(
+        self, snapshot: Snapshot, path: Path, checkpoints: Path | None, *, allow_data_change: bool = False
+    ) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
-        DataError if the data have changed."""
+        DataError if the data have changed. With `allow_data_change` the epoch begins anew on those, which is said; the
+        learning rate may be another: it is so from here on, in proportion to what a schedule has made of it."""
         state, learned = snapshot.state, self.learned
         check_state(state, path)
-        learned.check(snapshot, self.settings, path)
-        if self.stream is not None and state["stream"] is not None:
-            try:
-                self.stream.load_state_dict(state["stream"])
-            except CheckpointError as error:
-                raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
+        rate = learned.check(snapshot, self.settings, path, rate_may_change=True)
+        changed = self._go_to(state["stream"], path, allow_data_change=allow_data_change)
         for difference in _differences(state["habits"], self.habits):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
         learned.load(snapshot)
         self.lr.load_state_dict(state["scheduler"])
         self.rng.state = state["rng"]
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
+        if rate != 1.0:
+            self._other_rate(rate)
         self._take_up(state)
-        self._go_there(state)
+        if changed:
+            self.progress.batch, self.progress.owes, self.progress.verdicts = 0, "", []
+        else:
+            self._go_there(state)
         for name, callback in self.callbacks.items():
             if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state["callbacks"][name])
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
+
+    def _go_to(self, position: Any, path: Path, *, allow_data_change: bool) -> bool:
+        """Bring the stream to a position; whether it is of other data, on which the epoch begins anew."""
+        if self.stream is None or position is None:
+            return False
+        try:
+            self.stream.load_state_dict(position)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
+        except DataError as error:
+            if not allow_data_change:
+                raise DataError(
+                    str(error),
+                    hint="Bring back the data that it was trained on, or go on with these, their epoch begun anew: "
+                    "--allow-data-change, fit(..., allow_data_change=True).",
+                ) from error
+            logger.warning("going on with other data, the epoch begins anew: %s", error)
+            return True
+        return False
+
+    def _other_rate(self, factor: float) -> None:
+        """The learning rate is another from here on."""
+        groups = self.optimizer.param_groups
+        before = get_lr(self.optimizer)
+        self.lr.scale(factor)
+        for group, now in zip(groups, self.settings["optimizer"]["groups"], strict=True):
+            if math.isclose(float(group["lr"]), now["lr"], rel_tol=1e-12):
+                set_group_lr(group, now["lr"])  # without the last bit of a product
+        logger.info("the learning rate is another: %g -> %g", before, get_lr(self.optimizer))
 
     def go_on(self, state: Mapping[str, Any]) -> bool:
         """Take up what a checkpoint holds beside weights, optimizer and progress, which are loaded already; whether its
@@ -317,6 +357,28 @@ def schedule_name(lr: LearningRate) -> str:
     """What a schedule is called, to be compared between two lives."""
     schedule = getattr(lr, "schedule", None) or getattr(lr, "scheduler", None)
     return str(getattr(schedule, "name", type(schedule).__name__))
+
+
+def _rate_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, list[str]]:
+    """By what the learning rate is another, 1 for the same, and all other differences: those of the groups' rates too
+    where they are in no one proportion."""
+    pairs = [
+        (one.get("lr"), other.get("lr"))
+        for one, other in zip(
+            (saved.get("optimizer") or {}).get("groups", ()), now["optimizer"]["groups"], strict=False
+        )
+    ]
+    factors = [new / old if isinstance(old, float) and isinstance(new, float) and old else None for old, new in pairs]
+    first = factors[0] if factors else None
+    if first is None or not first or any(each is None or not math.isclose(each, first) for each in factors):
+        return 1.0, list(_differences(saved, dict(now)))
+    return first, list(_differences(_without_rates(saved), _without_rates(now)))
+
+
+def _without_rates(settings: Mapping[str, Any]) -> dict[str, Any]:
+    optimizer = settings["optimizer"]
+    groups = [{key: value for key, value in group.items() if key != "lr"} for group in optimizer["groups"]]
+    return {**settings, "optimizer": {**optimizer, "groups": groups}}
 
 
 def habits(device: torch.device, **given: Any) -> dict[str, Any]:

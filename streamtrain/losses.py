@@ -6,6 +6,9 @@ shape (B, 1), and cast to what the loss computes with.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from streamtrain.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class ElementLoss(nn.Module):
@@ -77,6 +81,29 @@ LOSSES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "cross_entropy": (ClassLoss, nn.CrossEntropyLoss),
 }
 """Short name: how targets are taken, and torch's loss, whose keywords may be given."""
+
+
+def described(loss: Any) -> str | None:
+    """What a loss is, to be compared between two lives of a run: kind and arguments, wherever it was defined.
+
+    What torch's own losses hold (weights of classes) counts too; what those of others hold may be learned.
+    """
+    if isinstance(loss, ElementLoss | ClassLoss):
+        loss = loss.loss
+    if isinstance(loss, functools.partial):
+        more = [*map(repr, loss.args), *(f"{key}={value!r}" for key, value in sorted(loss.keywords.items()))]
+        return _ADDRESS.sub("", f"{described(loss.func)}({', '.join(more)})")
+    if type(loss).__module__.startswith("torch.nn."):
+        plain = {key: value for key, value in vars(loss).items() if isinstance(value, bool | int | float | str)}
+        told = [f"{key}={value!r}" for key, value in sorted(plain.items()) if key != "training" and key[0] != "_"]
+        held = [(name, value.tolist()) for name, value in loss.state_dict().items()]
+        told += [f"digest {hashlib.sha256(repr(held).encode()).hexdigest()[:8]}"] if held else []
+        return f"{type(loss).__name__}({', '.join(told)})"
+    if isinstance(loss, nn.Module):
+        return " ".join(_ADDRESS.sub("", repr(loss)).split())
+    if loss is None:
+        return None
+    return str(getattr(loss, "__qualname__", type(loss).__qualname__))
 
 
 def short_loss(name: str, arguments: dict[str, Any]) -> Loss:

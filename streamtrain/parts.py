@@ -40,7 +40,7 @@ from streamtrain.life import (
     schedule_name,
     settings,
 )
-from streamtrain.losses import LOSSES, short_loss
+from streamtrain.losses import LOSSES, described, short_loss
 from streamtrain.manual import ManualStep, ManualUpdates
 from streamtrain.metrics import Metric, as_metric, names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
@@ -176,6 +176,14 @@ class Parts:
     def loss_names(self) -> list[str]:
         """What the losses are logged as."""
         return ["loss", *(self.loss.names if isinstance(self.loss, TaskLosses) else ())]
+
+    def _loss_said(self) -> Any:
+        """What the loss is, to be compared between two lives."""
+        if self.steps.training is not None:
+            return f"step {getattr(self.steps.training, '__qualname__', type(self.steps.training).__qualname__)}"
+        if isinstance(self.loss, TaskLosses):
+            return {name: [described(loss), self.loss.weights[name]] for name, loss in self.loss.losses.items()}
+        return described(self.loss)
 
     @property
     def evaluated_names(self) -> list[str]:
@@ -356,7 +364,12 @@ class Parts:
             self.model.train()
         if self.freezing is not None:
             self.freezing.begin()
-        fixed = {"scheduler": schedule_name(self.scheduler), "seed": options.seed, "precision": options.precision}
+        fixed: dict[str, Any] = {
+            "scheduler": schedule_name(self.scheduler),
+            "seed": options.seed,
+            "precision": options.precision,
+        }
+        fixed["loss"] = self._loss_said()
         clip = {"gradient_clip_norm": options.clip_norm, "gradient_clip_value": options.clip_value}
         frozen = [[rule.pattern.pattern, rule.until, rule.unit] for rule in options.freeze] or None
         return Life(

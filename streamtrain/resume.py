@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +17,8 @@ from streamtrain.state import Snapshot
 
 logger = logging.getLogger(__name__)
 
+TAIL = 4096
+"""Bytes at the end of a log."""
 Resume = str | os.PathLike[str] | None
 
 
@@ -96,6 +100,19 @@ def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
         )
     path = checkpoints / Path(name).name
     return path, checkpoint.read(path)
+
+
+def repeated(folder: Path, step: int) -> int:
+    """How many steps after this one the run has made already, as far as its status and the end of its log tell."""
+    reached = step
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        reached = max(reached, int(json.loads((folder / "status.json").read_bytes())["step"]))
+    with suppress(OSError), open(folder / "metrics.jsonl", "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        for line in file.read().splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                reached = max(reached, int(json.loads(line)["step"]))
+    return reached - step
 
 
 def set_newer_aside(checkpoints: Path, path: Path, step: int) -> None:

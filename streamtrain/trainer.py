@@ -190,7 +190,7 @@ class Trainer:
         """The run's folder; None where nothing is written."""
         self.callbacks = with_defaults(list(callbacks), self.run_dir, dev=bool(options.dev))
         self._notes = Notes(self.state)
-        self._fitting = False
+        self._fitting = self._allow_data_change = False
         self._bus: Bus | None = None
         """While the wheel turns."""
         self._lasting: Life | None = None
@@ -307,15 +307,20 @@ class Trainer:
         max_steps: int | None = None,
         max_time: float | str | None = None,
         resume: Resume = None,
+        allow_data_change: bool = False,
     ) -> Coroutine[Any, Any, FitResult]:
         """Train until a limit; limits are totals over the run's life, and none means one epoch.
 
         `max_time` ("2h", or seconds) is the time on the clock while fits of this run were going on: waiting for data,
         validation, saves and pauses count, and a paused fit ends when it is reached; time between two lives does not.
         `validation`: a stream, or a dict of named ones. `resume`: "auto" (the newest valid checkpoint, else fresh),
-        "best", or a path. If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError
-        raised again; a callback that hangs is left behind after half of them. `stop` and `pause` are obeyed from this
-        call on, even before the coroutine has begun to run.
+        "best", or a path; refused, with a table of the differences, where data, order, model, optimizer, precision or
+        loss are others, but the learning rate, limits, memory and callbacks may be; `allow_data_change` goes on with
+        changed data, whose epoch begins anew.
+
+        If the task is cancelled, what was trained is saved within `grace` seconds and CancelledError raised again; a
+        callback that hangs is left behind after half of them. `stop` and `pause` are obeyed from this call on, even
+        before the coroutine has begun to run.
 
         Another fit of the same trainer goes on where the last one ended, as one that is resumed would. Weights that the
         model was given in between are taken: an average (`ema`) begins anew with them, a rollback goes back to them at
@@ -325,10 +330,16 @@ class Trainer:
         """
         self.control.expect()
         limits = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
-        return self._begin_fit(stream, validation, limits, resume)
+        return self._begin_fit(stream, validation, limits, resume, allow_data_change=allow_data_change)
 
     async def _begin_fit(
-        self, stream: Streams, validation: Streams, given: Mapping[str, Any], resume: Resume
+        self,
+        stream: Streams,
+        validation: Streams,
+        given: Mapping[str, Any],
+        resume: Resume,
+        *,
+        allow_data_change: bool,
     ) -> FitResult:
         if self._fitting:
             raise ConfigError("fit is running already", hint="One fit at a time for each trainer.")
@@ -345,6 +356,7 @@ class Trainer:
                 train = same_batches(train, self._options.overfit)
             checks = Checks(self._parts, self.callbacks, streams)
             checks.arguments(train, limits, resume, self.run_dir)
+            self._allow_data_change = allow_data_change
             self.control.bind(self._hasten)
             fit = self._fit(train, streams, limits, resume, checks)
             return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
@@ -608,8 +620,11 @@ class Trainer:
                 life.check()
             if found is not None:
                 path, snapshot = found
-                await thread.run(lambda: life.restore(snapshot, path, checkpoints))
-                logger.info("going on from %s at step %d", path, self.state.step)
+                other = self._allow_data_change
+                await thread.run(lambda: life.restore(snapshot, path, checkpoints, allow_data_change=other))
+                again = 0 if folder is None else await files(lambda: resume.repeated(folder.path, self.state.step))
+                more = f"; {again} steps that were made after it are repeated" if again else ""
+                logger.info("going on from %s at step %d%s", path, self.state.step, more)
                 if life.ended is not None:
                     logger.info("it had ended by early stopping (%s): a larger patience lets it go on", life.ended[1])
                 self._checkpoint, self._loaded = path, None

@@ -382,10 +382,11 @@ RUNS = [
     Row("resume from nowhere", None, [*FIT, "--resume", "nix"], 4, ".*nix"),
     Row("resume best from nothing", None, [*FIT, "--resume", "best"], 4, ".*best|.*checkpoint"),
     Row("resume from a pickle", write("m.pt", b"\x80\x02."), [*FIT, "--resume", "m.pt"], 4, ".*m.pt"),
-    Row("another optimizer", trained, [*RESUME, "auto", "--lr", "0.5"], 4, ".*optimizer.lr: 0.001 -> 0.5"),
+    Row("another optimizer", trained, [*RESUME, "auto", "--optimizer", "sgd"], 4, ".*optimizer.name: 'adamw' -> 'sgd'"),
+    Row("another loss", trained, [*RESUME, "auto", "--loss", "mae"], 4, ".*loss.name: 'mse' -> 'mae'"),
     Row("another seed", trained, [*RESUME, "auto", "--set", "data.seed=5"], 4, ".*data.seed: 0 -> 5"),
     Row("another precision", trained, [*RESUME, "auto", "--precision", "bf16"], 4, ".*precision: '32' -> 'bf16'"),
-    Row("the run of another configuration", trained, [*FIT, "--lr", "0.5"], 2, ".*optimizer.lr: 0.001 -> 0.5"),
+    Row("the run of another configuration", trained, [*FIT, "--loss", "mae"], 2, ".*loss.name: 'mse' -> 'mae'"),
     Row(
         "all checkpoints damaged",
         damage(0, 1),
@@ -394,7 +395,7 @@ RUNS = [
         ".*step-000000008: model.safetensors, .*step-000000004: model.safetensors, ",
     ),
     Row("a newer format", newer, [*RESUME, "auto"], 4, ".*format 99 is newer"),
-    Row("data changed since", changed_data, [*RESUME, "auto"], 3, ".*x.*64x4.*80x4"),
+    Row("data changed since", changed_data, [*RESUME, "auto"], 3, ".*x.*64x4.*80x4", ".*--allow-data-change"),
     Row("run folder not writable", write("f", ""), [*FIT, "--run-dir", "f/run"], 5, ".*f/run.*"),
     Row("loss not finite", None, [*FIT, "--model", "bad_nets:Overflow"], 6, ".*step"),
     Row("a model that raises", None, [*FIT, "--model", "bad_nets:Raises"], 7, ".*no such layer"),
@@ -456,9 +457,19 @@ def test_resume_auto_without_checkpoints_starts_fresh_and_says_so(place: Path, c
     assert "fresh" in capsys.readouterr().err
 
 
-def test_raised_limits_and_memory_go_on(place: Path) -> None:
+def test_changed_data_go_on_where_that_is_allowed(place: Path, capsys: Capture) -> None:
+    changed_data(place)
+    assert main([*RESUME, "auto", "--allow-data-change"]) == 0
+    assert re.search("warning: going on with other data, .*64x4.*80x4", capsys.readouterr().err)
+    rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["samples"] == 2 * 64 + 80
+
+
+def test_raised_limits_and_memory_and_another_rate_go_on(place: Path) -> None:
     trained(place)
-    assert main([*RESUME, "auto", "--memory", "512MiB", "-q"]) == 0
+    assert main([*RESUME, "auto", "--memory", "512MiB", "--lr", "0.25", "-q"]) == 0
+    rates = [json.loads(line)["lr"] for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    assert rates[-1] == 0.25
     steps = [json.loads(line)["step"] for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 12
     assert (place / "run/checkpoints/step-000000012").is_dir()

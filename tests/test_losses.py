@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from streamtrain.errors import ConfigError
-from streamtrain.losses import LOSSES, short_loss
+from streamtrain.losses import LOSSES, described, short_loss
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -84,3 +85,30 @@ def test_what_does_not_fit_is_refused_with_both_shapes(name: str, outputs: Tenso
 def test_torchs_keywords_are_passed_on(arguments: dict[str, Any]) -> None:
     outputs, targets = numbers(4), numbers(4, seed=1)
     assert torch.equal(short_loss("huber", arguments)(outputs, targets), nn.HuberLoss(**arguments)(outputs, targets))
+
+
+def shifted(outputs: Tensor, targets: Tensor, by: float = 0.0) -> Tensor:
+    return (outputs - targets + by).square().mean()
+
+
+def test_a_loss_is_described_by_what_it_is_and_not_by_where_it_lies() -> None:
+    assert described(short_loss("mse", {})) == described(nn.MSELoss()) == "MSELoss(reduction='mean')"
+    assert described(None) is None
+    assert described(shifted) == "shifted"
+    same = [functools.partial(shifted, by=1.0) for _ in range(2)]
+    others = [
+        nn.MSELoss(), nn.MSELoss(reduction="sum"), nn.HuberLoss(delta=2.0), shifted, *same[:1],
+        functools.partial(shifted, by=2.0), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=torch.ones(2)),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0])),
+    ]  # fmt: skip
+    assert described(same[0]) == described(same[1])
+    assert len({described(loss) for loss in others}) == len(others)
+
+
+def test_what_a_loss_of_ones_own_learns_does_not_make_it_another() -> None:
+    class Centred(nn.Module):
+        def __init__(self, centre: float) -> None:
+            super().__init__()
+            self.register_buffer("centre", torch.tensor(centre))
+
+    assert described(Centred(0.0)) == described(Centred(1.0))

@@ -129,7 +129,7 @@ async def test_a_loss_of_weight_zero_is_logged_and_not_learned_from() -> None:
 
 
 async def test_a_run_that_goes_on_has_the_same_losses_of_each_output(tmp_path: Path) -> None:
-    async def fit(folder: str, resume: str | None = None, **limits: int) -> tuple[nn.Module, Recorder]:
+    async def fit(folder: str, resume: str | None = None, **limits: Any) -> tuple[nn.Module, Recorder]:
         recorder = Recorder()
         fitted = trainer(loss_weights={"kind": 0.3}, run_dir=tmp_path / folder, callbacks=[recorder])
         await fitted.fit(Tasks(), resume=resume, **limits)

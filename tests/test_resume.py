@@ -1,0 +1,148 @@
+"""What a resume promises: another run is refused with a table, another rate goes on, what is made again is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from streamtrain import resume
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.errors import CheckpointError
+from streamtrain.schedulers import get_lr
+from streamtrain.trainer import Trainer
+from tests.engine import Samples, lines, network, same
+
+
+def trainer(folder: Path, loss: Any = None, **options: Any) -> Trainer:
+    common = {"seed": 5, "device": "cpu", "log_every": 1, "run_dir": folder}
+    return Trainer(network(), loss or nn.MSELoss(), **{**common, **options})
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "loss": ({"loss": nn.L1Loss()}, r"loss: .MSELoss\(reduction='mean'\). -> .L1Loss\("),
+    "loss's own keywords": ({"loss": nn.MSELoss(reduction="sum")}, "loss: "),
+    "step": ({"step": lambda model, batch: model(batch.inputs).mean()}, "loss: .MSELoss.* -> 'step .*lambda"),
+    "precision": ({"precision": "bf16"}, "precision: '32' -> 'bf16'"),
+    "optimizer": ({"optimizer": "sgd"}, "optimizer.class: 'AdamW' -> 'SGD'"),
+    "weight decay": ({"optimizer": {"name": "adamw", "weight_decay": 0.5}}, r"weight_decay: 0\.01 -> 0\.5"),
+    "seed": ({"seed": 6}, "seed: 5 -> 6"),
+    "scheduler": ({"scheduler": "cosine"}, "scheduler: "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_another_run_is_refused_with_a_table_of_the_differences(tmp_path: Path, change: str) -> None:
+    await trainer(tmp_path).fit(Samples(), max_steps=3)
+    options, told = CHANGES[change]
+    with pytest.raises(CheckpointError, match=rf"does not fit \(saved -> now\): .*{told}"):
+        await trainer(tmp_path, **options).fit(Samples(), max_steps=6, resume="auto")
+
+
+async def test_the_loss_by_name_and_as_an_object_is_the_same_run(tmp_path: Path) -> None:
+    await trainer(tmp_path).fit(Samples(), max_steps=3)
+    assert (await trainer(tmp_path, "mse").fit(Samples(), max_steps=6, resume="auto")).step == 6
+
+
+async def test_a_run_goes_on_with_another_learning_rate(tmp_path: Path) -> None:
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 4e-3}]]}
+    first = trainer(tmp_path / "a", optimizer=rules, lr=2e-3)
+    await first.fit(Samples(), max_steps=3)
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 6e-4}]]}
+    again = trainer(tmp_path / "a", optimizer=rules, lr=3e-4)
+    await again.fit(Samples(), max_steps=6, resume="auto")
+    assert again.optimizer is not None
+    assert sorted(group["lr"] for group in again.optimizer.param_groups) == [3e-4, 6e-4]
+    assert [line["lr"] for line in lines(tmp_path / "a")] == [lines(tmp_path / "a")[0]["lr"]] * 3 + [
+        get_lr(again.optimizer)
+    ] * 3
+    last = trainer(tmp_path / "a", optimizer=rules, lr=3e-4)
+    await last.fit(Samples(), max_steps=8, resume="auto")
+    assert last.optimizer is not None
+    assert get_lr(last.optimizer) == get_lr(again.optimizer)
+
+
+async def test_a_schedule_goes_on_in_proportion(tmp_path: Path) -> None:
+    rates = []
+    for folder, lr in (("a", 1e-2), ("b", 2e-2)):
+        await trainer(tmp_path / folder, lr=1e-2, scheduler="cosine").fit(Samples(), max_epochs=2)
+        (tmp_path / folder / "metrics.jsonl").rename(tmp_path / folder / "first.jsonl")
+        fitted = trainer(tmp_path / folder, lr=lr, scheduler="cosine")
+        await fitted.fit(Samples(), max_epochs=4, resume="auto")
+        rates.append([line["lr"] for line in lines(tmp_path / folder) if line["step"] > 26])
+    assert len(rates[0]) == 26
+    assert [2 * rate for rate in rates[0]] == pytest.approx(rates[1], rel=1e-12)
+
+
+async def test_rates_of_groups_in_no_one_proportion_are_refused(tmp_path: Path) -> None:
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 4e-3}]]}
+    await trainer(tmp_path, optimizer=rules, lr=2e-3).fit(Samples(), max_steps=3)
+    with pytest.raises(CheckpointError, match=r"lr: 0\.002 -> 0\.001"):
+        await trainer(tmp_path, optimizer=rules, lr=1e-3).fit(Samples(), max_steps=6, resume="auto")
+
+
+async def test_limits_callbacks_and_what_is_only_said_may_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await trainer(tmp_path).fit(Samples(), max_steps=3)
+    again = trainer(tmp_path, callbacks=[ModelCheckpoint(every="2steps")], gradient_clip_norm=1.0, ema=0.9)
+    result = await again.fit(Samples(batch_size=4), max_epochs=1, resume="auto")
+    assert result.samples == 100
+    assert "resumed with gradient_clip_norm: None -> 1.0" in caplog.text
+
+
+async def test_a_checkpoint_of_before_losses_were_told_goes_on(tmp_path: Path) -> None:
+    fitted = trainer(tmp_path)
+    await fitted.fit(Samples(), max_steps=3)
+    life = fitted._lasting
+    assert life is not None
+    del life.settings["loss"]
+    path = await fitted.save_checkpoint(tmp_path / "old")
+    assert (await trainer(tmp_path / "new").fit(Samples(), max_steps=6, resume=path)).step == 6
+
+
+async def test_steps_that_are_made_again_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rule = ModelCheckpoint(every="4steps", keep_last=-1)
+    await trainer(tmp_path, callbacks=[rule]).fit(Samples(), max_steps=10)
+    caplog.set_level(logging.INFO)
+    last = tmp_path / "checkpoints" / "step-000000010"
+    last.rename(tmp_path / "lost")  # as if the life had been killed before it was made
+    await trainer(tmp_path, callbacks=[rule]).fit(Samples(), max_steps=12, resume="auto")
+    found = re.search(r"at step (\d+); (\d+) steps that were made after it are repeated", caplog.text)
+    assert found is not None
+    assert int(found[1]) + int(found[2]) == 10
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "again"),
+    [(None, None, 0), ('{"step": 9}', None, 4), ("{", b'{"step": 7}\n{"st', 2), ('{"step": 2}', b'{"step": 8}\n', 3)],
+)
+def test_what_was_reached_is_read_from_whatever_is_left(
+    tmp_path: Path, status: str | None, log: bytes | None, again: int
+) -> None:
+    if status is not None:
+        (tmp_path / "status.json").write_text(status)
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(log)
+    assert resume.repeated(tmp_path, 5) == again
+
+
+async def test_a_run_with_another_rate_is_the_bare_loops_from_there_on(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"optimizer": "sgd"}
+    await trainer(tmp_path / "a", lr=1e-2, **common).fit(Samples(), max_steps=5)
+    again = trainer(tmp_path / "a", lr=1e-3, **common)
+    await again.fit(Samples(), max_steps=10, resume="auto")
+    set_there, stream = trainer(tmp_path / "b", lr=1e-2, **common), Samples()
+    await set_there.fit(stream, max_steps=5)
+    assert set_there.optimizer is not None
+    for group in set_there.optimizer.param_groups:
+        group["lr"] = 1e-3
+    await set_there.fit(stream, max_steps=10)
+    assert same(again.model, set_there.model)
+    assert json.loads((tmp_path / "a" / "status.json").read_text())["step"] == 10
