@@ -76,6 +76,8 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec = "adamw", lr: float =
         return _of_this_model(name, model)
     if callable(name):
         return _of_this_model(_called(name, model, table, lr, alone=not isinstance(spec, Mapping)), model)
+    if isinstance(spec, Mapping) and "name" not in spec:
+        raise ConfigError(f"optimizer has no name: {spec!r:.80}", hint="Give {'name': 'adamw', ...}.")
     known = str(name or "").lower()
     if known not in NAMES:
         found = difflib.get_close_matches(known, NAMES, 1)
@@ -99,8 +101,21 @@ def _named(name: str, model: nn.Module, table: dict[str, Any]) -> Optimizer:
     else:
         groups = [_laid_out(group, options["lr"]) for group in grouped(model, wanted, check)]
         if options.get("fused") is None and name in FUSED and "foreach" not in options and _fusable(model, groups):
-            options["fused"] = True
-    return _made(kind, name, _unnamed(groups), options)
+            options["fused"] = not any(group.get("dampening", options.get("dampening")) for group in groups)
+    return _at_rest(_made(kind, name, _unnamed(groups), options))
+
+
+def _at_rest(optimizer: Optimizer) -> Optimizer:
+    """The same, with a momentum of 0 for each parameter where SGD is fused.
+
+    Its kernel takes the momentum of all parameters or of none, and one that is thawed, or used for the first time, has
+    none yet. From 0 the first update is torch's own to the bit, as long as nothing is dampened.
+    """
+    for group in optimizer.param_groups if type(optimizer) is torch.optim.SGD else ():
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _made(kind: Callable[..., Any], name: str, parameters: Any, options: Mapping[str, Any]) -> Optimizer:

@@ -21,7 +21,9 @@ from streamtrain.optimizers import OptimizerSpec, build_optimizer
 
 def is_several(spec: OptimizerSpec) -> bool:
     """Whether `optimizer=` describes several: a table of specs by name, without a "name" of its own."""
-    return isinstance(spec, Mapping) and bool(spec) and "name" not in spec
+    if not isinstance(spec, Mapping) or not spec or "name" in spec:
+        return False
+    return all(isinstance(each, str | Mapping | Optimizer) or callable(each) for each in spec.values())
 
 
 class Optimizers(Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(network(), nn.MSELoss(), **{"seed": 5, "device": "cpu", **options})
 
 
-def by_hand(thaw: int | None, *, epochs: int = 3, decay: float = 0.01) -> nn.Module:
+def by_hand(
+    thaw: int | None, *, epochs: int = 3, decay: float = 0.01, make: Callable[[list[nn.Parameter]], Any] | None = None
+) -> nn.Module:
     """The bare loop, whose front is trained from update `thaw` on."""
     model, loss = network(), nn.MSELoss()
     assert isinstance(model, nn.Sequential)
     front = [*model[0].parameters(), *model[1].parameters()]
     kept = [p for p in model.parameters() if thaw is not None or all(p is not other for other in front)]
-    optimizer = torch.optim.AdamW(kept, lr=1e-3, fused=True, weight_decay=decay)
+    optimizer = make(kept) if make else torch.optim.AdamW(kept, lr=1e-3, fused=True, weight_decay=decay)
     for parameter in front:
         parameter.requires_grad_(False)
     model[1].eval()
@@ -55,6 +58,17 @@ async def test_the_weights_are_those_of_the_bare_loop(freeze: Any, thaw: int | N
     assert same(fitted.model, by_hand(thaw))
     assert fitted.optimizer is not None
     assert len(fitted.optimizer.param_groups[0]["params"]) == (2 if thaw is None else 6)
+
+
+@pytest.mark.parametrize(("nesterov", "dampening"), [(False, 0.0), (True, 0.0), (False, 0.1)])
+async def test_what_thaws_has_no_momentum_yet_as_in_the_bare_loop(nesterov: bool, dampening: float) -> None:
+    """Which can't be fused: that kernel of torch takes the momentum of all or of none."""
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": nesterov, "dampening": dampening, "lr": 1e-2}
+    fitted = trainer(freeze={FRONT: "5steps"}, optimizer={"name": "sgd", **options})
+    await fitted.fit(Samples(), max_epochs=3)
+    bare = by_hand(5, make=lambda kept: torch.optim.SGD(kept, foreach=False, **options))
+    for mine, theirs in zip(fitted.model.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stop", [3, 5, 12])

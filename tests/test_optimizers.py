@@ -440,7 +440,7 @@ def test_an_object_is_used_as_it_is_if_it_is_of_this_model() -> None:
     [
         ("adamv", "unknown name 'adamv'", "Did you mean 'adam"),
         ("xyz", "unknown name 'xyz'", "Known: sgd"),
-        ({"lr": 0.1}, "unknown name", "Known: sgd"),
+        ({"lr": 0.1}, "optimizer has no name", "Give {'name': 'adamw', ...}"),
         (3, "unknown name 3", "Known: sgd"),
         ({"name": "sgd", "momentun": 0.9}, "unknown key 'momentun'", "Did you mean 'momentum'?"),
         ({"name": "sgd", "params": []}, "unknown key 'params'", "Known: "),
