@@ -6,6 +6,7 @@ of the axis `step`.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from streamtrain.options import one_of
 class WandbLogger(Callback):
     """Logs to wandb: `project`, `name`, `entity`, `group` and `tags` as `wandb.init` takes them.
 
-    `mode`: `"online"`, or `"offline"`: into the run's folder, for `wandb sync` later. The run's id is kept in
+    `mode`: `"online"`, or `"offline"`: into the run's folder, for `wandb sync` later; by default what
+    the environment's WANDB_MODE says, else online. The run's id is kept in
     checkpoints, so that a fit which goes on continues its run; a fresh start is a new one. The configuration is the
     trainer's. What the program prints is not captured. Needs wandb (`pip install 'streamtrain[wandb]'`): ConfigError
     without; where a run can't be begun (no login, no network), EnvironmentProblem.
@@ -34,13 +36,13 @@ class WandbLogger(Callback):
         project: str | None = None,
         *,
         name: str | None = None,
-        mode: str = "online",
+        mode: str | None = None,
         entity: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
     ) -> None:
         find("WandbLogger", "wandb", extra="wandb")
-        self._mode = one_of(mode, ("online", "offline"), "WandbLogger: mode")
+        self._mode = None if mode is None else one_of(mode, ("online", "offline"), "WandbLogger: mode")
         self._about = {"project": project, "name": name, "entity": entity, "group": group, "tags": list(tags)}
         self._once = Once()
         self._id = ""
@@ -53,12 +55,13 @@ class WandbLogger(Callback):
         again = bool(event.step and self._id)
         self._id = self._id if again else uuid.uuid4().hex[:8]
         self._wandb = load("wandb")
+        mode = self._mode or os.environ.get("WANDB_MODE") or "online"
         try:
             self._run = self._wandb.init(
                 **self._about,
                 id=self._id,
-                resume="allow" if again and self._mode == "online" else None,
-                mode=self._mode,
+                resume="allow" if again and mode == "online" else None,
+                mode=mode,
                 dir=event.run_dir,
                 config=dict(event.config),
                 reinit="create_new",  # other runs of this process, and wandb.run, stay what they are
@@ -67,7 +70,7 @@ class WandbLogger(Callback):
         except Exception as error:
             raise EnvironmentProblem(
                 f"wandb begins no run: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
-                hint="`wandb login` once, or WandbLogger(mode='offline') and `wandb sync` later.",
+                hint="`wandb login` once, or WandbLogger(mode='offline') (WANDB_MODE=offline) and `wandb sync` later.",
             ) from error
         # Their own count of calls is no step of ours, and could not go back after a resume.
         self._run.define_metric("step", hidden=True)

@@ -110,9 +110,13 @@ async def test_a_fresh_start_is_another_run(tmp_path: Path, wandb: Wandb) -> Non
     assert len({run.given["id"] for run in wandb.runs}) == 2
 
 
-async def test_offline_there_is_nothing_to_resume_but_the_id_is_kept(tmp_path: Path, wandb: Wandb) -> None:
-    await fit(tmp_path, 2, WandbLogger(mode="offline"))
-    await fit(tmp_path, 4, WandbLogger(mode="offline"))
+@pytest.mark.parametrize("mode", ["offline", None], ids=["told", "by-environment"])
+async def test_offline_there_is_nothing_to_resume_but_the_id_is_kept(
+    tmp_path: Path, wandb: Wandb, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online" if mode else "offline")
+    await fit(tmp_path, 2, WandbLogger(mode=mode))
+    await fit(tmp_path, 4, WandbLogger(mode=mode))
     first, second = wandb.runs
     assert (first.given["id"], second.given["resume"], second.given["mode"]) == (second.given["id"], None, "offline")
 
