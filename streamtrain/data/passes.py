@@ -673,7 +673,8 @@ class ZarrPass(Ending):
                 fill(scratch)
         except BaseException as error:
             logger.debug("a job of the pass failed", exc_info=error)
-            unit.error = error
+            if not self.closed:  # nobody would be told, and its traceback leads to the unit: a cycle with its buffers
+                unit.error = error
         with self._lock:
             unit.left -= 1
             last = unit.left == 0
@@ -756,6 +757,8 @@ class ZarrPass(Ending):
             self._ahead.stop()
         with self._lock:
             self._unplanned.clear()
+        for unit in self._units:
+            unit.error = None  # its traceback leads back here: a cycle would keep the buffers
         self._units.clear()
         self._blocks.clear()
         self._queue.clear()
