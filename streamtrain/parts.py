@@ -37,6 +37,7 @@ from streamtrain.life import (
     check_state,
     first_rng,
     habits,
+    in_words,
     schedule_name,
     settings,
 )
@@ -461,6 +462,10 @@ class Parts:
 
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
+        with in_words(path):
+            self._load(path, snapshot, progress)
+
+    def _load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         check_state(snapshot.state, path)
         if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
             try:

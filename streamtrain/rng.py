@@ -41,6 +41,16 @@ def restore(state: RngState) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
+def checked(state: RngState) -> RngState:
+    """The same, once it is known that the generators take it. Raises whatever they raise where it is no such state."""
+    before = capture()
+    try:
+        restore(state)
+    finally:
+        restore(before)
+    return state
+
+
 def seeded(seed: int) -> RngState:
     """The states after seeding each generator with `seed`, leaving the current ones as they are."""
     before = capture()

@@ -112,3 +112,17 @@ def test_a_glance_leaves_no_trace_in_the_fit() -> None:
         expected = draw()
     with one.swapped_in():
         assert draw() == expected
+
+
+@pytest.mark.parametrize(
+    "change", [{"torch": torch.zeros(3)}, {"python": (3, (1, 2), None)}, {"numpy": ("no",)}], ids=str
+)
+def test_what_the_generators_do_not_take_is_refused_and_leaves_them_alone(change: dict[str, Any]) -> None:
+    before = rng.capture()
+    with pytest.raises(Exception):  # noqa: B017, PT011 (each of the three has errors of its own)
+        rng.checked({**rng.seeded(1), **change})
+    after = rng.capture()
+    assert torch.equal(before["torch"], after["torch"])
+    assert before["python"] == after["python"]
+    assert (before["numpy"][1] == after["numpy"][1]).all()
+    assert rng.checked(before) is before

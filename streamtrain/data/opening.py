@@ -260,7 +260,7 @@ async def array_at(where: Located, name: str) -> zarr.AsyncArray[Any] | None:
         return None
     except Exception as error:
         raise _unusable(where, name, error, _RESTORE) from error
-    return await own_metadata(node, member, name) if isinstance(member, zarr.AsyncArray) else None
+    return await _own(node, where, member, name) if isinstance(member, zarr.AsyncArray) else None
 
 
 async def list_arrays(where: Located) -> list[str]:
@@ -410,7 +410,14 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
     if isinstance(member, zarr.AsyncGroup):
         return member
     assert isinstance(member, zarr.AsyncArray)
-    return await own_metadata(node, member, name)
+    return await _own(node, where, member, name)
+
+
+async def _own(node: zarr.AsyncGroup, where: Located, array: zarr.AsyncArray[Any], name: str) -> zarr.AsyncArray[Any]:
+    try:
+        return await own_metadata(node, array, name)
+    except Exception as error:
+        raise _unusable(where, name, error, _RESTORE) from error
 
 
 async def _other_format(where: Located, name: str) -> zarr.AsyncArray[Any]:

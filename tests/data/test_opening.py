@@ -186,3 +186,12 @@ def test_where_one_store_is_meant_it_is_said_who_takes_several() -> None:
     with pytest.raises(ConfigError, match="one store is meant here, not a list of 2") as told:
         locate(["a.zarr", "b.zarr"])
     assert "ZarrStream alone takes several" in told.value.hint
+
+
+@pytest.mark.parametrize("damaged", [".zattrs", ".zarray"])
+async def test_damaged_metadata_beside_a_copy_of_them_are_named(damaged: str, tmp_path: Path) -> None:
+    zarr.create_group(tmp_path, zarr_format=2).create_array("x", data=np.arange(8))
+    zarr.consolidate_metadata(str(tmp_path))
+    (tmp_path / "x" / damaged).write_text('{"a": 1,}')
+    with pytest.raises(DataError, match=r"/x.*Expecting property name"):
+        await ZarrStream(tmp_path, inputs="x", batch_size=2).open()
