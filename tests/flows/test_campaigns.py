@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CAMPAIGNS = ["pipeline"]
+CAMPAIGNS = ["flips", "kills", "mutations", "pipeline", "syscalls"]
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
