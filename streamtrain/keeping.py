@@ -19,6 +19,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Control, Save
+from streamtrain.disk import LOCAL, Disk
 from streamtrain.errors import ConfigError
 from streamtrain.evaluation import Stopped
 from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Verdict
@@ -51,7 +52,9 @@ class Keeper:
         thread: TrainThread,
         control: Control,
         files: Files,
+        disk: Disk = LOCAL,
     ) -> None:
+        self._disk = disk
         self._life, self.saver, self._teller, self._bus = life, saver, teller, bus
         self._thread, self._control, self._files = thread, control, files
         if saver is not None:
@@ -131,8 +134,8 @@ class Keeper:
             if request is not None:
                 await self._save_elsewhere(request)
             return None
-        await saver.wait()  # one at a time: there is memory for one copy
         began = time.perf_counter()
+        await saver.wait()  # one at a time: there is memory for one copy
         path, done = (None, None) if request is None else (request.path, request.done)
         step, rule = self._life.progress.step, saver.rule
         where = {**self._teller.standing(), "kind": kind}  # of this step, not of the later one
@@ -141,9 +144,9 @@ class Keeper:
             about = {**where, "path": str(saver.path(step)), "error": error, "failures": failures}
             await self._teller.emit("on_checkpoint_failed", CheckpointFailed, **about)
 
-        if path is None and (problem := await saver.lack_of_room(step, kind=kind, failed=failed)) is not None:
+        if path is None and (problem := await saver.lack_of_room(step)) is not None:
             self._saved, self._when = self._mark(), time.monotonic()
-            return None if done is None else done(None, problem)
+            return saver.give_up(problem, kind=kind, failed=failed, done=done)
         coming = [best for best in self._coming if best.step == step and path is None]
         snapshot = await self._snapshot(coming, primary=rule.monitor)
         stall = time.perf_counter() - began
@@ -157,8 +160,7 @@ class Keeper:
             about["buffers"] = saver.buffers.bytes
             await self._teller.emit("on_checkpoint", CheckpointCommitted, **about)
 
-        saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done)
-        return None
+        return saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done)
 
     async def save_all(self, requests: Sequence[Save]) -> None:
         """Save as often as was asked; where that raises, all who wait for one are told before."""
@@ -181,7 +183,7 @@ class Keeper:
             return done(None, ConfigError("a fit without a run_dir saves only to a path", hint="Give one."))
         try:
             snapshot = await self._snapshot()
-            committed = await self._files(lambda: checkpoint.commit(path, snapshot))
+            committed = await self._files(lambda: checkpoint.commit(path, snapshot, disk=self._disk))
         except Exception as error:
             return done(None, error)
         return done(committed.path, None)

@@ -148,15 +148,21 @@ class Saver:
         if self._fatal is not None:
             raise self._fatal
 
-    async def lack_of_room(self, step: int, *, kind: str, failed: Failed) -> Exception | None:
-        """Why there is no room for a save like the last one, which is then a failed one; None if there is."""
+    async def lack_of_room(self, step: int) -> EnvironmentProblem | None:
+        """Why there is no room for a save like the last one; None if there is."""
         needed = 0 if self.committed is None else self.committed.bytes
         try:
             await self.files(lambda: checkpoint.check_space(self.path(step), needed, disk=self._disk))
-        except EnvironmentProblem as error:
-            await self._failed(error, kind, failed)
-            return error
+        except EnvironmentProblem as problem:
+            return problem
         return None
+
+    def give_up(self, problem: EnvironmentProblem, *, kind: str, failed: Failed, done: Done | None) -> None:
+        """A save that was not begun has failed because of `problem`."""
+        assert not self.busy
+        self._task = asyncio.create_task(self._failed(problem, kind, failed), name="streamtrain-save")
+        if done is not None:
+            done(None, problem)
 
     async def _commit(
         self,

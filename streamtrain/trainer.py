@@ -653,7 +653,16 @@ class Trainer:
                 thread=thread,
                 driver=Driver(life, plan, thread, deterministic=options.deterministic),
                 teller=teller,
-                keeper=Keeper(life, saver, teller=teller, bus=bus, thread=thread, control=self.control, files=files),
+                keeper=Keeper(
+                    life,
+                    saver,
+                    teller=teller,
+                    bus=bus,
+                    thread=thread,
+                    control=self.control,
+                    files=files,
+                    disk=self._disk,
+                ),
             )
             self._bus = bus
             self._hasten()
