@@ -53,7 +53,8 @@ def read(path: Path) -> dict[str, Tensor]:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return tensor_file.read(descriptor)
+        size = os.fstat(descriptor).st_size
+        return tensor_file.read(lambda into, offset: os.preadv(descriptor, [into], offset), size)
     finally:
         os.close(descriptor)
 

@@ -51,7 +51,8 @@ def land_mask(every: int) -> NDArray[np.bool_]:
     with packed.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open("mask.npy") as unpacked:
         np.lib.format.read_magic(unpacked)
         (height, width), fortran, dtype = np.lib.format.read_array_header_1_0(unpacked)
-        assert (fortran, dtype) == (False, np.bool_)
+        assert not fortran
+        assert dtype.kind == "b"
         lines = [np.frombuffer(unpacked.read(width), np.bool_)[::every] for _ in range(height)]  # not 1 GB at once
         return ~np.stack(lines[::every])  # it says where the ocean is
 
