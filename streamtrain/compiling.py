@@ -43,6 +43,14 @@ def parse_compile(spec: CompileSpec, device: torch.device) -> dict[str, Any] | N
     return options
 
 
+def runs_in_graphs(options: Mapping[str, Any] | None) -> bool:
+    """Whether CUDA graphs are asked for: then what the model gives lies in memory that its next call writes again."""
+    if options is None:
+        return False
+    own = (options.get("options") or {}).get("triton.cudagraphs")
+    return options.get("mode") in ("reduce-overhead", "max-autotune") if own is None else bool(own)
+
+
 def _in_this_thread(options: dict[str, Any]) -> dict[str, Any]:
     """Have torch start no threads to compile in, which it would leave behind. It takes a mode or options, not both."""
     from torch._inductor import list_mode_options

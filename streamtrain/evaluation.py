@@ -64,13 +64,15 @@ class Evaluator:
         device: torch.device,
         precision: str = "32",
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        graphs: bool = False,
     ) -> None:
-        """`weights`: within it the model has those that count, if they are not those that it trains with."""
+        """`weights`: within it the model has those that count, if they are not those that it trains with. `graphs`: it
+        runs in CUDA graphs."""
         self.metrics = dict(metrics)
         self.tables: dict[str, list[Any]] = {}
         """Of the last run: what metrics came to that is no number, by their names, as nested lists."""
         self._model, self._compute, self._move = model, compute, move
-        self._autocast, self._weights = autocast(precision, device), weights
+        self._autocast, self._weights, self._graphs = autocast(precision, device), weights, graphs
         self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def _turn(self) -> asyncio.Lock:
@@ -151,8 +153,11 @@ class Evaluator:
                 try:
                     batch = self._move(batch)
                     if len(batch):  # a filter may drop every row
+                        if self._graphs:
+                            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                         with self._autocast():
-                            made.append(use(batch, compute(batch)))
+                            outcome = compute(batch)
+                            made.append(use(batch, outcome.copied() if self._graphs else outcome))
                 except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
                     problem = explained(error, batch, "in evaluation")
                     raise problem from problem.__cause__

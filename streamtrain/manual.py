@@ -135,7 +135,8 @@ class ManualStep(TrainStep):
             self._updates.training = False
         if logged:
             self.tally.add_logged(logged)
-        self.tally.losses.append(torch.zeros((), device=self._device) if loss is None else loss)
+        counted = torch.zeros((), device=self._device) if loss is None else loss
+        self.tally.losses.append(counted.clone() if self._graphs else counted)
         self.tally.counts.append(samples)
         self._group += 1
         if loss is None or self._refused:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
 from streamtrain.tasks import TaskLosses
+from streamtrain.tensors import map_tree
 
 
 class Outcome(NamedTuple):
@@ -27,6 +28,10 @@ class Outcome(NamedTuple):
     targets: Any = None
     logged: Mapping[str, Any] | None = None
     """More numbers to be logged."""
+
+    def copied(self) -> Outcome:
+        """The same in memory of its own: what a CUDA graph gives lies where its next run writes."""
+        return Outcome(*(map_tree(_copied, part) for part in self))
 
 
 Compute = Callable[[Batch], Outcome]
@@ -106,6 +111,10 @@ def _signature(model: nn.Module) -> inspect.Signature:
         return inspect.signature(model.forward)
     except (ValueError, TypeError):
         return inspect.Signature()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _member(made: Any, name: str) -> Any:

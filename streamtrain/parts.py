@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from streamtrain.averaging import Average
 from streamtrain.callbacks.bus import Bus
-from streamtrain.compiling import Compiled
+from streamtrain.compiling import Compiled, runs_in_graphs
 from streamtrain.data.batch import Batch
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
@@ -229,6 +229,7 @@ class Parts:
             device=options.device,
             precision=options.precision,
             weights=self._judged,
+            graphs=runs_in_graphs(options.compile),
         )
 
     def _judged(self) -> AbstractContextManager[None]:
@@ -449,6 +450,7 @@ class Parts:
             average=self.average,
             rollback=self.rollback,
             moves=options.device_transform is not None,
+            graphs=runs_in_graphs(options.compile),
         )
         step.step = begin
         step.gauges = gauges

@@ -73,8 +73,9 @@ class TrainStep:
         average: Average | None = None,
         rollback: Rollback | None = None,
         moves: bool = False,
+        graphs: bool = False,
     ) -> None:
-        """`moves`: `move` does something even to tensors on the CPU."""
+        """`moves`: `move` does something even to tensors on the CPU. `graphs`: the model runs in CUDA graphs."""
         self.step = 0
         """Updates made over the run's life."""
         self.lr = lr
@@ -103,7 +104,7 @@ class TrainStep:
         self._rated = lr.interval in ("samples", "time")
         self._samples, self._elapsed = 0, 0.0
         self._move, self._door, self._device = move, door, device
-        self._moves = moves or device.type != "cpu"
+        self._moves, self._graphs = moves or device.type != "cpu", graphs
         self._skip, self._log_every = skip, log_every
         self._average, self._rollback = average, rollback
         self._clip_norm, self._clip_value = clip_norm, clip_value
@@ -276,7 +277,7 @@ class TrainStep:
             loss.backward()
         if logged:
             tally.add_logged(logged)
-        tally.losses.append(loss.detach())
+        tally.losses.append(loss.detach().clone() if self._graphs else loss.detach())
         tally.counts.append(samples)
         self._group += 1
         index = batch.index
@@ -287,7 +288,13 @@ class TrainStep:
         self._loss = None
 
     def _remember(self) -> None:
-        """What is put back if the group that begins is not updated."""
+        """What is put back if the group that begins is not updated.
+
+        Where the model runs in CUDA graphs torch is told that what they gave before may be written over; not between
+        the batches of a group, whose gradients lie there too (torch's documentation of CUDAGraph Trees).
+        """
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self._statistics:
             self._statistics.keep()
         self._generators = [generator.get_state() for generator in self._sources]

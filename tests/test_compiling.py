@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import list_mode_options
 
+from streamtrain.compiling import runs_in_graphs
+from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError, EnvironmentProblem, UserCodeError
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, bare_loop, network, pairs, same
@@ -154,3 +156,107 @@ def test_a_mode_is_what_torch_makes_of_it(mode: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", compiled)
     trainer(compile=mode).model(torch.ones(8, 4))
     assert given == [{"options": {"compile_threads": 1, **list_mode_options(mode)}}]
+
+
+class Graphs:
+    """Memory as CUDA graphs have it: what was given since the last mark is written over at the next one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.marks, self._given = 0, list[Tensor]()
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", self._mark)
+
+    def _mark(self) -> None:
+        self.marks += 1
+        for tensor in self._given:
+            tensor.detach().fill_(float("nan"))
+        self._given.clear()
+
+    def step(self, model: nn.Module, batch: Batch) -> Any:
+        outputs = model(batch.inputs)
+        loss = nn.functional.mse_loss(outputs, batch.targets)
+        self._given += [outputs, loss]
+        return {"loss": loss, "outputs": outputs, "twice": 2 * loss}
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        outputs = model(batch.inputs)
+        self._given.append(outputs)
+        return {"made": outputs}
+
+
+class Keeping:
+    """A metric that keeps what it is given until it is asked."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        self.kept.append(outputs)
+
+    def compute(self) -> float:
+        return float(torch.cat(self.kept).sum())
+
+    def merge(self, other: Keeping) -> None:
+        self.kept += other.kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+async def test_what_is_kept_of_cuda_graphs_is_copied_before_their_next_run(
+    accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, logged numbers, outputs for metrics and predictions; within a group nothing is written over."""
+    results, predictions = [], []
+    for spec in (False, {"mode": "reduce-overhead", "backend": "eager"}):
+        graphs = Graphs(monkeypatch)
+
+        class Predicting(Trainer):
+            def predict_step(self, model: nn.Module, batch: Batch) -> Any:
+                return graphs.predict(model, batch)  # noqa: B023
+
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "metrics": {"sum": Keeping()}}
+        fitted = Predicting(network(), step=graphs.step, compile=spec, seed=5, device="cpu", **options)
+        await fitted.fit(Samples(96), validation=Samples(24, seed=2), max_epochs=1)
+        assert graphs.marks == (12 // accumulate + 2 + 3 if spec else 0)  # two of the sanity check
+        results.append(await fitted.validate(Samples(24)) | dict(fitted._lasting.metrics if fitted._lasting else {}))
+        predictions.append([each["made"].clone() async for each in fitted.predict(Samples(24))])
+    assert results[0] == results[1]
+    assert all(torch.equal(a, b) for a, b in zip(*predictions, strict=True))
+
+
+async def test_the_losses_of_manual_updates_are_copied_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs(monkeypatch)
+
+    def step(model: nn.Module, batch: Batch, update: Any) -> None:
+        update(graphs.step(model, batch)["loss"], "all")
+
+    spec = {"all": {"name": "sgd", "params": ""}}
+    given: Any = {"mode": "reduce-overhead", "backend": "eager"}
+    fitted = Trainer(network(), step=step, optimizer=spec, compile=given, device="cpu")
+    result = await fitted.fit(Samples(96))
+    assert result.metrics["loss"] > 0
+    assert graphs.marks == 12
+
+
+@pytest.mark.parametrize(
+    ("spec", "graphs"),
+    [
+        (None, False),
+        ({}, False),
+        ({"mode": "default"}, False),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"options": {"triton.cudagraphs": True}}, True),
+        ({"options": {"triton.cudagraphs": False}}, False),
+        ({"options": None}, False),
+    ],
+)
+def test_cuda_graphs_are_asked_for_by_a_mode_or_an_option(spec: Any, graphs: bool) -> None:
+    assert runs_in_graphs(spec) is graphs

@@ -38,6 +38,7 @@ from streamtrain.events import BatchEnd, Event, TrainEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.schedulers import build_scheduler, get_lr
+from streamtrain.step import TrainStep
 from streamtrain.trainer import Trainer
 from tests.engine import AtStep, Recorder, Samples, bare_loop, lines, network, pairs, same, samples
 
@@ -1449,14 +1450,26 @@ async def test_a_model_that_raises_is_named_and_what_was_finished_is_saved(tmp_p
     assert steps(tmp_path) == [7]
 
 
-async def test_a_burst_that_breaks_down_ends_the_pass_all_the_same() -> None:
+async def test_a_burst_that_breaks_down_ends_the_pass_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("lr")
+
+    monkeypatch.setattr(TrainStep, "run", broken)
+    with pytest.raises(KeyError, match="lr"):
+        await trainer().fit(Samples())
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_what_fails_beside_the_steps_of_a_burst_is_told_as_an_error_of_ours(tmp_path: Path) -> None:
+    """And as nobody knows what of the burst was made, no checkpoint is made of it."""
+
     class Breaks(Callback):
         async def on_train_begin(self, event: Event) -> None:
             await event.on_train_thread(lambda model, optimizer: optimizer.param_groups[0].pop("lr"))
 
-    fitted = trainer(callbacks=[Breaks()])
-    with pytest.raises(UserCodeError, match="lr"):
-        await fitted.fit(Samples())
+    with pytest.raises(UserCodeError, match="KeyError: 'lr'"):
+        await trainer(callbacks=[Breaks()], run_dir=tmp_path).fit(Samples())
+    assert steps(tmp_path) == []
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
