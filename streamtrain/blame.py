@@ -16,7 +16,14 @@ from torch import Tensor
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import available_memory, format_bytes
-from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, StreamtrainError, UserCodeError
+from streamtrain.errors import (
+    ConfigError,
+    DataError,
+    EnvironmentProblem,
+    NonFiniteError,
+    StreamtrainError,
+    UserCodeError,
+)
 
 FIRST = 8
 """Rows of a batch that are remembered."""
@@ -151,6 +158,27 @@ def non_finite(
         f"step {step}{shown}: {what}; the weights are those of step {step - 1}, the last good one",
         hint="Lower the learning rate, give gradient_clip_norm, or nonfinite='skip'.",
     )
+
+
+def no_loss(error: BaseException, loss: Any) -> ConfigError | None:
+    """The error for what is no loss, found when it was asked for its gradient; None if that is not what went wrong."""
+    if loss is None or isinstance(error, StreamtrainError):
+        return None
+    if not isinstance(loss, Tensor):
+        return ConfigError(
+            f"the loss is a {type(loss).__name__}, not a tensor",
+            hint="Have step= return the loss, or a dict with a 'loss'.",
+        )
+    if loss.numel() != 1:
+        return ConfigError(
+            f"the loss must be one number, but has the shape {tuple(loss.shape)}", hint="Average it: loss.mean()."
+        )
+    if not loss.requires_grad:
+        return ConfigError(
+            "the loss does not depend on any parameter that requires a gradient",
+            hint="Was it detached, or computed under no_grad?",
+        )
+    return None
 
 
 def _label(batch: Batch, text: str) -> str | None:

@@ -1,8 +1,9 @@
-"""Where the model runs, and how a batch gets there: on the CPU nothing is moved and nothing is copied."""
+"""Where the model runs, in which precision, and how a batch gets there: on the CPU nothing is moved, nothing copied."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -69,3 +70,20 @@ def mover(device: torch.device, transform: Callable[[Batch], Any] | None = None)
         return replace(moved, inputs=inputs, targets=targets)
 
     return move_and_transform
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What the forward pass and the loss run under."""
+    if precision == "32":
+        nothing: AbstractContextManager[Any] = nullcontext()
+        return lambda: nothing
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Those of torch that a step may draw from."""
+    here = [torch.default_generator]
+    if device.type == "cuda":
+        here.append(torch.cuda.default_generators[device.index or 0])
+    return here

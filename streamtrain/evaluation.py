@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from streamtrain.blame import explained
 from streamtrain.data.batch import Batch
 from streamtrain.data.source import Stream
-from streamtrain.device import MoveBatch
+from streamtrain.device import MoveBatch, autocast
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.metrics import Mean, Metric, flattened
 from streamtrain.outcome import Compute, Outcome
 from streamtrain.rng import Rng
-from streamtrain.step import autocast
 from streamtrain.supply import Supply, supply
 from streamtrain.threads import TrainThread
 

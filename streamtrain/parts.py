@@ -6,9 +6,8 @@ Its law: nothing here knows of epochs, files or limits of a run beyond what a sc
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,9 +40,9 @@ from streamtrain.life import (
     schedule_name,
     settings,
 )
-from streamtrain.losses import LOSSES, described, short_loss
+from streamtrain.losses import described
 from streamtrain.manual import ManualStep, ManualUpdates
-from streamtrain.metrics import Metric, as_metric, names_of
+from streamtrain.metrics import names_of
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
 from streamtrain.outcome import Compute, called, custom, may_give_loss, own_loss, supervised
@@ -60,7 +59,7 @@ from streamtrain.step import Door, Gauge, TrainStep
 from streamtrain.streams import least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
-from streamtrain.tasks import TaskLosses, TaskMetric
+from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics
 from streamtrain.threads import TrainThread
 from streamtrain.warm_start import begin_with
 
@@ -68,9 +67,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 LONG = 1 << 20
 """Epochs, or steps of one, that no run has."""
-Function = Callable[..., Any]
-Losses = Function | str | Mapping[Any, Function | str] | Sequence[Function | str]
-"""One loss, or one for each output: by name, or in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,50 +485,6 @@ class Parts:
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         self.rng = Rng(snapshot.state["rng"])
         self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
-
-
-def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
-    """Metrics by their names; those under an output's name are of that output, `<output>_<metric>`."""
-    made: dict[str, Metric] = {}
-    if not hasattr(metrics, "items"):
-        raise ConfigError(
-            f"metrics must be a dict by name, not {metrics!r:.60}", hint='For example metrics={"mae": "mae"}.'
-        )
-    for name, given in metrics.items():
-        several = isinstance(given, Mapping)
-        parts = {f"{name}_{key}": TaskMetric(str(name), as_metric(m)) for key, m in given.items()} if several else None
-        for full, metric in ({name: as_metric(given)} if parts is None else parts).items():
-            if full in made:
-                raise ConfigError(f"two metrics would be logged as {full!r}", hint="Name one of them otherwise.")
-            made[full] = metric
-    return made
-
-
-def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function | None:
-    """A loss that is a function of (outputs, targets), or goes by a short name, or one for each output with weights.
-
-    Raises ConfigError.
-    """
-    if isinstance(loss, Mapping | list | tuple):
-        named = loss.items() if isinstance(loss, Mapping) else enumerate(loss)
-        losses = {str(name): one for name, given in named if (one := as_loss(given)) is not None}
-        if not losses:
-            raise ConfigError("loss names no loss", hint='Give one for each output: loss={"a": "mse", "b": "mae"}.')
-        return TaskLosses(losses, weights)
-    if weights:
-        raise ConfigError(
-            "loss_weights are for losses by name",
-            hint='Give loss={"a": ..., "b": ...}, or leave loss_weights out.',
-        )
-    if loss is None or (callable(loss) and not inspect.isclass(loss)):
-        made: Function | None = loss
-        return made
-    if isinstance(loss, str) and loss in LOSSES:
-        return short_loss(loss, {})
-    raise ConfigError(
-        f"loss must be a function of (outputs, targets), not {loss!r}",
-        hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
-    )
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

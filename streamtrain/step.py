@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamtrain.averaging import Average
-from streamtrain.blame import Culprit, explained, non_finite
+from streamtrain.blame import Culprit, explained, no_loss, non_finite
 from streamtrain.data.batch import Batch, Cursor
-from streamtrain.device import MoveBatch
-from streamtrain.errors import ConfigError, DataError, NonFiniteError, StreamtrainError
+from streamtrain.device import MoveBatch, autocast, generators
+from streamtrain.errors import DataError, NonFiniteError, StreamtrainError
 from streamtrain.flagged import LOWEST, Flag, Flags, Rates, scaled_after
 from streamtrain.outcome import Compute
 from streamtrain.rollback import Rollback
@@ -120,7 +119,7 @@ class TrainStep:
         self._scale: dict[str, Any] = {}
         """The scaler's state when the burst began."""
         self._statistics = RunningStatistics(model)
-        self._sources = _generators(device)
+        self._sources = generators(device)
         self._generators: list[Tensor] = []
         # The group of batches that is not updated yet:
         self._group = 0
@@ -183,7 +182,7 @@ class TrainStep:
                     if time.perf_counter() - report.began + before > seconds:
                         break
             except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
-                report.error = _no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
+                report.error = no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
                 pulling = isinstance(error, StreamtrainError) and self._group < self.accumulate and not source.ended
                 self.culprit = None if pulling else Culprit.of(self._batch, self.step + 1)
                 self.undo()
@@ -528,36 +527,6 @@ def _parameters(optimizer: Optimizer) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What the forward pass and the loss run under."""
-    if precision == "32":
-        nothing: AbstractContextManager[Any] = nullcontext()
-        return lambda: nothing
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return lambda: torch.autocast(device.type, dtype)
-
-
-def _no_loss(error: BaseException, loss: Any) -> ConfigError | None:
-    """The error for what is no loss, found when it was asked for its gradient; None if that is not what went wrong."""
-    if loss is None or isinstance(error, StreamtrainError):
-        return None
-    if not isinstance(loss, Tensor):
-        return ConfigError(
-            f"the loss is a {type(loss).__name__}, not a tensor",
-            hint="Have step= return the loss, or a dict with a 'loss'.",
-        )
-    if loss.numel() != 1:
-        return ConfigError(
-            f"the loss must be one number, but has the shape {tuple(loss.shape)}", hint="Average it: loss.mean()."
-        )
-    if not loss.requires_grad:
-        return ConfigError(
-            "the loss does not depend on any parameter that requires a gradient",
-            hint="Was it detached, or computed under no_grad?",
-        )
-    return None
-
-
 def _dense(gradient: Tensor) -> Tensor:
     """The numbers of a gradient as the fused check takes them."""
     if gradient.is_sparse:
@@ -569,11 +538,3 @@ def _has_odd_gradients(model: nn.Module) -> bool:
     """Whether a gradient may be sparse or complex."""
     sparse = any(getattr(module, "sparse", False) for module in model.modules())
     return sparse or any(parameter.is_complex() for parameter in model.parameters())
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """Those of torch that a step may draw from."""
-    here = [torch.default_generator]
-    if device.type == "cuda":
-        here.append(torch.cuda.default_generators[device.index or 0])
-    return here

@@ -6,17 +6,21 @@ refused with the nearest. Outputs are a dict, a named tuple, or a list or tuple,
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from streamtrain.errors import ConfigError
-from streamtrain.metrics import Metric
+from streamtrain.losses import LOSSES, short_loss
+from streamtrain.metrics import Metric, as_metric
 from streamtrain.spelling import nearest
 
 Function = Callable[..., Any]
+Losses = Function | str | Mapping[Any, Function | str] | Sequence[Function | str]
+"""One loss, or one for each output: by name, or in their order."""
 
 
 def picked(what: str, tree: Any, task: str) -> Any:
@@ -127,3 +131,47 @@ class TaskMetric:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.metric.load_state_dict(state)
+
+
+def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function | None:
+    """A loss that is a function of (outputs, targets), or goes by a short name, or one for each output with weights.
+
+    Raises ConfigError.
+    """
+    if isinstance(loss, Mapping | list | tuple):
+        named = loss.items() if isinstance(loss, Mapping) else enumerate(loss)
+        losses = {str(name): one for name, given in named if (one := as_loss(given)) is not None}
+        if not losses:
+            raise ConfigError("loss names no loss", hint='Give one for each output: loss={"a": "mse", "b": "mae"}.')
+        return TaskLosses(losses, weights)
+    if weights:
+        raise ConfigError(
+            "loss_weights are for losses by name",
+            hint='Give loss={"a": ..., "b": ...}, or leave loss_weights out.',
+        )
+    if loss is None or (callable(loss) and not inspect.isclass(loss)):
+        made: Function | None = loss
+        return made
+    if isinstance(loss, str) and loss in LOSSES:
+        return short_loss(loss, {})
+    raise ConfigError(
+        f"loss must be a function of (outputs, targets), not {loss!r}",
+        hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
+    )
+
+
+def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
+    """Metrics by their names; those under an output's name are of that output, `<output>_<metric>`."""
+    made: dict[str, Metric] = {}
+    if not hasattr(metrics, "items"):
+        raise ConfigError(
+            f"metrics must be a dict by name, not {metrics!r:.60}", hint='For example metrics={"mae": "mae"}.'
+        )
+    for name, given in metrics.items():
+        several = isinstance(given, Mapping)
+        parts = {f"{name}_{key}": TaskMetric(str(name), as_metric(m)) for key, m in given.items()} if several else None
+        for full, metric in ({name: as_metric(given)} if parts is None else parts).items():
+            if full in made:
+                raise ConfigError(f"two metrics would be logged as {full!r}", hint="Name one of them otherwise.")
+            made[full] = metric
+    return made

@@ -65,7 +65,7 @@ from streamtrain.options import (
 )
 from streamtrain.outcome import called, custom_outputs
 from streamtrain.overfitting import same_batches
-from streamtrain.parts import Losses, Parts, UserSteps
+from streamtrain.parts import Parts, UserSteps
 from streamtrain.plan import Plan
 from streamtrain.prediction import Prediction, Predictions
 from streamtrain.progress import FitResult, Progress
@@ -76,6 +76,7 @@ from streamtrain.saving import Saver, folder_name
 from streamtrain.schedulers import LearningRate, SchedulerSpec
 from streamtrain.status_file import StatusFile
 from streamtrain.streams import Streams, behind, least, length, named_streams, serves_one_epoch
+from streamtrain.tasks import Losses
 from streamtrain.telling import Teller
 from streamtrain.threads import train_thread
 
