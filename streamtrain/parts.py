@@ -242,6 +242,10 @@ class Parts:
             self.rng = first_rng(self.options.seed)
         return self.rng
 
+    def drawing(self) -> Rng:
+        """For what draws without training: the fit's state, or what it would begin with."""
+        return self.rng or first_rng(self.options.seed)
+
     async def prepare(self, train: Stream, thread: TrainThread) -> None:
         """The random state, and the sizes of lazy parameters from the first batch."""
         own = Rng(self.random().state)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from streamtrain.data.source import Stream
+from streamtrain.options import Limits, Options
 from streamtrain.progress import Progress
+from streamtrain.streams import least, length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +78,41 @@ class Plan:
     def remaining(self, progress: Progress, taken: int) -> int | None:
         """Batches that the epoch still has, `taken` more than finished updates account for; None if nobody knows."""
         return None if self.batches is None else max(0, self.batches - progress.batch - taken)
+
+
+def planned(
+    options: Options,
+    limits: Limits,
+    train: Stream,
+    validation: Mapping[str, Stream],
+    *,
+    thaws: tuple[int, ...],
+    fresh: bool,
+    places: Mapping[str, str | None],
+) -> Plan:
+    """The plan of a fit on streams that are open; `fresh`: nothing was trained before; `places`: of of TrainBegin."""
+    known = length(train)
+    limit = options.batches(known)
+    batches = least(known, limit)
+    return Plan(
+        max_epochs=limits.max_epochs,
+        max_steps=limits.max_steps,
+        max_time=limits.max_time,
+        validates=bool(validation),
+        validate_every=options.validate_every,
+        accumulate=options.accumulate,
+        batches=batches,
+        limit=limit,
+        overfit=options.overfit is not None,
+        validation_limits={name: options.batches(length(stream)) for name, stream in validation.items()},
+        thaws=thaws,
+        sanity=options.sanity if fresh and not options.dev else 0,
+        announcement={
+            **places,
+            "max_epochs": limits.max_epochs,
+            "max_steps": limits.max_steps,
+            "batches_per_epoch": batches,
+            "steps_per_epoch": None if batches is None else -(-batches // options.accumulate),
+            "config": options.config,
+        },
+    )

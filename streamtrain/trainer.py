@@ -12,8 +12,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from streamtrain import checkpoint, resume, signals, stacks
+from streamtrain import outside, resume, signals, stacks
 from streamtrain.callbacks.bus import Bus
 from streamtrain.callbacks.defaults import with_defaults
 from streamtrain.callbacks.json_logger import JSONLogger
-from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checks import Checks
 from streamtrain.compiling import CompileSpec, find_compiler, parse_compile
@@ -37,15 +36,14 @@ from streamtrain.data.source import Stream
 from streamtrain.device import resolve_device
 from streamtrain.disk import LOCAL, Disk
 from streamtrain.driving import Driver
-from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem, StreamtrainError
+from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
 from streamtrain.evaluation import Evaluator
-from streamtrain.events import Log
 from streamtrain.failure import standing
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.freezing import FreezeSpec, parse_freeze
 from streamtrain.grace import saving_on_cancel
 from streamtrain.keeping import Keeper
-from streamtrain.life import Life, first_rng
+from streamtrain.life import Life
 from streamtrain.loop import Wheel
 from streamtrain.notes import Notes
 from streamtrain.optimizers import OptimizerSpec, check_lr
@@ -66,16 +64,15 @@ from streamtrain.options import (
 from streamtrain.outcome import called, custom_outputs
 from streamtrain.overfitting import same_batches
 from streamtrain.parts import Parts, UserSteps
-from streamtrain.plan import Plan
-from streamtrain.prediction import Prediction, Predictions
+from streamtrain.plan import planned
+from streamtrain.prediction import Predictions
 from streamtrain.progress import FitResult, Progress
 from streamtrain.resume import Resume
-from streamtrain.rng import Rng
 from streamtrain.run_folder import RunFolder
-from streamtrain.saving import Saver, folder_name
+from streamtrain.saving import Saver
 from streamtrain.schedulers import LearningRate, SchedulerSpec
 from streamtrain.status_file import StatusFile
-from streamtrain.streams import Streams, behind, least, length, named_streams, serves_one_epoch
+from streamtrain.streams import Streams, behind, named_streams, serves_one_epoch
 from streamtrain.tasks import Losses
 from streamtrain.telling import Teller
 from streamtrain.threads import train_thread
@@ -400,17 +397,17 @@ class Trainer:
 
     async def validate(self, stream: Streams) -> dict[str, Any]:
         """The means over a stream, or a dict of named ones, as `val_<metric>`; tables are nested lists."""
-        return await self._evaluate(stream, "val_")
+        return await outside.evaluate(self._parts, stream, "val_")
 
     async def evaluate(self, stream: Streams) -> dict[str, Any]:
         """The means over a stream, or a dict of named ones, as `test_<metric>`; tables are nested lists.
 
         With a `run_dir`, and outside of `fit`, its log gets a line of the means (split "test").
         """
-        values = await self._evaluate(stream, "test_")
+        values = await outside.evaluate(self._parts, stream, "test_")
         if self.run_dir is not None and not self._fitting:
             numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-            await self._log_outside(RunFolder(self.run_dir, disk=self._disk), numbers)
+            await outside.log(RunFolder(self.run_dir, disk=self._disk), self.callbacks, self.state, numbers)
         return values
 
     def predict(
@@ -433,7 +430,10 @@ class Trainer:
             raise ConfigError(f"predict(out={os.fspath(out)!r}): only folders of this machine are written to")
         path = None if out is None else Path.cwd() / out
         source = as_stream(stream)
-        return Predictions(lambda give: self._predict(source, path, overwrite=overwrite, give=give), path)
+        compute = custom_outputs(called(self.predict_step, self.model))
+        return Predictions(
+            lambda give: outside.predict(self._parts, source, compute, path, overwrite=overwrite, give=give), path
+        )
 
     # --- checkpoints ---
 
@@ -460,6 +460,19 @@ class Trainer:
             self.control.save(Save(target, done))
             return await saved
         return await self._save_outside(target)
+
+    async def _save_outside(self, target: Path | None) -> Path:
+        if self.optimizer is None:
+            raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
+        bus, limits = Bus(self.callbacks), Limits(max_steps=1)
+        life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
+        position: Any = None
+        if self._loaded is not None:
+            life.go_on(self._loaded)
+            position = self._loaded["stream"]
+        elif self._position is not None:  # where the fit ended: somebody else may have read the stream since
+            position = self._position[1]
+        return await outside.save(self._parts, life, position, target, self.run_dir, disk=self._disk)
 
     async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Load model and optimizer from a checkpoint, or from the newest of a run's folder; of this trainer's run_dir
@@ -541,12 +554,6 @@ class Trainer:
 
     # --- the parts ---
 
-    def _limited(self, limits: Limits, *, found: bool) -> Limits:
-        """The limits, or their default: one epoch, or one more within this process."""
-        if limits.none or self._options.dev:
-            return Limits(max_epochs=1 if found else self.state.epoch + 1)
-        return limits
-
     def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
         """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet."""
         self.control.stop("cancelled", "the task was cancelled", within=self._options.grace)
@@ -614,7 +621,8 @@ class Trainer:
             await parts.prepare(train, thread)
             await thread.run(lambda: parts.begin(resumed=found is not None))
             stack.push_async_callback(thread.run, parts.leave)
-            limits = self._limited(limits, found=found is not None)
+            if limits.none or options.dev:  # the default: one epoch, or one more within this process
+                limits = Limits(max_epochs=1 if found is not None else self.state.epoch + 1)
             life = await thread.run(lambda: parts.life(train, self.state, bus, self.control, limits))
             checks.scheduler(life.lr)
             if folder is not None:
@@ -637,7 +645,18 @@ class Trainer:
                 path = None
                 self._go_on(train, life)
             self._lasting = life
-            plan = self._plan(limits, train, streams, folder, path)
+            plan = planned(
+                options,
+                limits,
+                train,
+                streams,
+                thaws=() if parts.freezing is None else tuple(parts.freezing.steps()),
+                fresh=path is None and not self.state.step,
+                places={
+                    "run_dir": None if folder is None else str(folder.path),
+                    "resumed_from": None if path is None else str(path),
+                },
+            )
             status = StatusFile(files, folder)
             stack.push_async_callback(status.written)
             saver = None
@@ -707,123 +726,6 @@ class Trainer:
 
     def _rule(self) -> ModelCheckpoint:
         return next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
-
-    def _plan(
-        self, limits: Limits, train: Stream, streams: dict[str, Stream], folder: RunFolder | None, path: Path | None
-    ) -> Plan:
-        options = self._options
-        known = length(train)
-        limit = options.batches(known)
-        batches = least(known, limit)
-        fresh = path is None and not self.state.step
-        return Plan(
-            max_epochs=limits.max_epochs,
-            max_steps=limits.max_steps,
-            max_time=limits.max_time,
-            validates=bool(streams),
-            validate_every=options.validate_every,
-            accumulate=options.accumulate,
-            batches=batches,
-            limit=limit,
-            overfit=options.overfit is not None,
-            validation_limits={name: options.batches(length(stream)) for name, stream in streams.items()},
-            thaws=() if self._parts.freezing is None else tuple(self._parts.freezing.steps()),
-            sanity=options.sanity if fresh and not options.dev else 0,
-            announcement={
-                "run_dir": None if folder is None else str(folder.path),
-                "resumed_from": None if path is None else str(path),
-                "max_epochs": limits.max_epochs,
-                "max_steps": limits.max_steps,
-                "batches_per_epoch": batches,
-                "steps_per_epoch": None if batches is None else -(-batches // options.accumulate),
-                "config": options.config,
-            },
-        )
-
-    # --- outside of a fit ---
-
-    def _random(self) -> Rng:
-        """For what draws without training: the fit's state, or what it would begin with."""
-        return self._parts.rng or first_rng(self._options.seed)
-
-    async def _evaluate(self, streams: Streams, prefix: str) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        async with train_thread() as thread:
-            rng = self._random()
-            for name, stream in named_streams(streams).items():
-                await stream.open()
-                stream.set_epoch(0)
-                await thread.run(self._parts.to_device)
-                limit = self._options.batches(length(stream))
-                means = await self.evaluator.run(stream, thread, rng, limit=limit)
-                before = f"{prefix}{name}_" if name else prefix
-                values |= {before + metric: value for metric, value in (means | self.evaluator.tables).items()}
-        return values
-
-    async def _log_outside(self, folder: RunFolder, values: dict[str, float]) -> None:
-        """A line of the log of a run that nobody trains just now; where it can't be written, that is said."""
-        state = self.state
-        epoch = state.epoch if state.batch or not state.epoch else state.epoch - 1
-        place: dict[str, Any] = {"epoch": epoch, "step": state.step, "samples": state.samples, "time": state.time}
-        line = Log(split="test", values=values, **place)
-        async with file_thread() as files:
-            try:
-                await files(folder.lock)
-                for callback in self.callbacks:
-                    if isinstance(callback, MetricsLog):
-                        await callback.append(folder.path, line)
-            except EnvironmentProblem as error:
-                logger.warning("the evaluation is not in the log: %s", error)
-            finally:
-                await files(folder.release)
-
-    async def _predict(
-        self, stream: Stream, out: Path | None, *, overwrite: bool, give: bool
-    ) -> AsyncGenerator[Any, None]:
-        compute = custom_outputs(called(self.predict_step, self.model))
-        async with train_thread() as thread:
-            await stream.open()
-            await thread.run(self._parts.to_device)
-            prediction = Prediction(self.evaluator, thread, self._random(), compute)
-            if out is None:
-                made = prediction.given(stream)
-            else:
-                made = prediction.written(stream, out, overwrite=overwrite, give=give)
-            async with aclosing(made) as outputs:
-                async for output in outputs:
-                    yield output
-                    del output  # it may hold a batch of the stream
-
-    async def _save_outside(self, target: Path | None) -> Path:
-        if self.optimizer is None:
-            raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
-        if self._lasting is not None and self._lasting.step.torn:
-            raise CheckpointError(
-                "the weights are those of no step: the fit ended in the middle of an update",
-                hint="load_checkpoint() the last one first.",
-            )
-        bus, limits = Bus(self.callbacks), Limits(max_steps=1)
-        life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
-        if self._loaded is not None:
-            life.go_on(self._loaded)
-        async with file_thread() as files, train_thread() as thread:
-            await thread.run(self._parts.take_up)
-            state = life.state()
-            if self._loaded is not None:
-                state["stream"] = self._loaded["stream"]
-            elif self._position is not None:  # where the fit ended: somebody else may have read the stream since
-                state["stream"] = self._position[1]
-            snapshot = await thread.run(lambda: life.snapshot(state))
-            if target is not None:
-                return (await files(lambda: checkpoint.commit(target, snapshot, disk=self._disk))).path
-            assert self.run_dir is not None
-            folder = RunFolder(self.run_dir, disk=self._disk)
-            await files(folder.lock)
-            try:
-                path = folder.checkpoints / folder_name(self.state.step)
-                return (await files(lambda: checkpoint.commit(path, snapshot, replace=True, disk=self._disk))).path
-            finally:
-                await files(folder.release)
 
 
 async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:

@@ -46,7 +46,7 @@ callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once call
 callbacks.resource_monitor callbacks.series callbacks.plots callbacks.profiler
 callbacks.spool callbacks.sending callbacks.remote_logger callbacks.wandb_logger callbacks.mlflow_logger
 callbacks.model_checkpoint callbacks.defaults saving
-parts checks keeping driving failure
+parts checks keeping driving outside failure
 loop
 trainer
 config assembly watch inspection peers bench fit_command run_commands importing demo proof
