@@ -70,6 +70,12 @@ def test_the_second_copy_lies_where_the_first_did() -> None:
     assert buffers.bytes == taken
 
 
+def test_tensors_of_other_strides_stay_where_they_were_copied_to() -> None:
+    buffers = Buffers()
+    tree = clone({"w": SHAPES["channels last"]}, buffers.copies)
+    assert memory(tree) == memory(buffers.copies({"w": SHAPES["channels last"]}))
+
+
 def test_what_grows_beyond_the_buffers_gets_others() -> None:
     buffers = Buffers()
     buffers.copies({"a": torch.zeros(100_000)})
