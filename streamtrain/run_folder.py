@@ -127,8 +127,14 @@ class RunFolder:
             self._make(folder.parent)
             self._disk.mkdir(folder)
         except OSError:  # what refuses a folder that is there differs from one file system to the other
-            if not stat.S_ISDIR(self._disk.stat(folder).st_mode):
+            if not self._is_folder(folder):
                 raise
+
+    def _is_folder(self, path: Path) -> bool:
+        try:
+            return stat.S_ISDIR(self._disk.stat(path).st_mode)
+        except OSError:
+            return False
 
     def _write(self, descriptor: int, text: str) -> None:
         left = memoryview(text.encode())

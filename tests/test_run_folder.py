@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from streamtrain.disk import LOCAL
 from streamtrain.errors import DataError, EnvironmentProblem
 from streamtrain.run_folder import LOCK, RunFolder
+from tests.disks import RefusingDisk
 
 ROOT = Path(__file__).parents[1]
 HOLDER = textwrap.dedent("""
@@ -123,6 +125,17 @@ def test_a_folder_that_cannot_be_made_is_refused_with_the_path(tmp_path: Path, n
     path = tmp_path / name
     with pytest.raises(EnvironmentProblem, match=f"the run folder {path} can't be written: "):
         RunFolder(path).lock()
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_whatever_the_disk_refuses_is_said_with_path_and_cause_and_leaves_nothing_open(tmp_path: Path, at: int) -> None:
+    open_before = len(os.listdir("/proc/self/fd"))
+    folder = RunFolder(tmp_path / "run", disk=RefusingDisk(LOCAL, at))
+    with pytest.raises(EnvironmentProblem, match=f"the run folder {tmp_path}/run can't be written: Input/output error"):
+        folder.lock()
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    with RunFolder(tmp_path / "run"):
+        pass
 
 
 def test_files_are_replaced_whole(tmp_path: Path) -> None:

@@ -9,24 +9,29 @@ save fails before: each of them once by EIO and ENOSPC, alone or with all that f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
 import logging
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from streamtrain import checkpoint
-from streamtrain.disk import Disk
+from streamtrain import ModelCheckpoint, Trainer, checkpoint
+from streamtrain.disk import LOCAL, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.run_folder import RunFolder
 from streamtrain.state import Snapshot
 from tests.bench.measure import Measure, Options
 from tests.disks import Image, MemoryDisk, RefusingDisk
+from tests.engine import Samples, network
 
 RUN = Path("/run")
 CHECKPOINTS = RUN / "checkpoints"
@@ -272,7 +277,7 @@ def _watch(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What is said of what a life finds is not of interest here."""
-    loggers = [logging.getLogger(f"streamtrain.{name}") for name in ("checkpoint", "run_folder")]
+    loggers = [logging.getLogger(f"streamtrain.{name}") for name in ("checkpoint", "run_folder", "saving", "keeping")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -283,8 +288,51 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def fits(room: Path, code: int, *, every: int = 1) -> Iterator[str]:
+    """Whole fits on a real disk, of which one operation fails: for each what is wrong with how it ends, or nothing."""
+    whole = asyncio.run(_fit(LOCAL, room / f"{code}-whole"))
+    assert isinstance(whole, nn.Module)
+    for at in range(0, 10_000, every):
+        disk, folder = RefusingDisk(LOCAL, at, code, kinds=_CHANGING), room / f"{code}-{at}"
+        ended = asyncio.run(_fit(disk, folder))
+        if not disk.failed:
+            return
+        newest = checkpoint.newest_valid(folder / "checkpoints")
+        if isinstance(ended, EnvironmentProblem):
+            told = str(folder) in str(ended) and os.strerror(code) in str(ended)
+            yield "" if told else f"{disk.failed}: {ended}"
+        elif isinstance(ended, nn.Module):
+            same = newest is not None and all(map(torch.equal, _weights(ended), _weights(whole)))
+            yield "" if same else f"{disk.failed}: other weights, or none saved"
+        else:
+            yield f"{disk.failed}: {ended!r}"
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return list(model.state_dict().values())
+
+
+async def _fit(disk: Disk, folder: Path) -> nn.Module | Exception:
+    trainer = Trainer(network(), nn.MSELoss(), run_dir=folder, callbacks=[ModelCheckpoint(every="5steps")], seed=5)
+    trainer._disk = disk
+    try:
+        await trainer.fit(Samples(), max_epochs=2)
+    except Exception as error:
+        return error
+    return trainer.model
+
+
 def run(options: Options) -> Iterator[Measure]:
     """All scenarios."""
+    with options.room() as room, quiet():
+        for code in (errno.EIO, errno.ENOSPC):
+            ends = list(fits(room, code, every=5 if options.quick else 1))
+            name = errno.errorcode[code]
+            yield Measure(name=f"fits with one operation failed by {name}", values=(len(ends),))
+            yield Measure(name="  that ended otherwise than promised", values=(sum(map(bool, ends)),), at_most=0)
+            for line in filter(None, ends):
+                print(f"  {line}", flush=True)
     for scenario in SCENARIOS:
         plain, failing = Found(), Found()
         with quiet():
