@@ -241,6 +241,7 @@ class TrainerTable(Table):
     overfit_batches: Count | None = None
     sanity_batches: Natural = 2
     grace: Seconds = 25.0
+    watchdog: Seconds = 300.0
 
 
 class DataOnly(Table):
@@ -550,7 +551,10 @@ MAY_CHANGE = frozenset(
     {f"data.{key}" for key in ("memory", "cache", "io", "threads", "prefetch", "read_timeout", "batch_size")}
     | {"data.retries", "data.storage_options"}
     | {"data.transform_workers", "data.cache_transform", "data.disk_cache", "data.disk_cache_bytes"}
-    | {f"trainer.{key}" for key in ("run_dir", "grace", "log_every", "validate_every", "sanity_batches", "device")}
+    | {
+        f"trainer.{key}"
+        for key in ("run_dir", "grace", "watchdog", "log_every", "validate_every", "sanity_batches", "device")
+    }
     | {"trainer.nonfinite", "data.store", "model.weights", "model.partial"}
     | {"fit.max_epochs", "fit.max_steps", "fit.max_time", "fit.resume", "fit.allow_data_change", "optimizer.lr"}
 )

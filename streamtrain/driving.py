@@ -13,6 +13,7 @@ import torch
 from streamtrain import own_rng
 from streamtrain.blame import exhausted
 from streamtrain.data.batch import Batch
+from streamtrain.errors import EnvironmentProblem
 from streamtrain.evaluation import BURST
 from streamtrain.life import Life
 from streamtrain.plan import Plan
@@ -24,11 +25,17 @@ from streamtrain.threads import TrainThread
 class Driver:
     """Runs the train step of one fit on the train thread."""
 
-    def __init__(self, life: Life, plan: Plan, thread: TrainThread, *, deterministic: bool) -> None:
+    def __init__(
+        self, life: Life, plan: Plan, thread: TrainThread, *, deterministic: bool, gone: asyncio.Future[None]
+    ) -> None:
+        """`gone`: settled once nobody is to wait any more for a burst that does not return."""
         assert life.stream is not None
         self._life, self._plan, self._thread, self._stream = life, plan, thread, life.stream
         self._kernels = _deterministic if deterministic else contextlib.nullcontext
+        self._gone = gone
         self._flying: asyncio.Future[Report] | None = None
+        self.waiting: float | None = None
+        """Since when a batch is waited for, on `time.monotonic`'s clock."""
         self.waited = 0.0
         """Seconds for which the steps waited for data since the last report."""
 
@@ -157,10 +164,13 @@ class Driver:
             self._stream.trained(report.cursor)
 
     async def landed(self) -> None:
-        """Wait for a burst that nobody waits for any more, and count it."""
+        """Wait for a burst that nobody waits for any more, and count it. Raises EnvironmentProblem if it hangs."""
         while self._flying is not None:
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([self._flying])
+                either: set[asyncio.Future[Any]] = {self._flying, self._gone}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not self._flying.done():
+                    raise EnvironmentProblem("a step has not returned in time", hint="It is left behind.")
                 flying, self._flying = self._flying, None
                 self._land(flying.result())
 

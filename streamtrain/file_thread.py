@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from streamtrain.data.daemons import DaemonExecutor
+from streamtrain.errors import EnvironmentProblem
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -21,21 +22,35 @@ class Files(Protocol):
 
 
 @asynccontextmanager
-async def file_thread(*, patience: float = 5.0) -> AsyncIterator[Files]:
-    """A thread of its own; a disk that hangs for more than `patience` seconds at the end is left behind, and said."""
+async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | None = None) -> AsyncIterator[Files]:
+    """A thread of its own; a disk that hangs for more than `patience` seconds at the end is left behind, and said.
+
+    Once `gone` is settled nobody waits for the disk any more: every call raises EnvironmentProblem at once.
+    """
     executor = DaemonExecutor(1, "streamtrain-files")
     loop = asyncio.get_running_loop()
 
     async def files(fn: Callable[[], T], /) -> T:
-        return await loop.run_in_executor(executor, fn)
+        called = loop.run_in_executor(executor, fn)
+        if gone is not None:
+            either: set[asyncio.Future[Any]] = {called, gone}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                called.cancel()
+                raise
+            if not called.done():
+                called.cancel()
+                raise EnvironmentProblem("a disk has not answered in time", hint="What waits for it is left behind.")
+        return await called
 
     try:
         yield files
     finally:
         last = loop.run_in_executor(executor, lambda: None)
-        await asyncio.wait([last], timeout=patience)
+        await asyncio.wait([last], timeout=0.1 if gone is not None and gone.done() else patience)
         if not last.done():
-            logger.error("a disk has not answered within %g s; the thread that waits for it is left behind", patience)
+            logger.error("a disk has not answered in time; the thread that waits for it is left behind")
         _end(executor, wait=last.done())
 
 

@@ -111,6 +111,7 @@ _TRAINER = [
     Flag("--allow-data-change", ("fit.allow_data_change",), "go on though the data have changed", "bool"),
     Flag("--run-dir", ("trainer.run_dir",), "the run's folder; runs/<name>-<time> by default", "text"),
     Flag("--grace", ("trainer.grace",), "seconds that saving may take after a signal"),
+    Flag("--watchdog", ("trainer.watchdog",), "seconds until what does not come back is named; 0: never"),
     Flag("--step", ("trainer.step",), "pkg.mod:function of (model, batch) that gives the loss", "text"),
     Flag("--device-transform", ("trainer.device_transform",), "pkg.mod:function, called on the device", "text"),
     Flag("--device", ("trainer.device",), "auto, cpu, cuda, cuda:1, mps", "text"),

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import anyio
 
+from streamtrain import stacks
 from streamtrain.data.budget import format_bytes
 
 T = TypeVar("T")
@@ -29,8 +30,16 @@ _LAST = 5.0
 """Seconds to close files and threads after the grace was not enough."""
 
 
-async def saving_on_cancel(fit: Coroutine[Any, Any, T], stop: Callable[[asyncio.Task[T]], object], grace: float) -> T:
-    """Await `fit` in a task of its own; if we are cancelled, `stop` it, wait for up to `grace` seconds, and raise."""
+async def saving_on_cancel(
+    fit: Coroutine[Any, Any, T],
+    stop: Callable[[asyncio.Task[T]], object],
+    grace: float,
+    leave: Callable[[], object] = lambda: None,
+) -> T:
+    """Await `fit` in a task of its own; if we are cancelled, `stop` it, wait for up to `grace` seconds, and raise.
+
+    One that has not ended then is cancelled, after `leave` was called: what it is stuck in is left behind.
+    """
     task = asyncio.create_task(fit, name="streamtrain-fit")
     try:
         return await asyncio.shield(task)
@@ -42,6 +51,8 @@ async def saving_on_cancel(fit: Coroutine[Any, Any, T], stop: Callable[[asyncio.
             await _patiently(task, grace)
             if not task.done():
                 logger.error("the cancelled fit has not ended within %g s: the last committed checkpoint stands", grace)
+                logger.error("where it stands:\n%s", stacks.everything(asyncio.get_running_loop()))
+                leave()
                 task.cancel()
                 await _patiently(task, _LAST)
         if task.done() and not task.cancelled() and task.exception() is not None:

@@ -71,13 +71,16 @@ class Wheel:
         driver: Driver,
         teller: Teller,
         keeper: Keeper,
+        patience: float | None = None,
     ) -> None:
+        """`patience`: seconds for which a save after an error is waited for."""
         assert life.stream is not None
         self._life, self._plan = life, plan
         self._validation, self._evaluator = validation, evaluator
         self._control, self._thread = control, thread
         self._driver, self._teller, self._keeper = driver, teller, keeper
         self._progress, self._step, self._stream = life.progress, life.step, life.stream
+        self._patience = patience
         self._stop: tuple[str, str] | None = None
         self._interrupted = self._told_end = False
 
@@ -231,7 +234,8 @@ class Wheel:
             await self._obey_requests()
         try:
             while not batches.ready and not give_up():
-                waiting = waiting or asyncio.create_task(batches.wait())
+                if waiting is None:
+                    waiting, self._driver.waiting = asyncio.create_task(batches.wait()), time.monotonic()
                 knocked = asyncio.create_task(self._control.knocked())
                 patience = min(NOTES, self._left() or NOTES)
                 await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
@@ -241,6 +245,7 @@ class Wheel:
                 if not self._step.partial:
                     await self._obey_requests()
         finally:
+            self._driver.waiting = None
             if waiting is not None:
                 self._driver.waited += time.perf_counter() - began
                 waiting.cancel()
@@ -358,7 +363,8 @@ class Wheel:
             await self._driver.landed()
             if not self._step.torn:
                 await self._driver.leave_partial()
-            await self._keeper.save_after_error()
+            async with asyncio.timeout(self._patience):  # a disk that hangs must not keep the error from its reader
+                await self._keeper.save_after_error()
         self._control.unbind()  # who waits for a save is told first, and can then be told of the error
         with _logged("telling the callbacks of the error"):
             self._teller.status("failed")

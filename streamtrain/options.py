@@ -50,6 +50,8 @@ class Options:
     recompute: str | bool
     """Blocks of the model whose activations are not kept: a regex of their names, True for the usual ones."""
     grace: float
+    watchdog: float
+    """Seconds until what does not come back is named; 0: never."""
     config: Mapping[str, Any]
 
     def batches(self, known: int | None) -> int | None:

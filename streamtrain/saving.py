@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 
@@ -64,6 +65,8 @@ class Saver:
         self._reserving: asyncio.Task[None] | None = None
         self.pins: Callable[[], Collection[str]] = tuple
         """Names of checkpoints that must stay."""
+        self.step, self.since = 0, 0.0
+        """Of the save that is under way: its step, and when it began on `time.monotonic`'s clock."""
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
         self._fatal: StreamtrainError | None = None
@@ -103,6 +106,7 @@ class Saver:
         With `path` it goes there, and a failure concerns only `done`, which is told how it went.
         """
         assert not self.busy
+        self.step, self.since = step, time.monotonic()
         commit = self._commit(snapshot, step, kind, told, failed, path, done)
         self._task = asyncio.create_task(commit, name="streamtrain-save")
 

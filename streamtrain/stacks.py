@@ -29,15 +29,15 @@ def everything(loop: asyncio.AbstractEventLoop | None = None) -> str:
 def of_thread(thread: threading.Thread) -> list[str]:
     """Its name, and a line for each call that it is in, the innermost last."""
     frame = sys._current_frames().get(thread.ident or 0)
-    calls = [] if frame is None else traceback.extract_stack(frame)[-DEEPEST:]
+    calls = [] if frame is None else [*traceback.walk_stack(frame)][DEEPEST - 1 :: -1]
     kind = "daemon thread" if thread.daemon else "thread"
-    return [f"{kind} {thread.name}:", *(f"  {call.filename}:{call.lineno} in {call.name}" for call in calls)]
+    where = (f"  {call.f_code.co_filename}:{line} in {call.f_code.co_name}" for call, line in calls)
+    return [f"{kind} {thread.name}:", *where]
 
 
-def of_threads(begin: str) -> str:
-    """The stacks of the threads whose names begin so, in lines."""
-    named = [thread for thread in threading.enumerate() if thread.name.startswith(begin)]
-    return "\n".join(line for thread in named for line in of_thread(thread))
+def of_task(task: asyncio.Task[Any]) -> list[str]:
+    """The same of a task: the calls in which it waits."""
+    return [f"task {task.get_name()}:", *(f"  {call}" for call in _calls(task.get_coro()))]
 
 
 def of_tasks(loop: asyncio.AbstractEventLoop) -> list[str]:
@@ -50,8 +50,7 @@ def of_tasks(loop: asyncio.AbstractEventLoop) -> list[str]:
         if task not in above:
             return  # drawn already: two that wait for each other are shown once
         del above[task]
-        lines.append(f"{'  ' * depth}task {task.get_name()}:")
-        lines.extend(f"{'  ' * (depth + 1)}{call}" for call in _calls(task.get_coro()))
+        lines.extend("  " * depth + line for line in of_task(task))
         for other in tasks:
             if above.get(other) is task:
                 draw(other, depth + 1)

@@ -12,6 +12,7 @@ import contextvars
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar, TypeVar
@@ -83,6 +84,8 @@ class TrainThread:
 
     def __init__(self) -> None:
         self._users = 0
+        self.since: float | None = None
+        """When the job that runs now began, on `time.monotonic`'s clock."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # A daemon, so that a step which never returns cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="streamtrain-train", daemon=True)
@@ -101,7 +104,9 @@ class TrainThread:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self.since = time.monotonic()
             job.run()
+            self.since = None
             del job  # an idle thread keeps no batch alive
 
     @classmethod
@@ -131,10 +136,10 @@ class TrainThread:
 
 
 @asynccontextmanager
-async def train_thread() -> AsyncIterator[TrainThread]:
-    """The process's train thread, kept alive while the block lasts."""
+async def train_thread(gone: asyncio.Future[None] | None = None) -> AsyncIterator[TrainThread]:
+    """The process's train thread, kept alive while the block lasts; once `gone` is settled it is not waited for."""
     thread = TrainThread.acquire()
     try:
         yield thread
     finally:
-        await thread.release()
+        await thread.release(timeout=0.1 if gone is not None and gone.done() else 5.0)

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from streamtrain.data.source import Stream
 from streamtrain.device import resolve_device
 from streamtrain.disk import LOCAL, Disk
 from streamtrain.driving import Driver
-from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
+from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem, StreamtrainError
 from streamtrain.evaluation import Evaluator
 from streamtrain.failure import standing
 from streamtrain.file_thread import Files, file_thread
@@ -75,7 +75,8 @@ from streamtrain.status_file import StatusFile
 from streamtrain.streams import Streams, behind, named_streams, serves_one_epoch
 from streamtrain.tasks import Losses
 from streamtrain.telling import Teller
-from streamtrain.threads import train_thread
+from streamtrain.threads import TrainThread, train_thread
+from streamtrain.watchdog import Busy, Watchdog
 
 __all__ = ["FitResult", "Trainer"]
 
@@ -111,6 +112,9 @@ class Trainer:
     `nonfinite`: an update whose loss or gradients are not finite is never made; "raise" ends the run with its weights
     of before, "skip" leaves the update out, "rollback" goes back to the weights of up to 100 updates ago and on with
     the next batch, 5 times at most.
+
+    `watchdog`: seconds after which a hook, a save, a job of the train thread or the wait for a batch is named, with
+    where it stands; 0: never. After an error, a save is waited for so long. (A stream's read has its `read_timeout`.)
 
     Raises ConfigError for arguments that cannot work, EnvironmentProblem for a device that is not there.
     """
@@ -148,6 +152,7 @@ class Trainer:
         overfit_batches: int | None = None,
         sanity_batches: int = 2,
         grace: float = 25.0,
+        watchdog: float = 300.0,
         strategy: str = "auto",
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -180,6 +185,7 @@ class Trainer:
             compile=parse_compile(compile, resolve_device(device)),
             recompute=flag_or_regex(gradient_checkpointing, "gradient_checkpointing"),
             grace=seconds(grace, "grace"),
+            watchdog=seconds(watchdog, "watchdog"),
             config=config or {},
         )
         if options.precision == "16" and options.device.type == "cpu":
@@ -189,6 +195,8 @@ class Trainer:
         self.callbacks = with_defaults(list(callbacks), self.run_dir, dev=bool(options.dev))
         self._notes = Notes(self.state)
         self._fitting = self._allow_data_change = False
+        self._gone: asyncio.Future[None] | None = None
+        """Of the fit that runs: settled once nobody is to wait any more for what hangs."""
         self._bus: Bus | None = None
         """While the wheel turns."""
         self._lasting: Life | None = None
@@ -356,8 +364,9 @@ class Trainer:
             checks.arguments(train, limits, resume, self.run_dir)
             self._allow_data_change = allow_data_change
             self.control.bind(self._hasten)
+            self._gone = asyncio.get_running_loop().create_future()
             fit = self._fit(train, streams, limits, resume, checks)
-            return await saving_on_cancel(fit, self._end_cancelled, self._options.grace)
+            return await saving_on_cancel(fit, self._end_cancelled, self._options.grace, self._leave)
         finally:
             self.control.unbind()
             self._fitting, self._bus, self._saver = False, None, None
@@ -560,6 +569,11 @@ class Trainer:
         if self._bus is None:
             fit.cancel()
 
+    def _leave(self) -> None:
+        """Nobody waits any more for a disk or a step that does not return."""
+        if self._gone is not None and not self._gone.done():
+            self._gone.set_result(None)
+
     def _hasten(self) -> None:
         """Where the end has a deadline callbacks have half of the time: the other half is for a save that waited."""
         stop = self.control.stopping
@@ -571,7 +585,7 @@ class Trainer:
     ) -> FitResult:
         """Open, lock, restore, turn the wheel; closed again in the opposite order."""
         async with AsyncExitStack() as stack:
-            files = await stack.enter_async_context(file_thread())
+            files = await stack.enter_async_context(file_thread(gone=self._gone))
             folder = None if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk)
             if folder is not None and resume_from is None and not self.state.step:
                 await files(lambda: resume.refuse_unasked(folder.checkpoints))
@@ -581,7 +595,7 @@ class Trainer:
                 await stream.open()
             checks.lengths(train, limits)
             if folder is not None:
-                stack.push_async_callback(files, folder.release)
+                stack.push_async_callback(_unlock, files, folder)
                 await files(folder.lock)
                 await files(lambda: (folder.path / "error.json").unlink(missing_ok=True))
             before = self._lasting
@@ -614,7 +628,7 @@ class Trainer:
         if checkpoints is not None and resume_from is not None:
             found = await files(lambda: resume.find(checkpoints, resume_from))
         async with AsyncExitStack() as stack:
-            thread = await stack.enter_async_context(train_thread())
+            thread = await stack.enter_async_context(train_thread(self._gone))
             bus = await stack.enter_async_context(Bus(self.callbacks, grace=options.grace))
             train.follow(True)
             stack.callback(train.follow, False)
@@ -664,6 +678,9 @@ class Trainer:
                 saver = Saver(checkpoints, self._rule(), files, before=self._checkpoint, disk=self._disk)
             self._saver = saver
             teller = Teller(life, plan, bus, thread, status=status.write, notes=self._notes)
+            assert self._gone is not None
+            driver = Driver(life, plan, thread, deterministic=options.deterministic, gone=self._gone)
+            stack.enter_context(Watchdog(options.watchdog, lambda: self._busy(thread, bus, saver, driver)))
             wheel = Wheel(
                 life,
                 plan,
@@ -671,7 +688,7 @@ class Trainer:
                 evaluator=parts.evaluator,
                 control=self.control,
                 thread=thread,
-                driver=Driver(life, plan, thread, deterministic=options.deterministic),
+                driver=driver,
                 teller=teller,
                 keeper=Keeper(
                     life,
@@ -683,13 +700,18 @@ class Trainer:
                     files=files,
                     disk=self._disk,
                 ),
+                patience=options.watchdog or None,
             )
             self._bus = bus
             self._hasten()
             try:
                 reason, detail = await wheel.turn()
+            except Exception:
+                if saver is not None and saver.busy:  # it was waited for as long as it may be
+                    self._leave()
+                raise
             finally:
-                if life.switch is not None:
+                if life.switch is not None and not self._gone.done():
                     await thread.run(life.switch.judge)
                 if saver is not None:
                     await saver.wait()
@@ -699,6 +721,16 @@ class Trainer:
         return FitResult(
             reason, detail, state.epoch, state.step, state.samples, dict(life.metrics), state.best, self._checkpoint
         )
+
+    def _busy(self, thread: TrainThread, bus: Bus, saver: Saver | None, driver: Driver) -> Iterator[Busy]:
+        """What has begun and is not over, for the watchdog."""
+        yield from bus.busy()
+        if thread.since is not None:
+            yield Busy("a job of the train thread", thread.since, thread="streamtrain-train")
+        if saver is not None and saver.busy:
+            yield Busy(f"the save of step {saver.step}", saver.since, thread="streamtrain-files-0")
+        if driver.waiting is not None:
+            yield Busy("the next batch of the training stream", driver.waiting, task="streamtrain-supply")
 
     def _go_on(self, train: Stream, life: Life) -> None:
         """Where the last fit of this process ended in the middle of an epoch: continue there."""
@@ -726,6 +758,13 @@ class Trainer:
 
     def _rule(self) -> ModelCheckpoint:
         return next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
+
+
+async def _unlock(files: Files, folder: RunFolder) -> None:
+    try:
+        await files(folder.release)
+    except EnvironmentProblem as problem:
+        logger.error("%s stays locked until this process ends: %s", folder.path, problem)
 
 
 async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:

@@ -35,6 +35,7 @@ GOOD = {
     "--verify": "always", "--on-bad-chunk": "skip", "--max-skipped": "0.1",
     "--metrics": "mae", "--optimizer": "sgd", "--lr": "0.1", "--scheduler": "cosine", "--max-epochs": "2",
     "--max-steps": "9", "--max-time": "2h", "--resume": "auto", "--run-dir": "r", "--grace": "3", "--device": "cpu",
+    "--watchdog": "9",
     "--precision": "32", "--seed": "1", "--accumulate-grad-batches": "2", "--gradient-clip-norm": "1",
     "--loss-weights": "{kind = 0.1}",
     "--gradient-clip-value": "1.5", "--nonfinite": "skip", "--log-every": "1", "--validate-every": "9steps",

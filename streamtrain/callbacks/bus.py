@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -26,6 +26,7 @@ from streamtrain.callbacks.base import NEWS, hooks_of
 from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError
 from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
 from streamtrain.threads import tell
+from streamtrain.watchdog import Busy
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ class _Mailbox:
         self._changed = asyncio.Event()
         self._progress = asyncio.Event()
         self._current: str | None = None
+        self.since = 0.0
+        """When the hook that runs now was called, on `time.perf_counter`'s clock."""
         self._context = contextvars.copy_context()
         self._thread: _Thread | None = None
         self._delivered = self._coalesced = 0
@@ -219,7 +222,7 @@ class _Mailbox:
             letter = self._letters.popleft()
             self._current = letter.hook
             result = None
-            began = time.perf_counter()
+            began = self.since = time.perf_counter()
             try:
                 if self.wants(letter.hook):
                     self._delivered += 1
@@ -422,6 +425,14 @@ class Bus:
         for box in self._boxes:
             if box.failure is not None:
                 raise box.failure
+
+    def busy(self) -> Iterator[Busy]:
+        """The hooks that run now."""
+        late = time.monotonic() - time.perf_counter()
+        for box in self._boxes:
+            if box.busy:
+                own = {"thread": f"streamtrain-{box.name}", "task": f"streamtrain-callback-{box.name}"}
+                yield Busy(f"callback {box.name}, in {box.busy},", box.since + late, **own)
 
     def named(self) -> dict[str, object]:
         """The callbacks by the names that they have in messages and checkpoints."""
