@@ -30,7 +30,8 @@ class MLflowLogger(Callback):
 
     Newer versions of mlflow want a database (`sqlite:///mlflow.db`, with the whole package mlflow) or a server, and
     refuse folders unless MLFLOW_ALLOW_FILE_STORE=true is set. The run's id is kept in checkpoints: a fit that goes on
-    continues its run, and a fresh start is a new one. The trainer's configuration becomes its parameters. Needs mlflow
+    continues its run, and a fresh start is a new one. A line that a killed life has sent after its last checkpoint is
+    not sent again. The trainer's configuration becomes its parameters. Needs mlflow
     or mlflow-skinny (`pip install 'streamtrain[mlflow]'`): ConfigError without; EnvironmentProblem where it begins no
     run.
     """
@@ -49,7 +50,6 @@ class MLflowLogger(Callback):
         self._client = None
         if self._uri is None and event.run_dir is None:
             return
-        self._once.begin(event.step)
         folder = Path(event.run_dir or ".")
         mlflow, entities = load("mlflow"), load("mlflow.entities")
         self._metric = entities.Metric
@@ -65,6 +65,8 @@ class MLflowLogger(Callback):
                 hint="Give uri= of a server, or 'sqlite:///mlflow.db'; for a folder set MLFLOW_ALLOW_FILE_STORE=true.",
             ) from error
         self._client = client
+        journal = None if event.run_dir is None else folder / ".mlflow-lines"
+        self._once.begin(event.step, journal, key=self._id)
 
     def on_log(self, event: Log) -> None:
         """Log a line."""
@@ -77,6 +79,8 @@ class MLflowLogger(Callback):
             for name, value in event.values.items()
         ]
         self._client.log_batch(self._id, metrics=metrics)
+        if event.split != APART:
+            self._once.handed(event)
 
     def on_train_end(self, event: TrainEnd) -> None:
         """Say how the run ended: FINISHED, FAILED, or KILLED where it was stopped and may go on."""

@@ -87,6 +87,7 @@ class TensorBoard(Callback):
             for name, value in event.values.items():
                 self._writer.add_scalar(f"{prefix}{name}", value, event.step, wall)
             self._count_up(len(event.values))
+        self._writer.flush()  # a kill would take what no later life writes again: the steps before its checkpoint
         if self._inputs is not None or (self._due is not None and event.step >= self._due):
             return self._look(event)
         return None
@@ -102,6 +103,7 @@ class TensorBoard(Callback):
                 self._writer.add_text(name, _markdown(shown), event.step)
             else:
                 self._write_histogram(name, shown, event.step, time.time())
+        self._writer.flush()
 
     def on_train_end(self, event: TrainEnd) -> None:
         """Write the rest and end the writer's thread."""

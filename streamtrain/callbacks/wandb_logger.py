@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streamtrain.callbacks.base import Callback
@@ -24,9 +25,10 @@ from streamtrain.options import one_of
 class WandbLogger(Callback):
     """Logs to wandb: `project`, `name`, `entity`, `group` and `tags` as `wandb.init` takes them.
 
-    `mode`: `"online"`, or `"offline"`: into the run's folder, for `wandb sync` later; by default what
-    the environment's WANDB_MODE says, else online. The run's id is kept in
-    checkpoints, so that a fit which goes on continues its run; a fresh start is a new one. The configuration is the
+    `mode`: `"online"`, or `"offline"`: into the run's folder, for `wandb sync` later; by default what the environment's
+    WANDB_MODE says, else online. The run's id is kept in checkpoints, so that a fit which goes on continues its run, and
+    what a killed life has logged after its last checkpoint is not logged again; a fresh start is a new one. The
+    configuration is the
     trainer's. What the program prints is not captured. Needs wandb (`pip install 'streamtrain[wandb]'`): ConfigError
     without; where a run can't be begun (no login, no network), EnvironmentProblem.
     """
@@ -51,9 +53,10 @@ class WandbLogger(Callback):
 
     def on_train_begin(self, event: TrainBegin) -> None:
         """Begin a run, or go on with it."""
-        self._once.begin(event.step)
         again = bool(event.step and self._id)
         self._id = self._id if again else uuid.uuid4().hex[:8]
+        journal = None if event.run_dir is None else Path(event.run_dir, ".wandb-lines")
+        self._once.begin(event.step, journal, key=self._id)
         self._wandb = load("wandb")
         mode = self._mode or os.environ.get("WANDB_MODE") or "online"
         try:
@@ -84,6 +87,7 @@ class WandbLogger(Callback):
             self._log(event.step, {f"resource/{name}": value for name, value in event.values.items()})
         elif self._once.first(event):
             self._log(event.step, {"epoch": event.epoch, "samples": event.samples, **event.values})
+            self._once.handed(event)
 
     def on_media(self, event: Media) -> None:
         """Log them as theirs."""

@@ -112,6 +112,15 @@ async def test_a_fit_that_goes_on_continues_its_run_with_each_line_once(tmp_path
     assert [(metric.step, metric.key, metric.value) for metric in store.metrics] == told
 
 
+async def test_what_was_sent_beyond_a_lost_checkpoint_is_not_again(tmp_path: Path, mlflow: Mlflow) -> None:
+    for steps in (10, 14):
+        await fit(tmp_path / "run", steps, MLflowLogger())
+    (tmp_path / "run" / "checkpoints" / "step-000000014").rename(tmp_path / "lost")  # as if killed before its commit
+    await fit(tmp_path / "run", 20, MLflowLogger())
+    (store,) = mlflow.stores.values()
+    assert [metric.step for metric in store.metrics if metric.key == "loss"] == list(range(2, 21, 2))
+
+
 async def test_a_fresh_start_is_another_run_of_the_experiment(tmp_path: Path, mlflow: Mlflow) -> None:
     logger = MLflowLogger("rain", uri="http://server", name="named")
     await fit(tmp_path / "a", 2, logger)
