@@ -55,6 +55,7 @@ BENCHES = {
     "csr": "shuffled batches of sparse rows, dense, against annbatch on the same AnnData store",
     "chaos": "1 % damaged chunks and 5 % read errors: whether an epoch ends and every sample is accounted for",
     "huge": "a billion samples in a million chunks: time to the first batch, position, memory of the order",
+    "resumes": "resume in the middle of a billion samples: time to the first update, beyond loading the weights",
     "fashion": "Fashion-MNIST streamed, a small CNN: test accuracy, beside a bare loop's",
     "gaps": "flights with gaps and a sea with land in it: error on held-out data, over a bare loop's",
     "startup": "--help against an empty cyclopts app",

@@ -89,7 +89,7 @@ def damages(folder: Path, flips: int, cuts: int) -> Iterator[tuple[str, str, Dam
         name = [*sizes][number % len(sizes)]  # small files as often as large ones
         yield "a bit flipped", name, flipped(rng.randrange(8 * sizes[name]))
     for name, size in sizes.items():
-        for length in {0, size - 1, *(rng.randrange(size) for _ in range(cuts - 2))}:
+        for length in (0, size - 1, *rng.sample(range(1, size - 1), cuts - 2)):
             yield "cut", name, cut(length)
         for more in (b"\0", b"\n", b" " * 4096):
             yield "extended", name, extended(more)

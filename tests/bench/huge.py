@@ -70,11 +70,15 @@ def _touched(order: EpochOrder, position: int) -> set[int]:
     return {piece.cell for piece in order.pieces(order.block_of(position))}
 
 
-def _round(store: Path, samples: int, shuffle: Shuffle, place: int) -> dict[str, float]:
-    order, values = _order(samples, shuffle), np.ones(CHUNK, dtype="<f4").tobytes()
+def touch(store: Path, order: EpochOrder, place: int) -> None:
+    """Write the chunks that the first batches from the start and from this position wait for."""
     (store / "x" / "c").mkdir(exist_ok=True)
     for cell in _touched(order, 0) | _touched(order, place):
-        (store / "x" / "c" / str(cell)).write_bytes(values)
+        (store / "x" / "c" / str(cell)).write_bytes(np.ones(CHUNK, dtype="<f4").tobytes())
+
+
+def _round(store: Path, samples: int, shuffle: Shuffle, place: int) -> dict[str, float]:
+    touch(store, _order(samples, shuffle), place)
     done = warm.run(["-m", "tests.bench.huge", str(store), shuffle, str(place)], timeout=None)
     done.check_returncode()
     found: dict[str, float] = json.loads(done.stdout)

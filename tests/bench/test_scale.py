@@ -10,7 +10,7 @@ import pytest
 
 from data_tools.synth import synth
 from streamtrain.errors import EnvironmentProblem
-from tests.bench import cgroup, dial, fits, groups, huge, passes, slow, window_peers, windows
+from tests.bench import cgroup, dial, fits, groups, huge, passes, resumes, slow, window_peers, windows
 from tests.bench.measure import Measure, Options
 
 QUICK = Options(rounds=1, quick=True)
@@ -91,3 +91,9 @@ def test_a_slow_callback_is_told_of_every_step_and_said_once() -> None:
     found = by_name(slow.run(QUICK))
     assert found["  steps that it was not told of"].ok
     assert found["  times that this was said, a fit"].ok
+
+
+def test_a_resume_within_a_billion_samples_tells_its_times() -> None:
+    found = by_name(resumes.run(QUICK))
+    for shuffle in huge.SHUFFLES:
+        assert found[f"{shuffle}: to the first update, beyond loading"].median > 0
