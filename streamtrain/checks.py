@@ -16,7 +16,7 @@ from streamtrain.life import Life
 from streamtrain.monitors import check_monitors, validation_names
 from streamtrain.options import Limits, refuse_world_size
 from streamtrain.parts import Parts
-from streamtrain.resume import Resume
+from streamtrain.resume import Resume, check
 from streamtrain.schedulers import LearningRate
 from streamtrain.streams import length, serves_one_epoch
 from streamtrain.threads import TrainThread
@@ -31,6 +31,8 @@ class Checks:
     def arguments(self, train: Stream, limits: Limits, resume: Resume, run_dir: Path | None) -> None:
         """Refuse what can be refused without looking at a disk."""
         refuse_world_size()
+        if resume is not None:
+            check(resume)
         self._manual()
         if run_dir is None and not self._parts.options.dev:
             self._without_folder(resume)

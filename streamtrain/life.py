@@ -287,6 +287,8 @@ class Life:
         for name, callback in self.callbacks.items():
             if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state["callbacks"][name])
+        if gone := [name for name, own in state["callbacks"].items() if own and name not in self.callbacks]:
+            logger.info("callbacks of the checkpoint that are not there now, with their states: %s", ", ".join(gone))
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
 

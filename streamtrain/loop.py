@@ -348,6 +348,10 @@ class Wheel:
             )  # before the save, which keeps what a kill would take from the file
         await self._keeper.save_at_end()
         self._keeper.check()
+        if (
+            self._progress.batch
+        ):  # of the epoch in which it ended; behind the save, for a life that goes on has them too
+            self._life.metrics.update(self._step.tally.epoch.compute())
         if over:
             await self._keeper.load_best()
         await self._keeper.attend(self._teller.last_notes())

@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,10 +87,44 @@ class Limits:
 
 
 def count(value: object, name: str, *, least: int = 1) -> int:
-    """`value` as an integer of at least `least`."""
-    if type(value) is not int or value < least:
+    """`value` as an integer of at least `least`; numpy's integers are some too."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, not {value!r}")
-    return value
+    return int(value)
+
+
+def seeding(value: object) -> int | None:
+    """`value` as what torch's and numpy's generators take, or None."""
+    if value is None:
+        return None
+    if isinstance(value, Integral) and int(value) >= 1 << 63:
+        raise ConfigError(f"seed must be below 2^63, not {value!r}")
+    return count(value, "seed", least=0)
+
+
+def rehearsed(value: object) -> int:
+    """The batches of a `fast_dev_run`: one where it is just True, 0 where it is False."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Integral):
+        return count(value, "fast_dev_run")
+    raise ConfigError(f"fast_dev_run must be true, false or a number of batches, not {value!r}")
+
+
+def function(value: object, name: str) -> Callable[..., Any] | None:
+    """`value` as a function, or None."""
+    if value is None or callable(value):
+        return value
+    raise ConfigError(f"{name} must be a function, not {value!r:.80}")
+
+
+def place(value: object, name: str) -> Path | None:
+    """`value` as the absolute path of a folder or a file, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{name} must be a path, not {value!r:.80}")
+    return Path(os.path.abspath(os.fsdecode(value)))
 
 
 def number(value: Any, name: str) -> float:

@@ -38,7 +38,8 @@ class FitResult:
     """Optimizer updates over the run's life."""
     samples: int
     metrics: dict[str, float]
-    """The last value of each metric, by its full name."""
+    """The last value of each metric, by its full name: of training the means over the last epoch, or over the part of
+    it that was trained."""
     best: Best | None
     checkpoint: Path | None
     """The last committed checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,9 +43,19 @@ def weights(checkpoints: Path, path: str | os.PathLike[str]) -> tuple[Path, dict
     return where, {**snapshot.model, **averaged}
 
 
-def refuse_unasked(checkpoints: Path) -> None:
-    """Raise ConfigError if there are checkpoints: whoever fits into this folder has to say what becomes of them."""
-    names = sorted(path.name for path in checkpoints.glob("step-*")) if checkpoints.is_dir() else []
+def check(resume: object, name: str = "resume") -> None:
+    """Raise ConfigError for what names no checkpoint."""
+    if not isinstance(resume, str | os.PathLike) or not os.fspath(resume):
+        raise ConfigError(f"{name} must be 'auto', 'best' or a path, not {resume!r:.80}")
+
+
+def refuse_unasked(checkpoints: Path, own: Collection[Path] = ()) -> None:
+    """Raise ConfigError if there are checkpoints: whoever fits into this folder has to say what becomes of them.
+
+    Those that are the trainer's `own` are of the run that goes on.
+    """
+    found = sorted(set(checkpoints.glob("step-*")).difference(own)) if checkpoints.is_dir() else []
+    names = [path.name for path in found]
     if names:
         raise ConfigError(
             f"{checkpoints} holds checkpoints ({names[-1]} is the newest), and resume was not given",

@@ -8,6 +8,7 @@ epochs or files, and runs on the train thread.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -127,6 +128,8 @@ class TrainStep:
         self._indices: list[Any] = []
         self._batch: Batch | None = None
         self._loss: Any = None
+        self._running: int | None = None
+        """The thread that makes updates just now."""
         self._cursor: Cursor | None = None
 
     @property
@@ -160,6 +163,7 @@ class TrainStep:
         report = Report(self.step + 1, began=time.perf_counter())
         self._samples, self._elapsed = samples, elapsed
         before, self._epoch = self.seconds, epoch
+        self._running = threading.get_ident()
         try:
             try:
                 self._begin()
@@ -186,7 +190,7 @@ class TrainStep:
                 pulling = isinstance(error, StreamtrainError) and self._group < self.accumulate and not source.ended
                 self.culprit = None if pulling else Culprit.of(self._batch, self.step + 1)
                 self.undo()
-            self._batch = self._loss = None
+            self._batch = self._loss = self._running = None
             report.seconds = time.perf_counter() - report.began
             self._read(report)
         except BaseException as error:  # the device itself has failed: nobody knows what it holds
@@ -220,6 +224,13 @@ class TrainStep:
             for step, norm in self.tally.take_norms():
                 self.spikes.offer(step, (norm,))
         self.tally.read(report, len(self.tally.losses) - self._group)
+
+    def made_here(self) -> tuple[int, int] | None:
+        """Batches and samples of the updates that the burst under way has made by now; None outside of it."""
+        if self._running != threading.get_ident():
+            return None
+        done = len(self.tally.counts) - self._group
+        return done, sum(self.tally.counts[:done])
 
     def gauged(self) -> dict[str, float]:
         """What a line of the log says beside the means: the learning rate, and what the gauges read."""

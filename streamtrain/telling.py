@@ -71,8 +71,12 @@ class Teller:
         return hook in self._bus.wants
 
     async def emit(self, hook: str, kind: type[Event], /, **fields: Any) -> None:
-        """Tell an event, if anybody wants it, after what was left for the log before."""
-        await self.take_notes()
+        """Tell an event, if anybody wants it, after what was left for the log before.
+
+        What was left before the fit comes behind its beginning: no logger is open sooner.
+        """
+        if hook != "on_train_begin":
+            await self.take_notes()
         if hook in self._bus.wants:
             await self._bus.emit(hook, kind(**{**self.standing(), **fields}))
 
@@ -135,10 +139,12 @@ class Teller:
     async def last_line(self) -> None:
         """The log ends with the last step; where another life may go on its lines stay as they would have been."""
         life, progress = self._life, self._life.progress
-        values = life.step.tally.window.compute()
-        if progress.step > self._first_step and values:
+        means = life.step.tally.window.compute()
+        if progress.step > self._first_step and means:
             gauged = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
-            values = {**values, **gauged, **self._notes.take_metrics()}
+            read = {**gauged, **self._notes.take_metrics()}
+            life.metrics = {**means, **life.metrics, **read}  # an epoch's means stand
+            values = {**means, **read}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values=values)
 

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +57,7 @@ from streamtrain.options import (
     flag_or_regex,
     inner_share,
     one_of,
+    place,
     positive,
     refuse_later,
     seconds,
@@ -159,8 +161,7 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         refuse_later(strategy=strategy)
-        self.state = Progress()
-        """Where the run stands: epoch, step, samples, best."""
+        self._progress = Progress()
         self.control = Control()
         options = self._options = Options(
             step=step,
@@ -190,10 +191,11 @@ class Trainer:
         )
         if options.precision == "16" and options.device.type == "cpu":
             raise ConfigError("precision '16' needs a CUDA device", hint="On the CPU use 'bf16' or '32'.")
-        self.run_dir = None if run_dir is None or options.dev else Path(os.path.abspath(run_dir))
+        folder = place(run_dir, "run_dir")
+        self.run_dir = None if options.dev else folder
         """The run's folder; None where nothing is written."""
-        self.callbacks = with_defaults(list(callbacks), self.run_dir, dev=bool(options.dev))
-        self._notes = Notes(self.state)
+        self.callbacks = with_defaults(callbacks, self.run_dir, dev=bool(options.dev))
+        self._notes = Notes(self._progress)
         self._fitting = self._allow_data_change = False
         self._gone: asyncio.Future[None] | None = None
         """Of the fit that runs: settled once nobody is to wait any more for what hangs."""
@@ -204,8 +206,12 @@ class Trainer:
         self._saver: Saver | None = None
         """While the wheel turns."""
         self._checkpoint: Path | None = None
+        self._saved: set[Path] = set()
+        """The checkpoints of its folder that were saved outside of a fit."""
         self._loaded: Mapping[str, Any] | None = None
         """The state of a checkpoint from which no fit has gone on yet."""
+        self._origin: Path | None = None
+        """That checkpoint."""
         self._position: tuple[Stream, dict[str, Any]] | None = None
         self._parts = Parts(
             model,
@@ -227,6 +233,19 @@ class Trainer:
         return None if getattr(type(self), name) is getattr(Trainer, name) else getattr(self, name)
 
     # --- what can be read ---
+
+    @property
+    def state(self) -> Progress:
+        """Where the run stands: epoch, step, samples, best.
+
+        Elsewhere it is of the last burst that was told; a training step is given the update before its own, exactly.
+        """
+        now, step = self._progress, None if self._lasting is None else self._lasting.step
+        made = None if step is None else step.made_here()
+        if step is None or made is None:
+            return now
+        batches, samples = made
+        return replace(now, step=step.step, batch=now.batch + batches, samples=now.samples + samples)
 
     @property
     def model(self) -> nn.Module:
@@ -379,8 +398,11 @@ class Trainer:
 
         The first SIGINT, SIGTERM or SIGHUP finishes the step, saves and returns; a second one ends the process.
         SIGUSR1 and SIGUSR2 save and go on; SIGQUIT writes the stacks of all threads and the tasks to stderr and to the
-        log, and goes on. Handlers that were there before are called after ours, and stand again at the end.
+        log, and goes on. Handlers that were there before are called after ours, and stand again at the end. Raises
+        ConfigError where a loop runs already, as in Jupyter: there `await trainer.fit(...)` can be typed as it is.
         """
+        if _loop_runs():
+            raise ConfigError("fit_sync() where an event loop runs already", hint="Await it: await trainer.fit(...).")
         fit = self.fit(*args, **kwargs)  # first: a signal from now on is meant for it
         if not signals.untouched():
             return asyncio.run(fit)
@@ -435,9 +457,9 @@ class Trainer:
 
         Raises ConfigError for an `out` that is there, or within the source; EnvironmentProblem for a full disk.
         """
+        path = place(out, "predict: out")
         if out is not None and "://" in os.fspath(out):
             raise ConfigError(f"predict(out={os.fspath(out)!r}): only folders of this machine are written to")
-        path = None if out is None else Path.cwd() / out
         source = as_stream(stream)
         compute = custom_outputs(called(self.predict_step, self.model))
         return Predictions(
@@ -452,7 +474,7 @@ class Trainer:
         It may be awaited in an `async def` hook. One that is asked for while deciders are asked has their states of
         before, so that the life that goes on from it asks them again.
         """
-        target = None if path is None else Path.cwd() / path
+        target = place(path, "save_checkpoint: path")
         if target is None and self.run_dir is None:
             raise ConfigError("save_checkpoint() needs a run_dir or a path")
         saved: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
@@ -481,15 +503,20 @@ class Trainer:
             position = self._loaded["stream"]
         elif self._position is not None:  # where the fit ended: somebody else may have read the stream since
             position = self._position[1]
-        return await outside.save(self._parts, life, position, target, self.run_dir, disk=self._disk)
+        made = await outside.save(self._parts, life, position, target, self.run_dir, disk=self._disk)
+        if target is None:
+            self._saved.add(made)
+        return made
 
     async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Load model and optimizer from a checkpoint, or from the newest of a run's folder; of this trainer's run_dir
         by "auto" (the newest) or "best". Raises CheckpointError.
 
         The next `fit` goes on from there: with the very next batch if its stream is that of the checkpoint, else its
-        epoch begins anew. The callbacks' states are left to `fit(resume=path)`.
+        epoch begins anew; newer checkpoints of its folder are set aside. The callbacks' states are left to
+        `fit(resume=path)`.
         """
+        resume.check(path, "load_checkpoint: path")
         if self._fitting:
             raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
         async with file_thread() as files, train_thread() as thread:
@@ -499,7 +526,7 @@ class Trainer:
                 raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
             where, snapshot = found
             await thread.run(lambda: self._parts.load(where, snapshot, self.state))
-            self._lasting, self._position, self._loaded = None, None, snapshot.state
+            self._lasting, self._position, self._loaded, self._origin = None, None, snapshot.state, where
 
     async def load_weights(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
         """Begin a run with the weights alone of a checkpoint: its path, a run's folder (the newest), or what
@@ -563,6 +590,12 @@ class Trainer:
 
     # --- the parts ---
 
+    def _limited(self, limits: Limits, *, found: bool) -> Limits:
+        """The limits, or their default: one epoch, or one more within this process."""
+        if limits.none or self._options.dev:
+            return Limits(max_epochs=1 if found else self.state.epoch + 1)
+        return limits
+
     def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
         """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet."""
         self.control.stop("cancelled", "the task was cancelled", within=self._options.grace)
@@ -588,12 +621,12 @@ class Trainer:
             files = await stack.enter_async_context(file_thread(gone=self._gone))
             folder = None if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk)
             if folder is not None and resume_from is None and not self.state.step:
-                await files(lambda: resume.refuse_unasked(folder.checkpoints))
+                await files(lambda: resume.refuse_unasked(folder.checkpoints, self._saved))
             context = contextvars.copy_context()  # torch keeps its configuration there
             await files(lambda: context.run(find_compiler, self._options.compile, self._options.device))
             for stream in (train, *streams.values()):
                 await stream.open()
-            checks.lengths(train, limits)
+            checks.lengths(train, self._limited(limits, found=False))
             if folder is not None:
                 stack.push_async_callback(_unlock, files, folder)
                 await files(folder.lock)
@@ -635,8 +668,7 @@ class Trainer:
             await parts.prepare(train, thread)
             await thread.run(lambda: parts.begin(resumed=found is not None))
             stack.push_async_callback(thread.run, parts.leave)
-            if limits.none or options.dev:  # the default: one epoch, or one more within this process
-                limits = Limits(max_epochs=1 if found is not None else self.state.epoch + 1)
+            limits = self._limited(limits, found=found is not None)
             life = await thread.run(lambda: parts.life(train, self.state, bus, self.control, limits))
             checks.scheduler(life.lr)
             if folder is not None:
@@ -656,8 +688,10 @@ class Trainer:
                 if checkpoints is not None and resume_from != "auto":
                     await files(lambda: resume.set_newer_aside(checkpoints, path, self.state.step))
             else:
-                path = None
+                path, origin = None, None if self._loaded is None else self._origin
                 self._go_on(train, life)
+                if checkpoints is not None and origin is not None:
+                    await files(lambda: resume.set_newer_aside(checkpoints, origin, self.state.step))
             self._lasting = life
             plan = planned(
                 options,
@@ -765,6 +799,15 @@ async def _unlock(files: Files, folder: RunFolder) -> None:
         await files(folder.release)
     except EnvironmentProblem as problem:
         logger.error("%s stays locked until this process ends: %s", folder.path, problem)
+
+
+def _loop_runs() -> bool:
+    """Whether this thread is within an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:

@@ -82,6 +82,16 @@ async def test_without_a_logger_that_shows_them_media_are_files(tmp_path: Path) 
     assert [path.suffix for path in (tmp_path / "media" / "a-b").iterdir()] == [".png"]
 
 
+async def test_media_from_before_a_fit_are_shown_by_it(tmp_path: Path) -> None:
+    trainer = made(run_dir=tmp_path)
+    trainer.log_media({"first": np.zeros((2, 2))})
+    await trainer.fit(Samples(80), max_steps=5)
+    trainer.log_media({"between": np.zeros((2, 2))})
+    await trainer.fit(Samples(80), max_steps=9)
+    shown = sorted(str(path.relative_to(tmp_path / "media")) for path in (tmp_path / "media").rglob("*.png"))
+    assert shown == ["between/step-000000005.png", "first/step-000000000.png"]
+
+
 async def test_a_logger_that_shows_media_replaces_the_folder(tmp_path: Path) -> None:
     heard = Heard()
     trainer = made(heard, AtStep(1, lambda: trainer.log_media({"x": np.zeros((2, 2))})), run_dir=tmp_path)

@@ -1208,6 +1208,27 @@ async def test_a_life_that_is_refused_changes_nothing_on_the_disk(tmp_path: Path
 # --- what is refused ---
 
 
+async def test_a_fit_from_an_older_checkpoint_that_was_loaded_sets_the_future_aside(tmp_path: Path) -> None:
+    every = ModelCheckpoint(every="1epoch", keep_last=-1)
+    await trainer(run_dir=tmp_path, callbacks=[every]).fit(Samples(80), max_epochs=1)
+    await trainer(run_dir=tmp_path, callbacks=[every]).fit(Samples(80), max_epochs=2, resume="auto")
+    fitted = trainer(run_dir=tmp_path)
+    await fitted.load_checkpoint(tmp_path / "checkpoints" / "step-000000010")
+    await fitted.fit(Samples(80), max_steps=13)
+    assert steps(tmp_path) == [10, 13]
+    assert (tmp_path / "checkpoints" / "abandoned-step-000000020").is_dir()
+    assert (await trainer(run_dir=tmp_path).fit(Samples(80), max_steps=15, resume="auto")).step == 15
+
+
+async def test_paths_that_are_none_are_named(tmp_path: Path) -> None:
+    fitted: Any = trainer(run_dir=tmp_path)
+    for call in (fitted.save_checkpoint, fitted.load_checkpoint):
+        with pytest.raises(ConfigError, match=r"_checkpoint: path must be .* not 3"):
+            await call(3)
+    with pytest.raises(ConfigError, match="predict: out must be a path, not 3"):
+        fitted.predict(Samples(), out=3)
+
+
 async def test_a_folder_with_checkpoints_wants_to_know_what_to_do(tmp_path: Path) -> None:
     await trainer(run_dir=tmp_path).fit(Samples())
     with pytest.raises(ConfigError, match="resume was not given") as caught:
@@ -1374,6 +1395,82 @@ async def test_a_monitor_that_may_be_logged_by_the_users_own_functions_is_not_re
     fitted = trainer(scheduler={"name": PLATEAU, "monitor": "teacher"})
     fitted.log_metrics({"teacher": 0.5})
     assert (await fitted.fit(Samples())).step == 13
+
+
+async def test_a_result_has_the_means_of_the_epoch_in_which_it_ended() -> None:
+    stream, told = Samples(80), Recorder()
+    losses: list[float] = []
+
+    def step(model: nn.Module, batch: Batch) -> Tensor:
+        loss = nn.functional.mse_loss(model(batch.inputs), batch.targets)
+        losses.append(float(loss.detach()))
+        return loss
+
+    fitted = Trainer(network(), step=step, seed=SEED, log_every=50, callbacks=[told], scheduler="linear")
+    result = await fitted.fit(stream, max_steps=3)
+    assert result.metrics == {"loss": pytest.approx(sum(losses[:3]) / 3), "lr": pytest.approx(1e-3 / 3)}
+    assert told.events("on_train_end")[0].metrics == result.metrics
+    result = await fitted.fit(stream, max_steps=8)
+    assert result.metrics == {"loss": pytest.approx(sum(losses) / 8), "lr": pytest.approx(1e-3 / 8)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+async def test_a_training_step_reads_the_very_update_before_its_own(accumulate: int) -> None:
+    read: list[tuple[int, int, int, int]] = []
+
+    def step(model: nn.Module, batch: Batch) -> Tensor:
+        now = fitted.state
+        read.append((now.epoch, now.step, now.batch, now.samples))
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    fitted = Trainer(network(), step=step, seed=SEED, accumulate_grad_batches=accumulate, sanity_batches=0)
+    await fitted.fit(Samples(80), max_epochs=2)
+    per_epoch = -(-10 // accumulate)
+    expected = [
+        (epoch, epoch * per_epoch + n // accumulate, n - n % accumulate, 80 * epoch + 8 * (n - n % accumulate))
+        for epoch in range(2)
+        for n in range(10)
+    ]
+    assert read == expected
+    assert fitted.state.step == 2 * per_epoch
+
+
+async def test_a_schedule_knows_that_a_fit_without_limits_is_one_epoch() -> None:
+    fitted = trainer(scheduler="linear", optimizer="sgd", log_every=1)
+    assert (await fitted.fit(Samples(80))).metrics["lr"] == pytest.approx(1e-4)
+
+
+async def test_numpys_integers_are_integers() -> None:
+    fitted = trainer(accumulate_grad_batches=np.int64(2), seed=np.uint32(SEED))
+    assert (await fitted.fit(Samples(80), max_steps=np.int32(3))).step == 3  # type: ignore[arg-type]
+
+
+async def test_who_saves_before_the_first_fit_need_not_resume_it(tmp_path: Path) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    await fitted.save_checkpoint()
+    await fitted.train_epoch(Samples(80))
+    undisturbed = trainer()
+    await undisturbed.fit(Samples(80), max_epochs=1)
+    assert same(fitted.model, undisturbed.model)
+    other = trainer(run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="resume was not given"):
+        await other.train_epoch(Samples(80))
+
+
+async def test_fit_sync_within_a_loop_says_what_to_type(recwarn: pytest.WarningsRecorder) -> None:
+    fitted = trainer()
+    with pytest.raises(ConfigError, match="an event loop runs already") as caught:
+        fitted.fit_sync(Samples())
+    assert "await trainer.fit" in caught.value.hint
+    assert (await fitted.fit(Samples(80))).reason == "completed"
+    assert not recwarn.list
+
+
+async def test_states_of_callbacks_that_are_gone_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    await trainer(run_dir=tmp_path, callbacks=[EarlyStopping("loss")]).fit(Samples(80), max_epochs=1)
+    await trainer(run_dir=tmp_path).fit(Samples(80), max_epochs=2, resume="auto")
+    assert caplog.text.count("that are not there now, with their states: EarlyStopping") == 1
 
 
 async def test_fit_while_fit_runs_is_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from streamtrain.callbacks.base import HOOKS, Callback, hooks_of
@@ -19,11 +19,16 @@ from streamtrain.errors import ConfigError
 WITH_A_FOLDER = (ModelCheckpoint, JSONLogger, CSVLogger, EventLog)
 
 
-def with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -> list[object]:
+def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[object]:
     """These callbacks, and the defaults that none of them replaces; `dev`: a run of which nothing is kept.
 
     Raises ConfigError for what is no callback.
     """
+    if not isinstance(given, Iterable) or isinstance(given, str | Mapping):
+        raise ConfigError(
+            f"callbacks must be a list of them, not {given!r:.80}", hint="For instance callbacks=[EarlyStopping()]."
+        )
+    callbacks = list(given)
     for callback in callbacks:
         if inspect.isclass(callback) or not (isinstance(callback, Callback) or hooks_of(callback)):
             raise ConfigError(
@@ -35,7 +40,7 @@ def with_defaults(callbacks: list[object], run_dir: Path | None, *, dev: bool) -
     if dev:
         return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
     if run_dir is not None:
-        callbacks += [kind() for kind in WITH_A_FOLDER if not any(isinstance(given, kind) for given in callbacks)]
+        callbacks += [kind() for kind in WITH_A_FOLDER if not any(isinstance(own, kind) for own in callbacks)]
         if not any("on_media" in hooks_of(callback) for callback in callbacks):
             callbacks.append(MediaFolder())
     return callbacks

@@ -26,8 +26,8 @@ class WandbLogger(Callback):
     """Logs to wandb: `project`, `name`, `entity`, `group` and `tags` as `wandb.init` takes them.
 
     `mode`: `"online"`, or `"offline"`: into the run's folder, for `wandb sync` later; by default what the environment's
-    WANDB_MODE says, else online. The run's id is kept in checkpoints, so that a fit which goes on continues its run, and
-    what a killed life has logged after its last checkpoint is not logged again; a fresh start is a new one. The
+    WANDB_MODE says, else online. The run's id is kept in checkpoints, so that a fit which goes on continues its run,
+    and what a killed life has logged after its last checkpoint is not logged again; a fresh start is a new one. The
     configuration is the
     trainer's. What the program prints is not captured. Needs wandb (`pip install 'streamtrain[wandb]'`): ConfigError
     without; where a run can't be begun (no login, no network), EnvironmentProblem.
