@@ -89,16 +89,18 @@ def _of_memory(error: BaseException) -> bool:
     return False
 
 
-def explained(error: BaseException, batch: Batch | None, where: str) -> StreamtrainError:
-    """`error`, raised while `batch` was computed, as one of ours; the original is its cause."""
+def explained(
+    error: BaseException, batch: Batch | None, where: str, *, who: str = "the model, loss or step"
+) -> StreamtrainError:
+    """`error`, raised by `who` while `batch` was computed, as one of ours; the original is its cause."""
     if isinstance(error, StreamtrainError):
         return error
-    made = _made(error, batch, where)
+    made = _made(error, batch, where, who)
     made.__cause__ = error
     return made
 
 
-def _made(error: BaseException, batch: Batch | None, where: str) -> StreamtrainError:
+def _made(error: BaseException, batch: Batch | None, where: str, who: str) -> StreamtrainError:
     text = str(error).partition("\n")[0]
     if _of_memory(error):
         size = "" if batch is None else f" with a batch of {format_bytes(_bytes(batch))}"
@@ -110,7 +112,7 @@ def _made(error: BaseException, batch: Batch | None, where: str) -> StreamtrainE
         if found is not None:
             return DataError(f"{where}: {found}", hint="Mend the data, or give the model an output for each class.")
     return UserCodeError(
-        f"{where}: the model, loss or step raised {type(error).__name__}: {text}",
+        f"{where}: {who} raised {type(error).__name__}: {text}",
         hint="The traceback (--debug) shows the line.",
     )
 

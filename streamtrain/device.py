@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamtrain.data.batch import Batch
-from streamtrain.errors import ConfigError, EnvironmentProblem
+from streamtrain.errors import ConfigError, EnvironmentProblem, UserCodeError
 from streamtrain.tensors import map_tree, tensor_batch
 
 MoveBatch = Callable[[Batch], Batch]
@@ -66,6 +66,11 @@ def mover(device: torch.device, transform: Callable[[Batch], Any] | None = None)
         made = transform(moved)
         if isinstance(made, Batch):
             return made
+        if not isinstance(made, tuple | list) or len(made) != 2:
+            raise UserCodeError(
+                f"device_transform returned {type(made).__name__}, not a Batch or (inputs, targets)",
+                hint="Return (batch.inputs, batch.targets), changed or not.",
+            )
         inputs, targets = made
         return replace(moved, inputs=inputs, targets=targets)
 

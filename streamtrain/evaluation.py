@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, aclosing, contextmanager, nullcon
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from streamtrain.blame import explained
 from streamtrain.data.batch import Batch
@@ -24,6 +24,7 @@ from streamtrain.metrics import Mean, Metric, flattened
 from streamtrain.outcome import Compute, Outcome
 from streamtrain.rng import Rng
 from streamtrain.supply import Supply, supply
+from streamtrain.tally import logged_number
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
@@ -191,7 +192,7 @@ class _Sums:
         if outcome.loss is not None:
             values = {"loss": outcome.loss, **values}
         for name, value in values.items():
-            mean = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
+            mean = logged_number(name, value)
             self._means.setdefault(name, Mean()).add(mean * samples, samples)
         if self._metrics and outcome.outputs is None:
             raise ConfigError(
@@ -199,8 +200,12 @@ class _Sums:
                 hint="Have it return {'loss': ..., 'outputs': ..., 'targets': ...}.",
             )
         targets = batch.inputs if outcome.targets is None else outcome.targets
-        for metric in self._metrics.values():
-            metric.update(outcome.outputs, targets)
+        for name, metric in self._metrics.items():
+            try:
+                metric.update(outcome.outputs, targets)
+            except Exception as error:
+                problem = explained(error, batch, "in evaluation", who=f"the metric {name!r}")
+                raise problem from problem.__cause__
 
     def compute(self) -> dict[str, Any]:
         values: dict[str, Any] = {name: mean.compute() for name, mean in self._means.items()}

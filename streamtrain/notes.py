@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamtrain.errors import ConfigError
 from streamtrain.events import Event, Log, Media
 from streamtrain.media import medium
 from streamtrain.options import number
@@ -51,18 +52,16 @@ class Notes:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Numbers for the next line. Raises ConfigError, and leaves nothing, if one is no number."""
-        self._numbers.extend([(str(name), number(value, f"log_metrics: {name}")) for name, value in values.items()])
+        self._numbers.extend(_numbers(values).items())
 
     def line(self, values: Mapping[str, Any], split: str) -> None:
         """A line of its own, of this split, at the step where the run stands. Raises ConfigError as `metrics` does."""
-        numbers = {str(name): number(value, f"log_metrics: {name}") for name, value in values.items()}
-        self._leave("on_log", Log, {"values": numbers, "split": split})
+        self._leave("on_log", Log, {"values": _numbers(values), "split": split})
 
     def media(self, values: Mapping[str, Any]) -> None:
         """Images, tables and histograms, at the step where the run stands. Raises ConfigError for what is none."""
-        self._leave(
-            "on_media", Media, {"values": {str(name): medium(value, str(name)) for name, value in values.items()}}
-        )
+        shown = {str(name): medium(value, str(name)) for name, value in _named(values, "log_media").items()}
+        self._leave("on_media", Media, {"values": shown})
 
     def _leave(self, hook: str, kind: type[Event], fields: dict[str, Any]) -> None:
         now = self._progress
@@ -91,3 +90,15 @@ class Notes:
         while self._notes:
             taken.append(self._notes.popleft())
         return taken
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): number(value, f"log_metrics: {name}") for name, value in _named(values, "log_metrics").items()}
+
+
+def _named(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{what} takes a dict by name, not {values!r:.80}", hint=f"For instance {what}({{'x': ...}})."
+        )
+    return values

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.tasks import TaskLosses
 from streamtrain.tensors import map_tree
 
@@ -56,9 +56,25 @@ def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Comp
     def compute(batch: Batch) -> Outcome:
         outputs = model(batch.inputs)
         targets = batch.inputs if batch.targets is None else batch.targets
-        return Outcome(None if loss is None else loss(outputs, targets), outputs, targets)
+        try:
+            return Outcome(None if loss is None else loss(outputs, targets), outputs, targets)
+        except (TypeError, AttributeError) as error:
+            if isinstance(outputs, Mapping | list | tuple):
+                raise _of_several(outputs, error) from error
+            raise
 
     return compute
+
+
+def _of_several(outputs: Any, error: Exception) -> UserCodeError:
+    """The error for one loss that could not take several outputs."""
+    names = list(outputs) if isinstance(outputs, Mapping) else list(range(len(outputs)))
+    table = ", ".join(f"{name!r}: ..." for name in names[:4])
+    return UserCodeError(
+        f"the model returned a {type(outputs).__name__} of {len(names)} outputs, and the loss raised "
+        f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+        hint=f"Give one loss for each output, loss={{{table}}}, or a function that takes them all.",
+    )
 
 
 def own_loss(model: nn.Module) -> Compute:

@@ -233,9 +233,14 @@ def _torch(optimizer: Optimizer, scheduler: object, table: Mapping[str, Any], ru
 
 def _named(name: str | None, table: dict[str, Any], run: _Run) -> Scheduler:
     """One of ours, its values checked."""
-    plain = (name or "").lower().replace("-", "_")
+    if name is None:
+        raise ConfigError(
+            "scheduler has no name",
+            hint="Give {'name': 'cosine', ...}; of several optimizers it moves all rates together.",
+        )
+    plain = name.lower().replace("-", "_")
     if plain not in NAMED:
-        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(name or "", NAMED))
+        raise ConfigError(f"scheduler: unknown name {name!r}", hint=_nearest(name, NAMED))
     kind = NAMED[plain]
     known = [field.name for field in dataclasses.fields(kind)]
     if kind.monitor is None:

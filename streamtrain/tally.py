@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamtrain.data.batch import Cursor
+from streamtrain.errors import UserCodeError
 from streamtrain.progress import Means
 
 
@@ -82,8 +83,7 @@ class Tally:
         """More numbers of the batch that is added next."""
         place = len(self.losses)
         for name, value in logged.items():
-            number = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
-            self._logged.append((place, name, number))
+            self._logged.append((place, name, logged_number(name, value)))
 
     def add_norm(self, norm: Tensor, step: int) -> None:
         """The norm of the gradients (0-d) of update `step`, whose last batch was added last."""
@@ -166,6 +166,14 @@ class Tally:
             report.samples += counts[place]
             if place not in self._left_out and math.isfinite(losses[place]):
                 report.loss_sum += losses[place] * counts[place]
+
+
+def logged_number(name: str, value: Any) -> Any:
+    """What a step gave to be logged: the mean of a tensor (float64, not read yet), else a float."""
+    try:
+        return value.detach().double().mean() if isinstance(value, Tensor) else float(value)
+    except (TypeError, ValueError) as error:
+        raise UserCodeError(f"the step's {name!r} must be one number, not {value!r:.80}") from error
 
 
 def _numbers(values: list[Any]) -> list[float]:

@@ -169,6 +169,8 @@ def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
         )
     for name, given in metrics.items():
         several = isinstance(given, Mapping)
+        if not isinstance(name, str) and not several:
+            raise ConfigError(f"metrics are named by texts, not {name!r}", hint=f"For example {{{str(name)!r}: ...}}.")
         parts = {f"{name}_{key}": TaskMetric(str(name), as_metric(m)) for key, m in given.items()} if several else None
         for full, metric in ({name: as_metric(given)} if parts is None else parts).items():
             if full in made:

@@ -54,13 +54,17 @@ from streamtrain.options import (
     count,
     duration,
     every,
+    flag,
     flag_or_regex,
+    function,
     inner_share,
     one_of,
     place,
     positive,
     refuse_later,
+    rehearsed,
     seconds,
+    seeding,
     share_or_count,
 )
 from streamtrain.outcome import called, custom_outputs
@@ -164,20 +168,20 @@ class Trainer:
         self._progress = Progress()
         self.control = Control()
         options = self._options = Options(
-            step=step,
+            step=function(step, "step"),
             precision=one_of(precision, ("32", "bf16", "16"), "precision"),
             accumulate=count(accumulate_grad_batches, "accumulate_grad_batches"),
             clip_norm=positive(gradient_clip_norm, "gradient_clip_norm"),
             clip_value=positive(gradient_clip_value, "gradient_clip_value"),
             device=resolve_device(device),
-            device_transform=device_transform,
-            seed=None if seed is None else count(seed, "seed", least=0),
-            deterministic=bool(deterministic),
+            device_transform=function(device_transform, "device_transform"),
+            seed=seeding(seed),
+            deterministic=flag(deterministic, "deterministic"),
             skip=one_of(nonfinite, ("raise", "skip", "rollback"), "nonfinite") == "skip",
             rollback=nonfinite == "rollback",
             log_every=count(log_every, "log_every"),
             validate_every=every(validate_every, "validate_every"),
-            dev=0 if fast_dev_run is False else count(int(fast_dev_run), "fast_dev_run"),
+            dev=rehearsed(fast_dev_run),
             limit=share_or_count(limit_batches, "limit_batches"),
             overfit=None if overfit_batches is None else count(overfit_batches, "overfit_batches"),
             sanity=count(sanity_batches, "sanity_batches", least=0),
@@ -550,7 +554,10 @@ class Trainer:
     # --- plain, from any thread ---
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
-        """Add numbers to the next line of the log. Raises ConfigError, and adds nothing, if one is no number."""
+        """Add numbers to the next line of the log: outside of a fit, to the first one of the next.
+
+        Raises ConfigError, and adds nothing, if one is no number.
+        """
         self._notes.metrics(values)
 
     def log_media(self, values: Mapping[str, Any]) -> None:

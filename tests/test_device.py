@@ -10,7 +10,7 @@ import torch
 
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.device import mover, resolve_device
-from streamtrain.errors import ConfigError, EnvironmentProblem
+from streamtrain.errors import ConfigError, EnvironmentProblem, UserCodeError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -74,3 +74,10 @@ def test_a_transform_on_the_device_gets_tensors_and_keeps_the_place(transform: A
     made = mover(torch.device("cpu"), transform)(batch)
     assert (made.inputs.tolist(), made.targets.tolist(), made.index.tolist()) == ([1, 1], [1, 1], [7, 8])
     assert (made.epoch, made.cursor) == (3, (3, 9))
+
+
+@pytest.mark.parametrize("made", [None, torch.zeros(2, 3), (1, 2, 3)], ids=["nothing", "two-rows", "three"])
+def test_what_a_transform_on_the_device_returns_is_a_batch_or_named(made: Any) -> None:
+    batch = Batch(np.zeros(2), np.ones(2), np.array([7, 8]))
+    with pytest.raises(UserCodeError, match=r"device_transform returned .*, not a Batch or"):
+        mover(torch.device("cpu"), lambda _: made)(batch)

@@ -145,6 +145,14 @@ async def test_what_goes_wrong_has_a_name() -> None:
 
     with pytest.raises(UserCodeError, match=r"in evaluation: .* ValueError: no such layer"):
         await run(evaluator(network(), broken), Samples(20))
+
+    def divides(outputs: Any, targets: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(UserCodeError, match=r"in evaluation: the metric 'odd' raised ZeroDivisionError: division by"):
+        await run(evaluator(network(), odd=divides), Samples(20))
+    with pytest.raises(UserCodeError, match=r"the step's 'note' must be one number, not 'text'"):
+        await run(evaluator(network(), lambda batch: Outcome(torch.ones(()), logged={"note": "text"})), Samples(20))
     with pytest.raises(DataError, match="gave no batch"):
         await run(evaluator(network()), from_iterable([]))
     with pytest.raises(ConfigError, match="metrics need outputs"):

@@ -148,7 +148,13 @@ def _updates(optimizer: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "leave", [lambda notes: notes.metrics({"a": 1.0, "b": "x"}), lambda notes: notes.media({"a": np.zeros(3), "b": 1})]
+    "leave",
+    [
+        lambda notes: notes.metrics({"a": 1.0, "b": "x"}),
+        lambda notes: notes.media({"a": np.zeros(3), "b": 1}),
+        lambda notes: notes.metrics(3),
+        lambda notes: notes.media([np.zeros(3)]),
+    ],
 )
 def test_a_note_that_is_refused_leaves_nothing(leave: Callable[[Notes], None]) -> None:
     notes = Notes(Progress())

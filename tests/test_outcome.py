@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
-from streamtrain.errors import ConfigError
-from streamtrain.outcome import own_loss, spread
+from streamtrain.errors import ConfigError, UserCodeError
+from streamtrain.outcome import own_loss, spread, supervised
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, bare_loop, network, pairs, same, samples
 
@@ -103,3 +103,19 @@ def test_a_dict_whose_keys_forward_does_not_take_is_its_argument() -> None:
     assert own_loss(Whole())(batch).loss == 3
     assert spread(AnyName())({"b": 1, "a": 2}, torch.ones(1)) == ["a", "b", "labels"]
     assert spread(Whole())({"a": torch.ones(2)}, torch.ones(1))["loss"] == 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "hint"), [({"a": 1.0, "b": 2.0}, "loss={'a': ..., 'b': ...}"), ((1.0, 2.0), "loss={0: ..., 1: ...}")]
+)
+def test_one_loss_for_several_outputs_is_told_how_to_have_one_for_each(outputs: Any, hint: str) -> None:
+    class Several(nn.Module):
+        def forward(self, inputs: Tensor) -> Any:
+            return outputs
+
+    batch = Batch(torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(UserCodeError, match="2 outputs, and the loss raised AttributeError") as caught:
+        supervised(Several(), nn.MSELoss())(batch)
+    assert hint in caught.value.hint
+    with pytest.raises(AttributeError, match="shape"):  # a fault of the loss' own
+        supervised(nn.Identity(), lambda outputs, targets: None.shape)(batch)  # type: ignore[attr-defined]

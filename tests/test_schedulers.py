@@ -539,7 +539,7 @@ def test_a_plateau_without_its_monitor_says_what_is_logged() -> None:
         ({"name": "step", "warmup": -1}, "warmup must be a whole number of steps", ""),
         ({"name": "step", "warmup": "soon"}, "must be like '500steps'", ""),
         ({"name": "step", "warmup": None}, "must be like '500steps'", ""),
-        ({}, "unknown name None", "Known: "),
+        ({}, "scheduler has no name", "Give {'name': 'cosine', ...}"),
         ({"name": "cosine", "total": "x"}, "scheduler.total must be a number of steps of at least 1, not 'x'", ""),
         ({"name": "cosine", "total": 0}, "scheduler.total must be a number of steps of at least 1, not 0", ""),
         ({"name": "linear", "total": -5, "interval": "epoch"}, "must be a number of epochs of at least 1, not -5", ""),

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
@@ -835,6 +836,14 @@ async def test_a_step_function_logs_what_it_returns(tmp_path: Path) -> None:
         assert row[f"{prefix}double"] == pytest.approx(2 * row[f"{prefix}loss"])
 
 
+async def test_what_a_step_returns_to_be_logged_and_is_no_number_is_named() -> None:
+    def step(model: nn.Module, batch: Batch) -> dict[str, Any]:
+        return {"loss": model(batch.inputs).mean(), "note": "text"}
+
+    with pytest.raises(UserCodeError, match=r"the step's 'note' must be one number, not 'text'"):
+        await Trainer(network(), step=step).fit(Samples(), max_steps=3)
+
+
 async def test_overridden_steps_are_used() -> None:
     class Own(Trainer):
         def training_step(self, model: nn.Module, batch: Batch) -> Any:
@@ -1297,6 +1306,18 @@ async def test_another_model_or_optimizer_is_refused_with_a_table(tmp_path: Path
         ({"metrics": {"loss": MeanAbsoluteError()}}, "named 'loss'"),
         ({"callbacks": [EarlyStopping]}, "no callback"),
         ({"callbacks": [print]}, "no callback"),
+        ({"callbacks": EarlyStopping()}, "callbacks must be a list"),
+        ({"callbacks": None}, "callbacks must be a list"),
+        ({"seed": 1 << 63}, "below 2\\^63"),
+        ({"run_dir": 3}, "run_dir must be a path"),
+        ({"run_dir": ""}, "run_dir must be a path"),
+        ({"fast_dev_run": "x"}, "fast_dev_run must be"),
+        ({"fast_dev_run": 0}, "fast_dev_run must be"),
+        ({"deterministic": "x"}, "deterministic must be true or false"),
+        ({"step": 3}, "step must be a function"),
+        ({"device_transform": 3}, "device_transform must be a function"),
+        ({"metrics": {3: "mae"}}, "metrics are named by texts"),
+        ({"optimizer": {"lr": 1e-3}}, "optimizer has no name"),
     ],
 )
 def test_values_that_cannot_work_are_refused_when_given(options: dict[str, Any], told: str) -> None:
@@ -1311,6 +1332,9 @@ def test_values_that_cannot_work_are_refused_when_given(options: dict[str, Any],
         ({"max_steps": -1}, "max_steps"),
         ({"max_epochs": 1.5}, "max_epochs"),
         ({"max_time": "soon"}, "max_time"),
+        ({"max_epochs": True}, "max_epochs"),
+        ({"resume": True}, "resume must be 'auto', 'best' or a path, not True"),
+        ({"resume": ""}, "resume must be"),
         ({"resume": "auto"}, "needs a run_dir"),
     ],
 )
@@ -1333,6 +1357,8 @@ async def test_more_is_refused_before_anything_is_written(tmp_path: Path, monkey
         await Trainer(network(), run_dir=run).fit(Samples())
     with pytest.raises(ConfigError, match="ModelCheckpoint needs a run_dir"):
         await trainer(callbacks=[ModelCheckpoint()]).fit(Samples())
+    with pytest.raises(ConfigError, match="CSVLogger needs a run_dir"):
+        await trainer(callbacks=[CSVLogger()]).fit(Samples())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2"):
         await trainer(run_dir=run).fit(Samples())

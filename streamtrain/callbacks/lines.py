@@ -254,6 +254,7 @@ class MetricsLog(LineLog):
     """
 
     reserved: tuple[str, ...] = FIXED
+    needs_folder = True
 
     def __init__(self, *, part: str | int = "64MiB") -> None:
         super().__init__(part=part)
