@@ -288,7 +288,12 @@ def _given(schedule: Scheduler, table: Mapping[str, Any], run: _Run, *, needs_to
     given = {"total": schedule.total} if schedule.total is not None and "total" not in table else table
     schedule.total = run.total(given, interval)
     if schedule.total is None and (schedule.needs_total or needs_total):
-        limit = {"step": "max_steps", "epoch": "max_epochs", "samples": "max_epochs", "time": "max_time"}[interval]
+        limit = {
+            "step": "max_steps",
+            "epoch": "max_epochs",
+            "samples": "max_epochs (and no limit of batches)",
+            "time": "max_time",
+        }[interval]
         raise ConfigError(
             f"the {name} schedule needs to know how long the run is",
             hint=f"Give {limit}, or scheduler={{..., 'total': number of {UNIT_OF[interval]}s}}.",

@@ -6,6 +6,7 @@ that a killed life made beyond its checkpoint stand there twice, as theirs can't
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,8 @@ _PARAMETERS, _TEXT = 100, 500
 
 
 class MLflowLogger(Callback):
-    """Logs to mlflow, into `experiment`, at `uri`; by default `mlruns/` beside the run's folder.
+    """Logs to mlflow, into `experiment`, at `uri`; by default where MLFLOW_TRACKING_URI of the environment says, else
+    to `mlruns/` beside the run's folder.
 
     Newer versions of mlflow want a database (`sqlite:///mlflow.db`, with the whole package mlflow) or a server, and
     refuse folders unless MLFLOW_ALLOW_FILE_STORE=true is set. The run's id is kept in checkpoints: a fit that goes on
@@ -38,6 +40,7 @@ class MLflowLogger(Callback):
 
     def __init__(self, experiment: str = "streamtrain", *, uri: str | None = None, name: str | None = None) -> None:
         find("MLflowLogger", "mlflow", extra="mlflow")
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.needs_folder = uri is None
         self._experiment, self._uri, self._name = experiment, uri, name
         self._once = Once()

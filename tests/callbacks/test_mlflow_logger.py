@@ -87,6 +87,7 @@ class Mlflow(ModuleType):
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> Mlflow:
     module, entities = Mlflow(), ModuleType("mlflow.entities")
     vars(entities).update(Metric=Metric, Param=Param)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setitem(sys.modules, "mlflow", module)
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     return module
@@ -127,6 +128,15 @@ async def test_a_fresh_start_is_another_run_of_the_experiment(tmp_path: Path, ml
     await fit(tmp_path / "b", 2, logger)
     runs = mlflow.stores["http://server"].runs.values()
     assert [(run["experiment"], run["name"]) for run in runs] == [("e0", "named")] * 2
+
+
+async def test_without_an_address_that_of_the_environment_counts(
+    tmp_path: Path, mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    await fit(tmp_path / "a", 2, MLflowLogger())
+    await fit(tmp_path / "b", 2, MLflowLogger(uri="http://other"))
+    assert [*mlflow.stores] == ["http://server", "http://other"]
 
 
 @pytest.mark.parametrize(
