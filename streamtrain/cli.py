@@ -132,6 +132,10 @@ def fit(
     code, report, done = fit_command.run(resolved, said, level=level, quiet=quiet, to_file=to_file, profile=profile)
     try:
         _print(() if quiet else report)
+    except (
+        BrokenPipeError
+    ):  # whoever reads our output has seen enough: a signal that ended the run is told all the same
+        _drop_stdout()
     except OSError as error:
         error.add_note(done)
         raise
@@ -329,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_stdout()
         return 0
     except KeyboardInterrupt as interrupt:
         signum = interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT
@@ -349,12 +353,17 @@ def _of_stdout(error: Exception) -> EnvironmentProblem | None:
         sys.stdout.write("\n")  # an error without a file's name can be anybody's: what fails again is ours
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_stdout()
         return EnvironmentProblem(
             f"the output can't be written: {error.strerror or error}",
             hint=" ".join(getattr(error, "__notes__", ["Make room where stdout goes, or send it elsewhere.", STANDS])),
         )
     return None
+
+
+def _drop_stdout() -> None:
+    """What is still to be written there goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _command(tokens: list[str]) -> int:

@@ -138,9 +138,11 @@ class Evaluator:
                     each = seconds / len(made)
                     yield made
         finally:
-            if flying is not None and not flying.done():
-                await asyncio.wait([flying])
-            await batches.aclose()
+            try:
+                if flying is not None and not flying.done():
+                    await asyncio.wait([flying])
+            finally:
+                await batches.aclose()
 
     def _burst(
         self, batches: Supply, rng: Rng, use: Callable[[Batch, Outcome], T], compute: Compute

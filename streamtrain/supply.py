@@ -61,7 +61,7 @@ class Supply(Protocol):
         """Have a synchronous source produce again what comes before its position; on the train thread."""
 
     async def aclose(self) -> None:
-        """End the pass."""
+        """End the pass, whether or not we are cancelled meanwhile."""
 
 
 def supply(stream: Stream, *, limit: int | None, runner: Runner) -> Supply:
@@ -135,6 +135,18 @@ class Pumped:
     async def aclose(self) -> None:
         self._closing = True  # a source of the user's may swallow a cancellation
         self._task.cancel()
+        closing = asyncio.create_task(self._close(), name="streamtrain-close")
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():  # whoever is cancelled meanwhile would leave the threads of the pass behind
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        closing.result()
+        if cancelled is not None:
+            raise cancelled
+
+    async def _close(self) -> None:
         await asyncio.gather(self._task, return_exceptions=True)
         self._ready.clear()
         await self._pass.aclose()

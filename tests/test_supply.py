@@ -197,3 +197,26 @@ async def test_time_in_a_synchronous_source_counts_as_waiting() -> None:
     await everything(batches)
     assert batches.waited > 0
     await batches.aclose()
+
+
+async def test_a_close_that_is_cancelled_again_and_again_closes_all_the_same() -> None:
+    """The threads of a pass would be left behind: found by one of a thousand cancellations."""
+    gate, closed = asyncio.Event(), asyncio.Event()
+    stream = Samples(40)
+
+    async def close(self: object) -> None:
+        await gate.wait()
+        closed.set()
+
+    batches = supply(stream, limit=None, runner=here)
+    batches._pass.aclose = close.__get__(batches)  # type: ignore[attr-defined]
+    closing = asyncio.create_task(batches.aclose())
+    for _ in range(4):
+        await asyncio.sleep(0)
+        closing.cancel()
+    await idle()
+    assert not closing.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert closed.is_set()

@@ -20,6 +20,7 @@ from streamtrain.saving import Saver
 from tests import warm
 
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parents[2]
 
 NETS = """
 import glob
@@ -269,3 +270,54 @@ def test_a_save_that_would_outlast_the_grace_is_left_out_and_said(
         r"checkpoint, \d+ steps? after it (is|are) lost",
         shown.err,
     )
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM], ids=["to its end", "ended by SIGTERM"])
+def test_a_run_whose_output_nobody_reads_goes_on_and_ends_as_it_would(
+    signum: signal.Signals | None, place: Path
+) -> None:
+    said = f'[[callbacks]]\nname = "flow_nets:Kill"\nsignum = {int(signum or 0)}\nat = {6 if signum else 10**9}\n'
+    (place / "c.toml").write_text(said)
+    command = ["fit", "c.toml", *FIT[1:], "--run-dir", "run", "--max-steps", "400" if signum is None else "1000000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "streamtrain", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+        assert process.wait(timeout=100) == (0 if signum is None else 143)
+    assert newest(place / "run") == steps(place / "run")[-1] >= (400 if signum is None else 6)
+
+
+def test_a_save_that_never_ends_keeps_no_command_from_ending_and_is_named(place: Path) -> None:
+    """`python -m streamtrain`, with a disk whose fsync does not return."""
+    (place / "stuck_disk.py").write_text(
+        "import os, sys, threading\n"
+        "synced = os.fsync\n"
+        "def never_synced(descriptor):\n"
+        "    if 'checkpoints' not in os.readlink(f'/proc/self/fd/{descriptor}'):\n"
+        "        return synced(descriptor)\n"
+        "    print('stuck', flush=True)\n"
+        "    threading.Event().wait(60)\n"
+        "os.fsync = never_synced\n"
+        "from streamtrain.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    command = [*FIT, "--run-dir", "run", "--max-epochs", "3", "--grace", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "stuck_disk.py", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"stuck\n"
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            _, said = process.communicate(timeout=30)
+            assert time.monotonic() - began < 10
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert b"not saved within 1 s: leaving, the last checkpoint stands" in said
+    assert b" in never_synced\n" in said
+    assert scan(place / "run" / "checkpoints") == []
