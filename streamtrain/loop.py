@@ -83,6 +83,8 @@ class Wheel:
         self._patience = patience
         self._stop: tuple[str, str] | None = None
         self._interrupted = self._told_end = False
+        self._validated = life.progress.step
+        """The last step whose validation within an epoch is made; before this life they are, or are owed."""
 
     async def turn(self) -> tuple[str, str]:
         """Train to the end; reason and detail of the end. Raises what went wrong, after having saved."""
@@ -289,7 +291,7 @@ class Wheel:
             verdicts = await self._validate()
         except Stopped:
             return
-        self._progress.owes = ""
+        self._progress.owes, self._validated = "", self._progress.step
         await self._obey(verdicts, self._progress.epoch)
 
     async def _obey(self, verdicts: list[Verdict], epoch: int) -> None:
@@ -367,6 +369,7 @@ class Wheel:
             await self._driver.landed()
             if not self._step.torn:
                 await self._driver.leave_partial()
+            self._owe()
             async with asyncio.timeout(self._patience):  # a disk that hangs must not keep the error from its reader
                 await self._keeper.save_after_error()
         self._control.unbind()  # who waits for a save is told first, and can then be told of the error
@@ -375,6 +378,13 @@ class Wheel:
             await self._teller.emit("on_exception", ExceptionRaised, error=error)
             if not self._told_end:
                 await self._teller.emit("on_train_end", TrainEnd, reason="failed", detail=str(error))
+
+    def _owe(self) -> None:
+        """An error that came between an update and its validation leaves this to the next life."""
+        progress, batches = self._progress, self._plan.batches
+        within = progress.batch > 0 and (batches is None or progress.batch < batches)
+        if within and not progress.owes and progress.step != self._validated and self._plan.validation_due(progress):
+            progress.owes = "validation"
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import DataError, EnvironmentProblem
 from streamtrain.events import EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.saving import Saver
@@ -238,6 +238,21 @@ async def test_a_validation_cut_short_by_a_stop_is_made_by_the_next_life(tmp_pat
     again = trainer(run_dir=tmp_path / "cut", validate_every=every)
     await again.fit(Samples(), validation=Samples(40), max_epochs=2, resume="auto")
     assert same(again.model, whole.model)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+async def test_a_validation_that_an_error_came_before_is_made_by_the_next_life(tmp_path: Path, at: int) -> None:
+    async def fit(folder: Path, stream: Samples) -> None:
+        fitted = trainer(run_dir=folder, validate_every="4steps", log_every=1)
+        await fitted.fit(stream, validation=Samples(30, seed=3), max_epochs=1, resume="auto")
+
+    await fit(tmp_path / "whole", Samples(known=False))
+    cut = Samples(known=False)
+    cut.failures[8 * at] = DataError("cut")
+    with pytest.raises(DataError):
+        await fit(tmp_path / "cut", cut)
+    await fit(tmp_path / "cut", Samples(known=False))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
