@@ -9,7 +9,7 @@ import logging
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
 from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
-from streamtrain.errors import CheckpointError, DataError, StreamtrainError
+from streamtrain.errors import CheckpointError, DataError
 from streamtrain.freezing import Freezing
 from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
 from streamtrain.progress import Progress
+from streamtrain.refusing import refusing
 from streamtrain.rng import Rng, RngState
 from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate, get_lr, set_group_lr
@@ -88,22 +89,6 @@ class Learned:
             self.average.load_state_dict(snapshot.state["average"])
         if self.rollback is not None:
             self.rollback.load_state_dict(snapshot.state["kept"])
-
-
-@contextmanager
-def in_words(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a state that its digests vouch for, but that no run has left, is said as an error of the
-    checkpoint: an edited one, or one of a callback that keeps another state now."""
-    try:
-        yield
-    except (StreamtrainError, MemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {path}: its state can't be taken up: {' '.join(str(error).split())!s:.200} "
-            f"({type(error).__name__})",
-            hint="Was it edited, or written by another version? That version, or another checkpoint, goes on.",
-        ) from error
 
 
 @dataclass(kw_only=True)
@@ -257,16 +242,13 @@ class Life:
             self.average.load_state_dict(average)
             self.average.into_model()
 
+    @refusing
     def restore(
         self, snapshot: Snapshot, path: Path, checkpoints: Path | None, *, allow_data_change: bool = False
     ) -> None:
         """Go to where the snapshot stands. Raises CheckpointError with a table of the differences if it does not fit;
         DataError if the data have changed. With `allow_data_change` the epoch begins anew on those, which is said; the
         learning rate may be another: it is so from here on, in proportion to what a schedule has made of it."""
-        with in_words(path):
-            self._restore(snapshot, path, checkpoints, allow_data_change=allow_data_change)
-
-    def _restore(self, snapshot: Snapshot, path: Path, checkpoints: Path | None, *, allow_data_change: bool) -> None:
         state, learned = snapshot.state, self.learned
         check_state(state, path)
         rate = learned.check(snapshot, self.settings, path, rate_may_change=True)

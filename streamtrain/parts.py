@@ -36,7 +36,6 @@ from streamtrain.life import (
     check_state,
     first_rng,
     habits,
-    in_words,
     schedule_name,
     settings,
 )
@@ -50,6 +49,7 @@ from streamtrain.outside_changes import digest
 from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
 from streamtrain.recomputing import recompute
+from streamtrain.refusing import refusing
 from streamtrain.rng import Rng
 from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
@@ -462,12 +462,9 @@ class Parts:
         if self.optimizer is None and not any(map(is_lazy, self.model.parameters())):
             self.build()
 
+    @refusing
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
-        with in_words(path):
-            self._load(path, snapshot, progress)
-
-    def _load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         check_state(snapshot.state, path)
         if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
             try:

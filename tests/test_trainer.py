@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1882,22 +1881,3 @@ async def test_a_checkpoint_is_loaded_with_the_checks_with_which_it_is_resumed(t
         assert (again.state.step, again.optimizer is None) == (0, lazy)
     with pytest.raises(CheckpointError, match="does not fit"):
         await trainer(network_of(9)).load_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("rng", {"torch": torch.zeros(2)}), ("means", 3), ("progress", None), ("average", [1])]
-)
-async def test_a_state_that_no_run_has_left_is_refused_as_a_whole(tmp_path: Path, key: str, value: object) -> None:
-    """Its digests are right: somebody has made them anew."""
-    first = trainer(run_dir=tmp_path, ema=0.9)
-    path = (await first.fit(Samples(), max_epochs=1)).checkpoint
-    assert path is not None
-
-    def edit() -> None:
-        snapshot = checkpoint.read(path)
-        checkpoint.commit(path, replace(snapshot, state={**snapshot.state, key: value}), replace=True)
-
-    await asyncio.to_thread(edit)
-    again = trainer(run_dir=tmp_path, ema=0.9)
-    with pytest.raises(CheckpointError, match=rf"checkpoint .*{path.name}: its state .*"):
-        await again.fit(Samples(), max_epochs=2, resume="auto")
