@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,12 @@ def made(folder: Path, how: How, life: With, *callbacks: Callback) -> Trainer:
 def streams(store: Path, how: How, life: With) -> tuple[ZarrStream, ZarrStream]:
     given = {"memory": life.memory, "prefetch": life.prefetch, "threads": life.threads, "cache": life.cache}
     common: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    shuffle: Any = how.shuffle
     common |= {"inputs": "x", "targets": "y", "batch_size": BATCH}
     train = ZarrStream(
         store,
         split=(0.0, 0.8),
-        shuffle=how.shuffle,
+        shuffle=shuffle,
         shuffle_blocks=2 if how.shuffle == "block" else None,
         seed=3,
         transform=augmented if how.augment else None,
@@ -251,7 +253,7 @@ def test_a_run_that_was_ended_is_the_undisturbed_one(
         run(lambda: fitted(store, made(whole, how, With()), how, With()))
         for way, step, life in ends:
             way = way if fits(how, way) else "stop"
-            run(lambda way=way, step=step, life=life: ended(store, broken, how, life, way, step))
+            run(partial(ended, store, broken, how, life, way, step))
         run(lambda: fitted(store, made(broken, how, last), how, last))
         assert differences(kept(whole), kept(broken)) == []
 
