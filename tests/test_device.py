@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamtrain.data.batch import Batch, Cursor
-from streamtrain.device import mover, resolve_device
+from streamtrain.device import generators, mover, resolve_device
 from streamtrain.errors import ConfigError, EnvironmentProblem, UserCodeError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -81,3 +81,13 @@ def test_what_a_transform_on_the_device_returns_is_a_batch_or_named(made: Any) -
     batch = Batch(np.zeros(2), np.ones(2), np.array([7, 8]))
     with pytest.raises(UserCodeError, match=r"device_transform returned .*, not a Batch or"):
         mover(torch.device("cpu"), lambda _: made)(batch)
+
+
+def test_a_step_may_draw_from_the_generators_of_the_cpu_and_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    those = tuple(torch.Generator() for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "default_generators", those)
+    assert generators(torch.device("cpu")) == [torch.default_generator]
+    for number, own in enumerate(those):
+        here, there = generators(torch.device("cuda", number))
+        assert here is torch.default_generator
+        assert there is own
