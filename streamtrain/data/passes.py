@@ -15,8 +15,10 @@ import asyncio
 import collections
 import contextlib
 import logging
+import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -352,6 +354,9 @@ class ZarrPass(Ending):
         for scratch in self.scratches:
             reading = scratch.reading
             if reading is not None and now - reading[1] >= self._recipe.read_timeout:
+                frame = sys._current_frames().get(scratch.thread)
+                calls = [f"{at.f_code.co_filename}:{line}" for at, line in traceback.walk_stack(frame)] if frame else []
+                logger.error("%s is being read for %.3g s, in %s", reading[0], now - reading[1], " < ".join(calls))
                 raise EnvironmentProblem(
                     f"{reading[0]} was not read within {self._recipe.read_timeout:g} s",
                     hint="check the storage, or raise read_timeout",

@@ -6,6 +6,7 @@ A reader gives one decoded chunk at a time, to a worker thread with buffers of i
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -34,6 +35,8 @@ class Scratch:
         """Chunks whose bytes were held against a manifest."""
         self.reading: tuple[object, float] | None = None
         """The chunk that is being read (`str` of it names it), and since when (`time.monotonic`)."""
+        self.thread = threading.get_ident()
+        """The worker's own."""
         self.fetched: Mapping[object, Callable[[], Bytes | None]] = {}
         """Of chunks that are elsewhere: what gives the bytes that were fetched ahead for the job in hand, None where
         the chunk is absent, or raises why they could not be had."""

@@ -323,3 +323,38 @@ def test_a_save_that_never_ends_keeps_no_command_from_ending_and_is_named(place:
     assert b"not saved within 1 s: leaving, the last checkpoint stands" in said
     assert b" in never_synced\n" in said
     assert scan(place / "run" / "checkpoints") == []
+
+
+def test_a_read_that_never_returns_ends_the_command_with_its_chunk_named_and_what_was_trained_saved(
+    place: Path,
+) -> None:
+    (place / "stuck_store.py").write_text(
+        "import os, sys, threading\n"
+        "read, reads = os.preadv, []\n"
+        "def never_read(descriptor, *arguments):\n"
+        "    reads.append(os.readlink(f'/proc/self/fd/{descriptor}'))\n"
+        "    if sum('/x/c/' in path for path in reads) > 6:\n"
+        "        threading.Event().wait(60)\n"
+        "    return read(descriptor, *arguments)\n"
+        "os.preadv = never_read\n"
+        "from streamtrain.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    command = [*FIT, "--run-dir", "run", "--max-epochs", "9", "--io", "pread", "--cache", "0", "--read-timeout", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "stuck_store.py", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    assert time.monotonic() - began < 40
+    assert done.returncode == 5, done.stderr
+    assert re.search(
+        r"error: .*chunk .* was not read within 1 s\nhint: check the storage, or raise read_timeout\n", done.stderr
+    )
+    assert re.search(r"is being read for .* s, in .*stuck_store\.py:6", done.stderr)
+    assert newest(place / "run") == steps(place / "run")[-1]
