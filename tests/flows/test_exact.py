@@ -4,6 +4,7 @@ bit, in weights, optimizer, averages, random numbers, callbacks' states and the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import shutil
@@ -12,9 +13,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ class How:
     clip: float | None = None
     scheduler: str | None = None
     optimizer: str = "adamw"
-    shuffle: str = "block"
+    shuffle: Literal["block", "global"] = "block"
     augment: bool = False
     validate_every: str = "1epoch"
     log_every: int = 1
@@ -137,12 +137,11 @@ def made(folder: Path, how: How, life: With, *callbacks: Callback) -> Trainer:
 def streams(store: Path, how: How, life: With) -> tuple[ZarrStream, ZarrStream]:
     given = {"memory": life.memory, "prefetch": life.prefetch, "threads": life.threads, "cache": life.cache}
     common: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    shuffle: Any = how.shuffle
     common |= {"inputs": "x", "targets": "y", "batch_size": BATCH}
     train = ZarrStream(
         store,
         split=(0.0, 0.8),
-        shuffle=shuffle,
+        shuffle=how.shuffle,
         shuffle_blocks=2 if how.shuffle == "block" else None,
         seed=3,
         transform=augmented if how.augment else None,
@@ -253,7 +252,7 @@ def test_a_run_that_was_ended_is_the_undisturbed_one(
         run(lambda: fitted(store, made(whole, how, With()), how, With()))
         for way, step, life in ends:
             way = way if fits(how, way) else "stop"
-            run(partial(ended, store, broken, how, life, way, step))
+            run(functools.partial(ended, store, broken, how, life, way, step))
         run(lambda: fitted(store, made(broken, how, last), how, last))
         assert differences(kept(whole), kept(broken)) == []
 

@@ -129,11 +129,11 @@ def test_mlflow_has_each_step_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def offline(folder: Path) -> list[dict[str, Any]]:
     """The lines of all offline runs of wandb, in their order."""
-    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
-    datastore = importlib.import_module("wandb.sdk.internal.datastore")
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    files: Any = importlib.import_module("wandb.sdk.internal.datastore")
     found = []
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        store = datastore.DataStore()
+        store = files.DataStore()
         store.open_for_scan(str(path))
         while (data := store.scan_data()) is not None:
             record = messages.Record()
