@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from streamtrain.callbacks.base import Callback
@@ -26,9 +25,9 @@ class WandbLogger(Callback):
     """Logs to wandb: `project`, `name`, `entity`, `group` and `tags` as `wandb.init` takes them.
 
     `mode`: `"online"`, or `"offline"`: into the run's folder, for `wandb sync` later; by default what the environment's
-    WANDB_MODE says, else online. The run's id is kept in checkpoints, so that a fit which goes on continues its run,
-    and what a killed life has logged after its last checkpoint is not logged again; a fresh start is a new one. The
-    configuration is the
+    WANDB_MODE says, else online. The run's id is kept in checkpoints, so that a fit which goes on continues its run; a
+    fresh start is a new one. wandb holds lines back for a while: a `kill -9` may take those of the killed life with it,
+    which `metrics.jsonl` has. The configuration is the
     trainer's. What the program prints is not captured. Needs wandb (`pip install 'streamtrain[wandb]'`): ConfigError
     without; where a run can't be begun (no login, no network), EnvironmentProblem.
     """
@@ -55,8 +54,7 @@ class WandbLogger(Callback):
         """Begin a run, or go on with it."""
         again = bool(event.step and self._id)
         self._id = self._id if again else uuid.uuid4().hex[:8]
-        journal = None if event.run_dir is None else Path(event.run_dir, ".wandb-lines")
-        self._once.begin(event.step, journal, key=self._id)
+        self._once.begin(event.step)  # without a journal: what a killed life has logged may have been lost with it
         self._wandb = load("wandb")
         mode = self._mode or os.environ.get("WANDB_MODE") or "online"
         try:
@@ -87,7 +85,6 @@ class WandbLogger(Callback):
             self._log(event.step, {f"resource/{name}": value for name, value in event.values.items()})
         elif self._once.first(event):
             self._log(event.step, {"epoch": event.epoch, "samples": event.samples, **event.values})
-            self._once.handed(event)
 
     def on_media(self, event: Media) -> None:
         """Log them as theirs."""

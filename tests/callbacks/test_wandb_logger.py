@@ -103,15 +103,6 @@ async def test_a_fit_that_goes_on_continues_its_run_with_each_line_once(tmp_path
     assert first.logged + second.logged == told
 
 
-async def test_what_was_logged_beyond_a_lost_checkpoint_is_not_again(tmp_path: Path, wandb: Wandb) -> None:
-    await fit(tmp_path, 10, WandbLogger())
-    await fit(tmp_path, 14, WandbLogger())
-    (tmp_path / "checkpoints" / "step-000000014").rename(tmp_path / "lost")  # as if killed before it was committed
-    await fit(tmp_path, 20, WandbLogger())
-    steps = [row["step"] for run in wandb.runs for row in run.logged if "loss" in row]
-    assert steps == list(range(2, 21, 2))
-
-
 async def test_a_fresh_start_is_another_run(tmp_path: Path, wandb: Wandb) -> None:
     logger = WandbLogger()
     await fit(tmp_path / "a", 2, logger)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import importlib
 import json
 import logging
 import os
@@ -56,10 +55,6 @@ class Dies(Callback):
 def trackers(which: str) -> list[Any]:
     if which == "tensorboard":
         return [TensorBoard()]
-    if which == "wandb":
-        from streamtrain.callbacks.wandb_logger import WandbLogger
-
-        return [WandbLogger("p", mode="offline")]
     from streamtrain.callbacks.mlflow_logger import MLflowLogger
 
     return [MLflowLogger()]
@@ -125,30 +120,6 @@ def test_mlflow_has_each_step_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     killed(folder, "mlflow")
     asyncio.run(fit(folder, "mlflow"))
     assert [step for step, _ in stored(folder)] == list(range(1, STEPS + 1))
-
-
-def offline(folder: Path) -> list[dict[str, Any]]:
-    """The lines of all offline runs of wandb, in their order."""
-    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
-    files: Any = importlib.import_module("wandb.sdk.internal.datastore")
-    found = []
-    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        store = files.DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = messages.Record()
-            record.ParseFromString(data)
-            if record.HasField("history"):
-                items = record.history.item
-                found.append({(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in items})
-    return found
-
-
-def test_wandb_offline_has_each_step_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: nothing real to be killed")
-    killed(folder, "wandb")
-    asyncio.run(fit(folder, "wandb"))
-    assert [row["step"] for row in offline(folder) if "loss" in row] == list(range(1, STEPS + 1))
 
 
 if __name__ == "__main__":
