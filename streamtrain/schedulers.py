@@ -103,6 +103,18 @@ class _Run:
             raise ConfigError(f"scheduler.{key} must be a finite number of {unit}s, at least 0, not {value!r}")
         return amount if interval == "time" else int(amount)
 
+    def warmup(self, value: Any, interval: str, total: float | None) -> float:
+        """The warm-up in units of the interval: a span, or (but of seconds, which are no whole numbers) a share of
+        the run, rounded up as in Hugging Face's `warmup_ratio`."""
+        if type(value) is not float or not 0.0 < value < 1.0 or interval == "time":
+            return self.span(value, "warmup", interval)
+        if total is None:
+            raise ConfigError(
+                f"scheduler.warmup={value} is a share of a run of unknown length",
+                hint=f"Give max_epochs or max_steps, or a number of {UNIT_OF[interval]}s.",
+            )
+        return math.ceil(value * total)
+
     def total(self, table: Mapping[str, Any], interval: str) -> float | None:
         """The length of the run, as the table says or as it is known."""
         if "total" not in table:
@@ -133,11 +145,12 @@ def build_scheduler(
     "interval": "step"} with the fields of the schedule's class as keys; a Scheduler, or its class; a function with
     a parameter named `progress` (0.0 to 1.0 of the run) or `t` (the count), which gives the factor of the rate; or a
     torch scheduler, its class, a path to it ("torch.optim.lr_scheduler.StepLR"), or a callable from optimizer to one.
-    All of these may be the dict's "name"; further keys are its keywords. Keys for all: `warmup`, `interval` (what is
-    counted: "step", "epoch", "samples" or "time", the last two not for torch's) and `total`. Without an interval
-    torch's are stepped after each update, ReduceLROnPlateau (with "monitor") after each epoch's validation. All of them
-    count steps, also those whose update was left out because of a number that is not finite: the rate of a step is that
-    of its number, on any device (a GPU tells of such an update only later).
+    All of these may be the dict's "name"; further keys are its keywords. Keys for all: `warmup` (a number, "2epochs", or
+    a share of the run, 0.05), `interval` (what is counted: "step", "epoch", "samples" or "time", the last two not for
+    torch's) and `total`. Without an interval torch's are stepped after each update, ReduceLROnPlateau (with "monitor")
+    after each epoch's validation. All of them count steps, also those whose update was left out because of a number
+    that is not finite: the rate of a step is that of its number, on any device (a GPU tells of such an update only
+    later).
 
     Raises ConfigError.
     """
@@ -227,7 +240,7 @@ def _torch(optimizer: Optimizer, scheduler: object, table: Mapping[str, Any], ru
             raise ConfigError("ReduceLROnPlateau can't be stepped after each update", hint="interval='epoch'")
         interval = "epoch"
     interval = interval or "step"
-    warmup = int(run.span(table.get("warmup", 0), "warmup", interval))
+    warmup = int(run.warmup(table.get("warmup", 0), interval, run.totals[interval]))
     return TorchLearningRate(optimizer, scheduler, interval=interval, monitor=table.get("monitor"), warmup=warmup)
 
 
@@ -282,11 +295,11 @@ def _given(schedule: Scheduler, table: Mapping[str, Any], run: _Run, *, needs_to
     interval = schedule.interval = table.get("interval") or schedule.interval
     if interval not in UNIT_OF:
         raise ConfigError(f"scheduler.interval must be 'step', 'epoch', 'samples' or 'time', not {interval!r}")
-    schedule.warmup = run.span(table.get("warmup", schedule.warmup), "warmup", interval)
     if table.get("monitor") is not None:
         schedule.monitor = table["monitor"]
     given = {"total": schedule.total} if schedule.total is not None and "total" not in table else table
     schedule.total = run.total(given, interval)
+    schedule.warmup = run.warmup(table.get("warmup", schedule.warmup), interval, schedule.total)
     if schedule.total is None and (schedule.needs_total or needs_total):
         limit = {
             "step": "max_steps",

@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from streamtrain.errors import ConfigError
+from streamtrain.learning_rate import ScheduledLearningRate
 from streamtrain.schedulers import build_scheduler, get_lr, parse_span, set_group_lr
 from streamtrain.schedules import NAMED, Cosine, Scheduler
 from streamtrain.trainer import Trainer
@@ -268,6 +269,20 @@ def test_each_has_a_warm_up_in_front(spec: Any) -> None:
     keywords = {"step_size": 100} if spec is StepLR else {}
     rates = ours({"name": spec, "warmup": "4steps", **keywords}, 5, total_steps=10)
     assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("spec", ["constant", "cosine", "plateau", StepLR, lambda t: 1.0])
+def test_a_warm_up_may_be_a_share_of_the_run_rounded_up(spec: Any) -> None:
+    table = {"name": spec, **({"step_size": 100} if spec is StepLR else {})}
+    assert ours({**table, "warmup": 0.31}, 10, total_steps=10) == ours({**table, "warmup": 4}, 10, total_steps=10)
+    with pytest.raises(ConfigError, match=r"scheduler.warmup=0\.31 is a share of a run of unknown length"):
+        ours({**table, "warmup": 0.31, "name": "constant" if spec == "cosine" else spec}, 10)
+
+
+def test_a_warm_up_in_seconds_is_no_share() -> None:
+    schedule = build_scheduler(optimizer(), {"name": "constant", "interval": "time", "warmup": 0.5}, total_seconds=10.0)
+    assert isinstance(schedule, ScheduledLearningRate)
+    assert schedule.schedule.warmup == 0.5
 
 
 def test_the_first_rate_after_a_warm_up_is_rounded_as_torchs() -> None:
