@@ -145,12 +145,12 @@ def build_scheduler(
     "interval": "step"} with the fields of the schedule's class as keys; a Scheduler, or its class; a function with
     a parameter named `progress` (0.0 to 1.0 of the run) or `t` (the count), which gives the factor of the rate; or a
     torch scheduler, its class, a path to it ("torch.optim.lr_scheduler.StepLR"), or a callable from optimizer to one.
-    All of these may be the dict's "name"; further keys are its keywords. Keys for all: `warmup` (a number, "2epochs", or
-    a share of the run, 0.05), `interval` (what is counted: "step", "epoch", "samples" or "time", the last two not for
-    torch's) and `total`. Without an interval torch's are stepped after each update, ReduceLROnPlateau (with "monitor")
-    after each epoch's validation. All of them count steps, also those whose update was left out because of a number
-    that is not finite: the rate of a step is that of its number, on any device (a GPU tells of such an update only
-    later).
+    All of these may be the dict's "name"; further keys are its keywords. Keys for all: `warmup` (a number, "2epochs",
+    or a share of the run, 0.05), `interval` (what is counted: "step", "epoch", "samples" or "time", the last two not
+    for torch's) and `total`. Without an interval torch's are stepped after each update, ReduceLROnPlateau (with
+    "monitor") after each epoch's validation. All of them count steps, also those whose update was left out because of
+    a number that is not finite: the rate of a step is that of its number, on any device (a GPU tells of such an
+    update only later).
 
     Raises ConfigError.
     """
