@@ -14,6 +14,7 @@ from torch import Tensor
 from streamtrain import checkpoint
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.foreign import refuse_to_go_on
+from streamtrain.refusing import refusing
 from streamtrain.state import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -102,15 +103,21 @@ def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
     entry = checkpoint.newest_valid(checkpoints)
     if entry is None:
         raise CheckpointError(f"resume='best': there is no checkpoint in {checkpoints}")
-    progress = checkpoint.read(entry.path).state["progress"]
-    names = {monitor: name for monitor, _, _, _, name in progress["bests"]}
-    name = names.get(progress["best"])
+    name = _named_best(checkpoint.read(entry.path), entry.path)
     if name is None:
         raise CheckpointError(
             f"resume='best': {entry.path} names no best checkpoint", hint="Was there a validation? Give 'auto'."
         )
     path = checkpoints / Path(name).name
     return path, checkpoint.read(path)
+
+
+@refusing
+def _named_best(snapshot: Snapshot, path: Path) -> str | None:
+    """The name of the best checkpoint, as the one at `path` tells it; None if it tells none."""
+    progress = snapshot.state["progress"]
+    names: dict[str, str] = {monitor: str(name) for monitor, _, _, _, name in progress["bests"] if name is not None}
+    return names.get(progress["best"])
 
 
 def repeated(folder: Path, step: int) -> int:

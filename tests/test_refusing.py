@@ -38,6 +38,16 @@ async def test_a_state_that_no_run_has_left_is_refused(tmp_path: Path, key: str,
     assert caught.value.hint
 
 
+async def test_a_best_that_no_run_has_left_is_refused(tmp_path: Path) -> None:
+    path = (await trainer(tmp_path).fit(Samples(), max_epochs=1)).checkpoint
+    assert path is not None
+    snapshot = await asyncio.to_thread(checkpoint.read, path)
+    edited = replace(snapshot, state={**snapshot.state, "progress": {"best": "val_loss"}})
+    await asyncio.to_thread(checkpoint.commit, path, edited, replace=True)
+    with pytest.raises(CheckpointError, match=r"its state can't be taken up: KeyError: 'bests'"):
+        await trainer(tmp_path).fit(Samples(), max_epochs=2, resume="best")
+
+
 def test_errors_of_ours_are_what_they_were_and_others_name_the_checkpoint() -> None:
     def take_up(error: Exception, path: Path) -> None:
         raise error
