@@ -91,7 +91,7 @@ def test_tensorboard_csv_and_jsonl_have_each_step_once(
     killed(folder, "tensorboard")
     caplog.set_level(logging.INFO)
     asyncio.run(fit(folder, "tensorboard", ProgressBar()))
-    begun = re.search(r"going on from .* at step (\d+); \d+ steps that were made after it are repeated", caplog.text)
+    begun = re.search(r"going on from .* at step (\d+)", caplog.text)
     assert begun is not None
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = list(range(1, STEPS + 1))
