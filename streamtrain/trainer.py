@@ -794,7 +794,9 @@ class Trainer:
                 life.step.tally.epoch = self._lasting.step.tally.epoch
                 life.metrics = self._lasting.metrics
         elif self.state.batch:
-            logger.info("another stream: epoch %d begins anew", self.state.epoch)
+            logger.warning(
+                "another stream: epoch %d begins anew, with batches that may have been trained on", self.state.epoch
+            )
             self.state.batch, self.state.owes, self.state.verdicts = 0, "", []
 
     def _rule(self) -> ModelCheckpoint:

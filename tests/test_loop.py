@@ -288,7 +288,7 @@ async def test_what_was_decided_at_an_epochs_end_outlives_a_validation_cut_short
     assert again.state.verdicts == []
 
 
-async def test_an_epoch_that_begins_anew_on_another_stream_owes_nothing() -> None:
+async def test_an_epoch_that_begins_anew_on_another_stream_owes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     stream = Samples(40)
     stream.gates[16] = asyncio.Event()
     fitted = trainer(sanity_batches=0)
@@ -304,6 +304,7 @@ async def test_an_epoch_that_begins_anew_on_another_stream_owes_nothing() -> Non
     fitted.callbacks.clear()
     result = await fitted.fit(Samples(), validation=Samples(40))
     assert (result.epoch, result.step) == (1, 26)
+    assert caplog.text.count("another stream: epoch 0 begins anew, with batches that may have been trained on") == 1
 
 
 # --- deciders and callbacks ---
