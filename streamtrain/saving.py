@@ -147,6 +147,12 @@ class Saver:
         if under_way:
             await asyncio.wait(under_way)
 
+    async def end(self) -> None:
+        """The same, without waiting for memory that no snapshot needs any more: a step that hangs would keep it."""
+        if self._reserving is not None:
+            self._reserving.cancel()
+        await self.wait()
+
     def check(self) -> None:
         """Raise the error of saves that failed too often."""
         if self._fatal is not None:

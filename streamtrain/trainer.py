@@ -614,6 +614,10 @@ class Trainer:
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
+    async def _leave_weights(self, thread: TrainThread) -> None:
+        if self._gone is not None and not self._gone.done():  # else a step hangs, before which no job comes
+            await thread.run(self._parts.leave)
+
     def _hasten(self) -> None:
         """Where the end has a deadline callbacks have half of the time: the other half is for a save that waited."""
         stop = self.control.stopping
@@ -674,7 +678,7 @@ class Trainer:
             stack.callback(train.follow, False)
             await parts.prepare(train, thread)
             await thread.run(lambda: parts.begin(resumed=found is not None))
-            stack.push_async_callback(thread.run, parts.leave)
+            stack.push_async_callback(self._leave_weights, thread)
             limits = self._limited(limits, found=found is not None)
             life = await thread.run(lambda: parts.life(train, self.state, bus, self.control, limits))
             checks.scheduler(life.lr)
@@ -755,7 +759,7 @@ class Trainer:
                 if life.switch is not None and not self._gone.done():
                     await thread.run(life.switch.judge)
                 if saver is not None:
-                    await saver.wait()
+                    await saver.end()
                     self._checkpoint = saver.last or self._checkpoint
                 self._position = (train, train.state_dict())
         state = self.state

@@ -309,7 +309,8 @@ def test_a_run_may_change_its_limits_memory_and_place() -> None:
 
 
 def test_what_a_run_may_not_change_is_named_with_both_values() -> None:
-    assert changed(optimizer__lr=0.2) == ["optimizer.lr: 0.1 -> 0.2"]
+    assert changed(optimizer__weight_decay=0.2) == ["optimizer.weight_decay: unset -> 0.2"]
+    assert changed(optimizer__lr=0.2) == []
     assert changed(data__seed=1, trainer__precision="bf16") == [
         "data.seed: 0 -> 1",
         "trainer.precision: '32' -> 'bf16'",

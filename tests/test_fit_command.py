@@ -64,8 +64,8 @@ def test_a_folder_of_the_same_configuration_is_gone_on_with(tmp_path: Path) -> N
 
 def test_a_folder_of_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
     kept(tmp_path, config()[0])
-    with pytest.raises(ConfigError, match=r"was made with another configuration: optimizer\.lr: 0\.001 -> 0\.5$"):
-        refuse_other_run(config(optimizer={"lr": 0.5})[0], str(tmp_path))
+    with pytest.raises(ConfigError, match=r"was made with another configuration: trainer\.seed: unset -> 5$"):
+        refuse_other_run(config(trainer={"seed": 5})[0], str(tmp_path))
 
 
 def test_checkpoints_of_another_configuration_are_not_resumed(tmp_path: Path) -> None:

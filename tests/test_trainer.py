@@ -1279,7 +1279,7 @@ async def test_another_model_or_optimizer_is_refused_with_a_table(tmp_path: Path
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     for options, told in (
         ({"optimizer": "sgd"}, "optimizer.class: 'AdamW' -> 'SGD'"),
-        ({"lr": 0.5}, r"optimizer.groups\[0\].lr: 0.001 -> 0.5"),
+        ({"optimizer": {"name": "adamw", "weight_decay": 0.5}}, r"optimizer.groups\[0\].weight_decay: 0.01 -> 0.5"),
         ({"seed": 6}, "seed: 5 -> 6"),
         ({"precision": "bf16"}, "precision: '32' -> 'bf16'"),
         ({"scheduler": "cosine"}, "scheduler: "),

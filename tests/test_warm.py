@@ -54,7 +54,10 @@ def test_how_it_ended_is_told_as_subprocess_tells_it(program: str, code: int) ->
 
 
 def test_several_run_at_once_and_are_waited_for_and_ended_one_by_one() -> None:
-    program = "import sys; print('there', flush=True)\nwhile True: pass"
+    program = (  # whoever runs the tests in the background has it ignore this signal
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('there', flush=True)\nwhile True: pass"
+    )
     one, other = warm.piped(["-c", program]), warm.piped(["-c", program])
     for process, said in (one, other):
         assert said.readline() == b"there\n"
