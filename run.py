@@ -213,7 +213,7 @@ def on_newest(options: list[str]) -> int:
 def on_one(version: str, found: str, wanted: list[str], arguments: list[str]) -> int:
     """Tests on one of them, by these arguments of pytest's; what they print comes at their end."""
     try:
-        python = environment(found, version, wanted)
+        python = str(environment(found, version, wanted))
     except subprocess.CalledProcessError as error:
         return fail(f"pip ended with {error.returncode} for Python {version}", "its output above says why")
     shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
