@@ -28,11 +28,11 @@ class Driver:
     def __init__(
         self, life: Life, plan: Plan, thread: TrainThread, *, deterministic: bool, gone: asyncio.Future[None]
     ) -> None:
-        """`gone`: settled once nobody is to wait any more for a burst that does not return."""
         assert life.stream is not None
         self._life, self._plan, self._thread, self._stream = life, plan, thread, life.stream
         self._kernels = _deterministic if deterministic else contextlib.nullcontext
-        self._gone = gone
+        self.gone = gone
+        """Settled once nobody is to wait any more for a burst that does not return."""
         self._flying: asyncio.Future[Report] | None = None
         self.waiting: float | None = None
         """Since when a batch is waited for, on `time.monotonic`'s clock."""
@@ -164,15 +164,18 @@ class Driver:
             self._stream.trained(report.cursor)
 
     async def landed(self) -> None:
-        """Wait for a burst that nobody waits for any more, and count it. Raises EnvironmentProblem if it hangs."""
+        """Wait for a burst that nobody waits for any more, and count it. Raises EnvironmentProblem if it hangs, or if
+        another job of the train thread does."""
         while self._flying is not None:
             with contextlib.suppress(asyncio.CancelledError):
-                either: set[asyncio.Future[Any]] = {self._flying, self._gone}
+                either: set[asyncio.Future[Any]] = {self._flying, self.gone}
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not self._flying.done():
-                    raise EnvironmentProblem("a step has not returned in time", hint="It is left behind.")
+                    break
                 flying, self._flying = self._flying, None
                 self._land(flying.result())
+        if self.gone.done() and self._thread.since is not None:
+            raise EnvironmentProblem("a step has not returned in time", hint="It is left behind.")
 
     async def leave_partial(self) -> None:
         """Forget batches that are not part of a finished update: the next life takes them again."""

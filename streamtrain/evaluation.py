@@ -90,15 +90,16 @@ class Evaluator:
         *,
         limit: int | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        gone: asyncio.Future[None] | None = None,
     ) -> dict[str, float]:
         """The means over one pass of `stream`, of `limit` batches at most: `loss` and the metrics by their names.
 
         One run at a time: another one waits for its turn. Raises DataError if it gives nothing, Stopped once
-        `stopping()` says so.
+        `stopping()` says so. `gone`: settled once nobody is to wait any more for a burst that does not return.
         """
         async with self._turn():
             sums = _Sums(self.metrics)
-            async with aclosing(self._bursts(stream, thread, rng, limit, sums.add)) as bursts:
+            async with aclosing(self._bursts(stream, thread, rng, limit, sums.add, gone=gone)) as bursts:
                 async for _ in bursts:
                     if stopping():
                         raise Stopped
@@ -122,6 +123,7 @@ class Evaluator:
         limit: int | None,
         use: Callable[[Batch, Outcome], T],
         compute: Compute | None = None,
+        gone: asyncio.Future[None] | None = None,
     ) -> AsyncGenerator[list[T], None]:
         """Run `use(batch, outcome)` for each batch on the train thread; a list of its results for each burst."""
         own = Rng(rng.state)
@@ -140,7 +142,8 @@ class Evaluator:
         finally:
             try:
                 if flying is not None and not flying.done():
-                    await asyncio.wait([flying])
+                    either: set[asyncio.Future[Any]] = {flying} if gone is None else {flying, gone}
+                    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await batches.aclose()
 

@@ -51,7 +51,7 @@ def standing(life: Life, folder: Path, checkpoint: Path | None) -> Document:
     told["batch"] = None if step.culprit is None else _batch(step.culprit, stream)
     told["checkpoint"] = None if checkpoint is None else str(checkpoint)
     told["memory"] = _told("the memory", lambda: memory(stream))
-    told["versions"] = versions()
+    told["versions"] = _told("the versions", versions)
     told["settings"] = {**life.settings, **life.habits}
     told["config"] = dict(life.config)
     told["metrics"] = _told("the metrics", lambda: list(deque(rows(folder / "metrics.jsonl"), maxlen=LINES)))

@@ -65,6 +65,8 @@ class Keeper:
         """The best of the last judged step, by monitor, which are named once they are saved."""
         self._joined = 0
         """Periodic saves that were due while another was under way."""
+        self._restored = False
+        """The model has the best weights, after the last ones were saved."""
 
     def _mark(self) -> tuple[int, int, str, bool]:
         """What tells one state that is worth saving from another."""
@@ -137,6 +139,8 @@ class Keeper:
         began = time.perf_counter()
         await saver.wait()  # one at a time: there is memory for one copy
         path, done = (None, None) if request is None else (request.path, request.done)
+        if self._restored and path is None:  # what the run goes on from is saved, and not to be replaced by the best
+            return None if done is None else done(saver.last, None)
         step, rule = self._life.progress.step, saver.rule
         where = {**self._teller.standing(), "kind": kind}  # of this step, not of the later one
 
@@ -263,10 +267,11 @@ class Keeper:
         return False
 
     async def save_after_error(self) -> None:
-        """The same where saving itself may be what went wrong."""
-        if self.saver is not None and self.saver.failing:
+        """The same where saving itself may be what went wrong, or the weights may be worth nothing: then only what is
+        under way is waited for."""
+        if self.saver is not None and (self.saver.failing or self._life.step.torn):
             await self.saver.wait()
-        elif not self._life.step.torn:
+        else:
             await self.save_at_end()
 
     async def load_best(self) -> None:
@@ -277,6 +282,7 @@ class Keeper:
             return
         if best.step == life.progress.step:
             if life.average is not None:
+                self._restored = True
                 await self._thread.run(life.average.into_model)
             return
         weights, average, path = life.weights, None, best.checkpoint
@@ -285,6 +291,7 @@ class Keeper:
             weights, average = snapshot.model, snapshot.state["average"]
         told = f"the weights of step {best.step}, the best {best.monitor} ({best.value:g})"
         if weights:
+            self._restored = True
             await self._thread.run(lambda: life.load_weights(weights, average))
             logger.info("the model has %s", told)
         else:

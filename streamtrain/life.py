@@ -25,7 +25,7 @@ from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
 from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
-from streamtrain.errors import CheckpointError, DataError
+from streamtrain.errors import CheckpointError, DataError, StreamtrainError, UserCodeError
 from streamtrain.freezing import Freezing
 from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
 from streamtrain.progress import Progress
@@ -158,7 +158,7 @@ class Life:
             "own_rng": self.own_rng,
             "scheduler": self.lr.state_dict(),
             "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
-            "callbacks": {name: _state_of(callback) for name, callback in self.callbacks.items()} | self.asked,
+            "callbacks": {name: _state_of(name, callback) for name, callback in self.callbacks.items()} | self.asked,
             "metrics": dict(self.metrics),
             "window": self.step.tally.window.state_dict(),
             "means": self.step.tally.epoch.state_dict(),
@@ -175,7 +175,7 @@ class Life:
     def deciders(self) -> dict[str, Tree]:
         """Copies of the deciders' states."""
         deciders = {name: callback for name, callback in self.callbacks.items() if getattr(callback, "decides", False)}
-        return {name: trees.clone(_state_of(callback)) for name, callback in deciders.items()}
+        return {name: trees.clone(_state_of(name, callback)) for name, callback in deciders.items()}
 
     def check(self) -> None:
         """Raise CheckpointError if anything here can't be kept in a checkpoint."""
@@ -409,9 +409,18 @@ def has_state(callback: object) -> bool:
     return own is not None and own is not Callback.state_dict
 
 
-def _state_of(callback: object) -> Tree:
+def _state_of(name: str, callback: object) -> Tree:
+    """Raises UserCodeError where it raises anything but our own errors."""
     get = getattr(callback, "state_dict", None)
-    return get() if callable(get) else {}
+    try:
+        return get() if callable(get) else {}
+    except StreamtrainError:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"callback {name}: state_dict raised {type(error).__name__}: {error}",
+            hint="The traceback (--debug) shows the line in the callback.",
+        ) from error
 
 
 def _model_differences(saved: Mapping[str, Any], model: nn.Module) -> Iterator[str]:

@@ -271,8 +271,8 @@ class Wheel:
                 continue  # it could not start over
             stream.set_epoch(0)
             limit = self._plan.sanity if sanity else self._plan.validation_limits.get(name)
-            rng = self._life.rng
-            evaluating = self._evaluator.run(stream, self._thread, rng, limit=limit, stopping=self._stopping)
+            how: dict[str, Any] = {"limit": limit, "stopping": self._stopping, "gone": self._driver.gone}
+            evaluating = self._evaluator.run(stream, self._thread, self._life.rng, **how)
             means = await self._keeper.attend(evaluating, unless=self._stopping)
             prefix = f"val_{name}_" if name else "val_"
             values |= {prefix + metric: value for metric, value in means.items()}

@@ -19,6 +19,8 @@ from streamtrain.state import Snapshot
 
 logger = logging.getLogger(__name__)
 
+JOURNALS = ".*-lines"
+"""Files of a run's folder that tell which lines of its log are elsewhere already."""
 TAIL = 4096
 """Bytes at the end of a log."""
 Resume = str | os.PathLike[str] | None
@@ -41,7 +43,18 @@ def weights(checkpoints: Path, path: str | os.PathLike[str]) -> tuple[Path, dict
     averaged = average.get("weights", {}) if isinstance(average, dict) else {}
     if averaged:
         logger.info("the weights of %s are those of its moving average", where)
-    return where, {**snapshot.model, **averaged}
+    return where, _with(averaged, snapshot.model)
+
+
+def _with(averaged: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state with these parameters, under all names of each: an average knows tied ones by their first."""
+    there = {_place(model[name]): tensor for name, tensor in averaged.items() if name in model}
+    return {name: there.get(_place(tensor), tensor) for name, tensor in model.items()}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What tied tensors have in common, and no others."""
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape) if tensor.numel() else (id(tensor),)
 
 
 def check(resume: object, name: str = "resume") -> None:
@@ -136,7 +149,8 @@ def repeated(folder: Path, step: int) -> int:
 def set_newer_aside(checkpoints: Path, path: Path, step: int) -> None:
     """Newer checkpoints of the run belong to a future that is given up: they get another name, which is said.
 
-    To be called once everything fits: a life that is refused gives up nothing.
+    Journals go too: the lines of the future that begins may be others, and are to be handed over. To be called once
+    everything fits: a life that is refused gives up nothing.
     """
     for newer in sorted(checkpoints.glob("step-*")) if checkpoints.is_dir() else ():
         number = newer.name.removeprefix("step-")
@@ -144,6 +158,8 @@ def set_newer_aside(checkpoints: Path, path: Path, step: int) -> None:
             aside = _free_name(checkpoints, f"abandoned-{newer.name}")
             newer.rename(aside)
             logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer.name, aside.name)
+            for journal in checkpoints.parent.glob(JOURNALS):
+                journal.unlink(missing_ok=True)
 
 
 def _free_name(folder: Path, name: str) -> Path:

@@ -37,7 +37,7 @@ from streamtrain.data.source import Stream
 from streamtrain.device import resolve_device
 from streamtrain.disk import LOCAL, Disk
 from streamtrain.driving import Driver
-from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem, StreamtrainError
+from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem
 from streamtrain.evaluation import Evaluator
 from streamtrain.failure import standing
 from streamtrain.file_thread import Files, file_thread
@@ -648,8 +648,10 @@ class Trainer:
             except Exception as error:
                 if folder is not None:
                     failure, life = error, None if self._lasting is before else self._lasting
-                    with suppress(StreamtrainError):
+                    try:
                         await files(lambda: self._write_down(folder, failure, life))
+                    except Exception as problem:  # whatever it is: the error itself is what the user gets
+                        logger.warning("error.json is not written: %s: %s", type(problem).__name__, problem)
                 raise
 
     def _write_down(self, folder: RunFolder, error: Exception, life: Life | None) -> None:
@@ -701,6 +703,8 @@ class Trainer:
             else:
                 path, origin = None, None if self._loaded is None else self._origin
                 self._go_on(train, life)
+                if origin is not None:
+                    self._checkpoint = origin
                 if checkpoints is not None and origin is not None:
                     await files(lambda: resume.set_newer_aside(checkpoints, origin, self.state.step))
             self._lasting = life

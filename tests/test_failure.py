@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, UserCodeError
 from streamtrain.events import BatchEnd, TrainBegin
@@ -191,3 +192,38 @@ async def test_memory_that_runs_out_in_a_transform_or_a_callback_is_the_machines
             await trainer(network(), tmp_path / "a").fit(stream)
     with pytest.raises(EnvironmentProblem, match=r"callback Angry: on_batch_end raised MemoryError"):
         await trainer(network(), tmp_path / "b", callbacks=[Angry(MemoryError())]).fit(Samples(), max_epochs=99)
+
+
+async def test_what_can_t_be_told_or_written_never_hides_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("streamtrain.failure.PACKAGES", ("no-such-package",))
+    with pytest.raises(UserCodeError, match="no such layer"):
+        await trainer(Fails(3, broken), tmp_path / "a").fit(Samples())
+    assert told(tmp_path / "a")["versions"] is None
+
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("streamtrain.run_folder.RunFolder.write_error", full)
+    with pytest.raises(UserCodeError, match="no such layer"):
+        await trainer(Fails(3, broken), tmp_path / "b").fit(Samples())
+    assert "error.json is not written: OSError: the disk is full" in caplog.text
+
+
+class Forgetful(Callback):
+    """Can't tell its state after a while."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.asked += 1
+        return {} if self.asked < 3 else {"lost": [][self.asked]}
+
+
+async def test_a_callback_that_can_t_tell_its_state_is_named(tmp_path: Path) -> None:
+    rules: list[object] = [ModelCheckpoint(every="1steps"), Forgetful()]
+    with pytest.raises(UserCodeError, match="callback Forgetful: state_dict raised IndexError"):
+        await trainer(network(), tmp_path, callbacks=rules).fit(Samples())
+    assert told(tmp_path)["checkpoint"] == str(tmp_path / "checkpoints" / "step-000000001")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -12,8 +13,11 @@ import pytest
 from torch import nn
 
 from streamtrain import resume
+from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.callbacks.once import Once
 from streamtrain.errors import CheckpointError
+from streamtrain.events import Log, TrainBegin
 from streamtrain.schedulers import get_lr
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, lines, network, same
@@ -146,3 +150,29 @@ async def test_a_run_with_another_rate_is_the_bare_loops_from_there_on(tmp_path:
     await set_there.fit(stream, max_steps=10)
     assert same(again.model, set_there.model)
     assert json.loads((tmp_path / "a" / "status.json").read_text())["step"] == 10
+
+
+class Tracker(Callback):
+    """A logger whose lines can't be cut off again."""
+
+    def __init__(self) -> None:
+        self.once, self.steps = Once(), list[int]()
+
+    async def on_train_begin(self, event: TrainBegin) -> None:
+        await asyncio.to_thread(self.once.begin, event.step, Path(str(event.run_dir)) / ".tracker-lines")
+
+    def on_log(self, event: Log) -> None:
+        if self.once.first(event):
+            self.once.handed(event)
+            self.steps.append(event.step)
+
+
+async def test_lines_of_a_future_that_is_given_up_keep_nobody_from_handing_over_those_of_another(
+    tmp_path: Path,
+) -> None:
+    rule = ModelCheckpoint(every="3steps", keep_last=-1)
+    await trainer(tmp_path, callbacks=[rule, Tracker()]).fit(Samples(), max_steps=9)
+    tracker = Tracker()
+    again = trainer(tmp_path, callbacks=[rule, tracker], lr=1e-4)
+    await again.fit(Samples(), max_steps=9, resume=tmp_path / "checkpoints" / "step-000000003")
+    assert tracker.steps == [4, 5, 6, 7, 8, 9]

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import json
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import nn
 
 from streamtrain import Callback, ModelCheckpoint, Trainer, checkpoint
 from streamtrain.disk import LOCAL, Disk, LocalDisk
-from streamtrain.errors import CheckpointError, EnvironmentProblem
+from streamtrain.early_stopping import EarlyStopping
+from streamtrain.errors import CheckpointError, EnvironmentProblem, UserCodeError
 from streamtrain.events import Event
 from streamtrain.file_thread import file_thread
 from streamtrain.life import Life
@@ -196,3 +199,108 @@ async def test_what_was_never_verified_pushes_out_nothing(tmp_path: Path) -> Non
     left = await asyncio.to_thread(problems, tmp_path)
     assert left.pop("step-000000015") is None
     assert list(left) == ["step-000000020"]
+
+
+class Gated(LocalDisk):
+    """Syncs nothing before the gate opens."""
+
+    def __init__(self) -> None:
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def fsync(self, fd: int) -> None:
+        self.entered.set()
+        self.gate.wait(60)
+        super().fsync(fd)
+
+
+class Breaking(torch.optim.SGD):
+    """Breaks in the middle of its sixth update, while a save is under way."""
+
+    disk: Gated
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        if self.calls == 6:
+            self.disk.entered.wait(60)
+            raise RuntimeError("torn")
+        return super().step(closure)
+
+
+async def test_a_save_under_way_is_waited_for_where_the_weights_are_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, disk, real = network(), Gated(), Saver.wait
+    optimizer = Breaking(model.parameters(), lr=0.1)
+    optimizer.disk = disk
+
+    async def wait(self: Saver) -> None:
+        if optimizer.calls == 6:  # the disk answers to whoever waits for it
+            disk.gate.set()
+        await real(self)
+
+    monkeypatch.setattr(Saver, "wait", wait)
+    trainer = Trainer(
+        model,
+        nn.MSELoss(),
+        optimizer=optimizer,
+        run_dir=tmp_path,
+        callbacks=[ModelCheckpoint(every="3steps")],
+        device="cpu",
+    )
+    trainer._disk = disk
+    with pytest.raises(UserCodeError, match="torn"):
+        await trainer.fit(Samples())
+    assert await asyncio.to_thread(problems, tmp_path / "checkpoints") == {"step-000000003": None}
+    assert trainer.checkpoint == tmp_path / "checkpoints" / "step-000000003"
+
+
+class AtTheEnd(Callback):
+    """Saves once more when training has ended."""
+
+    trainer: Trainer
+    saved: Path
+
+    async def on_train_end(self, event: Event) -> None:
+        self.saved = await self.trainer.save_checkpoint()
+
+
+async def test_the_best_weights_do_not_replace_the_last_ones_in_the_run_s_folder(tmp_path: Path) -> None:
+    asker = AtTheEnd()
+    rules: list[object] = [
+        ModelCheckpoint(every="1000steps", monitor="val_loss", mode="max"),
+        EarlyStopping("val_loss", mode="max", patience=2),
+    ]
+    trainer = asker.trainer = Trainer(
+        network(), nn.MSELoss(), lr=0.01, run_dir=tmp_path, callbacks=[*rules, asker], seed=5, device="cpu"
+    )
+    result = await trainer.fit(Samples(), Samples(40, seed=3), max_epochs=12)
+    assert result.best is not None
+    assert result.best.step < result.step
+    assert asker.saved == result.checkpoint == tmp_path / "checkpoints" / f"step-{result.step:09d}"
+    quiet = Trainer(network(), nn.MSELoss(), lr=0.01, seed=5, device="cpu")
+    await quiet.fit(Samples(), Samples(40, seed=3), max_steps=result.step)
+    last = await asyncio.to_thread(checkpoint.read, asker.saved)
+    assert all(torch.equal(value, last.model[name]) for name, value in quiet.model.state_dict().items())
+
+
+async def test_a_fit_that_goes_on_from_an_older_checkpoint_names_that_one_as_its_last(tmp_path: Path) -> None:
+    rule = ModelCheckpoint(every="3steps", keep_last=-1)
+    trainer = Trainer(network(), nn.MSELoss(), run_dir=tmp_path, callbacks=[rule], seed=5, device="cpu")
+    await trainer.fit(Samples())
+    older = tmp_path / "checkpoints" / "step-000000003"
+    await trainer.load_checkpoint(older)
+    seen: list[Path | None] = []
+    trainer.callbacks.append(Seeing(lambda: seen.append(trainer.checkpoint)))
+    await trainer.fit(Samples(), max_steps=5)
+    assert seen == [older]
+
+
+class Seeing(Callback):
+    """Looks when training begins."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
+
+    def on_train_begin(self, event: Event) -> None:
+        self._look()

@@ -217,3 +217,26 @@ def test_weights_alone_are_nothing_to_go_on_with(place: Path, capsys: Capture) -
     assert "holds weights alone (of net.ckpt)" in capsys.readouterr().err
     assert main([*FIT, "run", "--model-weights", "w"]) == 0
     assert json.loads((place / "run" / "status.json").read_text())["state"] == "completed"
+
+
+class Tied(nn.Module):
+    """Two layers with one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.other.weight = self.one.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.other(self.one(inputs)))
+        return outputs
+
+
+async def test_tied_weights_of_an_average_count_under_each_of_their_names(tmp_path: Path) -> None:
+    first = trainer(Tied(), ema=0.9, run_dir=tmp_path / "a")
+    await first.fit(Samples(), max_epochs=1)
+    begun = trainer(Tied())
+    await begun.load_weights(tmp_path / "a")
+    average, weights = first.average, begun.model.state_dict()
+    assert average is not None
+    assert all(torch.equal(weights[name], value) for name, value in average.items())

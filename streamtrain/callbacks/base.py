@@ -39,7 +39,10 @@ class Callback:
     decides: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        """State to keep in checkpoints: JSON values, tensors, and dicts and lists of them."""
+        """State to keep in checkpoints: JSON values, tensors, and dicts and lists of them.
+
+        It is copied on the train thread, perhaps while a slow hook still runs: give a copy of what hooks change.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """MLflow: the log's lines as metrics of a run of theirs, in a folder, a database or a server; the same after a resume.
 
-Only its client is used: no run is active in the process, and nothing of the host's own use of mlflow changes. Steps
-that a killed life made beyond its checkpoint stand there twice, as theirs can't be cut off again.
+Only its client is used: no run is active in the process, and nothing of the host's own use of mlflow changes. Lines
+can't be cut off again there: those that a life sends twice all the same, as after going back to an older checkpoint,
+stand there twice.
 """
 
 from __future__ import annotations

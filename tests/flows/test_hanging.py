@@ -167,10 +167,31 @@ async def test_a_cancelled_fit_ends_whatever_hangs(
     async with asyncio.timeout(30):
         with pytest.raises(asyncio.CancelledError):
             await task
+    assert [name for name in map(asyncio.Task.get_name, asyncio.all_tasks()) if name.startswith("streamtrain")] == []
     if what in ("a save", "a step"):
         assert "where it stands:" in caplog.text
         assert " in hang_here" in caplog.text
         assert "left behind" in caplog.text
+
+
+class StuckInValidation(Stuck):
+    """A model that does not return from its third batch of validation."""
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.inner(inputs) if self.training else super().forward(inputs)
+
+
+async def test_a_cancelled_fit_ends_though_its_validation_hangs(tmp_path: Path, hang: Hang) -> None:
+    model = StuckInValidation(hang)
+    trainer = Trainer(model, nn.MSELoss(), run_dir=tmp_path, device="cpu", grace=1, sanity_batches=0)
+    task = asyncio.create_task(trainer.fit(Samples(), Samples(40)))
+    while not hang.entered.is_set():  # noqa: ASYNC110  (another thread sets it)
+        await asyncio.sleep(0.01)
+    task.cancel()
+    async with asyncio.timeout(30):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert [name for name in map(asyncio.Task.get_name, asyncio.all_tasks()) if name.startswith("streamtrain")] == []
 
 
 @pytest.mark.usefixtures("_nothing_of_ours_runs")
