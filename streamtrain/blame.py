@@ -23,6 +23,8 @@ from streamtrain.errors import (
     NonFiniteError,
     StreamtrainError,
     UserCodeError,
+    named,
+    words,
 )
 
 FIRST = 8
@@ -72,7 +74,7 @@ def exhausted(error: Exception, statistics: Any) -> Exception:
     if budget is not None:
         held.insert(0, f"the stream holds {format_bytes(budget.used)} of its memory of {format_bytes(budget.total)}")
     held.append(f"the process {format_bytes(psutil.Process().memory_info().rss)} of {format_bytes(available_memory())}")
-    text = str(error).partition("\n")[0] or type(error).__name__
+    text = words(error).partition("\n")[0] or type(error).__name__
     said = text if "out of memory" in text else f"out of memory: {text}"
     made = OutOfMemory(f"{said}; {', '.join(held)}", hint=LESS)
     made.__cause__ = error
@@ -83,7 +85,7 @@ def _of_memory(error: BaseException) -> bool:
     """Whether memory ran out, here or in what this error came of."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(seen):
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words(seen):
             return True
         seen = seen.__cause__
     return False
@@ -101,10 +103,10 @@ def explained(
 
 
 def _made(error: BaseException, batch: Batch | None, where: str, who: str) -> StreamtrainError:
-    text = str(error).partition("\n")[0]
+    text = words(error).partition("\n")[0]
     if _of_memory(error):
         size = "" if batch is None else f" with a batch of {format_bytes(_bytes(batch))}"
-        return EnvironmentProblem(f"{where}: out of memory{size}: {text}", hint=LESS)
+        return EnvironmentProblem(f"{where}: out of memory{size}{text and f': {text}'}", hint=LESS)
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return _uncompiled(error, where)
     if batch is not None and isinstance(error, IndexError | RuntimeError) and "out of bounds" in text:
@@ -112,7 +114,7 @@ def _made(error: BaseException, batch: Batch | None, where: str, who: str) -> St
         if found is not None:
             return DataError(f"{where}: {found}", hint="Mend the data, or give the model an output for each class.")
     return UserCodeError(
-        f"{where}: {who} raised {type(error).__name__}: {text}",
+        f"{where}: {who} raised {named(error)}",
         hint="The traceback (--debug) shows the line.",
     )
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from cyclopts import CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError
+from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError, named
 from streamtrain.spelling import nearest
 
 
@@ -47,7 +47,7 @@ def say(error: BaseException, *, debug: bool, command: str = "") -> int:
     known = error if isinstance(error, StreamtrainError) else _known(error)
     traced = error if debug else None
     if known is None:
-        message = f"internal error: {type(error).__name__}: {error}"
+        message = f"internal error: {named(error)}"
         complain(message, "This is a fault of streamtrain's own; --debug shows where.", traced)
         return 1
     complain(str(known), known.hint or OWN_HINTS.get(command, {}).get(known.exit_code, HINTS[known.exit_code]), traced)

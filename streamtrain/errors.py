@@ -57,3 +57,18 @@ class UserCodeError(StreamtrainError):
     """Code handed in by the user raised or misbehaved; the original error is its `__cause__`."""
 
     exit_code = 7
+
+
+def words(error: BaseException) -> str:
+    """`str(error)`; empty for an error of the user's own that can't even tell that, for it must not hide behind another
+    one that comes up while it is told."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def named(error: BaseException) -> str:
+    """An error's type and the first line of what it says, where it says anything."""
+    text = words(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} can't be read: {error.strerror or error}", hint="Give the path of a .pt."
         ) from None
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
-        text = str(error).partition("\n")[0]
+        text = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is no file of torch.save: {text:.200}", hint="Was it cut short?") from None
     return bare(tensors_in(found, path))
 
@@ -62,7 +62,11 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _refused(path: Path, text: str) -> CheckpointError:
     """For what the unpickler of weights alone refuses."""
     named = _GLOBAL.search(text)
-    what = f"it wants {named[1]}, which is no tensor" if named is not None else text.partition("\n")[0][:200]
+    what = (
+        "it is no pickle of tensors alone, as torch.save writes it"
+        if named is None
+        else f"it wants {named[1]}, which is no tensor"
+    )
     return CheckpointError(
         f"{path} is not read: {what}",
         hint="Only weights are taken from a pickle, and nothing in it is run. Where you trust it, load it yourself and "

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from streamtrain.errors import named
+
 logger = logging.getLogger(__name__)
 
 FULL, KEPT = 16 << 20, 5
@@ -97,7 +99,7 @@ class LogFile:
 
     def ended(self, error: BaseException) -> None:
         """What ends the command, for the files alone: on stderr it is said by whoever ends it."""
-        text = f"ended by {type(error).__name__}: {error}"
+        text = f"ended by {named(error)}"
         kind = (type(error), error, error.__traceback__)
         self.handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), kind))
 

@@ -27,7 +27,7 @@ from typing import Any
 from streamtrain.control import Control
 from streamtrain.data.source import Stream
 from streamtrain.driving import Driver
-from streamtrain.errors import DataError
+from streamtrain.errors import DataError, words
 from streamtrain.evaluation import Evaluator, Stopped
 from streamtrain.events import (
     EpochBegin,
@@ -377,7 +377,7 @@ class Wheel:
             self._teller.status("failed")
             await self._teller.emit("on_exception", ExceptionRaised, error=error)
             if not self._told_end:
-                await self._teller.emit("on_train_end", TrainEnd, reason="failed", detail=str(error))
+                await self._teller.emit("on_train_end", TrainEnd, reason="failed", detail=words(error))
 
     def _owe(self) -> None:
         """An error that came between an update and its validation leaves this to the next life."""

@@ -227,3 +227,31 @@ async def test_a_callback_that_can_t_tell_its_state_is_named(tmp_path: Path) -> 
     with pytest.raises(UserCodeError, match="callback Forgetful: state_dict raised IndexError"):
         await trainer(network(), tmp_path, callbacks=rules).fit(Samples())
     assert told(tmp_path)["checkpoint"] == str(tmp_path / "checkpoints" / "step-000000001")
+
+
+class Mute(Exception):
+    """Can't say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+async def test_an_error_that_cant_be_told_is_named_by_its_type_and_costs_no_step(tmp_path: Path) -> None:
+    def mute() -> Tensor:
+        raise Mute
+
+    with pytest.raises(UserCodeError, match=r"^step 3: the model, loss or step raised Mute$"):
+        await trainer(Fails(3, mute), tmp_path / "a").fit(Samples())
+    assert told(tmp_path / "a")["batch"]["step"] == 3
+    assert told(tmp_path / "a")["checkpoint"].endswith("step-000000002")
+    with pytest.raises(UserCodeError, match=r"^callback Angry: on_batch_end raised Mute$"):
+        await trainer(network(), tmp_path / "b", callbacks=[Angry(Mute())]).fit(Samples(), max_epochs=99)
+    assert told(tmp_path / "b")["checkpoint"]
+
+
+async def test_memory_that_runs_out_without_a_word_ends_no_message_in_a_colon(tmp_path: Path) -> None:
+    def nothing() -> Tensor:
+        raise MemoryError
+
+    with pytest.raises(EnvironmentProblem, match=r"^step 3: out of memory with a batch of \d+ B; the process"):
+        await trainer(Fails(3, nothing), tmp_path / "a").fit(Samples())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,15 @@ def test_a_pickle_that_would_run_code_is_refused_by_the_name_of_what_it_wants(tm
     with pytest.raises(CheckpointError, match=r"m\.pt is not read: it wants posix\.system, which is no tensor"):
         foreign.read(path)
     assert not witness.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("data", [pickle.dumps(Calls("true")), bytes(100)], ids=["of pickle.dump", "zeros"])
+def test_what_no_unpickler_of_weights_reads_brings_no_advice_to_run_it(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.pkl").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"m\.pkl is not read: it is no pickle of tensors alone") as caught:
+        foreign.read(tmp_path / "m.pkl")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_whole_model_is_refused_by_its_class(tmp_path: Path) -> None:

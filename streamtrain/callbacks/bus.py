@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 from streamtrain.callbacks.base import NEWS, hooks_of
-from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError
+from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError, named
 from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
 from streamtrain.threads import tell
 from streamtrain.watchdog import Busy
@@ -277,11 +277,9 @@ class _Mailbox:
         if isinstance(error, StreamtrainError):
             self.failure = error
         else:
-            text = str(error).partition("\n")[0]
-            said = f"{type(error).__name__}: {text}" if text else type(error).__name__
             kind = EnvironmentProblem if isinstance(error, MemoryError) else UserCodeError
             self.failure = kind(
-                f"callback {self.name}: {hook} raised {said}",
+                f"callback {self.name}: {hook} raised {named(error)}",
                 hint="The traceback (--debug) shows the line in the callback.",
             )
             self.failure.__cause__ = error

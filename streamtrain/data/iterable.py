@@ -15,7 +15,7 @@ from typing import Any
 from streamtrain.data.batch import START, Batch, Cursor, cursor_of
 from streamtrain.data.loader import Loader
 from streamtrain.data.source import Ending, Stream
-from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError
+from streamtrain.errors import ConfigError, DataError, StreamtrainError, UserCodeError, named
 
 logger = logging.getLogger(__name__)
 
@@ -352,6 +352,6 @@ def _name(source: Any) -> str:
 
 def _raised(source: Any, error: Exception) -> UserCodeError:
     return UserCodeError(
-        f"the data source {_name(source)} raised {type(error).__name__}: {error}",
+        f"the data source {_name(source)} raised {named(error)}",
         hint="The traceback (--debug) shows the line.",
     )

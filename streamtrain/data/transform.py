@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from streamtrain.data.batch import Batch
 from streamtrain.data.block import ALIGN
 from streamtrain.data.options import Crew
-from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
+from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError, named
 
 Transform = Callable[[Batch], Any]
 """`transform(batch) -> Batch | (inputs, targets)`, or an `async def` of that."""
@@ -88,7 +88,7 @@ def _given(batch: Batch, seed: int) -> Batch:
 
 def _raised(error: BaseException, rows: str) -> UserCodeError:
     return UserCodeError(
-        f"transform raised {type(error).__name__}: {error} ({_where(error)}) on {rows}",
+        f"transform raised {named(error)} ({_where(error)}) on {rows}",
         hint="the traceback (--debug) shows the line in the transform",
     )
 
