@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from streamtrain.checkpoint_files import MODEL, OPTIMIZER, STATE, Contents, Damaged, Verified, bytes_in
+from streamtrain.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE, Contents, Damaged, Verified, bytes_in
 from streamtrain.disk import FOLDER, LOCAL, LOOK, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.state import Snapshot, decode
@@ -130,6 +130,7 @@ def scan(checkpoints: Path, *, deep: bool = True, verified: Collection[str] = ()
     """All folders `step-<number>` in `checkpoints`, oldest first, each verified.
 
     Without `deep`, and for those named in `verified`, digests are left out: only what the manifest and the sizes tell.
+    One whose name tells another step than its manifest is not valid: it would be taken for newer, or older, than it is.
     A missing folder has none.
     """
     named = _named(checkpoints, disk)
@@ -409,8 +410,9 @@ def _named(checkpoints: Path, disk: Disk) -> list[tuple[int, Path]]:
 def _examine(path: Path, step: int, disk: Disk, *, deep: bool) -> Entry:
     problem = None
     try:
-        with Verified(path, disk, deep=deep):
-            pass
+        with Verified(path, disk, deep=deep) as found:
+            if found.step not in (step, None):
+                problem = f"{MANIFEST}, it is of step {found.step:,}: the folder was renamed, or copied from there"
     except Damaged as damage:
         problem = str(damage)
     return Entry(path, path.name, step, bytes_in(path, disk), problem)

@@ -145,7 +145,7 @@ class Verified:
                 path.name, "is a file, not a checkpoint folder (pickled checkpoints such as .pt are never loaded)"
             )
         manifest = self._open(path, MANIFEST, stack)
-        listed = _parse_manifest(self._content(manifest, MANIFEST, most=_MAX_MANIFEST))
+        listed, self.step = _parse_manifest(self._content(manifest, MANIFEST, most=_MAX_MANIFEST))
         self._files = {name: self._open(path, name, stack) for name in FILES}
         for name in FILES:
             size = self._size(name)
@@ -240,7 +240,8 @@ def _is(kind: Callable[[int], bool], path: Path, disk: Disk) -> bool:
         return False
 
 
-def _parse_manifest(text: bytes) -> dict[str, dict[str, Any]]:
+def _parse_manifest(text: bytes) -> tuple[dict[str, dict[str, Any]], int | None]:
+    """What it lists, and the step that was committed, where the state told one."""
     try:
         document = json.loads(text)
         version, digest = document["format"], document.pop("sha256", None)
@@ -256,7 +257,8 @@ def _parse_manifest(text: bytes) -> dict[str, dict[str, Any]]:
     listed = isinstance(files, dict) and set(files) == set(FILES)
     if version != FORMAT or not listed or not all(_is_listing(entry) for entry in files.values()):
         raise Damaged(MANIFEST, f"it is not of format {FORMAT}")
-    return dict(files)
+    step = document.get("step")
+    return dict(files), step if type(step) is int else None
 
 
 def _is_listing(entry: object) -> bool:

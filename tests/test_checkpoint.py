@@ -104,7 +104,7 @@ def test_two_commits_of_one_name_leave_one_whole(tmp_path: Path) -> None:
 
     def commit(step: int) -> None:
         try:
-            checkpoint.commit(tmp_path / "step-1", snapshot(step))
+            checkpoint.commit(tmp_path / "step-1", snapshot(1, life=step))
         except CheckpointError as error:
             errors.append(error)
 
@@ -310,6 +310,18 @@ def test_the_newest_valid_one_is_found_and_the_damaged_are_told(
     assert "repeats 3 steps" in caplog.text
 
 
+@pytest.mark.parametrize("verified", [(), ("step-000000099",)], ids=["deep", "by sizes"])
+def test_an_older_one_under_a_newer_name_is_not_taken_for_it(tmp_path: Path, verified: tuple[str, ...]) -> None:
+    put(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "step-000000001", tmp_path / "step-000000099")
+    told = [entry.problem for entry in checkpoint.scan(tmp_path, verified=verified)]
+    assert told[:2] == [None, None]
+    assert "it is of step 1" in str(told[2])
+    found = checkpoint.newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 2
+
+
 def test_if_none_is_valid_each_reason_is_told(tmp_path: Path) -> None:
     one, other = put(tmp_path, 1, 2)
     (one / MANIFEST).write_bytes(b"{}")
@@ -401,7 +413,7 @@ CHILD = textwrap.dedent("""
     def act(what, folder):
         if what.startswith("replace"):
             disk = NoSwap() if what == "replace by two renames" else LocalDisk()
-            checkpoint.commit(folder / "step-000000001", snapshot(2), replace=True, disk=disk)
+            checkpoint.commit(folder / "step-000000001", snapshot(1, life=2), replace=True, disk=disk)
         elif what == "add":
             checkpoint.commit(folder / "step-000000002", snapshot(2))
         else:
@@ -451,7 +463,8 @@ def test_kill_9_at_any_instant_leaves_old_or_new_whole(killed: Path, what: str) 
         assert all(name.startswith("step-") for name in os.listdir(folder)), "nothing half-made stays after a sweep"
         newest = checkpoint.newest_valid(folder)
         assert newest is not None
-        outcomes.append((newest.step, checkpoint.read(newest.path).state["step"]))
+        state = checkpoint.read(newest.path).state
+        outcomes.append((newest.step, state.get("life", state["step"])))
     assert len(outcomes) >= 10
     old, new = {"add": [(1, 1), (2, 2)], "prune": [(2, 2), (1, 1)]}.get(what, [(1, 1), (1, 2)])
     assert set(outcomes) == {old, new}
