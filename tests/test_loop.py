@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,7 +181,7 @@ async def test_one_save_at_a_time_and_whoever_stops_waiting_does_not_stop_it(tmp
     files.gate.set()
     await saver.wait()
     assert (saver.last, told) == (tmp_path / "step-000000003", ["step-000000003"])
-    saver.begin(snapshot, 4, kind="end", told=tell, failed=failed)
+    saver.begin(replace(snapshot, state={"step": 4}), 4, kind="end", told=tell, failed=failed)
     await saver.wait()
     assert names(tmp_path) == ["step-000000004"]
 
