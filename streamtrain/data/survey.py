@@ -205,16 +205,15 @@ def take_survey(
     scattered = shuffle == "global" or (shuffle == "none" and grid.scattered)
     cache_bytes = _cache_bytes(sites, shuffle, scattered, memory, cache)
     order = EpochOrder(part, shuffle, k, 0, 0)
-    wanted = min(
-        memory // 4, (prefetch or memory) * (block_bytes(columns, 1) + batch_size * row_cost(columns, extents))
-    )
+    one = block_bytes(columns, 1) + batch_size * row_cost(columns, extents)
+    wanted = min(memory // 4, (prefetch or memory) * one)
     ways = [
         _sizes(order, columns, extents, frames, batch_size, change_bytes, most, (part if drawn is None else drawn).most)
-        for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), 1)
+        for most in (wanted, max(UNIT_BYTES, BLOCK_BYTES), one, 1)
     ]
-    least = min(way.least for way, _ in ways)
+    least = min(way.least for way, _ in ways[1:])  # those that are the same for any memory: it must do what this says
     sizes, columns = next((way for way in ways if way[0].least <= memory), ways[-1])
-    if least > memory:
+    if sizes.least > memory:
         raise ConfigError(
             f"memory={format_bytes(memory)} is too small: a block of {min(k, part.num_cells)} chunks takes "
             f"{format_bytes(sizes.buffer_bytes)}, and the least that works is {format_enough(least)}",

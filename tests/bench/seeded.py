@@ -20,8 +20,8 @@ from streamtrain.data.workers import Job
 
 T = TypeVar("T")
 
-TURNS = 200_000
-"""Turns of the loop after which nothing will come of it any more."""
+TURNS = 2_000_000
+"""Turns of the loop after which nothing will come of it any more; a wait for what another stream keeps takes 3,000."""
 TIMERS = 0.03
 """How often a timer is over before a job that is under way is, where both could be next."""
 

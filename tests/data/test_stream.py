@@ -7,14 +7,17 @@ import contextlib
 import gc
 import json
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import zarr
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
@@ -377,6 +380,26 @@ async def test_a_budget_too_small_names_the_least_that_works(store: Path) -> Non
         await stream(store, memory="4KiB").open()
     least = caught.value.hint.split(",")[0].removeprefix("memory=")
     assert sorted(flat(await indices(stream(store, memory=least)))) == list(range(ROWS))
+
+
+@hypothesis.given(
+    rows=st.integers(1, 60),
+    chunk=st.integers(1, 9),
+    batch_size=st.integers(1, 12),
+    prefetch=st.sampled_from([None, 1, 3]),
+    shuffle=st.sampled_from([False, "block", "global"]),
+)
+@hypothesis.example(rows=5, chunk=1, batch_size=4, prefetch=1, shuffle=False)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_what_a_plan_calls_the_least_memory_is_accepted_whatever_memory_the_plan_was_made_with(
+    rows: int, chunk: int, batch_size: int, prefetch: int | None, shuffle: Any
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        zarr.create_array(Path(folder, "s.zarr"), data=np.zeros((rows, 3), np.float32), chunks=(chunk, 3))
+        options: dict[str, Any] = {"batch_size": batch_size, "prefetch": prefetch, "shuffle": shuffle}
+        for memory in ("64MiB", 20_000):
+            least = ZarrStream(Path(folder, "s.zarr"), memory=memory, **options).plan().memory_least
+            assert ZarrStream(Path(folder, "s.zarr"), memory=least, **options).plan().memory == least
 
 
 @pytest.mark.parametrize("batch_size", [33, 50, 66, 100, 150])
