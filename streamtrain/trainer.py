@@ -32,6 +32,7 @@ from streamtrain.checks import Checks
 from streamtrain.compiling import CompileSpec, find_compiler, parse_compile
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
+from streamtrain.data.handing import loop_runs
 from streamtrain.data.iterable import as_stream
 from streamtrain.data.source import Stream
 from streamtrain.device import resolve_device
@@ -405,7 +406,7 @@ class Trainer:
         log, and goes on. Handlers that were there before are called after ours, and stand again at the end. Raises
         ConfigError where a loop runs already, as in Jupyter: there `await trainer.fit(...)` can be typed as it is.
         """
-        if _loop_runs():
+        if loop_runs():
             raise ConfigError("fit_sync() where an event loop runs already", hint="Await it: await trainer.fit(...).")
         fit = self.fit(*args, **kwargs)  # first: a signal from now on is meant for it
         if not signals.untouched():
@@ -816,15 +817,6 @@ async def _unlock(files: Files, folder: RunFolder) -> None:
         await files(folder.release)
     except EnvironmentProblem as problem:
         logger.error("%s stays locked until this process ends: %s", folder.path, problem)
-
-
-def _loop_runs() -> bool:
-    """Whether this thread is within an event loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:

@@ -62,11 +62,11 @@ def run_of(stream: Stream) -> Run:
     It runs here, unless this thread has a loop that is running (as in a notebook), or something of the stream gets on
     only while its loop turns: an async transform or source would stand still between two batches.
     """
-    beside = _loop_runs() or getattr(stream, "needs_loop", True)
+    beside = loop_runs() or getattr(stream, "needs_loop", True)
     return Beside(stream) if beside else Here(stream)
 
 
-def _loop_runs() -> bool:
+def loop_runs() -> bool:
     """Whether this thread is within an event loop."""
     try:
         asyncio.get_running_loop()
@@ -77,7 +77,7 @@ def _loop_runs() -> bool:
 
 def _check_no_loop() -> None:
     """Raise ConfigError within an event loop, where none but that one can turn."""
-    if _loop_runs():
+    if loop_runs():
         raise ConfigError(
             "the iteration of this loader began outside of an event loop, and can't go on within one",
             hint="begin it where it goes on: call iter(loader), or `for batch in loader`, within the loop",
@@ -167,7 +167,7 @@ class Here(_Follower):
         if self._loop.is_running():  # in another thread, which then winds up
             with contextlib.suppress(RuntimeError):  # it has just noticed
                 self._loop.call_soon_threadsafe(_cancel_all)
-        elif not _loop_runs():
+        elif not loop_runs():
             self._wind_up()
         else:  # called by a task of another loop, or by a collection of garbage within it
             thread = threading.Thread(target=self._wind_up, name="streamtrain-end", daemon=True)

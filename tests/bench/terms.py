@@ -21,49 +21,21 @@ from pathlib import Path
 
 from data_tools.synth import synth
 from streamtrain import checkpoint
-from tests.bench import life
+from tests.bench import kill, life
 from tests.bench.measure import Measure, Options
 
 COLUMNS, ROWS, EPOCHS, LONGEST = 3, 6000, 20, 0.4
 TERMS_A_RUN = 10
-CONFIG = """
-[data]
-store = "{store}"
-inputs = "x"
-targets = "y"
-batch_size = 33
-shuffle = "block"
-shuffle_blocks = 4
-seed = 5
-memory = "64MiB"
-split = [0.0, 0.8]
-
-[validation]
-split = [0.8, 1.0]
-
-[model]
-target = "tests.bench.life:network"
-args = {{ columns = {columns} }}
-
-[loss]
-name = "mse"
-
-[trainer]
-run_dir = "{folder}/run"
-accumulate_grad_batches = 3
-seed = 5
-log_every = 1
-validate_every = "30steps"
-grace = 100
-
-[fit]
-max_epochs = {epochs}
-resume = "auto"
-
-[[callbacks]]
-name = "ModelCheckpoint"
-every = "20steps"
-"""
+OFTEN = (
+    "data.split=[0.0, 0.8]",
+    "validation.split=[0.8, 1.0]",
+    "trainer.log_every=1",
+    'trainer.validate_every="30steps"',
+    "trainer.grace=100",
+)
+"""What this run has otherwise than those that are killed: validations too, and a line for each step."""
+EVERY = 20
+"""Steps between two saves."""
 
 
 @dataclass
@@ -98,10 +70,11 @@ class Campaign:
         """The command, on a run in this folder."""
         folder.mkdir(exist_ok=True)
         config = folder / "config.toml"
-        said = {"store": self.store, "folder": folder, "columns": COLUMNS, "epochs": self.epochs}
-        config.write_text(CONFIG.format(**said))
+        said = {"store": self.store, "folder": folder, "columns": COLUMNS, "epochs": self.epochs, "every": EVERY}
+        config.write_text(kill.CONFIG.format(**said))
         with open(folder / "err", "wb") as err:
             command = [sys.executable, "-m", "streamtrain", "fit", str(config), "-q"]
+            command += [part for key in OFTEN for part in ("--set", key)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two wait for each other where others compute too
             return subprocess.Popen(command, stdout=err, stderr=err, env=environment)
 
