@@ -116,7 +116,8 @@ def run(options: Options) -> Iterator[Measure]:
     )
     yield Measure(name="lines missing, twice or out of order", values=(float(found != wanted),), at_most=0)
     yield Measure(name="lines that the service lacks", values=(float(len(set(wanted) - _Service.lines)),), at_most=0)
-    yield Measure(name="the largest file of a log, in parts", values=(largest,), at_most=1.01)
+    # a part ends behind the lines that filled it, which are written together
+    yield Measure(name="the largest file of a log, in parts", values=(largest,), at_most=1.05)
     yield Measure(name="  files of the logs", values=(float(len(logs)),))
 
 
