@@ -73,7 +73,7 @@ def demo(
     out: Annotated[Path, option("folder of the run and its data; runs/demo by default")] = Path("runs/demo"),
     quick: Annotated[bool, option("a small world and a small model: seconds")] = False,
     max_epochs: Annotated[str | None, option("passes over the data, at most")] = None,
-    prove: Annotated[bool, option("kill it three times, and compare with an undisturbed run: two minutes")] = False,
+    prove: Annotated[bool, option("kill it three times, and compare with an undisturbed run: a minute or two")] = False,
 ) -> int:
     """Learn the map of the world from disk; again: carry on."""
     if max_epochs is not None and not re.fullmatch("[0-9]*[1-9][0-9]*", max_epochs):

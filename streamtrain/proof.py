@@ -195,7 +195,8 @@ def compared(whole: Run, killed: Run, *, samples: int) -> tuple[list[str], bool]
     ]
     first = whole.lives[0].first_batch
     costs = [life.first_batch - first for life in killed.lives[1:]]
-    said += [f"a resume costs {max(costs, default=0.0):+.1f} s at most until its first batch, beside a fresh start"]
+    more = max(0.0, *costs) if costs else 0.0
+    said += [f"until its first batch a resume takes {more:.1f} s more than a fresh start, at most"]
     good = digests[0] == digests[1] and lines[0] == lines[1] and all(resumed) and len(set(accounts)) == 1
     good = good and all(each.once for each in accounts)
     return [*said, "all is equal" if good else "NOT EQUAL"], good
