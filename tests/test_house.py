@@ -20,7 +20,8 @@ data.batch data.source data.permutation data.cells data.splits data.chosen data.
 data.daemons data.container data.budget data.codecs data.layout data.draws data.entropy
 dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors
 schedules learning_rate schedulers parameter_groups muon optimizers several_optimizers
-data.spans data.seen data.described data.filters data.decode data.manifest data.trust data.regions data.reading
+data.spans data.seen data.described data.filters data.decode data.manifest data.trust data.contents data.regions
+data.reading
 data.files data.readers data.zarr_codecs data.zarr_lane data.cache data.queue data.workers
 data.block data.ragged data.feed data.ragged_site data.ragged_parts data.ragged_feed data.coded_feed data.cf
 data.values data.times data.crops data.selecting data.windows

@@ -71,9 +71,9 @@ class KeptReader:
     def lane(self) -> str:
         return f"disk cache over {self.inner.lane}"
 
-    def vouch(self, verify: Verify) -> None:
+    def vouch(self, verify: Verify) -> str | None:
         """See the reader behind it."""
-        self.inner.vouch(verify)
+        return self.inner.vouch(verify)
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """See the reader behind it."""

@@ -153,6 +153,11 @@ class Pages:
         """Bytes of all of it."""
         return self.start + self.count * RECORD.itemsize
 
+    @property
+    def contents(self) -> str:
+        """`metadata-table`: the same for the same files, whose metadata and checksums the parts stand for."""
+        return f"{self.metadata[:8]}-{self._table_crc:08x}"
+
     def _tabled(self, table: Bytes) -> None:
         """Take in the bytes from HEADER to `start`. Raises DataError where they are damaged."""
         self._table = table[: 4 * -(-self.count // PAGE)].view("<u4")

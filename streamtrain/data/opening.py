@@ -161,6 +161,8 @@ class OpenArray:
     """The group's other arrays that are read, in the order of `encoding.members`."""
     categories: tuple[str, ...] | None = None
     """What the codes stand for."""
+    contents: str | None = None
+    """What manifests say of all its files, as `contents` compares it; None where they do not."""
 
 
 async def open_arrays(

@@ -104,8 +104,11 @@ class ChunkReader(Protocol):
         leave the others undefined.
         """
 
-    def vouch(self, verify: Verify) -> None:
-        """Hold chunks against the array's manifest from now on, if it has one. Raises DataError if that is damaged."""
+    def vouch(self, verify: Verify) -> str | None:
+        """Hold chunks against the array's manifest from now on, if it has one; its `contents` where it is at hand.
+
+        Raises DataError if it is damaged.
+        """
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """What a chunk's source is now; None where nothing is known of it yet. Asks nobody who is far away."""

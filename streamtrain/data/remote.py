@@ -90,9 +90,10 @@ class RemoteReader:
         self._changed = False
         self._serial = next(SERIALS)
 
-    def vouch(self, verify: Verify) -> None:
+    def vouch(self, verify: Verify) -> str | None:
         """Hold chunks against the array's manifest, if it has one: that is asked for with the first chunk."""
         self._late.set(verify)
+        return None
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """What the object of a chunk was when it was first seen in this run; None where it was not seen.

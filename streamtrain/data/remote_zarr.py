@@ -28,9 +28,10 @@ class RemoteZarrReader(ZarrReader):
         self._fetcher = fetcher
         self._late = LateTrust(layout, fetcher, loop, whole_files=True)
 
-    def vouch(self, verify: Verify) -> None:
+    def vouch(self, verify: Verify) -> str | None:
         """Hold objects against the array's manifest, if it has one: that is asked for with the first chunk."""
         self._late.set(verify)
+        return None
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False

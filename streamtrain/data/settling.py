@@ -22,6 +22,7 @@ from streamtrain.data.budget import Share, available_memory, format_bytes
 from streamtrain.data.cache import ChunkCache
 from streamtrain.data.choosing import read_values
 from streamtrain.data.columns import Labels, open_labels, read_coordinates
+from streamtrain.data.contents import joined
 from streamtrain.data.disk_cache import DiskCache
 from streamtrain.data.feed import Feed
 from streamtrain.data.finished import FinishedBatches
@@ -128,9 +129,9 @@ class Opening:
         read = await asyncio.gather(*map(one, self.where))
         stores = [arrays for arrays, _, _ in read]
         for arrays in stores:
-            for array in arrays.values():
-                for each in (array, *array.beside):
-                    each.reader.vouch(self._asked.verify)
+            for name, array in arrays.items():
+                vouched = [each.reader.vouch(self._asked.verify) for each in (array, *array.beside)]
+                arrays[name] = replace(array, contents=joined(vouched))
         if self._disk is not None:
             stores = [self._kept(arrays, where) for arrays, where in zip(stores, self.where, strict=True)]
         ragged = as_long_as_the_longest(

@@ -42,9 +42,9 @@ class SkippingReader:
     def lane(self) -> str:
         return self._reader.lane
 
-    def vouch(self, verify: Verify) -> None:
+    def vouch(self, verify: Verify) -> str | None:
         """See the reader that it wraps."""
-        self._reader.vouch(verify)
+        return self._reader.vouch(verify)
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """See the reader that it wraps."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from streamtrain.data import contents
 from streamtrain.data.asked import Asked
 from streamtrain.data.batch import START, Batch, Cursor, cursor_of
 from streamtrain.data.block import Pool
@@ -581,7 +582,12 @@ class ZarrStream:
             raise DataError(f"this is no position of a ZarrStream: 'of' is {theirs!r:.80}")
         if not self._lanes_given and isinstance(theirs.get("lanes"), int):
             self._lanes = at_least(theirs["lanes"], 1, "lanes")  # the order's, whatever the world is now
-        mine = self._fingerprint()
+        mine, theirs = self._fingerprint(), dict(theirs)
+        if lines := contents.changed(theirs.pop("contents", None), mine.pop("contents")):
+            raise DataError(
+                f"the dataset changed since the position was saved: {'; '.join(lines)}",
+                hint="bring back the data that it was saved on, or start over",
+            )
         different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if different:
             table = "; ".join(f"{key}: {theirs.get(key)} then, {mine.get(key)} now" for key in different)
@@ -632,6 +638,9 @@ class ZarrStream:
             "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,
             "split_seed": self._asked.split_seed if split.by != "range" else None,
+            "contents": contents.told(
+                {name: [each[name].contents for each in opened.stores] for name in self._asked.fields(opened.stores[0])}
+            ),
             **self._figures(opened),
         }
 

@@ -168,9 +168,10 @@ class ZarrReader:
         if files is not None:
             files.describe(layout.name)
 
-    def vouch(self, verify: Verify) -> None:
+    def vouch(self, verify: Verify) -> str | None:
         if self._files is not None:
             self._trust = trust_in(self._files.root, self.layout, verify, whole_files=True)
+        return None if self._trust is None else self._trust.manifest.contents
 
     def version(self, chunk: Sequence[int]) -> Version | None:
         """Of the file that holds it; what is not one file's, or no file's, is never the same as anybody else's."""
