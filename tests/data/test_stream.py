@@ -396,7 +396,8 @@ def test_what_a_plan_calls_the_least_memory_is_accepted_whatever_memory_the_plan
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         zarr.create_array(Path(folder, "s.zarr"), data=np.zeros((rows, 3), np.float32), chunks=(chunk, 3))
-        options: dict[str, Any] = {"batch_size": batch_size, "prefetch": prefetch, "shuffle": shuffle}
+        given: dict[str, Any] = {"shuffle": shuffle, "output": "numpy"}
+        options: dict[str, Any] = {**given, "batch_size": batch_size, "prefetch": prefetch}
         for memory in ("64MiB", 20_000):
             least = ZarrStream(Path(folder, "s.zarr"), memory=memory, **options).plan().memory_least
             assert ZarrStream(Path(folder, "s.zarr"), memory=least, **options).plan().memory == least
