@@ -170,9 +170,24 @@ def kept(folder: Path) -> dict[str, Any]:
     return {"json": json_of, "tensors": tensors, "lines": lines(folder)}
 
 
+def unequal(one: Any, other: Any, path: str) -> list[str]:
+    """Where two trees differ, with what stands there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [
+            line
+            for key in sorted(one.keys() | other.keys())
+            for line in unequal(one.get(key), other.get(key), f"{path}.{key}")
+        ]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            line for at, (a, b) in enumerate(zip(one, other, strict=True)) for line in unequal(a, b, f"{path}[{at}]")
+        ]
+    return [] if one == other else [f"{path}: {one!r} is {other!r}"]
+
+
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """The paths of what is not equal."""
-    found = [key for key in ("json", "lines") if one[key] != other[key]]
+    found = [path for key in ("json", "lines") for path in unequal(one[key], other[key], key)]
     names = one["tensors"].keys() | other["tensors"].keys()
     return found + [
         name
