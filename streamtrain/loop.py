@@ -344,15 +344,13 @@ class Wheel:
         if self._life.switch is not None:
             await self._thread.run(self._life.switch.judge)
         over = reason in ("completed", "early_stopping", "max_time")
-        if over:
-            await self._keeper.attend(
-                self._teller.last_line()
-            )  # before the save, which keeps what a kill would take from the file
+        metrics = self._life.metrics
+        if over:  # before the save, which keeps what a kill would take from the file
+            metrics = await self._keeper.attend(self._teller.last_line())
         await self._keeper.save_at_end()
         self._keeper.check()
-        if (
-            self._progress.batch
-        ):  # of the epoch in which it ended; behind the save, for a life that goes on has them too
+        self._life.metrics = metrics  # behind the save, as a life that goes on has them too
+        if self._progress.batch:  # of the epoch in which it ended
             self._life.metrics.update(self._step.tally.epoch.compute())
         if over:
             await self._keeper.load_best()

@@ -136,17 +136,19 @@ class Teller:
             sums: dict[str, Any] = {"loss_sum": report.loss_sum, "batch_samples": report.samples, "lr": report.lr}
             self._bus.news("on_batch_end", BatchEnd(**self.standing(), **first, **sums, data_wait=waited))
 
-    async def last_line(self) -> None:
-        """The log ends with the last step; where another life may go on its lines stay as they would have been."""
+    async def last_line(self) -> dict[str, float]:
+        """The log ends with the last step; where another life may go on its lines stay as they would have been. The
+        metrics with those of the line: for the result, not for a checkpoint, which some earlier save may have made."""
         life, progress = self._life, self._life.progress
         means = life.step.tally.window.compute()
         if progress.step > self._first_step and means:
             gauged = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
             read = {**gauged, **self._notes.take_metrics()}
-            life.metrics = {**means, **life.metrics, **read}  # an epoch's means stand
             values = {**means, **read}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values=values)
+            return {**means, **life.metrics, **read}  # an epoch's means stand
+        return life.metrics
 
     async def last_notes(self) -> None:
         """Before loggers hear of the end: what callbacks still leave in the hooks that they were told of."""

@@ -349,6 +349,22 @@ async def test_the_last_line_of_the_log_is_kept_by_the_last_checkpoint(tmp_path:
     assert replaced(log, whole) == whole != b""
 
 
+@pytest.mark.parametrize("every", ["3steps", "4steps"])
+def test_the_last_checkpoint_is_the_same_whether_its_step_was_due_or_the_end_made_it(
+    tmp_path: Path, every: str
+) -> None:
+    saves = ModelCheckpoint(every=every)
+    fitted = trainer(run_dir=tmp_path, log_every=3, scheduler="linear", callbacks=[saves])
+    result = asyncio.run(fitted.fit(Samples(), max_steps=4))
+    newest = checkpoint.newest_valid(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.step == 4
+    of_the_line = [line["lr"] for line in lines(tmp_path) if "lr" in line]
+    assert len(of_the_line) == 2
+    assert checkpoint.read(newest.path).state["metrics"]["lr"] == of_the_line[0]
+    assert result.metrics["lr"] == of_the_line[1] != of_the_line[0]
+
+
 def replaced(path: Path, content: bytes) -> bytes:
     """What the file held before it was given this content."""
     before = path.read_bytes()
