@@ -174,6 +174,11 @@ class Control:
                 taken.calls.append(item)
         return taken
 
+    @property
+    def saves_wait(self) -> bool:
+        """Whether a save was asked for that is not taken yet."""
+        return bool(self._saves)
+
     def take_saves(self) -> list[Save]:
         """The saves that were asked for; all else waits for its turn."""
         saves = []

@@ -1,9 +1,15 @@
-"""Bursts driven over an epoch's batches; its law: whatever interrupts, a burst that began is waited for and counted."""
+"""Bursts driven over an epoch's batches, each handed over before the last one is told.
+
+Its law: whatever interrupts, a burst that began is waited for and counted; and nobody saves, validates or changes
+anything while there is one ahead.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -17,23 +23,53 @@ from streamtrain.errors import EnvironmentProblem
 from streamtrain.evaluation import BURST
 from streamtrain.life import Life
 from streamtrain.plan import Plan
+from streamtrain.step import Door
 from streamtrain.supply import Supply, supply
 from streamtrain.tally import Report
 from streamtrain.threads import TrainThread
+
+
+class _Row:
+    """Bursts of an epoch that follow each other without a word from the event loop; counted on the train thread."""
+
+    def __init__(self, life: Life, until: int | None) -> None:
+        """`until`: the step at which it ends at the latest."""
+        progress = life.progress
+        self.epoch, self.batches, self.samples, self.until = progress.epoch, progress.batch, progress.samples, until
+        self.begun = self.over = False
+        """A burst has begun; no further one does, which either side may say."""
+        self._since = time.perf_counter() - progress.time
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run so far."""
+        return time.perf_counter() - self._since
 
 
 class Driver:
     """Runs the train step of one fit on the train thread."""
 
     def __init__(
-        self, life: Life, plan: Plan, thread: TrainThread, *, deterministic: bool, gone: asyncio.Future[None]
+        self,
+        life: Life,
+        plan: Plan,
+        thread: TrainThread,
+        *,
+        door: Door,
+        deterministic: bool,
+        gone: asyncio.Future[None],
     ) -> None:
         assert life.stream is not None
+        self._door = door
         self._life, self._plan, self._thread, self._stream = life, plan, thread, life.stream
         self._kernels = _deterministic if deterministic else contextlib.nullcontext
         self.gone = gone
         """Settled once nobody is to wait any more for a burst that does not return."""
-        self._flying: asyncio.Future[Report] | None = None
+        self._row: _Row | None = None
+        self._flying: deque[asyncio.Future[Report | None]] = deque()
+        """The burst under way, and the one behind it; None of one that did not begin."""
+        self._untold: deque[Report] = deque()
+        """Counted, and not given back yet."""
         self.waiting: float | None = None
         """Since when a batch is waited for, on `time.monotonic`'s clock."""
         self.waited = 0.0
@@ -108,41 +144,82 @@ class Driver:
 
         await self._thread.run(job)
 
-    async def burst(self, batches: Supply, updates: int | None) -> Report:
-        """One burst of `updates` updates at most, counted; an error that ended it is in the report, to be raised once
-        what came before is told."""
-        step, rng, progress = self._life.step, self._life.rng, self._life.progress
-        if not step.seconds:
-            updates = 1  # nobody knows yet how long one takes
-        remaining, epoch, kernels = self._plan.remaining(progress, step.taken), progress.epoch, self._kernels
-        samples, elapsed = progress.samples, progress.time
+    @property
+    def ahead(self) -> bool:
+        """Whether bursts are under way, or were counted and not given back yet."""
+        return bool(self._flying or self._untold)
 
-        def job() -> Report:
-            self._life.before_ahead = None
-            if self._life.switch is not None:
-                self._life.switch.learn()
-            with rng.swapped_in(), kernels():
-                if self._life.freezing is not None:
-                    self._life.freezing.apply(step.step, epoch)
-                return self._run(
-                    batches, updates=updates, epoch=epoch, remaining=remaining, samples=samples, elapsed=elapsed
-                )
+    def hold(self) -> None:
+        """Let no further burst begin behind the one under way, until nothing is ahead."""
+        if self._row is not None:
+            self._row.over = True
 
-        waited = batches.waited
-        self._flying = self._thread.submit(job)
-        batches.burst(self._batches_of(updates))
-        report = await asyncio.shield(self._flying)
-        batches.burst(None)
-        self.waited += batches.waited - waited
-        self._land(report)
+    async def burst(self, batches: Supply, most: Callable[[], int | None]) -> Report | None:
+        """The next burst, counted; an error that ended it is in the report, to be raised once what came before is told.
+        None: it was not to begin any more.
+
+        Where nothing is ahead one is begun; `most()`: updates that it and those behind it may make together. The first
+        is alone, and ends what follows if it found no more batches; else two are always ahead.
+        """
+        if not self.ahead:
+            updates = most()
+            self._row = _Row(self._life, None if updates is None else self._life.step.step + updates)
+            self._hand_over(batches, self._row)
+        row = self._row
+        assert row is not None
+        report = self._untold.popleft() if self._untold else await self._next()
+        while len(self._flying) < 2 and not row.over:
+            self._hand_over(batches, row)
+        if not self._flying:
+            batches.burst(None)
         return report
 
-    def _run(self, batches: Supply, **how: Any) -> Report:
-        step, compiled = self._life.step, self._life.compiled
-        before = step.seconds
-        report = step.run(batches, seconds=BURST, **how)
-        if compiled is not None and compiled.grown():
-            step.seconds = before  # compiling took the time: nobody knows yet how long an update takes
+    def _hand_over(self, batches: Supply, row: _Row) -> None:
+        def job() -> Report | None:
+            try:
+                row.over = row.over or (row.begun and self._door.pending)
+                return None if row.over else self._made(batches, row)
+            except BaseException:
+                row.over = True
+                raise
+
+        self._flying.append(self._thread.submit(job))
+        batches.burst(self._batches_of(None if row.until is None else row.until - self._life.step.step))
+
+    def _made(self, batches: Supply, row: _Row) -> Report:
+        """One burst, and whether another one follows; on the train thread."""
+        life, step = self._life, self._life.step
+        row.begun, life.before_ahead = True, None
+        if life.switch is not None:
+            life.switch.learn()
+        updates = None if row.until is None else row.until - step.step
+        waited, seconds = batches.waited, step.seconds
+        with life.rng.swapped_in(), self._kernels():
+            if life.freezing is not None:
+                life.freezing.apply(step.step, row.epoch)
+            report = step.run(
+                batches,
+                updates=updates if seconds else 1,  # nobody knows yet how long one takes
+                seconds=BURST,
+                epoch=row.epoch,
+                remaining=self._plan.remaining(row.batches + step.taken),
+                batches=row.batches,
+                samples=row.samples,
+                elapsed=row.elapsed,
+            )
+        if life.compiled is not None and life.compiled.grown():
+            step.seconds = seconds  # compiling took the time
+        report.waited = batches.waited - waited
+        row.batches, row.samples = row.batches + report.batches, row.samples + report.samples
+        row.over = (
+            row.over
+            or report.error is not None
+            or not report.updates
+            or step.step == row.until
+            or step.partial
+            or not batches.ready
+            or batches.finished_nowait()
+        )
         return report
 
     def _batches_of(self, updates: int | None) -> int:
@@ -151,31 +228,48 @@ class Driver:
         predicted = max(1, int(BURST / each)) if each else 1
         return (predicted if updates is None else min(predicted, updates)) * self._life.step.accumulate
 
+    async def _next(self) -> Report | None:
+        """Wait for the burst under way, and count it."""
+        await asyncio.wait([self._flying[0]])
+        report = self._flying.popleft().result()
+        if report is not None:
+            self._land(report)
+        return report
+
     def _land(self, report: Report) -> None:
         """Count what a burst has finished."""
-        self._flying = None
         progress = self._life.progress
         progress.step += report.updates
         progress.samples += report.samples
         progress.batch += report.batches
+        self.waited += report.waited
         if report.updates:
             progress.owes = ""
         if report.cursor is not None:
             self._stream.trained(report.cursor)
 
     async def landed(self) -> None:
-        """Wait for a burst that nobody waits for any more, and count it. Raises EnvironmentProblem if it hangs, or if
-        another job of the train thread does."""
-        while self._flying is not None:
+        """Wait for what is under way, let nothing follow it, and count it: `burst` gives it back. Raises
+        EnvironmentProblem if it hangs, or if another job of the train thread does."""
+        self.hold()
+        while self._flying:
             with contextlib.suppress(asyncio.CancelledError):
-                either: set[asyncio.Future[Any]] = {self._flying, self.gone}
+                either: set[asyncio.Future[Any]] = {self._flying[0], self.gone}
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if not self._flying.done():
+                if not self._flying[0].done():
                     break
-                flying, self._flying = self._flying, None
-                self._land(flying.result())
+                report = self._flying.popleft().result()
+                if report is not None:
+                    self._land(report)
+                    self._untold.append(report)
         if self.gone.done() and self._thread.since is not None:
             raise EnvironmentProblem("a step has not returned in time", hint="It is left behind.")
+
+    def take_untold(self) -> list[Report]:
+        """What was counted and will not be given back any more."""
+        untold = list(self._untold)
+        self._untold.clear()
+        return untold
 
     async def leave_partial(self) -> None:
         """Forget batches that are not part of a finished update: the next life takes them again."""

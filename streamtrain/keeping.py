@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -53,8 +53,10 @@ class Keeper:
         control: Control,
         files: Files,
         disk: Disk = LOCAL,
+        landed: Callable[[], Awaitable[None]],
     ) -> None:
-        self._disk = disk
+        """`landed`: waits until no burst is under way."""
+        self._disk, self._landed = disk, landed
         self._life, self.saver, self._teller, self._bus = life, saver, teller, bus
         self._thread, self._control, self._files = thread, control, files
         if saver is not None:
@@ -218,7 +220,9 @@ class Keeper:
             while not told.done():
                 if unless():
                     raise Stopped
-                await self.save_all(() if self._life.step.partial else self._control.take_saves())
+                if self._control.saves_wait:
+                    await self._landed()
+                    await self.save_all(() if self._life.step.partial else self._control.take_saves())
                 knocked = asyncio.create_task(self._control.knocked())
                 await asyncio.wait({told, knocked}, return_when=asyncio.FIRST_COMPLETED)
                 knocked.cancel()

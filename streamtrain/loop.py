@@ -6,7 +6,7 @@
         go to the epoch's order; tell that it begins
         while the epoch has batches:
             run a burst of updates on the train thread, to the nearest of 20 ms, the next save or validation, the end
-            tell the batches and the lines of the log
+            tell the batches and the lines of the log, while the next burst runs unless it is time for something
             unless the epoch has ended: validate and save if it is time
             do what was asked for: learning rate, calls, saves, pause
         if it ended: tell its means, validate, ask the deciders, step the learning rate, stop or save as they say
@@ -47,6 +47,7 @@ from streamtrain.life import Life
 from streamtrain.plan import Plan
 from streamtrain.schedulers import get_lr, set_group_lr
 from streamtrain.supply import Supply
+from streamtrain.tally import Report
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread
 
@@ -119,17 +120,18 @@ class Wheel:
             return await self._end_epoch()
         if progress.owes == "validation":
             await self._validate_now()
+        updated = False
         async with driver.batches() as batches:
-            while await self._ready(batches):
-                report = await driver.burst(batches, self._most_updates())
-                telling = self._teller.burst(report, driver.take_waited())
-                try:
-                    await (self._keeper.attend(telling) if report.rows or self._teller.noted else telling)
-                finally:
-                    if report.error is not None:  # only now: the lines of the updates before it are in no later log
-                        raise report.error
-                self._keeper.check()
-                if report.updates and not self._step.partial:
+            while driver.ahead or await self._ready(batches):
+                report = await driver.burst(batches, self._most_updates)
+                if report is not None:
+                    await self._tell(report)
+                    updated = updated or report.updates > 0
+                if driver.ahead:  # what is due waits for it
+                    if self._wanted():
+                        driver.hold()
+                elif updated and not self._step.partial:
+                    updated = False
                     if self._due() and not await self._finished(batches):
                         await self._between()
                     await self._obey_requests()
@@ -138,6 +140,20 @@ class Wheel:
         if ended:
             await self._end_epoch()
         return None
+
+    async def _tell(self, report: Report) -> None:
+        """All of a burst, and then the error that ended it: the lines of the updates before are in no later log."""
+        telling = self._teller.burst(report, self._driver.take_waited())
+        try:
+            await (self._keeper.attend(telling) if report.rows or self._teller.noted else telling)
+        finally:
+            if report.error is not None:
+                raise report.error
+        self._keeper.check()
+
+    def _wanted(self) -> bool:
+        """Whether anything is to be done once no burst is under way."""
+        return self._control.pending or self._control.paused or self._over() or self._due()
 
     async def _between(self) -> None:
         """What is due after an update that does not end an epoch."""
@@ -365,6 +381,10 @@ class Wheel:
         """Save what is finished, and tell; whatever goes wrong here is logged, since `error` is what the user gets."""
         with _logged("saving after the error"):
             await self._driver.landed()
+            for report in self._driver.take_untold():
+                with contextlib.suppress(Exception):  # what a callback raised is told already
+                    async with asyncio.timeout(self._patience):
+                        await self._teller.burst(report, self._driver.take_waited())
             if not self._step.torn:
                 await self._driver.leave_partial()
             self._owe()

@@ -75,9 +75,9 @@ class Plan:
         """The stream's epoch in an epoch of the fit."""
         return 0 if self.overfit else epoch
 
-    def remaining(self, progress: Progress, taken: int) -> int | None:
-        """Batches that the epoch still has, `taken` more than finished updates account for; None if nobody knows."""
-        return None if self.batches is None else max(0, self.batches - progress.batch - taken)
+    def remaining(self, taken: int) -> int | None:
+        """Batches that the epoch still has once so many are taken; None if nobody knows."""
+        return None if self.batches is None else max(0, self.batches - taken)
 
 
 def planned(

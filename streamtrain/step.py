@@ -103,6 +103,8 @@ class TrainStep:
         self._scheduled = not isinstance(lr, FixedLearningRate)
         self._rated = lr.interval in ("samples", "time")
         self._samples, self._elapsed = 0, 0.0
+        self._before = 0, 0
+        """Batches of the epoch and samples of the run before the burst."""
         self._move, self._door, self._device = move, door, device
         self._moves, self._graphs = moves or device.type != "cpu", graphs
         self._skip, self._log_every = skip, log_every
@@ -150,18 +152,20 @@ class TrainStep:
         seconds: float,
         epoch: int,
         remaining: int | None,
+        batches: int = 0,
         samples: int = 0,
         elapsed: float = 0.0,
     ) -> Report:
         """Make updates until `updates` are made, `seconds` are over, a request knocks, or nothing is ready.
 
         `epoch`, `samples` (trained before) and `elapsed` (seconds of the run so far): what the learning rate may depend
-        on. `remaining`: batches that the epoch still has, as far as that is known: a last group that will be short is
-        divided by its real size. An error is returned in the report; the batches of the group in which it came are as
-        if they had not been taken.
+        on. `batches`: trained of the epoch before. `remaining`: batches that the epoch still has, as far as that is
+        known: a last group that will be short is divided by its real size. An error is returned in the report; the
+        batches of the group in which it came are as if they had not been taken.
         """
-        report = Report(self.step + 1, began=time.perf_counter())
+        report = Report(self.step + 1, before=samples, began=time.perf_counter())
         self._samples, self._elapsed = samples, elapsed
+        self._before = batches, samples
         before, self._epoch = self.seconds, epoch
         self._running = threading.get_ident()
         try:
@@ -226,11 +230,12 @@ class TrainStep:
         self.tally.read(report, len(self.tally.losses) - self._group)
 
     def made_here(self) -> tuple[int, int] | None:
-        """Batches and samples of the updates that the burst under way has made by now; None outside of it."""
+        """Batches of the epoch and samples of the run that are trained by now, to the last update of the burst under
+        way; None outside of it."""
         if self._running != threading.get_ident():
             return None
         done = len(self.tally.counts) - self._group
-        return done, sum(self.tally.counts[:done])
+        return self._before[0] + done, self._before[1] + sum(self.tally.counts[:done])
 
     def gauged(self) -> dict[str, float]:
         """What a line of the log says beside the means: the learning rate, and what the gauges read."""

@@ -38,6 +38,8 @@ class Report:
 
     first_step: int
     """The update to which its first batch belongs."""
+    before: int = 0
+    """Samples that the run had trained before it."""
     updates: int = 0
     batches: int = 0
     samples: int = 0
@@ -51,6 +53,8 @@ class Report:
     lr: float = 0.0
     began: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds for which it waited for a source that is pulled inside."""
     error: BaseException | None = None
     """What ended the burst; the updates before it are finished and counted."""
 

@@ -117,13 +117,12 @@ class Teller:
         life = self._life
         if report.batches:
             self._news(report, waited)
-        before = life.progress.samples - report.samples
         await self.take_notes()
         for row in report.rows:
             when = self.elapsed() - (time.perf_counter() - row.at)
             values = {**row.values, **self._notes.take_metrics()}
             life.metrics.update(values)
-            await self.emit("on_log", Log, step=row.step, samples=before + row.samples, time=when, values=values)
+            await self.emit("on_log", Log, step=row.step, samples=report.before + row.samples, time=when, values=values)
         self._bus.check()
         if time.monotonic() - self._status_when > 1.0:
             self.status("running")

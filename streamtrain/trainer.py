@@ -250,7 +250,7 @@ class Trainer:
         if step is None or made is None:
             return now
         batches, samples = made
-        return replace(now, step=step.step, batch=now.batch + batches, samples=now.samples + samples)
+        return replace(now, step=step.step, batch=batches, samples=samples)
 
     @property
     def model(self) -> nn.Module:
@@ -729,7 +729,8 @@ class Trainer:
             self._saver = saver
             teller = Teller(life, plan, bus, thread, status=status.write, notes=self._notes)
             assert self._gone is not None
-            driver = Driver(life, plan, thread, deterministic=options.deterministic, gone=self._gone)
+            how: dict[str, Any] = {"deterministic": options.deterministic, "gone": self._gone}
+            driver = Driver(life, plan, thread, door=self.control, **how)
             stack.enter_context(Watchdog(options.watchdog, lambda: self._busy(thread, bus, saver, driver)))
             wheel = Wheel(
                 life,
@@ -749,6 +750,7 @@ class Trainer:
                     control=self.control,
                     files=files,
                     disk=self._disk,
+                    landed=driver.landed,
                 ),
                 patience=options.watchdog or None,
             )
