@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from streamtrain.data.batch import Batch
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.source import Pass, Stream
+from streamtrain.errors import UserCodeError
 
 T = TypeVar("T")
 MOST_AHEAD = 128
@@ -163,8 +164,16 @@ class Pumped:
                 self._changed.set()
         except StopAsyncIteration:
             pass
-        except asyncio.CancelledError:
-            raise
+        except asyncio.CancelledError as error:
+            self._failure = error
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            self._failure = UserCodeError(
+                "a data source was cancelled from within, before the end of its pass",
+                hint="Something that it awaits was cancelled: have it raise what that means for the data.",
+            )
+            self._failure.__cause__ = error
         except BaseException as error:
             self._failure = error
         finally:

@@ -13,7 +13,7 @@ import torch
 from streamtrain.data.batch import Batch, Cursor
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.iterable import from_iterable
-from streamtrain.errors import DataError
+from streamtrain.errors import DataError, UserCodeError
 from streamtrain.supply import Pulled, Pumped, Supply, supply
 from tests.engine import Samples
 
@@ -220,3 +220,40 @@ async def test_a_close_that_is_cancelled_again_and_again_closes_all_the_same() -
     with pytest.raises(asyncio.CancelledError):
         await closing
     assert closed.is_set()
+
+
+class Interrupted:
+    """A source that awaits something which is cancelled."""
+
+    async def __aiter__(self) -> AsyncIterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.zeros(8, 4), torch.zeros(8, 1)
+        inner = asyncio.ensure_future(asyncio.Event().wait())
+        inner.cancel()
+        await inner
+        raise AssertionError("it was cancelled")
+
+
+async def test_a_source_that_is_cancelled_from_within_has_failed_and_not_ended() -> None:
+    batches = supply(from_iterable(Interrupted()), limit=None, runner=here)
+    assert await batches.wait()
+    assert batches.take() is not None
+    with pytest.raises(UserCodeError, match="cancelled from within"):
+        await batches.wait()
+    assert not batches.ended
+    await batches.aclose()
+
+
+async def test_a_pass_that_is_cancelled_from_outside_has_not_ended() -> None:
+    """As by `asyncio.run`, which cancels every task at its end: a group cut short by it is no last group."""
+    stream = Samples(40)
+    stream.gates[16] = asyncio.Event()
+    batches = supply(stream, limit=None, runner=here)
+    await idle()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await idle()
+    assert (batches.take() is not None, batches.take() is not None, batches.take()) == (True, True, None)
+    assert not batches.ended
+    with pytest.raises(asyncio.CancelledError):
+        await batches.wait()
+    await batches.aclose()
