@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
+import anyio
+
 from streamtrain.data.daemons import DaemonExecutor
 from streamtrain.errors import EnvironmentProblem
 
@@ -48,10 +50,13 @@ async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | Non
         yield files
     finally:
         last = loop.run_in_executor(executor, lambda: None)
-        await asyncio.wait([last], timeout=0.1 if gone is not None and gone.done() else patience)
-        if not last.done():
-            logger.error("a disk has not answered in time; the thread that waits for it is left behind")
-        _end(executor, wait=last.done())
+        try:
+            with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
+                await asyncio.wait([last], timeout=0.1 if gone is not None and gone.done() else patience)
+            if not last.done():
+                logger.error("a disk has not answered in time; the thread that waits for it is left behind")
+        finally:
+            _end(executor, wait=last.done())
 
 
 def _end(executor: DaemonExecutor, *, wait: bool) -> None:

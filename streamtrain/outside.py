@@ -5,11 +5,14 @@ Its law: nothing here changes what a fit would go on with.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+import anyio
 
 from streamtrain import checkpoint
 from streamtrain.callbacks.lines import MetricsLog
@@ -17,7 +20,7 @@ from streamtrain.data.source import Stream
 from streamtrain.disk import LOCAL, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.events import Log
-from streamtrain.file_thread import file_thread
+from streamtrain.file_thread import Files, file_thread
 from streamtrain.life import Life
 from streamtrain.outcome import Compute
 from streamtrain.parts import Parts
@@ -55,14 +58,12 @@ async def log(folder: RunFolder, callbacks: Sequence[object], state: Progress, v
     line = Log(split="test", values=values, **place)
     async with file_thread() as files:
         try:
-            await files(folder.lock)
-            for callback in callbacks:
-                if isinstance(callback, MetricsLog):
-                    await callback.append(folder.path, line)
+            async with _held(folder, files):
+                for callback in callbacks:
+                    if isinstance(callback, MetricsLog):
+                        await callback.append(folder.path, line)
         except EnvironmentProblem as error:
             logger.warning("the evaluation is not in the log: %s", error)
-        finally:
-            await files(folder.release)
 
 
 async def predict(
@@ -103,9 +104,17 @@ async def save(
             return (await files(lambda: checkpoint.commit(target, snapshot, disk=disk))).path
         assert run_dir is not None
         folder = RunFolder(run_dir, disk=disk)
-        await files(folder.lock)
-        try:
+        async with _held(folder, files):
             path = folder.checkpoints / folder_name(life.progress.step)
             return (await files(lambda: checkpoint.commit(path, snapshot, replace=True, disk=disk))).path
-        finally:
-            await files(folder.release)
+
+
+@asynccontextmanager
+async def _held(folder: RunFolder, files: Files) -> AsyncIterator[None]:
+    """Hold a run's folder; it is given free behind whatever the thread does, however often we are cancelled."""
+    try:
+        await files(folder.lock)
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await asyncio.shield(files(folder.release))

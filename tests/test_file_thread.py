@@ -1,0 +1,53 @@
+"""The thread for a fit's files: it ends with its block, however that is left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import anyio
+import pytest
+
+from streamtrain.file_thread import file_thread
+
+
+class Busy:
+    """A block whose thread waits for the gate."""
+
+    def __init__(self) -> None:
+        self.gate, self.entered = threading.Event(), asyncio.Event()
+
+    async def work(self) -> None:
+        async with file_thread() as files:
+            self.entered.set()
+            await files(lambda: self.gate.wait(60))
+
+
+def ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("streamtrain-files")]
+
+
+async def test_a_block_that_is_cancelled_again_and_again_ends_its_thread() -> None:
+    busy = Busy()
+    work = asyncio.create_task(busy.work())
+    await busy.entered.wait()
+    (thread,) = ours()
+    for _ in range(3):
+        work.cancel()
+        await asyncio.sleep(0)
+    busy.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
+async def test_a_block_in_a_cancelled_scope_has_ended_its_thread_when_it_is_left() -> None:
+    busy = Busy()
+    async with anyio.create_task_group() as group:
+        group.start_soon(busy.work)
+        await busy.entered.wait()
+        assert len(ours()) == 1
+        asyncio.get_running_loop().call_soon(busy.gate.set)
+        group.cancel_scope.cancel()
+    assert ours() == []

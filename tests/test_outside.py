@@ -1,0 +1,65 @@
+"""Outside of a fit: whoever is cancelled in a call leaves the run's folder free."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from torch import nn
+
+from streamtrain import checkpoint
+from streamtrain.run_folder import RunFolder
+from streamtrain.trainer import Trainer
+from tests.engine import network
+
+
+class Slow:
+    """A call that has begun, and goes on once the gate is open."""
+
+    def __init__(self, call: Any) -> None:
+        self.call, self.gate = call, threading.Event()
+        self.loop, self.entered = asyncio.get_running_loop(), asyncio.Event()
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.loop.call_soon_threadsafe(self.entered.set)
+        self.gate.wait(60)
+        return self.call(*arguments, **named)
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> Iterator[Trainer]:
+    """A trainer whose folder is free at the end."""
+    yield Trainer(network(), nn.MSELoss(), seed=5, device="cpu", run_dir=tmp_path)
+    with RunFolder(tmp_path):
+        pass
+
+
+async def test_a_save_in_a_cancelled_scope_gives_the_folder_free(
+    fitted: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(checkpoint.commit)
+    monkeypatch.setattr(checkpoint, "commit", slow)
+    async with anyio.create_task_group() as group:
+        group.start_soon(fitted.save_checkpoint)
+        await slow.entered.wait()
+        asyncio.get_running_loop().call_soon(slow.gate.set)
+        group.cancel_scope.cancel()
+
+
+async def test_a_save_cancelled_while_it_takes_the_folder_gives_it_free(
+    fitted: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(RunFolder.lock)
+    monkeypatch.setattr(RunFolder, "lock", lambda folder: slow(folder))
+    saving = asyncio.create_task(fitted.save_checkpoint())
+    await slow.entered.wait()
+    saving.cancel()
+    await asyncio.sleep(0)
+    slow.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
