@@ -16,6 +16,9 @@ from streamtrain.errors import EnvironmentProblem
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+_MOMENT = 0.1
+"""Seconds for a disk that nobody is to wait for."""
+
 
 class Files(Protocol):
     """Runs a blocking function on the thread."""
@@ -27,7 +30,8 @@ class Files(Protocol):
 async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | None = None) -> AsyncIterator[Files]:
     """A thread of its own; a disk that hangs for more than `patience` seconds at the end is left behind, and said.
 
-    Once `gone` is settled nobody waits for the disk any more: every call raises EnvironmentProblem at once.
+    Once `gone` is settled nobody waits for the disk any more: a call that it does not answer within a moment raises
+    EnvironmentProblem.
     """
     executor = DaemonExecutor(1, "streamtrain-files")
     loop = asyncio.get_running_loop()
@@ -38,6 +42,8 @@ async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | Non
             either: set[asyncio.Future[Any]] = {called, gone}
             try:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not called.done():  # it may be well, and something else hang
+                    await asyncio.wait([called], timeout=_MOMENT)
             except asyncio.CancelledError:
                 called.cancel()
                 raise
@@ -52,7 +58,7 @@ async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | Non
         last = loop.run_in_executor(executor, lambda: None)
         try:
             with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
-                await asyncio.wait([last], timeout=0.1 if gone is not None and gone.done() else patience)
+                await asyncio.wait([last], timeout=_MOMENT if gone is not None and gone.done() else patience)
             if not last.done():
                 logger.error("a disk has not answered in time; the thread that waits for it is left behind")
         finally:

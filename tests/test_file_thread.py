@@ -8,6 +8,7 @@ import threading
 import anyio
 import pytest
 
+from streamtrain.errors import EnvironmentProblem
 from streamtrain.file_thread import file_thread
 
 
@@ -51,3 +52,23 @@ async def test_a_block_in_a_cancelled_scope_has_ended_its_thread_when_it_is_left
         asyncio.get_running_loop().call_soon(busy.gate.set)
         group.cancel_scope.cancel()
     assert ours() == []
+
+
+async def test_a_disk_that_is_well_still_answers_once_nobody_waits_for_what_hangs() -> None:
+    loop, gate = asyncio.get_running_loop(), threading.Event()
+    gone: asyncio.Future[None] = loop.create_future()
+    async with file_thread(gone=gone) as files:
+        gone.set_result(None)
+        loop.call_later(0.01, gate.set)  # some turns of the loop
+        assert await files(lambda: gate.wait(60))
+
+
+async def test_a_disk_that_hangs_is_not_waited_for_once_nobody_is_to(caplog: pytest.LogCaptureFixture) -> None:
+    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    gate = threading.Event()
+    async with file_thread(gone=gone) as files:
+        gone.set_result(None)
+        with pytest.raises(EnvironmentProblem, match="not answered in time"):
+            await files(lambda: gate.wait(60))
+    gate.set()
+    assert "is left behind" in caplog.text
