@@ -263,6 +263,7 @@ class Driver:
                     self._land(report)
                     self._untold.append(report)
         if self.gone.done() and self._thread.since is not None:
+            self._life.left_behind = True
             raise EnvironmentProblem("a step has not returned in time", hint="It is left behind.")
 
     def take_untold(self) -> list[Report]:

@@ -134,6 +134,8 @@ class Life:
     """Those weights, where no checkpoint holds them."""
     asked: dict[str, Tree] = field(default_factory=dict)
     """While deciders are asked: their states of before, for the next life asks them again."""
+    left_behind: bool = False
+    """A job that hangs was left behind: it may go on some day, and nobody counts what it makes of the weights."""
 
     @property
     def learned(self) -> Learned:
@@ -171,6 +173,14 @@ class Life:
             "kept": None,
             "average": None,  # the snapshot's: only between two jobs of the train thread is it where it belongs
         }
+
+    def check_whole(self) -> None:
+        """Raise CheckpointError unless the weights are those of the last update that was counted."""
+        if self.step.torn or self.left_behind:
+            raise CheckpointError(
+                "the weights are those of no step: the fit ended in the middle of an update",
+                hint="load_checkpoint() the last one first; where there is none, begin anew.",
+            )
 
     def deciders(self) -> dict[str, Tree]:
         """Copies of the deciders' states."""

@@ -18,7 +18,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.data.source import Stream
 from streamtrain.disk import LOCAL, Disk
-from streamtrain.errors import CheckpointError, EnvironmentProblem
+from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import Log
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.life import Life
@@ -89,11 +89,7 @@ async def save(
 ) -> Path:
     """Commit a checkpoint of where the run stands, at `target` or in the run's folder; `position`: of the training
     stream, if it is not where that stands now. Raises CheckpointError."""
-    if life.step.torn:
-        raise CheckpointError(
-            "the weights are those of no step: the fit ended in the middle of an update",
-            hint="load_checkpoint() the last one first.",
-        )
+    life.check_whole()
     async with file_thread() as files, train_thread() as thread:
         await thread.run(parts.take_up)
         state = life.state()

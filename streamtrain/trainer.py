@@ -354,7 +354,8 @@ class Trainer:
 
         Another fit of the same trainer goes on where the last one ended, as one that is resumed would. Weights that the
         model was given in between are taken: an average (`ema`) begins anew with them, a rollback goes back to them at
-        most, and that is said; momenta and the like are the optimizer's, and stay.
+        most, and that is said; momenta and the like are the optimizer's, and stay. One that ended in the middle of an
+        update (an optimizer raised, or hung) is gone on from once a checkpoint is loaded, with `resume` or before.
 
         Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem.
         """
@@ -674,6 +675,8 @@ class Trainer:
         found = None
         if checkpoints is not None and resume_from is not None:
             found = await files(lambda: resume.find(checkpoints, resume_from))
+        if found is None and self._lasting is not None:
+            self._lasting.check_whole()
         async with AsyncExitStack() as stack:
             thread = await stack.enter_async_context(train_thread(self._gone))
             bus = await stack.enter_async_context(Bus(self.callbacks, grace=options.grace))

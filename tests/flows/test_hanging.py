@@ -16,7 +16,7 @@ from torch import nn
 from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
-from streamtrain.errors import UserCodeError
+from streamtrain.errors import CheckpointError, UserCodeError
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
 
@@ -172,6 +172,20 @@ async def test_a_cancelled_fit_ends_whatever_hangs(
         assert "where it stands:" in caplog.text
         assert " in hang_here" in caplog.text
         assert "left behind" in caplog.text
+
+
+async def test_no_fit_goes_on_where_a_step_was_left_behind(
+    tmp_path: Path, hang: Hang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, stream = fitted(tmp_path, "a step", hang, monkeypatch, grace=0.1)
+    task = asyncio.create_task(trainer.fit(stream, max_epochs=2))
+    while not hang.entered.is_set():  # noqa: ASYNC110  (another thread sets it)
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(CheckpointError, match="the weights are those of no step"):
+        await trainer.fit(Samples(), max_epochs=2)
 
 
 class StuckInValidation(Stuck):
