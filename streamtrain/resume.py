@@ -104,9 +104,7 @@ def _read(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
         return _best(checkpoints)
     path = Path(os.path.abspath(resume))
     for folder in (path / "checkpoints", path):
-        if folder.is_dir() and any(folder.glob("step-*")):
-            entry = checkpoint.newest_valid(folder)
-            assert entry is not None
+        if folder.is_dir() and (entry := checkpoint.newest_valid(folder)) is not None:
             path = entry.path
             break
     return path, checkpoint.read(path)

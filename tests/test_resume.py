@@ -176,3 +176,11 @@ async def test_lines_of_a_future_that_is_given_up_keep_nobody_from_handing_over_
     again = trainer(tmp_path, callbacks=[rule, tracker], lr=1e-4)
     await again.fit(Samples(), max_steps=9, resume=tmp_path / "checkpoints" / "step-000000003")
     assert tracker.steps == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("name", ["step-final", "step-12.bak"])
+async def test_a_folder_whose_names_are_no_checkpoints_is_refused_as_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(CheckpointError, match=rf"checkpoint {folder}: manifest.json, it is missing"):
+            await trainer(tmp_path / "new").fit(Samples(), max_steps=3, resume=folder)
