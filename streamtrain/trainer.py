@@ -523,14 +523,14 @@ class Trainer:
         `fit(resume=path)`.
         """
         resume.check(path, "load_checkpoint: path")
-        if self._fitting:
-            raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
+        self._check_idle()
         async with file_thread() as files, train_thread() as thread:
             checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk).checkpoints
             found = await files(lambda: resume.find(checkpoints, path))
             if found is None:
                 raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
             where, snapshot = found
+            self._check_idle()
             await thread.run(lambda: self._parts.load(where, snapshot, self.state))
             self._lasting, self._position, self._loaded, self._origin = None, None, snapshot.state, where
 
@@ -543,15 +543,25 @@ class Trainer:
         and of those that are unused, are said. Raises CheckpointError with a table of the differences if not all fit,
         or with `partial` if none does, and changes nothing then; ConfigError once the run has begun.
         """
+        self._check_fresh()
+        async with file_thread() as files, train_thread() as thread:
+            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
+            where, weights = await files(lambda: resume.weights(checkpoints, path))
+            self._check_fresh()
+            await thread.run(lambda: self._parts.begin_with(weights, where, partial=partial))
+
+    def _check_idle(self) -> None:
+        """To be asked once more when a checkpoint is read: a fit may have begun meanwhile."""
+        if self._fitting:
+            raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
+
+    def _check_fresh(self) -> None:
+        """The same for weights."""
         if self._fitting or self.state.step:
             raise ConfigError(
                 f"load_weights() after {self.state.step} steps of the run: it begins with other weights, or not at all",
                 hint="Make a new Trainer, or load_checkpoint() to go on from one.",
             )
-        async with file_thread() as files, train_thread() as thread:
-            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
-            where, weights = await files(lambda: resume.weights(checkpoints, path))
-            await thread.run(lambda: self._parts.begin_with(weights, where, partial=partial))
 
     # --- plain, from any thread ---
 

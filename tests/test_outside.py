@@ -1,4 +1,4 @@
-"""Outside of a fit: whoever is cancelled in a call leaves the run's folder free."""
+"""Outside of a fit: a call leaves the run's folder free however it ends, and keeps out of a fit that has begun."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 from torch import nn
 
 from streamtrain import checkpoint
+from streamtrain.errors import ConfigError
 from streamtrain.run_folder import RunFolder
 from streamtrain.trainer import Trainer
-from tests.engine import network
+from tests.engine import Samples, network, same
 
 
 class Slow:
@@ -63,3 +64,25 @@ async def test_a_save_cancelled_while_it_takes_the_folder_gives_it_free(
     slow.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await saving
+
+
+@pytest.mark.parametrize("call", ["load_checkpoint", "load_weights"])
+async def test_what_is_read_while_a_fit_begins_is_not_put_into_its_model(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, undisturbed = (Trainer(network(), nn.MSELoss(), seed=5, device="cpu") for _ in range(2))
+    other = Trainer(network(), nn.MSELoss(), device="cpu")
+    await other.fit(Samples(), max_steps=3)
+    path = await other.save_checkpoint(tmp_path / "other")
+    slow = Slow(checkpoint.read)
+    monkeypatch.setattr(checkpoint, "read", slow)
+    loading = asyncio.create_task(getattr(fitted, call)(path))
+    await slow.entered.wait()
+    fit = asyncio.create_task(fitted.fit(Samples(), max_steps=20))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    with pytest.raises(ConfigError, match=r"while fit runs|begins with other weights"):
+        await loading
+    await fit
+    await undisturbed.fit(Samples(), max_steps=20)
+    assert same(fitted.model, undisturbed.model)
