@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +41,6 @@ class Requests:
     stop: Stop | None = None
     saves: list[Save] = field(default_factory=list)
     lr: float | None = None
-    calls: list[Callable[[], Any]] = field(default_factory=list)
-    """To be called on the train thread."""
 
 
 class Control:
@@ -57,7 +54,7 @@ class Control:
         self.pending = False
         """Something waits to be taken: the current burst ends after its update."""
         self.paused = False
-        self._queue: deque[float | Callable[[], Any]] = deque()
+        self._rates: deque[float] = deque(maxlen=1)
         self._saves: deque[Save] = deque()
         self._stop: Stop | None = None
         self._late = False
@@ -88,7 +85,7 @@ class Control:
         self._loop = asyncio.get_running_loop()
         self._knocked = asyncio.Event()
         self._late = False
-        self.pending = bool(self._queue or self._saves) or self.paused or self._stop is not None
+        self.pending = bool(self._rates or self._saves) or self.paused or self._stop is not None
 
     def unbind(self) -> None:
         """The wheel stands still; who waits for a save that was not begun is told, and who asks for one from now on."""
@@ -138,14 +135,7 @@ class Control:
 
     def set_lr(self, lr: float) -> None:
         """Bring the first group's learning rate to `lr`, the others in proportion."""
-        self._put(float(lr))
-
-    def call(self, fn: Callable[[], Any]) -> None:
-        """Have `fn` run on the train thread after the current update."""
-        self._put(fn)
-
-    def _put(self, item: float | Callable[[], Any]) -> None:
-        self._queue.append(item)
+        self._rates.append(float(lr))
         self._knock()
 
     def _knock(self) -> None:
@@ -166,12 +156,8 @@ class Control:
         """All that was asked for since the last time."""
         self.pending = False  # first: what comes in meanwhile sets it again
         taken = Requests(stop=self._stop, saves=self.take_saves())
-        while self._queue:
-            item = self._queue.popleft()
-            if isinstance(item, float):
-                taken.lr = item
-            else:
-                taken.calls.append(item)
+        while self._rates:
+            taken.lr = self._rates.popleft()
         return taken
 
     @property

@@ -8,7 +8,7 @@
             run a burst of updates on the train thread, to the nearest of 20 ms, the next save or validation, the end
             tell the batches and the lines of the log, while the next burst runs unless it is time for something
             unless the epoch has ended: validate and save if it is time
-            do what was asked for: learning rate, calls, saves, pause
+            do what was asked for: learning rate, saves, pause
         if it ended: tell its means, validate, ask the deciders, step the learning rate, stop or save as they say
     save; load the best weights if that is wanted; tell that training ended
 
@@ -326,8 +326,6 @@ class Wheel:
             requests = control.take()
             if requests.lr is not None:
                 self._set_lr(requests.lr)
-            for call in requests.calls:
-                await self._thread.run(call)
             await self._keeper.save_all(requests.saves)
             if requests.stop is not None:
                 if not self._interrupted:

@@ -18,13 +18,12 @@ async def test_what_was_asked_for_is_taken_once() -> None:
         control.save(save)
     control.set_lr(1)
     control.set_lr(0.5)
-    control.call(list)
     assert control.pending
     taken = control.take()
-    assert (taken.saves, taken.lr, taken.calls, taken.stop) == (saves, 0.5, [list], None)
+    assert (taken.saves, taken.lr, taken.stop) == (saves, 0.5, None)
     assert not control.pending
     again = control.take()
-    assert (again.saves, again.lr, again.calls) == ([], None, [])
+    assert (again.saves, again.lr) == ([], None)
 
 
 async def test_the_first_stop_wins_and_stays() -> None:
