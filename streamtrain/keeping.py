@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -169,8 +170,8 @@ class Keeper:
         return saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done)
 
     async def save_all(self, requests: Sequence[Save]) -> None:
-        """Save as often as was asked; where that raises, all who wait for one are told before."""
-        left = deque(requests)
+        """Save as was asked, once into the run's folder; where that raises, all who wait for one are told before."""
+        left = deque(_at_once(requests))
         try:
             while left:
                 await self.save("request", left[0])
@@ -306,3 +307,17 @@ class Keeper:
         rule = None if self.saver is None else self.saver.rule
         others = [callback for callback in self._life.callbacks.values() if callback is not rule]
         return any(getattr(other, "decides", False) and getattr(other, "restore_best", True) for other in others)
+
+
+def _at_once(requests: Sequence[Save]) -> list[Save]:
+    """One save for all that go into the run's folder, and those to places of their own: their state is the same."""
+    own = [request for request in requests if request.path is None]
+    if len(own) < 2:
+        return list(requests)
+
+    def done(path: Path | None, error: BaseException | None) -> None:
+        for request in own:
+            if request.done is not None:
+                request.done(path, error)
+
+    return [Save(done=done), *(request for request in requests if request.path is not None)]
