@@ -41,7 +41,8 @@ class Notes:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._numbers: deque[tuple[str, float]] = deque()
+        self._numbers: dict[str, float] = {}
+        """The last of each name; changed by single operations alone, since whoever takes them is on another thread."""
         self._notes: deque[Note] = deque()
         self._said = False
 
@@ -52,7 +53,8 @@ class Notes:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Numbers for the next line. Raises ConfigError, and leaves nothing, if one is no number."""
-        self._numbers.extend(_numbers(values).items())
+        for name, value in _numbers(values).items():
+            self._numbers[name] = value
 
     def line(self, values: Mapping[str, Any], split: str) -> None:
         """A line of its own, of this split, at the step where the run stands. Raises ConfigError as `metrics` does."""
@@ -78,11 +80,7 @@ class Notes:
 
     def take_metrics(self) -> dict[str, float]:
         """The numbers left so far, the last of each name."""
-        values: dict[str, float] = {}
-        while self._numbers:
-            name, value = self._numbers.popleft()
-            values[name] = value
-        return values
+        return {name: self._numbers.pop(name) for name in list(self._numbers)}
 
     def take(self) -> list[Note]:
         """The lines and media left so far, in their order."""

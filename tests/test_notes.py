@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,17 @@ def test_notes_that_nobody_takes_are_bounded_and_that_is_said_once(caplog: pytes
         notes.line({"n": number}, "resource")
     assert [note.fields["values"]["n"] for note in notes.take()] == list(range(3, MOST + 3))
     assert caplog.text.count("the oldest are dropped") == 1
+
+
+def test_numbers_that_nobody_takes_are_kept_by_name_alone() -> None:
+    notes = Notes(Progress())
+    tracemalloc.start()
+    try:
+        for number in range(20_000):
+            notes.metrics({"a": number + 0.5, "b": 1})
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 200_000
+    assert notes.take_metrics() == {"a": 19_999.5, "b": 1.0}
+    assert notes.take_metrics() == {}
