@@ -225,8 +225,10 @@ class Keeper:
                     await self._landed()
                     await self.save_all(() if self._life.step.partial else self._control.take_saves())
                 knocked = asyncio.create_task(self._control.knocked())
-                await asyncio.wait({told, knocked}, return_when=asyncio.FIRST_COMPLETED)
-                knocked.cancel()
+                try:
+                    await asyncio.wait({told, knocked}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    knocked.cancel()
         finally:
             told.cancel()
             await asyncio.wait([told])

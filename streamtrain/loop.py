@@ -256,8 +256,10 @@ class Wheel:
                     waiting, self._driver.waiting = asyncio.create_task(batches.wait()), time.monotonic()
                 knocked = asyncio.create_task(self._control.knocked())
                 patience = min(NOTES, self._left() or NOTES)
-                await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
-                knocked.cancel()
+                try:
+                    await asyncio.wait({waiting, knocked}, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
+                finally:
+                    knocked.cancel()
                 if self._teller.noted:
                     await self._keeper.attend(self._teller.take_notes())
                 if not self._step.partial:

@@ -413,3 +413,48 @@ async def test_deterministic_kernels_are_asked_for_inside_bursts_alone() -> None
     await Trainer(network(), step=step, deterministic=True).fit(Samples())
     assert all(seen)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+# --- what is cancelled from within ---
+
+
+class Waits(Callback):
+    """A hook that waits for ever."""
+
+    def __init__(self, entered: asyncio.Event) -> None:
+        self.entered = entered
+
+    async def on_validation_end(self, event: ValidationEnd) -> None:
+        self.entered.set()
+        await asyncio.Event().wait()
+
+    decides = True
+
+
+class Gate(asyncio.Event):
+    """Tells when somebody waits for it."""
+
+    def __init__(self, entered: asyncio.Event) -> None:
+        super().__init__()
+        self.entered = entered
+
+    async def wait(self) -> bool:  # type: ignore[override]
+        self.entered.set()
+        return await super().wait()
+
+
+@pytest.mark.parametrize("what", ["batch", "verdict"])
+async def test_a_wheel_that_is_cancelled_where_it_waits_leaves_no_task_of_its_own(what: str) -> None:
+    entered, stream = asyncio.Event(), Samples()
+    if what == "batch":
+        stream.gates[16] = Gate(entered)
+    fitted = trainer(callbacks=[Waits(entered)], sanity_batches=0, grace=0)
+    fit = asyncio.create_task(fitted.fit(stream, validation=Samples(20)))
+    await entered.wait()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    (wheel,) = (task for task in asyncio.all_tasks() if task.get_name() == "streamtrain-fit")
+    wheel.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fit
+    assert asyncio.all_tasks() == {asyncio.current_task()}
