@@ -146,7 +146,7 @@ class _Mailbox:
         self._delivered = self._coalesced = 0
         self._busy = self._waited = 0.0
         self._said: set[str] = set()
-        self._ended = False
+        self._dismissed = self._ended = False
 
     @property
     def busy(self) -> str:
@@ -205,10 +205,23 @@ class _Mailbox:
             self._progress.clear()
             await self._progress.wait()
 
+    def dismiss(self) -> None:
+        """A cancellation from now on is the end."""
+        self._dismissed = True
+
     async def deliver(self) -> None:
-        """The task's life: one letter after the other, until cancelled."""
+        """The task's life: one letter after the other, until it is dismissed and cancelled.
+
+        `asyncio.run` cancels every task at its end; a fit has still to tell then what it has made, and saves.
+        """
         try:
-            await self._deliver()
+            while True:
+                try:
+                    await self._deliver()
+                except asyncio.CancelledError:
+                    if self._dismissed:
+                        raise
+                    _go_on(asyncio.current_task())
         finally:
             self._ended = True
             self._drop(())
@@ -413,6 +426,7 @@ class Bus:
             if box.busy and not task.done():
                 logger.error("callback %s has not returned from %s: it is left behind", box.name, box.busy)
                 self._given_up = True
+                box.dismiss()
                 task.cancel()
 
     def check(self) -> None:
@@ -448,11 +462,19 @@ class Bus:
         late = (await asyncio.wait(waiting, timeout=patience))[1] if waiting else set()
         if self._timer is not None:
             self._timer.cancel()
+        for box in self._tasks:
+            box.dismiss()
         for task in [*late, *self._tasks.values()]:
             task.cancel()
         await asyncio.gather(*late, *self._tasks.values(), return_exceptions=True)
         hanging = late or self._given_up
         await asyncio.gather(*(box.join((0.1 if hurried else 1.0) if hanging else None) for box in self._boxes))
+
+
+def _go_on(task: asyncio.Task[Any] | None) -> None:
+    """As if it had not been cancelled."""
+    while task is not None and task.cancelling():
+        task.uncancel()
 
 
 def _names(callbacks: Sequence[object]) -> list[str]:

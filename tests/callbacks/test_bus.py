@@ -379,3 +379,18 @@ async def test_any_callable_attribute_is_a_hook() -> None:
     async with Bus([callback]) as bus:
         await bus.emit("on_log", Log(step=7))
     assert [event.step for event in seen] == [7]
+
+
+async def test_a_cancellation_that_is_meant_for_all_tasks_loses_nothing_that_is_told_later() -> None:
+    """As by `asyncio.run` at its end, where a fit of another task saves what it has made, and tells it."""
+    recorder, blocking = Recorder(), BlockingRecorder()
+    blocking.gate.set()
+    async with Bus([recorder, blocking]) as bus:
+        await bus.emit("on_log", Log(step=1))
+        await bus.drain()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+        await bus.emit("on_log", Log(step=2))
+    assert [event.step for event in recorder.seen] == [1, 2]
+    assert [event.step for event in blocking.seen] == [1, 2]
