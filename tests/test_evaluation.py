@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -129,14 +130,33 @@ async def test_a_stop_ends_it_between_two_bursts() -> None:
         await run(evaluator(network()), stream, stopping=lambda: True)
 
 
+class Held(nn.Module):
+    """A model that has entered a batch, and goes on once the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = network(), threading.Event()
+        self.loop, self.entered = asyncio.get_running_loop(), asyncio.Event()
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        self.loop.call_soon_threadsafe(self.entered.set)
+        self.gate.wait(60)
+        return self.inner(inputs)
+
+
 async def test_a_cancelled_evaluation_waits_for_its_burst() -> None:
-    stream = Samples(50)
-    stream.gates[24] = asyncio.Event()
-    task = asyncio.create_task(run(evaluator(network()), stream))
-    await asyncio.wait([task], timeout=0.05)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    model = Held()
+    async with train_thread() as thread:
+        task = asyncio.create_task(evaluator(model).run(Samples(50), thread, first_rng(0)))
+        await model.entered.wait()
+        task.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        ended = task.done()
+        model.gate.set()
+        assert not ended
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_what_goes_wrong_has_a_name() -> None:

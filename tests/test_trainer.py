@@ -1083,7 +1083,7 @@ async def test_a_run_that_was_given_up_goes_on_with_more_patience_as_if_it_had_n
 
 async def test_a_condition_of_ones_own_ends_the_fit_and_stays_met(tmp_path: Path) -> None:
     def early() -> EarlyStopping:
-        return EarlyStopping(condition=lambda metrics: metrics["val_loss"] < 0.6, restore_best=False)
+        return EarlyStopping(condition=lambda metrics: metrics["val_loss"] < 0.6, patience=30, restore_best=False)
 
     fitted, again = (trainer(lr=0.3, run_dir=tmp_path, callbacks=[early()]) for _ in range(2))
     result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=30)
