@@ -790,8 +790,8 @@ class Trainer:
     def _busy(self, thread: TrainThread, bus: Bus, saver: Saver | None, driver: Driver) -> Iterator[Busy]:
         """What has begun and is not over, for the watchdog."""
         yield from bus.busy()
-        if thread.since is not None:
-            yield Busy("a job of the train thread", thread.since, thread="streamtrain-train")
+        if (since := thread.since) is not None:  # read once: its thread may end the job meanwhile
+            yield Busy("a job of the train thread", since, thread="streamtrain-train")
         if saver is not None and saver.busy:
             yield Busy(f"the save of step {saver.step}", saver.since, thread="streamtrain-files-0")
         if driver.waiting is not None:
