@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from streamtrain.callbacks.base import HOOKS, hooks_of
-from streamtrain.config import Config, DataTable, Named, Said
+from streamtrain.config_tables import Config, DataTable, Named
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
+from streamtrain.said import Said
 from streamtrain.spelling import nearest, shown
 
 if TYPE_CHECKING:

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamtrain import assembly, peers
-from streamtrain.config import DataTable, Said, resolve_data
+from streamtrain.config import resolve_data
+from streamtrain.config_tables import DataTable
 from streamtrain.data.budget import format_bytes
 from streamtrain.errors import ConfigError
 from streamtrain.inspection import with_inputs
+from streamtrain.said import Said
 
 if TYPE_CHECKING:
     from streamtrain.data.stream import ZarrStream

@@ -26,7 +26,7 @@ from streamtrain.signals import Interrupted
 from streamtrain.spelling import shown
 
 if TYPE_CHECKING:
-    from streamtrain.config import Said
+    from streamtrain.said import Said
 
 EXAMPLES = """\
 Examples:
@@ -113,7 +113,8 @@ def fit(
     Ctrl-C or SIGTERM finishes the step, saves and ends; a second one ends at
     once. --resume auto carries on.
     """
-    from streamtrain.config import Said, read, resolve
+    from streamtrain.config import resolve
+    from streamtrain.said import Said, read
 
     said = Said() if config is None else read(config)
     for origin, key, value in (*_sets(set_ or ()), *assignments(flags)):
@@ -395,7 +396,7 @@ def _sets(given: Iterable[str]) -> Iterable[tuple[str, str, object]]:
 
 
 def _stream_said(store: str, flags: StreamFlags | None) -> Said:
-    from streamtrain.config import Said
+    from streamtrain.said import Said
 
     said = Said()
     said.assign("DATA", "data.store", store)

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from streamtrain import assembly
 from streamtrain.callbacks.base import Callback
-from streamtrain.config import Config, Said, differences, read, resolve
+from streamtrain.config import differences, resolve
+from streamtrain.config_tables import Config
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.events import TrainBegin
 from streamtrain.log_file import LogFile, logged
 from streamtrain.run_folder import RunFolder
+from streamtrain.said import Said, read
 from streamtrain.spelling import nearest, shown
 from streamtrain.watch import Watch
 

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 from streamtrain import assembly, checkpoint, foreign
-from streamtrain.config import Said, read, resolve
+from streamtrain.config import resolve
 from streamtrain.errors import ConfigError
+from streamtrain.said import Said, read
 from streamtrain.warm_start import begin_with
 
 

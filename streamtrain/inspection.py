@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamtrain import assembly
-from streamtrain.config import DataTable, Said, resolve_data
+from streamtrain.config import resolve_data
+from streamtrain.config_tables import DataTable
 from streamtrain.data import opening
 from streamtrain.data.budget import format_bytes, format_enough
 from streamtrain.data.layout import ALONE, Untrainable
 from streamtrain.data.zarr_lane import ZarrLoop
 from streamtrain.errors import DataError, EnvironmentProblem
+from streamtrain.said import Said
 
 if TYPE_CHECKING:
     from streamtrain.data.opening import OpenArray

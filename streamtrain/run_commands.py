@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamtrain import assembly
-from streamtrain.config import Config, Said, read, resolve
+from streamtrain.config import resolve
+from streamtrain.config_tables import Config
 from streamtrain.errors import ConfigError
 from streamtrain.log_file import logged
+from streamtrain.said import Said, read
 from streamtrain.watch import Watch
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,12 @@ from torch import nn
 
 from streamtrain import assembly
 from streamtrain.callbacks.base import NEWS
-from streamtrain.config import DataTable, Named, Said, read, resolve
+from streamtrain.config import resolve
+from streamtrain.config_tables import DataTable, Named
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.metrics import SHORT
 from streamtrain.optimizers import build_optimizer
+from streamtrain.said import Said, read
 from streamtrain.schedulers import build_scheduler
 from streamtrain.tasks import TaskLosses
 

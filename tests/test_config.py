@@ -12,9 +12,11 @@ import pytest
 import zarr
 
 from streamtrain.assembly import stream
-from streamtrain.config import Config, DataTable, Named, Said, differences, read, resolve, resolve_data
+from streamtrain.config import differences, resolve, resolve_data
+from streamtrain.config_tables import Config, DataTable, Named
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import ConfigError
+from streamtrain.said import Said, read
 
 LEAST = '[data]\nstore = "d.zarr"\n[model]\ntarget = "nets:Net"\n'
 FULL = """\

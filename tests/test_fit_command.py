@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from streamtrain.config import Config, Said, resolve
+from streamtrain.config import resolve
+from streamtrain.config_tables import Config
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.fit_command import default_folder, in_folder, log_level, refuse_other_run
 from streamtrain.log_file import logged
+from streamtrain.said import Said
 
 
 def config(**tables: Any) -> tuple[Config, Said]:

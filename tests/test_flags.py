@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import pytest
 from cyclopts import App, Parameter
 
-from streamtrain.config import DataTable, FitTable, Said, Table, TrainerTable, resolve
+from streamtrain.config import resolve
+from streamtrain.config_tables import DataTable, FitTable, Table, TrainerTable
 from streamtrain.flags import FLAGS, STREAM_FLAGS, Flags, StreamFlags, assignments, normalise, parse_value
+from streamtrain.said import Said
 
 app = App(result_action="return_value", exit_on_error=False, print_error=False)
 

@@ -50,7 +50,7 @@ callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving outside failure
 loop
 trainer
-config assembly watch inspection peers bench fit_command run_commands importing demo proof
+config_tables said config assembly watch inspection peers bench fit_command run_commands importing demo proof
 complaints cli
 __main__
 """
