@@ -85,9 +85,13 @@ class Average:
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[str]:
         """In what a state is of other weights than these."""
+        int(saved["updates"])
         if names := saved["weights"].keys():
             for name in sorted(names ^ set(self._names)):
                 yield f"ema.{name}: {'there -> not there' if name in names else 'not there -> there'}"
+            for name, weight in zip(self._names, self._weights, strict=True):
+                if name in names and saved["weights"][name].shape != weight.shape:
+                    yield f"ema.{name}: {list(saved['weights'][name].shape)} -> {list(weight.shape)}"
 
     def state_dict(self) -> dict[str, Any]:
         """`{"updates", "weights": {name: tensor}}`; the tensors are the live ones."""

@@ -9,7 +9,7 @@ import logging
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
 from streamtrain.errors import CheckpointError, DataError, StreamtrainError, UserCodeError
 from streamtrain.freezing import Freezing
-from streamtrain.optimizer_state import load_by_name, names_of, signature, state_by_name
+from streamtrain.optimizer_state import load_by_name, loadable, names_of, signature, state_by_name
 from streamtrain.progress import Progress
 from streamtrain.refusing import refusing
 from streamtrain.rng import Rng, RngState
@@ -36,15 +36,9 @@ from streamtrain.schedulers import LearningRate, get_lr, set_group_lr
 from streamtrain.state import Copier, Snapshot, Tree, fresh
 from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
+from streamtrain.taking_up import VERSION, check_own_rng, check_schedule, check_state
 
 logger = logging.getLogger(__name__)
-
-VERSION = 2
-KEYS = frozenset(
-    {"version", "step", "progress", "stream", "rng", "epoch_rng", "own_rng", "scheduler", "scaler", "callbacks"}
-    | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average", "spikes", "kept"}
-)
-"""What the state of this version holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +55,8 @@ class Learned:
         self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path, *, rate_may_change: bool = False
     ) -> float:
         """Raise CheckpointError with a table of the differences if the snapshot is of another model or average, or
-        has others of these settings; by what the learning rate is another, where it may be, 1 for the same."""
+        has others of these settings, or an optimizer's state that is not this one's; by what the learning rate is
+        another, where it may be, 1 for the same."""
         state = snapshot.state
         saved = {key: state["settings"].get(key, settings[key] if key == "loss" else None) for key in settings}
         rate, told = (
@@ -70,19 +65,44 @@ class Learned:
         told = [*_model_differences(snapshot.model, self.model), *told]
         if self.average is not None and state["average"] is not None:
             told += self.average.differences(state["average"])
+        kept = None if self.rollback is None or state["kept"] is None else self._kept(state["kept"], told)
         if told:
             more = f"; and {len(told) - 12} more" if len(told) > 12 else ""
             raise CheckpointError(
                 f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
                 hint="Set these back, or train in another run_dir.",
             )
+        try:
+            if self.switch is not None:
+                self.switch.check(snapshot.optimizer["learning"])
+            for optimizer in (self._saved(snapshot), kept):
+                if optimizer is not None:
+                    loadable(self.optimizer, self.model, optimizer)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
         return rate
 
+    def _saved(self, snapshot: Snapshot) -> Any:
+        return snapshot.optimizer if self.switch is None else snapshot.optimizer["optimizer"]
+
+    def _kept(self, state: Mapping[str, Any], told: list[str]) -> Any:
+        """What a rollback would give the optimizer, if there is anything to go back to; in what that is of another
+        model or average is `told`."""
+        for name in ("step", "times"):
+            int(state[name])
+        kept = state["kept"]
+        if kept is None:
+            return None
+        told += _model_differences(kept["model"], self.model)
+        if self.average is not None and kept["average"] is not None:
+            told += self.average.differences(kept["average"])
+        return kept["optimizer"]
+
     def load(self, snapshot: Snapshot) -> None:
-        """All as a snapshot that was checked has it; on the train thread."""
+        """All as a snapshot that was checked has it; on the train thread. The optimizer is the first: its class may be
+        the user's, and refuse what no check knows of."""
+        load_by_name(self.optimizer, self.model, self._saved(snapshot))
         self.model.load_state_dict(snapshot.model)
-        saved = snapshot.optimizer if self.switch is None else snapshot.optimizer["optimizer"]
-        load_by_name(self.optimizer, self.model, saved)
         if self.switch is not None:
             self.switch.load_state_dict(snapshot.optimizer["learning"])
         if self.average is not None:
@@ -262,12 +282,19 @@ class Life:
         state, learned = snapshot.state, self.learned
         check_state(state, path)
         rate = learned.check(snapshot, self.settings, path, rate_may_change=True)
-        changed = self._go_to(state["stream"], path, allow_data_change=allow_data_change)
-        for difference in _differences(state["habits"], self.habits):
+        check_schedule(self.lr, state["scheduler"])
+        check_own_rng(self.stream, state["own_rng"])
+        others = list(_differences(state["habits"], self.habits))
+        gone = [name for name, own in state["callbacks"].items() if own and name not in self.callbacks]
+        with ExitStack() as back:
+            self._load_callbacks(state["callbacks"], back)
+            changed = self._go_to(state["stream"], path, allow_data_change=allow_data_change)
+            back.pop_all()
+        for difference in others:
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
         learned.load(snapshot)
         self.lr.load_state_dict(state["scheduler"])
-        self.rng.state = rngs.checked(state["rng"])
+        self.rng.state = state["rng"]
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
         if rate != 1.0:
             self._other_rate(rate)
@@ -276,13 +303,21 @@ class Life:
             self.progress.batch, self.progress.owes, self.progress.verdicts = 0, "", []
         else:
             self._go_there(state)
-        for name, callback in self.callbacks.items():
-            if name in state["callbacks"] and hasattr(callback, "load_state_dict"):
-                callback.load_state_dict(state["callbacks"][name])
-        if gone := [name for name, own in state["callbacks"].items() if own and name not in self.callbacks]:
+        if gone:
             logger.info("callbacks of the checkpoint that are not there now, with their states: %s", ", ".join(gone))
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
+
+    def _load_callbacks(self, states: Mapping[str, Any], back: ExitStack) -> None:
+        """Give the callbacks their states; `back` gives them those of now again, where another or the stream refuses
+        its own."""
+        for name, callback in self.callbacks.items():
+            load = getattr(callback, "load_state_dict", None)
+            if name not in states or load is None:
+                continue
+            if has_state(callback):
+                back.callback(load, trees.clone(_state_of(name, callback)))
+            load(states[name])
 
     def _go_to(self, position: Any, path: Path, *, allow_data_change: bool) -> bool:
         """Bring the stream to a position; whether it is of other data, on which the epoch begins anew."""
@@ -335,32 +370,10 @@ class Life:
 
     def _go_there(self, state: Mapping[str, Any]) -> None:
         """What belongs to the position within the epoch."""
-        self.epoch_rng = state["epoch_rng"] and rngs.checked(state["epoch_rng"])
+        self.epoch_rng = state["epoch_rng"]
         self.own_rng, self.resumed = state["own_rng"], True
         self.step.tally.window.load_state_dict(state["window"])
         self.step.tally.epoch.load_state_dict(state["means"])
-
-
-def check_state(state: Any, path: Path) -> None:
-    """Raise CheckpointError for a state of another version, or with other keys than this one's."""
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise CheckpointError(f"checkpoint {path}: its state is of a version that this streamtrain does not know")
-    check_keys(state, path)
-
-
-def check_keys(state: Mapping[str, Any], path: Path) -> None:
-    """Refuse a state with a key too few or too many: what is left out would be lost in silence."""
-    for name, saved, known in (
-        ("state", state, KEYS),
-        ("state.progress", state.get("progress", {}), Progress().state_dict().keys()),
-    ):
-        wrong = [f"{key!r} is unknown" for key in sorted(saved.keys() - known, key=str)]
-        wrong += [f"{key!r} is missing" for key in sorted(known - saved.keys())]
-        if wrong:
-            raise CheckpointError(
-                f"checkpoint {path}: its {name} is not one of this streamtrain: {', '.join(wrong)}",
-                hint="Was it edited, or written by another version? That version, or another checkpoint, goes on.",
-            )
 
 
 def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

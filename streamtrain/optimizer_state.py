@@ -41,19 +41,27 @@ def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
     """Take back what `state_by_name` gave. Raises CheckpointError where groups hold other parameters."""
+    optimizer.load_state_dict(loadable(optimizer, model, saved))
+
+
+def loadable(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes of what `state_by_name` gave; nothing is touched. Raises CheckpointError
+    where groups hold other parameters, or a parameter's state is none."""
     if "state" not in saved or "param_groups" not in saved:
-        optimizer.load_state_dict(saved)
-        return
+        return saved
     names, live = names_of(optimizer, model), optimizer.state_dict()
     if [sorted(group["params"]) for group in saved["param_groups"]] != [sorted(here) for here in names]:
         raise CheckpointError("the optimizer's groups hold other parameters than those of the checkpoint")
     number_of = {name: number for number, name in _by_number(live, names).items()}
+    for name in number_of.keys() & saved["state"].keys():
+        if not isinstance(saved["state"][name], dict):
+            raise CheckpointError(f"the checkpoint holds no state of the optimizer for {name}")
     groups = [
         {**group, "params": here["params"]}
         for group, here in zip(saved["param_groups"], live["param_groups"], strict=True)
     ]
     state = {number_of.get(name, name): _put_together(value, optimizer) for name, value in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+    return {**saved, "state": state, "param_groups": groups}
 
 
 _APART = frozenset({"tensor_class", "parts", "context", "size", "stride"})

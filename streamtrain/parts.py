@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from streamtrain.averaging import Average
 from streamtrain.callbacks.bus import Bus
@@ -33,7 +34,6 @@ from streamtrain.freezing import Freezing
 from streamtrain.life import (
     Learned,
     Life,
-    check_state,
     first_rng,
     habits,
     schedule_name,
@@ -59,6 +59,7 @@ from streamtrain.step import Door, Gauge, TrainStep
 from streamtrain.streams import least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
+from streamtrain.taking_up import check_schedule, check_state
 from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics
 from streamtrain.threads import TrainThread
 from streamtrain.warm_start import begin_with
@@ -464,7 +465,8 @@ class Parts:
 
     @refusing
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
-        """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError."""
+        """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError, and
+        has changed nothing then, unless the model had parameters whose size only the first batch would tell."""
         check_state(snapshot.state, path)
         if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
             try:
@@ -481,11 +483,22 @@ class Parts:
             rollback=self.rollback,
         )
         learned.check(snapshot, self._settings, path)
+        left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
+        self._check_schedule(*left)
         learned.load(snapshot)
         self.leave()
         progress.load_state_dict(snapshot.state["progress"], path.parent)
-        self.rng = Rng(snapshot.state["rng"])
-        self._schedule_left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
+        self.rng, self._schedule_left = Rng(snapshot.state["rng"]), left
+
+    def _check_schedule(self, name: str, state: dict[str, Any]) -> None:
+        """Raise what the schedule would that the next fit binds, if it is of this name; an object of the user's own is
+        bound to the real optimizer already, and is left alone."""
+        spec = self.scheduler_spec
+        if isinstance(spec.get("name") if isinstance(spec, Mapping) else spec, LRScheduler):
+            return
+        bound = self._schedule_of_any_length(Limits(), None, self._stand_in())
+        if schedule_name(bound) == name:
+            check_schedule(bound, state)
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

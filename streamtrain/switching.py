@@ -61,13 +61,22 @@ class Switch:
         names = [self._names.get(id(parameter), f"#{at}") for at, parameter in enumerate(parameters)]
         return dict(zip(names, self._kept, strict=True))
 
-    def load_state_dict(self, kept: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave, once model and optimizer are as they were then. Raises CheckpointError."""
+    def check(self, kept: dict[str, Tensor]) -> list[str]:
+        """The names of the weights that a state has to keep, in the order of the parameters; nothing is touched. Raises
+        CheckpointError where it keeps others."""
         parameters = self._parameters() if kept else []
         names = [self._names.get(id(parameter), f"#{at}") for at, parameter in enumerate(parameters)]
         if sorted(names) != sorted(kept):
             raise CheckpointError("the weights to learn with are of other parameters than those of the checkpoint")
-        self._kept = [kept[name].to(parameter.device) for name, parameter in zip(names, parameters, strict=True)]
+        for name, parameter in zip(names, parameters, strict=True):
+            if kept[name].shape != parameter.shape:
+                raise CheckpointError(f"the weights to learn with are of another shape in the checkpoint: {name}")
+        return names
+
+    def load_state_dict(self, kept: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave, once model and optimizer are as they were then. Raises CheckpointError."""
+        pairs = zip(self.check(kept), self._parameters(), strict=False)
+        self._kept = [kept[name].to(parameter.device) for name, parameter in pairs]
         self.learning = False
 
 
