@@ -51,27 +51,18 @@ class Learned:
     average: Average | None
     rollback: Rollback | None
 
-    def check(
-        self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path, *, rate_may_change: bool = False
-    ) -> float:
+    def check(self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path) -> float:
         """Raise CheckpointError with a table of the differences if the snapshot is of another model or average, or
         has others of these settings, or an optimizer's state that is not this one's; by what the learning rate is
-        another, where it may be, 1 for the same."""
+        another, which it may be, 1 for the same."""
         state = snapshot.state
         saved = {key: state["settings"].get(key, settings[key] if key == "loss" else None) for key in settings}
-        rate, told = (
-            _rate_change(saved, settings) if rate_may_change else (1.0, list(_differences(saved, dict(settings))))
-        )
+        rate, told = _rate_change(saved, settings)
         told = [*_model_differences(snapshot.model, self.model), *told]
         if self.average is not None and state["average"] is not None:
             told += self.average.differences(state["average"])
         kept = None if self.rollback is None or state["kept"] is None else self._kept(state["kept"], told)
-        if told:
-            more = f"; and {len(told) - 12} more" if len(told) > 12 else ""
-            raise CheckpointError(
-                f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
-                hint="Set these back, or train in another run_dir.",
-            )
+        _refuse(told, path)
         try:
             if self.switch is not None:
                 self.switch.check(snapshot.optimizer["learning"])
@@ -281,23 +272,21 @@ class Life:
         learning rate may be another: it is so from here on, in proportion to what a schedule has made of it."""
         state, learned = snapshot.state, self.learned
         check_state(state, path)
-        rate = learned.check(snapshot, self.settings, path, rate_may_change=True)
+        rate = learned.check(snapshot, self.settings, path)
         check_schedule(self.lr, state["scheduler"])
         check_own_rng(self.stream, state["own_rng"])
-        others = list(_differences(state["habits"], self.habits))
         gone = [name for name, own in state["callbacks"].items() if own and name not in self.callbacks]
         with ExitStack() as back:
             self._load_callbacks(state["callbacks"], back)
             changed = self._go_to(state["stream"], path, allow_data_change=allow_data_change)
             back.pop_all()
-        for difference in others:
-            logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
+        self._say_habits(state)
         learned.load(snapshot)
         self.lr.load_state_dict(state["scheduler"])
         self.rng.state = state["rng"]
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
         if rate != 1.0:
-            self._other_rate(rate)
+            other_rate(self.optimizer, self.lr, self.settings, rate)
         self._take_up(state)
         if changed:
             self.progress.batch, self.progress.owes, self.progress.verdicts = 0, "", []
@@ -307,6 +296,10 @@ class Life:
             logger.info("callbacks of the checkpoint that are not there now, with their states: %s", ", ".join(gone))
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
+
+    def _say_habits(self, state: Mapping[str, Any]) -> None:
+        for difference in _differences(state["habits"], self.habits):
+            logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
 
     def _load_callbacks(self, states: Mapping[str, Any], back: ExitStack) -> None:
         """Give the callbacks their states; `back` gives them those of now again, where another or the stream refuses
@@ -338,15 +331,15 @@ class Life:
             return True
         return False
 
-    def _other_rate(self, factor: float) -> None:
-        """The learning rate is another from here on."""
-        groups = self.optimizer.param_groups
-        before = get_lr(self.optimizer)
-        self.lr.scale(factor)
-        for group, now in zip(groups, self.settings["optimizer"]["groups"], strict=True):
-            if math.isclose(float(group["lr"]), now["lr"], rel_tol=1e-12):
-                set_group_lr(group, now["lr"])  # without the last bit of a product
-        logger.info("the learning rate is another: %g -> %g", before, get_lr(self.optimizer))
+    def check_go_on(self, state: Mapping[str, Any], path: Path) -> None:
+        """Raise CheckpointError, as `restore` does, where a checkpoint whose weights are loaded already was trained by
+        other rules: what only a fit asks of it. What the numbers may differ by is said."""
+        saved = state["settings"]
+        _refuse(
+            [told for name in ("precision", "seed") for told in _differences(saved[name], self.settings[name], name)],
+            path,
+        )
+        self._say_habits(state)
 
     def go_on(self, state: Mapping[str, Any]) -> bool:
         """Take up what a checkpoint holds beside weights, optimizer and progress, which are loaded already; whether its
@@ -374,6 +367,27 @@ class Life:
         self.own_rng, self.resumed = state["own_rng"], True
         self.step.tally.window.load_state_dict(state["window"])
         self.step.tally.epoch.load_state_dict(state["means"])
+
+
+def other_rate(optimizer: Optimizer, lr: LearningRate, settings: Mapping[str, Any], factor: float) -> None:
+    """The learning rate is another from here on, in proportion to what the schedule has made of it; `settings`: with
+    the rates of now."""
+    before = get_lr(optimizer)
+    lr.scale(factor)
+    for group, now in zip(optimizer.param_groups, settings["optimizer"]["groups"], strict=True):
+        if math.isclose(float(group["lr"]), now["lr"], rel_tol=1e-12):
+            set_group_lr(group, now["lr"])  # without the last bit of a product
+    logger.info("the learning rate is another: %g -> %g", before, get_lr(optimizer))
+
+
+def _refuse(told: list[str], path: Path) -> None:
+    """Raise CheckpointError if there are differences."""
+    if told:
+        more = f"; and {len(told) - 12} more" if len(told) > 12 else ""
+        raise CheckpointError(
+            f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
+            hint="Set these back, or train in another run_dir.",
+        )
 
 
 def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

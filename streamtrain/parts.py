@@ -36,6 +36,7 @@ from streamtrain.life import (
     Life,
     first_rng,
     habits,
+    other_rate,
     schedule_name,
     settings,
 )
@@ -108,8 +109,8 @@ class Parts:
         """Of an optimizer that learns with other weights than those to be judged by."""
         self.scheduler: LearningRate | None = None
         """Bound at the beginning of a fit, which knows how long the run is."""
-        self._schedule_left: tuple[str, Any] | None = None
-        """Name and state of a loaded checkpoint's schedule, until one is bound."""
+        self._schedule_left: tuple[str, Any, float] | None = None
+        """Name and state of a loaded checkpoint's schedule, and by what the rate is another now, until one is bound."""
         self.average: Average | None = None
         """The moving average of the weights, if one is wanted."""
         self.manual = ManualUpdates() if is_several(optimizer) else None
@@ -410,21 +411,23 @@ class Parts:
         """
         left = self._schedule_left
         if self.scheduler is not None and left is None:
-            left = schedule_name(self.scheduler), self.scheduler.state_dict()
+            left = schedule_name(self.scheduler), self.scheduler.state_dict(), 1.0
         self._schedule_left = None
         before = [_options(group) for group in optimizer.param_groups]
         scheduler = bind(limits, train, optimizer)
         if left is None:
             return scheduler
-        name, state = left
+        name, state, factor = left
         if name != schedule_name(scheduler):
             logger.warning(
                 "the schedule of the checkpoint is %s, not %s: this one begins anew", name, schedule_name(scheduler)
             )
-            return scheduler
-        scheduler.load_state_dict(state)
-        for group, options in zip(optimizer.param_groups, before, strict=True):
-            group.update(options)
+        else:
+            scheduler.load_state_dict(state)
+            for group, options in zip(optimizer.param_groups, before, strict=True):
+                group.update(options)
+        if factor != 1.0:
+            other_rate(optimizer, scheduler, self._settings, factor)
         return scheduler
 
     def _step(
@@ -465,8 +468,10 @@ class Parts:
 
     @refusing
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
-        """Weights, optimizer, counts and random state of a checkpoint; on the train thread. Raises CheckpointError, and
-        has changed nothing then, unless the model had parameters whose size only the first batch would tell."""
+        """Weights, optimizer, counts and random state of a checkpoint; on the train thread. The learning rate may be
+        another: it is so from the next fit on, as in a life that is restored. The loss may not, where there is one.
+        Raises CheckpointError, and has changed nothing then, unless the model had parameters whose size only the first
+        batch would tell."""
         check_state(snapshot.state, path)
         if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
             try:
@@ -482,13 +487,14 @@ class Parts:
             average=self.average,
             rollback=self.rollback,
         )
-        learned.check(snapshot, self._settings, path)
-        left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
-        self._check_schedule(*left)
+        fixed = self._settings if self.lossless else {**self._settings, "loss": self._loss_said()}
+        rate = learned.check(snapshot, fixed, path)
+        name, left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
+        self._check_schedule(name, left)
         learned.load(snapshot)
         self.leave()
         progress.load_state_dict(snapshot.state["progress"], path.parent)
-        self.rng, self._schedule_left = Rng(snapshot.state["rng"]), left
+        self.rng, self._schedule_left = Rng(snapshot.state["rng"]), (name, left, rate)
 
     def _check_schedule(self, name: str, state: dict[str, Any]) -> None:
         """Raise what the schedule would that the next fit binds, if it is of this name; an object of the user's own is

@@ -516,11 +516,13 @@ class Trainer:
 
     async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Load model and optimizer from a checkpoint, or from the newest of a run's folder; of this trainer's run_dir
-        by "auto" (the newest) or "best". Raises CheckpointError.
+        by "auto" (the newest) or "best". Raises CheckpointError with a table of the differences if they are others than
+        those of the trainer, or its loss is (if it has one), and has changed nothing then.
 
         The next `fit` goes on from there: with the very next batch if its stream is that of the checkpoint, else its
-        epoch begins anew; newer checkpoints of its folder are set aside. The callbacks' states are left to
-        `fit(resume=path)`.
+        epoch begins anew; newer checkpoints of its folder are set aside. As with `fit(resume=path)` the learning rate
+        may be another, in proportion to what a schedule has made of it, and another precision or seed is refused;
+        another schedule begins anew, which is said. The callbacks' states are left to `fit(resume=path)`.
         """
         resume.check(path, "load_checkpoint: path")
         self._check_idle()
@@ -799,6 +801,8 @@ class Trainer:
 
     def _go_on(self, train: Stream, life: Life) -> None:
         """Where the last fit of this process ended in the middle of an epoch: continue there."""
+        if self._loaded is not None and self._origin is not None:
+            life.check_go_on(self._loaded, self._origin)
         loaded, self._loaded = self._loaded, None
         if loaded is not None and life.go_on(loaded):
             return

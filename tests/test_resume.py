@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import re
@@ -184,3 +185,50 @@ async def test_a_folder_whose_names_are_no_checkpoints_is_refused_as_none(tmp_pa
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         with pytest.raises(CheckpointError, match=rf"checkpoint {folder}: manifest.json, it is missing"):
             await trainer(tmp_path / "new").fit(Samples(), max_steps=3, resume=folder)
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "scheduler"])
+async def test_a_loaded_checkpoint_is_refused_as_a_resumed_one_is(tmp_path: Path, change: str) -> None:
+    """Before anything is changed; what only matters to a fit, once there is one."""
+    path = (await trainer(tmp_path / "a").fit(Samples(), max_steps=3)).checkpoint
+    options, told = CHANGES[change]
+    again, fresh = trainer(tmp_path / "b", **options), network()
+    if change in ("precision", "seed"):
+        await again.load_checkpoint(str(path))
+        fresh = copy.deepcopy(again.model)
+    with pytest.raises(CheckpointError, match=rf"does not fit \(saved -> now\): .*{told}"):
+        await (again.load_checkpoint(str(path)) if again.state.step == 0 else again.fit(Samples(), max_steps=6))
+    assert same(again.model, fresh)
+
+
+async def test_a_checkpoint_is_loaded_without_a_loss_to_predict_with(tmp_path: Path) -> None:
+    first = trainer(tmp_path)
+    await first.fit(Samples(), max_steps=3)
+    lossless = Trainer(network(), device="cpu")
+    await lossless.load_checkpoint(tmp_path)
+    assert same(lossless.model, first.model)
+
+
+@pytest.mark.parametrize("schedule", [None, "cosine", {"name": "torch.optim.lr_scheduler.StepLR", "step_size": 4}])
+async def test_a_loaded_checkpoint_goes_on_with_another_learning_rate_as_a_resumed_one_does(
+    tmp_path: Path, schedule: Any
+) -> None:
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 4e-3}]]}
+    first = trainer(tmp_path / "a", optimizer=rules, lr=2e-3, scheduler=schedule)
+    path = (await first.fit(Samples(), max_steps=6)).checkpoint
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 6e-4}]]}
+    given: dict[str, Any] = {"optimizer": rules, "lr": 3e-4, "scheduler": schedule}
+    one, other = trainer(tmp_path / "b", **given), trainer(tmp_path / "c", **given)
+    await one.fit(Samples(), max_steps=12, resume=path)
+    await other.load_checkpoint(str(path))
+    await other.fit(Samples(), max_steps=12)
+    assert same(one.model, other.model)
+    rates = [[line["lr"] for line in lines(tmp_path / folder) if line["step"] > 6] for folder in "bc"]
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 6
+
+
+async def test_a_schedule_that_begins_anew_has_the_rate_of_now(tmp_path: Path) -> None:
+    path = (await trainer(tmp_path / "a", lr=1e-2).fit(Samples(), max_steps=3)).checkpoint
+    again = trainer(tmp_path / "b", lr=1e-3, scheduler={"name": "step", "step_size": 100})
+    await again.load_checkpoint(str(path))
+    await again.fit(Samples(), max_steps=6)
+    assert [line["lr"] for line in lines(tmp_path / "b")] == [1e-3] * 3
