@@ -68,8 +68,6 @@ class Keeper:
         """The best of the last judged step, by monitor, which are named once they are saved."""
         self._joined = 0
         """Periodic saves that were due while another was under way."""
-        self._restored = False
-        """The model has the best weights, after the last ones were saved."""
 
     def _mark(self) -> tuple[int, int, str, bool]:
         """What tells one state that is worth saving from another."""
@@ -142,8 +140,8 @@ class Keeper:
         began = time.perf_counter()
         await saver.wait()  # one at a time: there is memory for one copy
         path, done = (None, None) if request is None else (request.path, request.done)
-        if self._restored and path is None:  # what the run goes on from is saved, and not to be replaced by the best
-            return None if done is None else done(saver.last, None)
+        if path is None and (kept := last_weights(self._life)) is not None:
+            return None if done is None else done(kept, None)
         step, rule = self._life.progress.step, saver.rule
         where = {**self._teller.standing(), "kind": kind}  # of this step, not of the later one
 
@@ -289,7 +287,7 @@ class Keeper:
             return
         if best.step == life.progress.step:
             if life.average is not None:
-                self._restored = True
+                self._keep_last()
                 await self._thread.run(life.average.into_model)
             return
         weights, average, path = life.weights, None, best.checkpoint
@@ -298,11 +296,16 @@ class Keeper:
             weights, average = snapshot.model, snapshot.state["average"]
         told = f"the weights of step {best.step}, the best {best.monitor} ({best.value:g})"
         if weights:
-            self._restored = True
+            self._keep_last()
             await self._thread.run(lambda: life.load_weights(weights, average))
             logger.info("the model has %s", told)
         else:
             logger.warning("%s, are not at hand: the model keeps the last ones", told)
+
+    def _keep_last(self) -> None:
+        """The model is given the best weights: what the run goes on from is saved, and not to be replaced by them."""
+        if self.saver is not None and self.saver.last is not None:
+            self._life.restored = self._life.progress.step, self.saver.last
 
     def _restoring(self) -> bool:
         """Whether a decider of this life may want the best weights at the end: an earlier life's may be gone."""
@@ -323,3 +326,19 @@ def _at_once(requests: Sequence[Save]) -> list[Save]:
                 request.done(path, error)
 
     return [Save(done=done), *(request for request in requests if request.path is not None)]
+
+
+def last_weights(life: Life) -> Path | None:
+    """The checkpoint of this step that has the last weights, while the model has the best ones: it is not replaced by
+    them, for the run goes on from it, and that is said once. None where the model has the last weights itself."""
+    step, path = life.restored or (-1, None)
+    if step != life.progress.step or path is None:
+        return None
+    if not life.told_restored:
+        life.told_restored = True
+        logger.warning(
+            "nothing is saved: the model has the best weights, and %s stays, which has the last ones, from which the "
+            "run goes on (save_checkpoint(path) saves the best)",
+            path,
+        )
+    return path

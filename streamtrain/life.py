@@ -143,6 +143,10 @@ class Life:
     """The monitor whose best weights the end puts into the model, as a decider of this life or an earlier one said."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Those weights, where no checkpoint holds them."""
+    restored: tuple[int, Path] | None = None
+    """The step at which the model was given the best weights, and the checkpoint that has the last ones."""
+    told_restored: bool = False
+    """That was said."""
     asked: dict[str, Tree] = field(default_factory=dict)
     """While deciders are asked: their states of before, for the next life asks them again."""
     left_behind: bool = False

@@ -44,7 +44,7 @@ from streamtrain.failure import standing
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.freezing import FreezeSpec, parse_freeze
 from streamtrain.grace import saving_on_cancel
-from streamtrain.keeping import Keeper
+from streamtrain.keeping import Keeper, last_weights
 from streamtrain.life import Life
 from streamtrain.loop import Wheel
 from streamtrain.notes import Notes
@@ -478,7 +478,9 @@ class Trainer:
         """Save now (during `fit`: after the current update) and return where, once it is durable.
 
         It may be awaited in an `async def` hook. One that is asked for while deciders are asked has their states of
-        before, so that the life that goes on from it asks them again.
+        before, so that the life that goes on from it asks them again. Where a fit has ended with the best weights in
+        the model, the checkpoint of its last step stays and is returned, which is said once: the run goes on from its
+        weights, not from the best. To a `path` goes what the model has.
         """
         target = place(path, "save_checkpoint: path")
         if target is None and self.run_dir is None:
@@ -503,6 +505,8 @@ class Trainer:
             raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
         bus, limits = Bus(self.callbacks), Limits(max_steps=1)
         life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
+        if target is None and (kept := last_weights(life)) is not None:
+            return kept
         position: Any = None
         if self._loaded is not None:
             life.go_on(self._loaded)
@@ -808,6 +812,7 @@ class Trainer:
             return
         if self._lasting is not None:
             life.restores, life.weights = self._lasting.restores, self._lasting.weights
+            life.restored, life.told_restored = self._lasting.restored, self._lasting.told_restored
             life.step.take_over(self._lasting.step)
         last, state = self._position or (None, {})
         if last is not None and behind(last) is behind(train) and self.state.batch:

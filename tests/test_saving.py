@@ -284,6 +284,44 @@ async def test_the_best_weights_do_not_replace_the_last_ones_in_the_run_s_folder
     assert all(torch.equal(value, last.model[name]) for name, value in quiet.model.state_dict().items())
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
+async def test_a_save_after_the_fit_does_not_replace_the_last_weights_by_the_best(
+    tmp_path: Path, ema: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    asker = AtTheBeginning()
+    rules = [ModelCheckpoint(monitor="val_loss", mode="max"), EarlyStopping("val_loss", mode="max", patience=2), asker]
+    trainer = asker.trainer = Trainer(
+        network(), nn.MSELoss(), lr=0.01, run_dir=tmp_path / "a", callbacks=rules, seed=5, device="cpu", ema=ema
+    )
+    stream = Samples()
+    result = await trainer.fit(stream, Samples(40, seed=3), max_epochs=12)
+    assert result.checkpoint is not None
+    last = await asyncio.to_thread(checkpoint.read, result.checkpoint)
+    assert [await trainer.save_checkpoint(), await trainer.save_checkpoint()] == [result.checkpoint] * 2
+    assert caplog.text.count("nothing is saved: the model has the best weights") == 1
+    again = await asyncio.to_thread(checkpoint.read, result.checkpoint)
+    assert all(torch.equal(value, again.model[name]) for name, value in last.model.items())
+    best = await asyncio.to_thread(checkpoint.read, await trainer.save_checkpoint(tmp_path / "best"))
+    live = trainer.model.state_dict()
+    assert all(torch.equal(value, live[name]) for name, value in best.model.items())
+    assert not all(torch.equal(value, last.model[name]) for name, value in best.model.items())
+    assert (await trainer.fit(stream, Samples(40, seed=3), max_steps=result.step + 2)).step == result.step + 2
+    assert all(torch.equal(value, asker.saved.model[name]) for name, value in last.model.items()), "no step made yet"
+    assert (await trainer.save_checkpoint()).name == f"step-{result.step + 2:09d}"
+
+
+class AtTheBeginning(Callback):
+    """Saves when a fit goes on that has ended before."""
+
+    trainer: Trainer
+    saved: Snapshot
+
+    async def on_train_begin(self, event: Event) -> None:
+        if event.step:
+            path = await self.trainer.save_checkpoint()
+            self.saved = await asyncio.to_thread(checkpoint.read, path)
+
+
 async def test_a_fit_that_goes_on_from_an_older_checkpoint_names_that_one_as_its_last(tmp_path: Path) -> None:
     rule = ModelCheckpoint(every="3steps", keep_last=-1)
     trainer = Trainer(network(), nn.MSELoss(), run_dir=tmp_path, callbacks=[rule], seed=5, device="cpu")
