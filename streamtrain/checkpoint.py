@@ -23,13 +23,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from streamtrain.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE, Contents, Damaged, Verified, bytes_in
 from streamtrain.disk import FOLDER, LOCAL, LOOK, Disk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.state import Snapshot, decode
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)")
@@ -107,23 +108,32 @@ def read(path: Path, *, disk: Disk = LOCAL) -> Snapshot:
     """
     try:
         with Verified(path, disk) as files:
-            model = files.tensors(MODEL)
-            others = files.tensors(OPTIMIZER)
-            document = files.document()
-            weights = decode(document["model"], model, where="model")
-            if not isinstance(weights, dict):
-                raise Damaged(STATE, "its model is no table of names")
-            return Snapshot(
-                model=weights,
-                optimizer=decode(document["optimizer"], others, where="optimizer"),
-                state=decode(document["state"], others, where="state"),
-            )
+            return _snapshot(path, files)
     except Damaged as damage:
-        raise CheckpointError(
-            f"checkpoint {path}: {damage}", hint="`streamtrain checkpoints RUN` lists the good ones"
-        ) from None
+        raise _damaged(path, damage) from None
+
+
+def _snapshot(path: Path, files: Verified) -> Snapshot:
+    try:
+        model = files.tensors(MODEL)
+        others = files.tensors(OPTIMIZER)
+        document = files.document()
+        weights = decode(document["model"], model, where="model")
+        if not isinstance(weights, dict):
+            raise Damaged(STATE, "its model is no table of names")
+        return Snapshot(
+            model=weights,
+            optimizer=decode(document["optimizer"], others, where="optimizer"),
+            state=decode(document["state"], others, where="state"),
+        )
+    except Damaged as damage:
+        raise _damaged(path, damage) from None
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {STATE}, {error}", hint=error.hint) from error
+
+
+def _damaged(path: Path, damage: Damaged) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path}: {damage}", hint="`streamtrain checkpoints RUN` lists the good ones")
 
 
 def scan(checkpoints: Path, *, deep: bool = True, verified: Collection[str] = (), disk: Disk = LOCAL) -> list[Entry]:
@@ -143,15 +153,30 @@ def newest_valid(checkpoints: Path, *, disk: Disk = LOCAL) -> Entry | None:
     Damaged newer ones are warned of in the log. Raises CheckpointError with each one's reason if there are some and
     none is valid: to start over silently would throw the run away. Call `sweep` before.
     """
+    return _newest(checkpoints, disk, lambda entry, files: entry)
+
+
+def read_newest(checkpoints: Path, *, disk: Disk = LOCAL) -> tuple[Path, Snapshot] | None:
+    """The path and the content of what `newest_valid` finds, read once, from the very files that were verified.
+
+    Raises CheckpointError as that does, and as `read` does.
+    """
+    return _newest(checkpoints, disk, lambda entry, files: (entry.path, _snapshot(entry.path, files)))
+
+
+def _newest(checkpoints: Path, disk: Disk, take: Callable[[Entry, Verified], T]) -> T | None:
+    """What `take` makes of the newest valid one, whose files are open."""
     damaged: list[Entry] = []
     for step, path in reversed(_named(checkpoints, disk)):
-        entry = _examine(path, step, disk, deep=True)
-        if entry.problem is None:
-            for other in damaged:
-                message = "checkpoint %s is damaged (%s): going back to %s repeats %d steps"
-                logger.warning(message, other.path, other.problem, entry.name, other.step - entry.step)
-            return entry
-        damaged.append(entry)
+        try:
+            with _whole(path, step, disk) as files:
+                entry = Entry(path, path.name, step, bytes_in(path, disk), None)
+                for other in damaged:
+                    message = "checkpoint %s is damaged (%s): going back to %s repeats %d steps"
+                    logger.warning(message, other.path, other.problem, entry.name, other.step - entry.step)
+                return take(entry, files)
+        except Damaged as damage:
+            damaged.append(Entry(path, path.name, step, bytes_in(path, disk), str(damage)))
     if not damaged:
         return None
     reasons = "; ".join(f"{entry.name}: {entry.problem}" for entry in damaged)
@@ -159,6 +184,35 @@ def newest_valid(checkpoints: Path, *, disk: Disk = LOCAL) -> Entry | None:
         f"no checkpoint in {checkpoints} is valid: {reasons}",
         hint="put an intact copy there, or start over in another run folder",
     )
+
+
+def holds_any(folder: Path, *, disk: Disk = LOCAL) -> bool:
+    """Whether this is a folder of checkpoints, valid or not."""
+    return _is_folder(folder, disk) and bool(_named(folder, disk))
+
+
+def set_aside(checkpoints: Path, step: int, *, disk: Disk = LOCAL) -> list[tuple[str, str]]:
+    """Give those newer than `step` a name under which nobody looks for one, durably; names before and since, oldest
+    first. Raises EnvironmentProblem if the disk refuses."""
+    moved: list[tuple[str, str]] = []
+    try:
+        for path in [path for number, path in _named(checkpoints, disk) if number > step]:
+            aside = _free_name(checkpoints, f"abandoned-{path.name}", disk)
+            disk.rename(path, aside)
+            moved.append((path.name, aside.name))
+        if moved:
+            sync_folder(checkpoints, disk)
+    except OSError as error:
+        raise EnvironmentProblem(f"can't set newer checkpoints in {checkpoints} aside: {error}") from error
+    return moved
+
+
+def _free_name(folder: Path, name: str, disk: Disk) -> Path:
+    number, path = 1, folder / name
+    while _there(path, disk):
+        number += 1
+        path = folder / f"{name}-{number}"
+    return path
 
 
 def prune(checkpoints: Path, keep: Collection[str], *, disk: Disk = LOCAL) -> list[str]:
@@ -176,7 +230,7 @@ def prune(checkpoints: Path, keep: Collection[str], *, disk: Disk = LOCAL) -> li
         for path, aside in zip(removed, discarded, strict=True):
             disk.rename(path, aside)
         if removed:
-            _sync_folder(checkpoints, disk)
+            sync_folder(checkpoints, disk)
         for aside in discarded:
             _remove(aside, disk)
     except OSError as error:
@@ -195,7 +249,7 @@ def sweep(checkpoints: Path, *, disk: Disk = LOCAL) -> list[str]:
         stale = [checkpoints / name for name in names if not _in_use(checkpoints / name, disk)]
         stale = [path for path in stale if not _given_back(path, disk)]
         if names:
-            _sync_folder(checkpoints, disk)  # the names as they are may not be durable, and what has none goes
+            sync_folder(checkpoints, disk)  # the names as they are may not be durable, and what has none goes
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -232,10 +286,11 @@ def _make_folder(folder: Path, disk: Disk) -> None:
     _make_folder(folder.parent, disk)
     with suppress(FileExistsError):
         disk.mkdir(folder)
-    _sync_folder(folder.parent, disk)
+    sync_folder(folder.parent, disk)
 
 
-def _sync_folder(folder: Path, disk: Disk) -> None:
+def sync_folder(folder: Path, disk: Disk) -> None:
+    """Have the names in a folder last. Raises OSError."""
     descriptor = disk.open(folder, FOLDER)
     try:
         disk.fsync(descriptor)
@@ -296,7 +351,7 @@ def _staging(folder: Path, disk: Disk) -> Iterator[_Staging]:
         with suppress(OSError):  # the next sweep takes what is left
             if _there(path, disk):
                 if moved:
-                    _sync_folder(folder.parent, disk)
+                    sync_folder(folder.parent, disk)
                 _remove(path, disk)
 
 
@@ -338,7 +393,7 @@ def _publish(staging: _Staging, folder: Path, *, replace: bool, disk: Disk) -> N
     else:
         return _replace(path, folder, disk)
     try:
-        return _sync_folder(folder.parent, disk)
+        return sync_folder(folder.parent, disk)
     except OSError:
         with suppress(OSError):  # else both stay, each whole, for the next sweep
             back(folder, path)
@@ -356,10 +411,10 @@ def _replace(path: Path, folder: Path, disk: Disk) -> None:
             disk.rename(old, folder)
         raise
     try:
-        _sync_folder(folder.parent, disk)
+        sync_folder(folder.parent, disk)
     except OSError:
         with suppress(OSError):
-            _sync_folder(folder.parent, disk)  # names that the medium may not know are not moved on: both would go
+            sync_folder(folder.parent, disk)  # names that the medium may not know are not moved on: both would go
             disk.rename(folder, path)
             disk.rename(old, folder)
         raise
@@ -407,12 +462,20 @@ def _named(checkpoints: Path, disk: Disk) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), checkpoints / match[0]) for match in found)
 
 
+@contextmanager
+def _whole(path: Path, step: int, disk: Disk, *, deep: bool = True) -> Iterator[Verified]:
+    """The files of one that is valid, and named after its own step. Raises Damaged."""
+    with Verified(path, disk, deep=deep) as files:
+        if files.step not in (step, None):
+            raise Damaged(MANIFEST, f"it is of step {files.step:,}: the folder was renamed, or copied from there")
+        yield files
+
+
 def _examine(path: Path, step: int, disk: Disk, *, deep: bool) -> Entry:
     problem = None
     try:
-        with Verified(path, disk, deep=deep) as found:
-            if found.step not in (step, None):
-                problem = f"{MANIFEST}, it is of step {found.step:,}: the folder was renamed, or copied from there"
+        with _whole(path, step, disk, deep=deep):
+            pass
     except Damaged as damage:
         problem = str(damage)
     return Entry(path, path.name, step, bytes_in(path, disk), problem)

@@ -292,7 +292,7 @@ class Keeper:
             return
         weights, average, path = life.weights, None, best.checkpoint
         if path is not None and await self._files(path.is_dir):
-            snapshot = await self._files(lambda: checkpoint.read(path))
+            snapshot = await self._files(lambda: checkpoint.read(path, disk=self._disk))
             weights, average = snapshot.model, snapshot.state["average"]
         told = f"the weights of step {best.step}, the best {best.monitor} ({best.value:g})"
         if weights:

@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import Collection
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import Tensor
 
 from streamtrain import checkpoint
-from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.disk import LOCAL, Disk
+from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem
 from streamtrain.foreign import refuse_to_go_on
 from streamtrain.refusing import refusing
 from streamtrain.state import Snapshot
@@ -26,7 +28,7 @@ TAIL = 4096
 Resume = str | os.PathLike[str] | None
 
 
-def weights(checkpoints: Path, path: str | os.PathLike[str]) -> tuple[Path, dict[str, Tensor]]:
+def weights(checkpoints: Path, path: str | os.PathLike[str], *, disk: Disk = LOCAL) -> tuple[Path, dict[str, Tensor]]:
     """The weights that count of a checkpoint, where `find` finds it; those of the moving average if it has one.
 
     Raises CheckpointError.
@@ -36,7 +38,7 @@ def weights(checkpoints: Path, path: str | os.PathLike[str]) -> tuple[Path, dict
             f"{path} is a file, not a checkpoint (pickles are never loaded)",
             hint=f"Bring it in first: streamtrain import-pt {path} OUT, which gives a checkpoint.",
         )
-    where, snapshot = _read(checkpoints, path) or (None, None)
+    where, snapshot = _read(checkpoints, path, disk) or (None, None)
     if where is None or snapshot is None:
         raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
     average = snapshot.state.get("average") if isinstance(snapshot.state, dict) else None
@@ -77,50 +79,51 @@ def refuse_unasked(checkpoints: Path, own: Collection[Path] = ()) -> None:
         )
 
 
-def find(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
-    """The checkpoint to go on from, read and verified; None for a fresh start, which is said.
+def find(checkpoints: Path, resume: Resume, *, disk: Disk = LOCAL) -> tuple[Path, Snapshot] | None:
+    """The checkpoint to go on from, verified and read at once; None for a fresh start, which is said.
 
     Nothing is changed but that what a commit left behind when it died is cleared away.
     "auto": the newest that is valid; "best": the one that the newest names as its best; else a path of a checkpoint,
     a folder of checkpoints, or a run's folder. Raises CheckpointError.
     """
-    found = _read(checkpoints, resume)
+    found = _read(checkpoints, resume, disk)
     if found is not None:
         refuse_to_go_on(found[1].state, found[0])
     return found
 
 
-def _read(checkpoints: Path, resume: Resume) -> tuple[Path, Snapshot] | None:
+def _read(checkpoints: Path, resume: Resume, disk: Disk) -> tuple[Path, Snapshot] | None:
     assert resume is not None
     if resume == "auto":
-        checkpoint.sweep(checkpoints)
-        entry = checkpoint.newest_valid(checkpoints)
-        if entry is None:
+        checkpoint.sweep(checkpoints, disk=disk)
+        found = checkpoint.read_newest(checkpoints, disk=disk)
+        if found is None:
             logger.info("no checkpoint in %s: starting fresh", checkpoints)
-            return None
-        return entry.path, checkpoint.read(entry.path)
+        return found
     if resume == "best":
-        checkpoint.sweep(checkpoints)
-        return _best(checkpoints)
+        checkpoint.sweep(checkpoints, disk=disk)
+        return _best(checkpoints, disk)
     path = Path(os.path.abspath(resume))
     for folder in (path / "checkpoints", path):
-        if folder.is_dir() and (entry := checkpoint.newest_valid(folder)) is not None:
-            path = entry.path
-            break
-    return path, checkpoint.read(path)
+        if checkpoint.holds_any(folder, disk=disk):
+            found = checkpoint.read_newest(folder, disk=disk)
+            if found is not None:
+                return found
+    return path, checkpoint.read(path, disk=disk)
 
 
-def _best(checkpoints: Path) -> tuple[Path, Snapshot]:
-    entry = checkpoint.newest_valid(checkpoints)
-    if entry is None:
+def _best(checkpoints: Path, disk: Disk) -> tuple[Path, Snapshot]:
+    newest = checkpoint.read_newest(checkpoints, disk=disk)
+    if newest is None:
         raise CheckpointError(f"resume='best': there is no checkpoint in {checkpoints}")
-    name = _named_best(checkpoint.read(entry.path), entry.path)
+    path, snapshot = newest
+    name = _named_best(snapshot, path)
     if name is None:
         raise CheckpointError(
-            f"resume='best': {entry.path} names no best checkpoint", hint="Was there a validation? Give 'auto'."
+            f"resume='best': {path} names no best checkpoint", hint="Was there a validation? Give 'auto'."
         )
-    path = checkpoints / Path(name).name
-    return path, checkpoint.read(path)
+    best = checkpoints / Path(name).name
+    return newest if best == path else (best, checkpoint.read(best, disk=disk))
 
 
 @refusing
@@ -144,25 +147,21 @@ def repeated(folder: Path, step: int) -> int:
     return reached - step
 
 
-def set_newer_aside(checkpoints: Path, path: Path, step: int) -> None:
-    """Newer checkpoints of the run belong to a future that is given up: they get another name, which is said.
+def set_newer_aside(checkpoints: Path, path: Path, step: int, *, disk: Disk = LOCAL) -> None:
+    """Newer checkpoints of the run belong to a future that is given up: they get another name, durably, which is said.
 
     Journals go too: the lines of the future that begins may be others, and are to be handed over. To be called once
-    everything fits: a life that is refused gives up nothing.
+    everything fits: a life that is refused gives up nothing. Raises EnvironmentProblem.
     """
-    for newer in sorted(checkpoints.glob("step-*")) if checkpoints.is_dir() else ():
-        number = newer.name.removeprefix("step-")
-        if number.isdigit() and int(number) > step:
-            aside = _free_name(checkpoints, f"abandoned-{newer.name}")
-            newer.rename(aside)
-            logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer.name, aside.name)
-            for journal in checkpoints.parent.glob(JOURNALS):
-                journal.unlink(missing_ok=True)
-
-
-def _free_name(folder: Path, name: str) -> Path:
-    number, path = 1, folder / name
-    while path.exists():
-        number += 1
-        path = folder / f"{name}-{number}"
-    return path
+    moved = checkpoint.set_aside(checkpoints, step, disk=disk)
+    for newer, aside in moved:
+        logger.warning("going on from %s: the newer %s is set aside as %s", path.name, newer, aside)
+    if not moved:
+        return
+    folder = checkpoints.parent
+    try:
+        for name in [name for name in disk.names(folder) if fnmatchcase(name, JOURNALS)]:
+            disk.unlink(folder / name)
+        checkpoint.sync_folder(folder, disk)
+    except OSError as error:
+        raise EnvironmentProblem(f"can't remove the journals of {folder}: {error}") from error

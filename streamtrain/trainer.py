@@ -532,7 +532,7 @@ class Trainer:
         self._check_idle()
         async with file_thread() as files, train_thread() as thread:
             checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk).checkpoints
-            found = await files(lambda: resume.find(checkpoints, path))
+            found = await files(lambda: resume.find(checkpoints, path, disk=self._disk))
             if found is None:
                 raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
             where, snapshot = found
@@ -552,7 +552,7 @@ class Trainer:
         self._check_fresh()
         async with file_thread() as files, train_thread() as thread:
             checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
-            where, weights = await files(lambda: resume.weights(checkpoints, path))
+            where, weights = await files(lambda: resume.weights(checkpoints, path, disk=self._disk))
             self._check_fresh()
             await thread.run(lambda: self._parts.begin_with(weights, where, partial=partial))
 
@@ -690,7 +690,7 @@ class Trainer:
         checkpoints = None if folder is None else folder.checkpoints
         found = None
         if checkpoints is not None and resume_from is not None:
-            found = await files(lambda: resume.find(checkpoints, resume_from))
+            found = await files(lambda: resume.find(checkpoints, resume_from, disk=self._disk))
         if found is None and self._lasting is not None:
             self._lasting.check_whole()
         async with AsyncExitStack() as stack:
@@ -719,14 +719,14 @@ class Trainer:
                 del found, snapshot
                 await checks.validations(thread, life)
                 if checkpoints is not None and resume_from != "auto":
-                    await files(lambda: resume.set_newer_aside(checkpoints, path, self.state.step))
+                    await files(partial(resume.set_newer_aside, checkpoints, path, self.state.step, disk=self._disk))
             else:
                 path, origin = None, None if self._loaded is None else self._origin
                 self._go_on(train, life)
                 if origin is not None:
                     self._checkpoint = origin
                 if checkpoints is not None and origin is not None:
-                    await files(lambda: resume.set_newer_aside(checkpoints, origin, self.state.step))
+                    await files(partial(resume.set_newer_aside, checkpoints, origin, self.state.step, disk=self._disk))
             self._lasting = life
             plan = planned(
                 options,

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from streamtrain import resume
+from streamtrain import checkpoint, resume
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.once import Once
-from streamtrain.errors import CheckpointError
+from streamtrain.disk import LOCAL, NEW
+from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.events import Log, TrainBegin
 from streamtrain.schedulers import get_lr
+from streamtrain.state import Snapshot
 from streamtrain.trainer import Trainer
+from tests.disks import MemoryDisk, RefusingDisk
 from tests.engine import Samples, lines, network, same
 
 
@@ -232,3 +238,85 @@ async def test_a_schedule_that_begins_anew_has_the_rate_of_now(tmp_path: Path) -
     await again.load_checkpoint(str(path))
     await again.fit(Samples(), max_steps=6)
     assert [line["lr"] for line in lines(tmp_path / "b")] == [1e-3] * 3
+
+
+class Reading(MemoryDisk):
+    """Notes which files were opened, and how many of their bytes were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.bytes = Counter[str](), Counter[str]()
+        self._names: dict[int, str] = {}
+
+    def open(self, path: Path, flags: int) -> int:
+        fd = super().open(path, flags)
+        self._names[fd] = f"{path.parent.name}/{path.name}"
+        self.opened[self._names[fd]] += 1
+        return fd
+
+    def read(self, fd: int, into: memoryview, offset: int) -> int:
+        count = super().read(fd, into, offset)
+        self.bytes[self._names[fd]] += count
+        return count
+
+
+CHECKPOINTS = Path("/run/checkpoints")
+
+
+def a_run(*steps: int) -> Reading:
+    """On a disk that is nowhere else: whatever is not read by it is not found. The oldest is the best."""
+    disk = Reading()
+    for step in steps:
+        made = Snapshot(
+            model={"weight": torch.full((1 << 18,), float(step))},
+            optimizer={"m": torch.zeros(4)},
+            state={
+                "step": step,
+                "progress": {"bests": [["loss", 1.0, 0, steps[0], f"step-{steps[0]}"]], "best": "loss"},
+            },
+        )
+        checkpoint.commit(CHECKPOINTS / f"step-{step}", made, disk=disk)
+    for name in (".wandb-lines", "metrics.jsonl"):
+        disk.close(disk.open(CHECKPOINTS.parent / name, NEW))
+    checkpoint.sync_folder(CHECKPOINTS.parent, disk)
+    disk.opened.clear()
+    disk.bytes.clear()
+    return disk
+
+
+@pytest.mark.parametrize(("asked", "step"), [("auto", 3), ("best", 1), ("/run", 3), (CHECKPOINTS, 3)])
+def test_the_checkpoint_to_go_on_from_is_digested_once_and_read_through_the_disk_that_is_given(
+    asked: str | Path, step: int
+) -> None:
+    disk = a_run(1, 2, 3)
+    found = resume.find(CHECKPOINTS, asked, disk=disk)
+    assert found is not None
+    assert (found[0].name, found[1].state["step"]) == (f"step-{step}", step)
+    assert {name: count for name, count in disk.opened.items() if count > 1 and "." in name} == {}
+    size = disk.stat(CHECKPOINTS / "step-3" / "model.safetensors").st_size
+    assert size < disk.bytes["step-3/model.safetensors"] <= 2 * size + 100, "once for the digest, once for the tensors"
+
+
+def test_a_damaged_newest_is_passed_over_in_the_same_reading(caplog: pytest.LogCaptureFixture) -> None:
+    disk = a_run(1, 2)
+    disk.unlink(CHECKPOINTS / "step-2" / "state.json")
+    found = resume.find(CHECKPOINTS, "auto", disk=disk)
+    assert found is not None
+    assert found[0].name == "step-1"
+    assert "going back to step-1 repeats 1 steps" in caplog.text
+
+
+def test_what_is_set_aside_stays_so_after_a_power_cut() -> None:
+    disk = a_run(1, 2, 3)
+    resume.set_newer_aside(CHECKPOINTS, CHECKPOINTS / "step-1", 1, disk=disk)
+    for image in disk.images():
+        after = MemoryDisk(image)
+        assert sorted(after.names(CHECKPOINTS)) == ["abandoned-step-2", "abandoned-step-3", "step-1"]
+        assert ".wandb-lines" not in after.names(CHECKPOINTS.parent)
+
+
+def test_a_disk_that_refuses_to_set_aside_is_an_error_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "step-2").mkdir()
+    disk = RefusingDisk(LOCAL, 0, errno.EIO, kinds=frozenset({"rename"}))
+    with pytest.raises(EnvironmentProblem, match=r"can't set newer checkpoints in .* aside: .*Input/output error"):
+        resume.set_newer_aside(tmp_path, tmp_path / "step-1", 1, disk=disk)
