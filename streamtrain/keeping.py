@@ -283,13 +283,15 @@ class Keeper:
         """Put the weights of the best value into the model; the checkpoint of the end keeps the last ones."""
         life = self._life
         best = life.progress.bests.get(life.restores or "")
-        if best is None or not self._restoring():
-            return
+        if not self._restoring():
+            return None
+        if best is None:
+            return self._say_no_best()
         if best.step == life.progress.step:
             if life.average is not None:
                 self._keep_last()
                 await self._thread.run(life.average.into_model)
-            return
+            return None
         weights, average, path = life.weights, None, best.checkpoint
         if path is not None and await self._files(path.is_dir):
             snapshot = await self._files(lambda: checkpoint.read(path, disk=self._disk))
@@ -301,6 +303,20 @@ class Keeper:
             logger.info("the model has %s", told)
         else:
             logger.warning("%s, are not at hand: the model keeps the last ones", told)
+        return None
+
+    def _say_no_best(self) -> None:
+        """Somebody asks for the best weights by name, and there are none."""
+        callbacks = self._life.callbacks.items()
+        asking = [
+            name for name, each in callbacks if getattr(each, "decides", False) and getattr(each, "restore_best", False)
+        ]
+        if asking and self._life.progress.step:
+            of = self._life.restores or "what it monitors"
+            logger.warning(
+                "%s was to restore the best weights, but no best value of %s is known: the model keeps the last ones",
+                *(", ".join(asking), of),
+            )
 
     def _keep_last(self) -> None:
         """The model is given the best weights: what the run goes on from is saved, and not to be replaced by them."""

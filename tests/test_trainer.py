@@ -1812,6 +1812,16 @@ async def test_an_error_of_an_earlier_life_is_forgotten(tmp_path: Path) -> None:
     assert fitted.logger is not None
 
 
+async def test_that_there_is_no_best_to_be_restored_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    told = "EarlyStopping was to restore the best weights, but no best value of what it monitors is known"
+    unwanted = trainer(callbacks=[EarlyStopping(restore_best=False)])
+    await unwanted.fit(Samples(), validation=Samples(30, seed=3), max_steps=3)
+    assert told not in caplog.text
+    fitted = trainer(callbacks=[EarlyStopping()])
+    await fitted.fit(Samples(), validation=Samples(30, seed=3), max_steps=3)
+    assert caplog.text.count(told) == 1
+
+
 @pytest.mark.parametrize(
     "scheduler", [{"name": "cosine", "warmup": "1epoch"}, {"name": "cosine", "interval": "epoch"}, "linear"]
 )
