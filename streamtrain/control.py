@@ -7,11 +7,14 @@ updates. The train thread reads `pending` before each update, a plain attribute.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,8 @@ class Requests:
 class Control:
     """Requests to the wheel; the first stop wins, the last learning rate wins.
 
-    A stop or a pause is meant for the fit that runs or was called for, or else for the first one. One that comes when a
-    fit has ended, and no other was called for, has come too late for it, and is not the next one's.
+    A stop, a pause or a save is meant for the fit that runs or was called for, or else for the first one. One that
+    comes when a fit has ended, and no other was called for, has come too late for it, and is not the next one's.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,8 @@ class Control:
         self._saves: deque[Save] = deque()
         self._stop: Stop | None = None
         self._late = False
+        self._forgotten = 0
+        """Saves that came too late and that nobody was told of."""
         self._hasten: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._knocked: asyncio.Event | None = None
@@ -68,6 +73,11 @@ class Control:
         return self._loop
 
     @property
+    def late(self) -> bool:
+        """Whether the last fit has ended, and no other was called for: what is asked for now is asked of nobody."""
+        return self._late
+
+    @property
     def stopping(self) -> Stop | None:
         """The first stop that was asked for."""
         return self._stop
@@ -75,6 +85,14 @@ class Control:
     def expect(self) -> None:
         """A fit was called for: what is asked for from now on is meant for it, even if its task has not begun."""
         self._late = False
+        self.say_forgotten()
+
+    def say_forgotten(self) -> None:
+        """Say which saves came too late. Not where they are asked for: that may be a signal's handler, which may not
+        log."""
+        forgotten, self._forgotten = self._forgotten, 0
+        if forgotten:
+            logger.warning("saves that were asked for after a fit had ended, and are not made: %d", forgotten)
 
     def bind(self, hasten: Callable[[], None] | None = None) -> None:
         """Serve the running loop from now on, beginning with what was asked for before.
@@ -88,12 +106,16 @@ class Control:
         self.pending = bool(self._rates or self._saves) or self.paused or self._stop is not None
 
     def unbind(self) -> None:
-        """The wheel stands still; who waits for a save that was not begun is told, and who asks for one from now on."""
+        """The wheel stands still; who waits for a save that was not begun is told, and who asks for one from now on. A
+        save that nobody waits for, as a signal's, is not the next fit's: it is forgotten, and that is said."""
         self._loop = self._knocked = self._stop = self._hasten = None
         self.paused, self._late = False, True
         saves, self._saves = self._saves, deque()
+        if unmade := sum(save.done is None for save in saves):
+            logger.warning("saves that were asked for as the fit ended, too late to be made: %d", unmade)
         for save in saves:
-            self.save(save)
+            if save.done is not None:
+                self.save(save)
 
     def stop(self, reason: str = "stopped", detail: str = "", *, within: float | None = None) -> None:
         """End after the current update, save, and give `reason` as the result's; all `within` so many seconds.
@@ -125,13 +147,15 @@ class Control:
         self._knock()
 
     def save(self, save: Save | None = None) -> None:
-        """Save after the current update, or now if the wheel waits for callbacks."""
+        """Save after the current update, or now if the wheel waits for callbacks; not at all once the fit has ended."""
         save = save or Save()
-        if self._late and save.done is not None:
-            save.done(None, None)
-        else:
+        if not self._late:
             self._saves.append(save)
             self._knock()
+        elif save.done is not None:
+            save.done(None, None)
+        else:
+            self._forgotten += 1
 
     def set_lr(self, lr: float) -> None:
         """Bring the first group's learning rate to `lr`, the others in proportion."""

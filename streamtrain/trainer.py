@@ -412,8 +412,11 @@ class Trainer:
         fit = self.fit(*args, **kwargs)  # first: a signal from now on is meant for it
         if not signals.untouched():
             return asyncio.run(fit)
-        with signals.capture(self._asked_to_end, save=lambda number: self.control.save(), show=self._show):
-            return asyncio.run(fit)
+        try:
+            with signals.capture(self._asked_to_end, save=lambda number: self.control.save(), show=self._show):
+                return asyncio.run(fit)
+        finally:
+            self.control.say_forgotten()
 
     def _asked_to_end(self, signum: int) -> None:
         self.control.stop("signal", signal.Signals(signum).name, within=self._options.grace)
@@ -606,7 +609,8 @@ class Trainer:
         self.control.resume()
 
     def request_checkpoint(self) -> None:
-        """Save after the current update."""
+        """Save after the current update; for the same fit as a `stop` would be. One that comes after a fit's end is not
+        made, which the next fit says: `save_checkpoint` saves then."""
         self.control.save()
 
     def set_lr(self, lr: float) -> None:

@@ -108,7 +108,7 @@ class Watch:
 
     def _save(self, signum: int) -> None:
         self._rung(signum)
-        if self._trainer is not None:
+        if self._trainer is not None and not self._trainer.control.late:
             self._trainer.control.save()
 
     def _stop(self) -> None:
@@ -188,8 +188,12 @@ class Watch:
         logger.info(shown, extra={"shown": True})
 
     def _tell_of_save(self, signum: int) -> None:
-        name = signal.Signals(signum).name
-        _tell(f"{name}: " + ("there is nothing to save" if self._trainer is None else "saving, and going on"))
+        told = "saving, and going on"
+        if self._trainer is None:
+            told = "there is nothing to save"
+        elif self._trainer.control.late:
+            told = "the fit has ended: nothing more is saved"
+        _tell(f"{signal.Signals(signum).name}: {told}")
 
 
 def _tell(line: str) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from pathlib import Path
 
+import pytest
+
 from streamtrain.control import Control, Save, Stop
 
 
@@ -62,6 +64,23 @@ async def test_a_stop_between_two_fits_is_the_next_ones_once_that_is_called_for(
     control.stop("stopped", "early")
     control.bind()
     assert control.take().stop == Stop("stopped", "early")
+
+
+async def test_a_save_that_comes_too_late_is_no_other_fits_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    control = Control()
+    control.bind()
+    control.save()
+    control.unbind()
+    assert "asked for as the fit ended, too late to be made: 1" in caplog.text
+    assert control.late
+    control.save()
+    control.save(Save(Path("x")))
+    control.expect()
+    control.expect()
+    assert caplog.text.count("asked for after a fit had ended, and are not made: 2") == 1
+    control.bind()
+    assert not control.pending
+    assert control.take().saves == []
 
 
 async def test_pausing_and_resuming_are_seen_at_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from streamtrain import checkpoint
+from streamtrain import checkpoint, signals
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
@@ -1790,6 +1791,26 @@ async def test_a_checkpoint_saved_outside_of_fit_can_be_resumed(tmp_path: Path) 
 
 def test_fit_sync_runs_without_a_loop() -> None:
     assert trainer().fit_sync(Samples()).reason == "completed"
+
+
+class Signalling(Samples):
+    """Sends the signal that saves when no fit wants it any more."""
+
+    def follow(self, driven: bool) -> None:
+        super().follow(driven)
+        if not driven:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_signal_that_saves_after_the_end_of_fit_sync_saves_nothing_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = trainer(run_dir=tmp_path)
+    monkeypatch.setattr(signals, "untouched", lambda: True)
+    fitted.fit_sync(Signalling(), max_steps=3)
+    assert "asked for after a fit had ended, and are not made: 1" in caplog.text
+    fitted.fit_sync(Samples(), max_steps=5)
+    assert steps(tmp_path) == [3, 5]
 
 
 def test_said_once_that_a_run_starts_fresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
