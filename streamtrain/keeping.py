@@ -273,8 +273,9 @@ class Keeper:
 
     async def save_after_error(self) -> None:
         """The same where saving itself may be what went wrong, or the weights may be worth nothing: then only what is
-        under way is waited for."""
-        if self.saver is not None and (self.saver.failing or self._life.step.torn):
+        under way is waited for. So too where batches are taken that are part of no update: their random numbers are."""
+        step = self._life.step
+        if self.saver is not None and (self.saver.failing or step.torn or step.partial):
             await self.saver.wait()
         else:
             await self.save_at_end()

@@ -385,8 +385,9 @@ class Wheel:
                 with contextlib.suppress(Exception):  # what a callback raised is told already
                     async with asyncio.timeout(self._patience):
                         await self._teller.burst(report, self._driver.take_waited())
-            if not self._step.torn:
-                await self._driver.leave_partial()
+            with _logged("forgetting the batches that are part of no update"):  # what is whole is saved all the same
+                if not self._step.torn:
+                    await self._driver.leave_partial()
             self._owe()
             async with asyncio.timeout(self._patience):  # a disk that hangs must not keep the error from its reader
                 await self._keeper.save_after_error()

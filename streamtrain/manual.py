@@ -188,7 +188,6 @@ class ManualStep(TrainStep):
         """The end of a step: what all its updates have in common."""
         if self.scaler is not None and self._made:
             self.scaler.update()
-        self.torn = False
         if self._refused:
             self._statistics.give_back()  # not earlier: a graph of the same batch may need them as they are
             report.skipped += 1

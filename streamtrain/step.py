@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -193,7 +194,10 @@ class TrainStep:
                 report.error = no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
                 pulling = isinstance(error, StreamtrainError) and self._group < self.accumulate and not source.ended
                 self.culprit = None if pulling else Culprit.of(self._batch, self.step + 1)
-                self.undo()
+                try:
+                    self.undo()
+                except Exception:  # all the rest of it is done, and what the user gets is the error
+                    logger.exception("dropping the gradients after the error failed")
             self._batch = self._loss = self._running = None
             report.seconds = time.perf_counter() - report.began
             self._read(report)
@@ -245,14 +249,26 @@ class TrainStep:
         return values
 
     def undo(self) -> None:
-        """Forget the batches of a group that was not updated: gradients, running statistics, random numbers."""
+        """Forget the batches of a group that was not updated: gradients, running statistics, random numbers.
+
+        All of it is done though a part raises, as an optimizer's own `zero_grad` may; where statistics or random
+        numbers stay those of half a group, the weights count as torn.
+        """
         if not self._group and self._batch is None:
             return
-        self._zero_grad()
-        self._statistics.give_back()
-        self._set_generators(self._generators)
-        self.tally.drop(self._group)
-        self._begin_group()
+        with ExitStack() as stack:  # from below
+            stack.callback(self._begin_group)
+            stack.callback(self.tally.drop, self._group)
+            stack.callback(self._give_back)
+            self._zero_grad()
+
+    def _give_back(self) -> None:
+        try:
+            self._statistics.give_back()
+            self._set_generators(self._generators)
+        except BaseException:
+            self.torn = True
+            raise
 
     def take_over(self, other: TrainStep) -> None:
         """Go on with what another step of the same run has learned of gradients: their usual norm, and fp16's scale."""
@@ -351,7 +367,6 @@ class TrainStep:
             else:
                 self.scaler.step(optimizer)
                 self.scaler.update()
-            self.torn = False
             flag = self._flags.last
             if flag is not None and self._statistics:
                 self._statistics.give_back_where(flag.bad)
@@ -371,13 +386,14 @@ class TrainStep:
             self._rollback.keep(self.step)
 
     def _end_group(self, report: Report) -> None:
-        """Count the update that was made of the group, or refused."""
+        """Count the update that was made of the group, or refused; until then its weights are those of no step."""
         if self._rated:
             self._samples += sum(self.tally.counts[-self._group :])
         self.step += 1
         report.updates += 1
         report.cursor = self._cursor
         self._begin_group()
+        self.torn = False
 
     def _zero_grad(self) -> None:
         """Drop the gradients. torch's own method does the same, and records each call: 9 us a step."""

@@ -20,8 +20,9 @@ from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, UserCodeError
 from streamtrain.events import BatchEnd, TrainBegin
+from streamtrain.running_statistics import RunningStatistics
 from streamtrain.trainer import Trainer
-from tests.engine import Samples, network, pairs
+from tests.engine import Samples, network, pairs, same
 
 HUGE = 1 << 60
 
@@ -255,3 +256,90 @@ async def test_memory_that_runs_out_without_a_word_ends_no_message_in_a_colon(tm
 
     with pytest.raises(EnvironmentProblem, match=r"^step 3: out of memory with a batch of \d+ B; the process"):
         await trainer(Fails(3, nothing), tmp_path / "a").fit(Samples())
+
+
+class Clinging(torch.optim.SGD):
+    """Does not let go of the gradients of batches that are part of no update."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.state and not self.stepped:
+            raise RuntimeError("mine")
+        self.stepped = False
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        self.stepped = True
+        return super().step(closure)
+
+    stepped = False
+
+
+def clinging(run_dir: Path) -> Trainer:
+    model = network()
+    optimizer = Clinging(model.parameters(), lr=0.01, momentum=0.9)
+    return Trainer(
+        model, nn.MSELoss(), optimizer=optimizer, accumulate_grad_batches=2, run_dir=run_dir, seed=5, device="cpu"
+    )
+
+
+@pytest.mark.parametrize("where", ["between two bursts", "in the model"])
+async def test_what_is_whole_is_saved_though_half_a_group_can_t_be_forgotten(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream, fitted = Samples(), clinging(tmp_path / "a")
+    if where == "in the model":
+        left = iter([*range(9, 0, -1), 0])
+
+        def tenth(*_: object) -> None:
+            _ = 1 // next(left)
+
+        fitted.model.register_forward_pre_hook(tenth)
+    else:
+        stream.failures[72] = DataError("chunk 9 is damaged")
+    with pytest.raises((DataError, UserCodeError), match=r"chunk 9|ZeroDivisionError"):
+        await fitted.fit(stream)
+    assert "RuntimeError: mine" in caplog.text
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-000000004"]
+    again, whole = clinging(tmp_path / "a"), clinging(tmp_path / "b")
+    await again.fit(Samples(), resume="auto")
+    await whole.fit(Samples())
+    assert same(again.model, whole.model)
+
+
+async def test_half_a_group_whose_statistics_stay_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(self: RunningStatistics) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(RunningStatistics, "give_back", lost)
+    stream, fitted = Samples(), clinging(tmp_path)
+    stream.failures[72] = DataError("chunk 9 is damaged")
+    with pytest.raises(DataError, match="chunk 9"):
+        await fitted.fit(stream)
+    assert "the device is lost" in caplog.text
+    assert not (tmp_path / "checkpoints").exists()
+
+
+class Gauging(Callback):
+    """Can't read the seventh update."""
+
+    def gauge(self, optimizer: torch.optim.Optimizer, epoch: int) -> dict[str, float]:
+        self.read += 1
+        return {"inverse": 1 / (7 - self.read)}
+
+    read = 0
+
+
+async def test_weights_of_an_update_that_was_not_counted_are_not_saved_as_those_before_it(tmp_path: Path) -> None:
+    callbacks = [Gauging(), ModelCheckpoint(every="3steps")]
+    fitted = Trainer(network(), nn.MSELoss(), callbacks=callbacks, log_every=1, run_dir=tmp_path, seed=5, device="cpu")
+    with pytest.raises(UserCodeError, match="ZeroDivisionError"):
+        await fitted.fit(Samples())
+    await Trainer(network(), nn.MSELoss(), log_every=1, run_dir=tmp_path, seed=5, device="cpu").fit(
+        Samples(), resume="auto"
+    )
+    whole = Trainer(network(), nn.MSELoss(), seed=5, device="cpu")
+    await whole.fit(Samples())
+    last = await asyncio.to_thread(checkpoint.read, tmp_path / "checkpoints" / "step-000000013")
+    assert all(torch.equal(value, last.model[name]) for name, value in whole.model.state_dict().items())
