@@ -83,6 +83,7 @@ from streamtrain.streams import Streams, behind, named_streams, serves_one_epoch
 from streamtrain.tasks import Losses
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread, train_thread
+from streamtrain.under_training import training
 from streamtrain.watchdog import Busy, Watchdog
 
 __all__ = ["FitResult", "Trainer"]
@@ -357,7 +358,8 @@ class Trainer:
         most, and that is said; momenta and the like are the optimizer's, and stay. One that ended in the middle of an
         update (an optimizer raised, or hung) is gone on from once a checkpoint is loaded, with `resume` or before.
 
-        Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem.
+        Raises ConfigError, CheckpointError, DataError, NonFiniteError, UserCodeError or EnvironmentProblem; a
+        ConfigError too where another trainer's fit is training the same model object just now.
         """
         self.control.expect()
         limits = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
@@ -390,8 +392,9 @@ class Trainer:
             self._allow_data_change = allow_data_change
             self.control.bind(self._hasten)
             self._gone = asyncio.get_running_loop().create_future()
-            fit = self._fit(train, streams, limits, resume, checks)
-            return await saving_on_cancel(fit, self._end_cancelled, self._options.grace, self._leave)
+            with training(self.model):
+                fit = self._fit(train, streams, limits, resume, checks)
+                return await saving_on_cancel(fit, self._end_cancelled, self._options.grace, self._leave)
         finally:
             self.control.unbind()
             self._fitting, self._bus, self._saver = False, None, None
