@@ -61,7 +61,9 @@ class Event:
     def log_metrics(self, values: Mapping[str, Any], *, split: str | None = None) -> None:
         """Add numbers to the next line of the log, or have a line of their own of this `split`; from any thread.
 
-        Raises ConfigError, and adds nothing, if one is no number; does nothing where no fit is running.
+        Raises ConfigError, and adds nothing, if one is no number, or has a name that the line tells itself (`loss`,
+        `lr`, `step`, ...; in a line of its own only `step`, `epoch`, `samples`, `time`, `split`); does nothing where no
+        fit is running.
         """
         if self.desk is not None:
             self.desk.log(values, split)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 MOST = 256
 """Lines and media that wait for the wheel."""
+PLACE = ("step", "epoch", "samples", "time", "split", "nonfinite")
+"""What tells of a line of the log where it stands."""
+OWN = ("loss", "lr")
+"""What each line of the training tells itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,14 @@ class Notes:
         return bool(self._notes)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """Numbers for the next line. Raises ConfigError, and leaves nothing, if one is no number."""
-        for name, value in _numbers(values).items():
+        """Numbers for the next line. Raises ConfigError, and leaves nothing, if one is no number, or has the name of
+        what the line tells itself."""
+        for name, value in _numbers(values, (*OWN, *PLACE)).items():
             self._numbers[name] = value
 
     def line(self, values: Mapping[str, Any], split: str) -> None:
         """A line of its own, of this split, at the step where the run stands. Raises ConfigError as `metrics` does."""
-        self._leave("on_log", Log, {"values": _numbers(values), "split": split})
+        self._leave("on_log", Log, {"values": _numbers(values, PLACE), "split": split})
 
     def media(self, values: Mapping[str, Any]) -> None:
         """Images, tables and histograms, at the step where the run stands. Raises ConfigError for what is none."""
@@ -90,8 +95,17 @@ class Notes:
         return taken
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): number(value, f"log_metrics: {name}") for name, value in _named(values, "log_metrics").items()}
+def _numbers(values: Mapping[str, Any], taken: Collection[str]) -> dict[str, float]:
+    numbers = {
+        str(name): number(value, f"log_metrics: {name}") for name, value in _named(values, "log_metrics").items()
+    }
+    for name in numbers:
+        if name in taken:
+            raise ConfigError(
+                f"log_metrics: {name!r} is what the line of the log tells itself",
+                hint=f"Name it otherwise, such as {'my_' + name!r}.",
+            )
+    return numbers
 
 
 def _named(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:

@@ -38,6 +38,8 @@ class Teller:
         self._status_when = self._born
         self._first_step = life.progress.step
         self._unseen = False
+        self._refused: set[str] = set()
+        """Names of numbers that were left for lines which have them already, and that was said."""
 
     def elapsed(self) -> float:
         """Seconds of training over the run's life; kept in the progress too."""
@@ -120,7 +122,7 @@ class Teller:
         await self.take_notes()
         for row in report.rows:
             when = self.elapsed() - (time.perf_counter() - row.at)
-            values = {**row.values, **self._notes.take_metrics()}
+            values = {**row.values, **self._left_beside(row.values)}
             life.metrics.update(values)
             await self.emit("on_log", Log, step=row.step, samples=report.before + row.samples, time=when, values=values)
         self._bus.check()
@@ -135,6 +137,16 @@ class Teller:
             sums: dict[str, Any] = {"loss_sum": report.loss_sum, "batch_samples": report.samples, "lr": report.lr}
             self._bus.news("on_batch_end", BatchEnd(**self.standing(), **first, **sums, data_wait=waited))
 
+    def _left_beside(self, own: Mapping[str, float]) -> dict[str, float]:
+        """The numbers that were left for a line; of a name that the line has already its own stands, which is said."""
+        left = self._notes.take_metrics()
+        for name in sorted(left.keys() & own.keys()):
+            del left[name]
+            if name not in self._refused:
+                self._refused.add(name)
+                logger.warning("log_metrics: the run logs a %r of its own, which stands; name yours otherwise", name)
+        return left
+
     async def last_line(self) -> dict[str, float]:
         """The log ends with the last step; where another life may go on its lines stay as they would have been. The
         metrics with those of the line: for the result, not for a checkpoint, which some earlier save may have made."""
@@ -142,7 +154,7 @@ class Teller:
         means = life.step.tally.window.compute()
         if progress.step > self._first_step and means:
             gauged = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
-            read = {**gauged, **self._notes.take_metrics()}
+            read = {**gauged, **self._left_beside({**means, **gauged})}
             values = {**means, **read}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values=values)

@@ -580,7 +580,9 @@ class Trainer:
     def log_metrics(self, values: Mapping[str, float]) -> None:
         """Add numbers to the next line of the log: outside of a fit, to the first one of the next.
 
-        Raises ConfigError, and adds nothing, if one is no number.
+        Raises ConfigError, and adds nothing, if one is no number, or is named as what each line tells itself: `loss`,
+        `lr`, `step`, `epoch`, `samples`, `time`, `split`. Another name that the run logs itself (`grad_norm`, what the
+        step returns) stays the run's, which is said once.
         """
         self._notes.metrics(values)
 

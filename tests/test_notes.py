@@ -113,6 +113,27 @@ async def test_a_callback_adds_numbers_and_lines_through_its_event() -> None:
     assert [log.values.get("mine") for log in heard.logs if log.split == "train"] == [3.0, None]
 
 
+async def test_a_number_that_the_run_logs_itself_is_not_replaced_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Says(Callback):
+        async def on_epoch_begin(self, event: Event) -> None:
+            event.log_metrics({"loss": 0.5}, split="mine")
+
+        def gauge(self, optimizer: Any, epoch: int) -> dict[str, float]:
+            trainer.log_metrics({"grad_norm": -1.0, "mine": 3.0})
+            return {}
+
+    heard = Heard()
+    trainer = made(Says(), heard, log_every=5, gradient_clip_norm=1.0)
+    await trainer.fit(Samples(80), max_steps=8)
+    assert [log.values for log in heard.logs if log.split == "mine"] == [{"loss": 0.5}]
+    train = [log.values for log in heard.logs if log.split == "train"]
+    assert [values["mine"] for values in train] == [3.0, 3.0]
+    assert all(values["grad_norm"] > 0 for values in train)
+    assert caplog.text.count("log_metrics: the run logs a 'grad_norm' of its own") == 1
+
+
 async def test_what_is_left_while_no_batch_comes_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamtrain.loop.NOTES", 0.01)
     stream, told = Samples(80), asyncio.Event()
@@ -154,12 +175,15 @@ def _updates(optimizer: Any) -> int:
         lambda notes: notes.metrics({"a": 1.0, "b": "x"}),
         lambda notes: notes.media({"a": np.zeros(3), "b": 1}),
         lambda notes: notes.metrics(3),
+        lambda notes: notes.metrics({"a": 1.0, "batch": 2.0, "loss": 0.0}),
+        lambda notes: notes.metrics({"lr": 0.1}),
+        lambda notes: notes.line({"step": 3.0}, "mine"),
         lambda notes: notes.media([np.zeros(3)]),
     ],
 )
 def test_a_note_that_is_refused_leaves_nothing(leave: Callable[[Notes], None]) -> None:
     notes = Notes(Progress())
-    with pytest.raises(ConfigError, match="b"):
+    with pytest.raises(ConfigError, match=r"b|what the line of the log tells itself"):
         leave(notes)
     assert (notes.take_metrics(), notes.take()) == ({}, [])
 
