@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import streamtrain
@@ -464,6 +465,12 @@ def _state_of(name: str, callback: object) -> Tree:
         ) from error
 
 
+def check_weights(saved: Mapping[str, Any], model: nn.Module, path: Path) -> None:
+    """Raise CheckpointError with a table of the differences if these are of another model, as far as its sizes are
+    known."""
+    _refuse(list(_model_differences(saved, model)), path)
+
+
 def _model_differences(saved: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
     live = model.state_dict()
     for name in saved.keys() | live.keys():
@@ -471,7 +478,7 @@ def _model_differences(saved: Mapping[str, Any], model: nn.Module) -> Iterator[s
             yield f"model.{name}: {_shape(saved[name])} -> not there"
         elif name not in saved:
             yield f"model.{name}: not there -> {_shape(live[name])}"
-        elif _shape(saved[name]) != _shape(live[name]):
+        elif not is_lazy(live[name]) and _shape(saved[name]) != _shape(live[name]):
             yield f"model.{name}: {_shape(saved[name])} -> {_shape(live[name])}"
 
 

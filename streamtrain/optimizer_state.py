@@ -53,9 +53,7 @@ def loadable(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> d
     if [sorted(group["params"]) for group in saved["param_groups"]] != [sorted(here) for here in names]:
         raise CheckpointError("the optimizer's groups hold other parameters than those of the checkpoint")
     number_of = {name: number for number, name in _by_number(live, names).items()}
-    for name in number_of.keys() & saved["state"].keys():
-        if not isinstance(saved["state"][name], dict):
-            raise CheckpointError(f"the checkpoint holds no state of the optimizer for {name}")
+    _check_shapes(optimizer, names, saved["state"])
     groups = [
         {**group, "params": here["params"]}
         for group, here in zip(saved["param_groups"], live["param_groups"], strict=True)
@@ -64,6 +62,24 @@ def loadable(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> d
     return {**saved, "state": state, "param_groups": groups}
 
 
+def _check_shapes(optimizer: Optimizer, names: list[list[str]], states: dict[Any, Any]) -> None:
+    """Raise CheckpointError where a parameter's state is none, or not of its shape: torch takes it without a word."""
+    kind = type(optimizer)
+    alike = kind.__module__.startswith("torch.optim.") and kind.__name__ not in _OF_OTHER_SHAPES
+    for group, here in zip(optimizer.param_groups, names, strict=True):
+        for parameter, name in zip(group["params"], here, strict=True):
+            if name not in states:
+                continue
+            if not isinstance(states[name], dict):
+                raise CheckpointError(f"the checkpoint holds no state of the optimizer for {name}")
+            for key, value in states[name].items() if alike else ():
+                if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                    now, then = list(parameter.shape), list(value.shape)
+                    raise CheckpointError(f"the optimizer's {key} of {name} has the shape {then}, and it is {now}")
+
+
+_OF_OTHER_SHAPES = ("Adafactor", "LBFGS")
+"""Of torch's optimizers, those that keep other things of a parameter than its like."""
 _APART = frozenset({"tensor_class", "parts", "context", "size", "stride"})
 """The keys of a tensor of another class that was taken apart."""
 

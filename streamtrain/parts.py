@@ -34,6 +34,7 @@ from streamtrain.freezing import Freezing
 from streamtrain.life import (
     Learned,
     Life,
+    check_weights,
     first_rng,
     habits,
     other_rate,
@@ -474,6 +475,7 @@ class Parts:
         batch would tell."""
         check_state(snapshot.state, path)
         if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
+            check_weights(snapshot.model, self.model, path)
             try:
                 self.model.load_state_dict(snapshot.model)
             except RuntimeError as error:

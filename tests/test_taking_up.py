@@ -107,6 +107,7 @@ BAD = {
     "rollback's optimizer": at("state", "kept", "kept", "optimizer", "param_groups", value=[]),
     "rollback's step": at("state", "kept", "step", value="none"),
     "optimizer's groups": at("optimizer", "param_groups", value=[]),
+    "optimizer's shape": at("optimizer", "state", "0.weight", "exp_avg", value=torch.zeros(4, 16)),
     "optimizer's state": at("optimizer", "state", "0.weight", value=3),
 }
 ONLY_IN_A_FIT = {
