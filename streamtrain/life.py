@@ -130,6 +130,8 @@ class Life:
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each metric."""
+    validated: set[str] = field(default_factory=set)
+    """The names of what this life's validations have logged."""
     epoch_rng: RngState | None = None
     """Of a source whose order may depend on torch's generator: how that stood when the epoch began."""
     own_rng: dict[str, Any] = field(default_factory=dict)

@@ -297,6 +297,7 @@ class Wheel:
             tables |= {prefix + metric: table for metric, table in self._evaluator.tables.items()}
         if not sanity:
             self._life.metrics.update(values)
+            self._life.validated.update(values)
             await self._emit("on_log", Log, split="val", values=values)
         metrics = {**self._step.tally.epoch.compute(), **values}
         told = {"metrics": metrics, "tables": tables, "sanity": sanity}

@@ -39,7 +39,7 @@ class Teller:
         self._first_step = life.progress.step
         self._unseen = False
         self._refused: set[str] = set()
-        """Names of numbers that were left for lines which have them already, and that was said."""
+        """Names of numbers that were left though the run has them already, and that was said."""
 
     def elapsed(self) -> float:
         """Seconds of training over the run's life; kept in the progress too."""
@@ -138,9 +138,10 @@ class Teller:
             self._bus.news("on_batch_end", BatchEnd(**self.standing(), **first, **sums, data_wait=waited))
 
     def _left_beside(self, own: Mapping[str, float]) -> dict[str, float]:
-        """The numbers that were left for a line; of a name that the line has already its own stands, which is said."""
+        """The numbers that were left for a line; of a name that the line has already, or a validation, theirs stands,
+        which is said."""
         left = self._notes.take_metrics()
-        for name in sorted(left.keys() & own.keys()):
+        for name in sorted(left.keys() & (own.keys() | self._life.validated)):
             del left[name]
             if name not in self._refused:
                 self._refused.add(name)

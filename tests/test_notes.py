@@ -121,17 +121,19 @@ async def test_a_number_that_the_run_logs_itself_is_not_replaced_and_that_is_sai
             event.log_metrics({"loss": 0.5}, split="mine")
 
         def gauge(self, optimizer: Any, epoch: int) -> dict[str, float]:
-            trainer.log_metrics({"grad_norm": -1.0, "mine": 3.0})
+            trainer.log_metrics({"grad_norm": -1.0, "val_loss": -1.0, "mine": 3.0})
             return {}
 
     heard = Heard()
     trainer = made(Says(), heard, log_every=5, gradient_clip_norm=1.0)
-    await trainer.fit(Samples(80), max_steps=8)
-    assert [log.values for log in heard.logs if log.split == "mine"] == [{"loss": 0.5}]
+    result = await trainer.fit(Samples(80), Samples(24), max_steps=18)
+    assert [log.values for log in heard.logs if log.split == "mine"][:1] == [{"loss": 0.5}]
     train = [log.values for log in heard.logs if log.split == "train"]
-    assert [values["mine"] for values in train] == [3.0, 3.0]
+    assert train[0]["mine"] == train[-1]["mine"] == 3.0
+    assert result.metrics["val_loss"] > 0
     assert all(values["grad_norm"] > 0 for values in train)
-    assert caplog.text.count("log_metrics: the run logs a 'grad_norm' of its own") == 1
+    for name in ("grad_norm", "val_loss"):
+        assert caplog.text.count(f"log_metrics: the run logs a '{name}' of its own") == 1
 
 
 async def test_what_is_left_while_no_batch_comes_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
