@@ -19,6 +19,7 @@ from streamtrain.parts import Parts
 from streamtrain.resume import Resume, check
 from streamtrain.schedulers import LearningRate
 from streamtrain.streams import length, serves_one_epoch
+from streamtrain.tasks import modules_of
 from streamtrain.threads import TrainThread
 
 
@@ -41,6 +42,7 @@ class Checks:
                 "there is no loss",
                 hint="Give loss=, step=, override training_step, or a model that takes `labels` and returns its loss.",
             )
+        self._learned_losses()
         for callback in self._callbacks:
             self._watched(type(callback).__name__, watched(callback))
         if any(stream is train for stream in self._validation.values()):
@@ -53,6 +55,19 @@ class Checks:
                 f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
                 hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
             )
+
+    def _learned_losses(self) -> None:
+        """A loss that wants to learn is no part of the model, which is what is updated and saved."""
+        known = set(map(id, self._parts.model.parameters()))
+        for called, loss in modules_of(self._parts.loss).items():
+            for name, parameter in loss.named_parameters():
+                if parameter.requires_grad and id(parameter) not in known:
+                    raise ConfigError(
+                        f"{called} ({type(loss).__name__}) has parameters to learn, such as {name}, which nothing "
+                        "would update or save",
+                        hint="Make it a part of the model before: model.criterion = loss; or freeze them, "
+                        "loss.requires_grad_(False).",
+                    )
 
     def _manual(self) -> None:
         parts = self._parts

@@ -38,6 +38,7 @@ from streamtrain.state import Copier, Snapshot, Tree, fresh
 from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
 from streamtrain.taking_up import VERSION, check_own_rng, check_schedule, check_state
+from streamtrain.unkept import Unkept
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class Life:
     rollback: Rollback | None = None
     freezing: Freezing | None = None
     compiled: Compiled | None = None
+    unkept: Unkept | None = None
     rng: Rng
     progress: Progress
     callbacks: dict[str, object]
@@ -217,6 +219,8 @@ class Life:
 
     def snapshot(self, state: Tree, copier: Copier = fresh) -> Snapshot:
         """A copy of everything; on the train thread, between two updates."""
+        if self.unkept is not None:
+            self.unkept.tell()
         if self.switch is not None:
             self.switch.judge()
         optimizer = state_by_name(self.optimizer, self.model)

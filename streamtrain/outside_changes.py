@@ -6,20 +6,27 @@ put them back over any that the user gives it between two fits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
 def digest(model: nn.Module) -> list[tuple[object, ...]]:
-    """Something of each parameter that changes with its values, and with nothing else (device, order of summation).
+    """What `digest_of` gives for each parameter."""
+    return digest_of(model.parameters())
+
+
+@torch.no_grad()
+def digest_of(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
+    """Its shape, and something of each tensor that changes with its values alone (no device, no order of summation).
 
     It is the sum of their bits as whole numbers, so that it takes no memory, and one pass over the weights; of a tensor
     without bits of its own (sparse, or of a class of its own) it is how often it was written.
     """
-    return [_of(parameter.detach()) for parameter in model.parameters()]
+    return [_of(tensor.detach()) for tensor in tensors]
 
 
 def _of(tensor: Tensor) -> tuple[object, ...]:

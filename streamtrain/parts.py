@@ -62,8 +62,9 @@ from streamtrain.streams import least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
 from streamtrain.taking_up import check_schedule, check_state
-from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics
+from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics, modules_of
 from streamtrain.threads import TrainThread
+from streamtrain.unkept import Unkept
 from streamtrain.warm_start import begin_with
 
 T = TypeVar("T")
@@ -132,6 +133,7 @@ class Parts:
     def build(self) -> None:
         """Bring the model to its device and make the optimizer; where that is refused, the model is as it was."""
         self.model.to(self.options.device)
+        self._move_loss()
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             self._build()
@@ -170,7 +172,13 @@ class Parts:
     def set_loss(self, loss: Losses | None) -> None:
         """Another loss, from the next fit on."""
         self.loss = as_loss(loss, self.loss_weights)
+        self._move_loss()
         self.evaluator = self._evaluator()
+
+    def _move_loss(self) -> None:
+        """Have what a loss holds (weights of classes) where the outputs will be."""
+        for module in modules_of(self.loss).values():
+            module.to(self.options.device)
 
     @property
     def loss_names(self) -> list[str]:
@@ -272,6 +280,7 @@ class Parts:
 
     def _materialise(self, batch: Batch) -> None:
         self.model.to(self.options.device)
+        self._move_loss()
         with evaluating(self.model):
             self.compute(self.move(batch))
         self.build()
@@ -388,6 +397,7 @@ class Parts:
             rollback=self.rollback,
             freezing=self.freezing,
             compiled=self.compiled,
+            unkept=Unkept(self.model, modules_of(self.loss)),
             rng=self.random(),
             progress=progress,
             callbacks=bus.named(),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamtrain.errors import ConfigError
 from streamtrain.losses import LOSSES, short_loss
@@ -158,6 +158,15 @@ def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function |
         f"loss must be a function of (outputs, targets), not {loss!r}",
         hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
     )
+
+
+def modules_of(loss: Any) -> dict[str, nn.Module]:
+    """The modules among the losses that are learned from, by what a message calls them."""
+    if isinstance(loss, TaskLosses):
+        named = {f"the loss {name!r}": one for name, one in loss.losses.items() if loss.weights[name]}
+    else:
+        named = {"the loss": loss}
+    return {called: one for called, one in named.items() if isinstance(one, nn.Module)}
 
 
 def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:

@@ -1,0 +1,58 @@
+"""Buffers that training changes and no checkpoint holds; its law: they are looked at when one is made, never per step.
+
+Those are what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), and all that the modules of a
+loss keep, which are no part of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from streamtrain.outside_changes import digest_of
+
+logger = logging.getLogger(__name__)
+
+
+class Unkept:
+    """The buffers that would be lost, as they stood when a fit began; on the train thread."""
+
+    def __init__(self, model: nn.Module, losses: Mapping[str, nn.Module]) -> None:
+        """`losses`: the modules of the loss by what they are called. Looks at the values of the buffers, once."""
+        self._model, self._losses = model, losses
+        self._digests = self._look()
+
+    def tell(self) -> None:
+        """Say once which of them have other values than at the beginning. One that has another shape is taken for a
+        cache of what can be computed again, as is one that is new."""
+        if not self._digests:
+            return
+        now, before = self._look(), self._digests
+        changed = [
+            name for name in before if name in now and now[name] != before[name] and now[name][0] == before[name][0]
+        ]
+        if changed:
+            self._digests = {}
+            logger.warning(
+                "%s changes in training and is in no checkpoint: a run that goes on from one has it as it is made. A "
+                "model keeps buffers that are persistent, and a loss that is a part of it (model.criterion = loss)",
+                ", ".join(changed),
+            )
+
+    def _look(self) -> dict[str, tuple[object, ...]]:
+        named = dict(self._named())
+        return dict(zip(named, digest_of(named.values()), strict=True))
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        kept = {id(buffer) for buffer in self._model.buffers()}
+        for path, module in self._model.named_modules():
+            for name in sorted(module._non_persistent_buffers_set):
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    yield f"the model's buffer {path}.{name}".replace(" .", " "), buffer
+        for called, loss in self._losses.items():
+            for name, buffer in loss.named_buffers():
+                if id(buffer) not in kept:
+                    yield f"{called}'s buffer {name}", buffer

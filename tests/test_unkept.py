@@ -1,0 +1,120 @@
+"""What a loss holds, and buffers that no checkpoint has: learned where the model holds it, else refused or said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.errors import ConfigError
+from streamtrain.trainer import Trainer
+from tests.engine import Samples, network
+
+
+class Uncertain(nn.Module):
+    """A squared error over a variance that is learned (Kendall and Gal 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        error = nn.functional.mse_loss(outputs, targets)
+        return error * torch.exp(-self.log_variance) + self.log_variance
+
+
+class Counting(nn.Module):
+    """A squared error that counts its calls in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.mse_loss(outputs, targets)
+
+
+class Passing(nn.Module):
+    """A network that counts its calls in a buffer, and keeps a table that grows."""
+
+    calls: Tensor
+
+    def __init__(self, *, persistent: bool, counts: bool = True) -> None:
+        super().__init__()
+        self.network, self.counts = network(), counts
+        self.register_buffer("calls", torch.zeros(()), persistent=persistent)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self.counts:
+            self.calls += 1
+        self.register_buffer("table", torch.ones(9), persistent=False)
+        return self.network(inputs)
+
+
+def trainer(model: nn.Module | None = None, loss: Any = None, **options: Any) -> Trainer:
+    return Trainer(model or network(), loss or nn.MSELoss(), seed=5, device="cpu", **options)
+
+
+@pytest.mark.parametrize("given", ["alone", "by output"])
+async def test_a_loss_that_would_learn_and_is_no_part_of_the_model_is_refused(given: str) -> None:
+    loss = Uncertain() if given == "alone" else {"0": Uncertain()}
+    with pytest.raises(ConfigError, match="log_variance, which nothing would update"):
+        await trainer(loss=loss).fit(Samples())
+    with pytest.raises(ConfigError, match="log_variance"):
+        await trainer(loss=loss).train_epoch(Samples())
+
+
+async def test_a_loss_that_is_a_part_of_the_model_learns(tmp_path: Path) -> None:
+    """As the error tells its reader to do."""
+    model = network()
+    model.criterion = Uncertain()
+    model.forward = lambda inputs: nn.Sequential(*list(model)[:-1])(inputs)  # type: ignore[call-overload]
+    await trainer(model, model.criterion, run_dir=tmp_path).fit(Samples(), max_steps=3)
+    assert float(model.criterion.log_variance.detach()) != 0.0
+    frozen = Uncertain().requires_grad_(False)
+    assert (await trainer(loss=frozen).fit(Samples(), max_steps=3)).step == 3
+
+
+async def test_a_loss_goes_to_the_device_with_the_model() -> None:
+    """Weights of classes that stay behind are an error of torch's on a GPU; it is asked for by any other device."""
+    moved = []
+
+    class Watched(nn.MSELoss):
+        def _apply(self, fn: Any, recurse: bool = True) -> nn.MSELoss:
+            moved.append(self)
+            return self
+
+    first, later, task = Watched(), Watched(), Watched()
+    fitted = trainer(loss=first)
+    fitted.loss = later
+    trainer(loss={"a": task})
+    assert {*moved} == {first, later, task}
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "told"),
+    [
+        (lambda: Passing(persistent=False), nn.MSELoss, "the model's buffer calls"),
+        (lambda: Passing(persistent=True), nn.MSELoss, None),
+        (lambda: Passing(persistent=False, counts=False), nn.MSELoss, None),
+        (network, Counting, "the loss's buffer calls"),
+        (network, lambda: nn.MSELoss(), None),
+    ],
+)
+async def test_buffers_that_change_and_are_in_no_checkpoint_are_said_once(
+    model: Any, loss: Any, told: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table that is made anew with another shape is a cache, and is not meant."""
+    fitted = trainer(model(), loss(), run_dir=tmp_path, callbacks=[ModelCheckpoint(every="3steps")])
+    await fitted.fit(Samples(), max_steps=12)
+    said = [record.getMessage() for record in caplog.records if "is in no checkpoint" in record.getMessage()]
+    assert len(said) == (told is not None)
+    assert all(message.startswith(f"{told} changes") for message in said)
