@@ -57,8 +57,10 @@ class Checks:
             )
 
     def _learned_losses(self) -> None:
-        """A loss that wants to learn is no part of the model, which is what is updated and saved."""
-        known = set(map(id, self._parts.model.parameters()))
+        """A loss that wants to learn, and neither is a part of the model nor in an optimizer of the user's own."""
+        groups = [] if self._parts.optimizer is None else self._parts.optimizer.param_groups
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        known |= set(map(id, self._parts.model.parameters()))
         for called, loss in modules_of(self._parts.loss).items():
             for name, parameter in loss.named_parameters():
                 if parameter.requires_grad and id(parameter) not in known:

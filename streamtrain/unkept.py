@@ -1,6 +1,6 @@
-"""Buffers that training changes and no checkpoint holds; its law: they are looked at when one is made, never per step.
+"""What training changes and no checkpoint holds; its law: it is looked at when one is made, never per step.
 
-Those are what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), and all that the modules of a
+That is what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), and all that the modules of a
 loss keep, which are no part of the model.
 """
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Unkept:
-    """The buffers that would be lost, as they stood when a fit began; on the train thread."""
+    """The tensors that would be lost, as they stood when a fit began; on the train thread."""
 
     def __init__(self, model: nn.Module, losses: Mapping[str, nn.Module]) -> None:
-        """`losses`: the modules of the loss by what they are called. Looks at the values of the buffers, once."""
+        """`losses`: the modules of the loss by what they are called. Looks at their values, once."""
         self._model, self._losses = model, losses
         self._digests = self._look()
 
@@ -46,13 +46,12 @@ class Unkept:
         return dict(zip(named, digest_of(named.values()), strict=True))
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        kept = {id(buffer) for buffer in self._model.buffers()}
+        known = set(map(id, [*self._model.parameters(), *self._model.buffers()]))
         for path, module in self._model.named_modules():
             for name in sorted(module._non_persistent_buffers_set):
                 buffer = module._buffers.get(name)
                 if buffer is not None:
                     yield f"the model's buffer {path}.{name}".replace(" .", " "), buffer
         for called, loss in self._losses.items():
-            for name, buffer in loss.named_buffers():
-                if id(buffer) not in kept:
-                    yield f"{called}'s buffer {name}", buffer
+            for kind, named in (("buffer", loss.named_buffers()), ("parameter", loss.named_parameters())):
+                yield from ((f"{called}'s {kind} {name}", tensor) for name, tensor in named if id(tensor) not in known)

@@ -83,6 +83,16 @@ async def test_a_loss_that_is_a_part_of_the_model_learns(tmp_path: Path) -> None
     assert (await trainer(loss=frozen).fit(Samples(), max_steps=3)).step == 3
 
 
+async def test_a_loss_whose_parameters_are_in_the_users_optimizer_learns_and_is_said_to_be_in_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, loss = network(), Uncertain()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    await trainer(model, loss, optimizer=optimizer, run_dir=tmp_path).fit(Samples(), max_steps=3)
+    assert float(loss.log_variance.detach()) != 0.0
+    assert "the loss's parameter log_variance changes in training and is in no checkpoint" in caplog.text
+
+
 async def test_a_loss_goes_to_the_device_with_the_model() -> None:
     """Weights of classes that stay behind are an error of torch's on a GPU; it is asked for by any other device."""
     moved = []
