@@ -13,7 +13,7 @@ from streamtrain.callbacks.event_log import EventLog
 from streamtrain.callbacks.json_logger import JSONLogger
 from streamtrain.callbacks.media_folder import MediaFolder
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
-from streamtrain.callbacks.progress_bar import ProgressBar
+from streamtrain.callbacks.progress_bar import ProgressBar, on_terminal
 from streamtrain.errors import ConfigError
 
 WITH_A_FOLDER = (ModelCheckpoint, JSONLogger, CSVLogger, EventLog)
@@ -35,7 +35,7 @@ def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[obj
                 f"{callback!r} is no callback",
                 hint=f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
             )
-    if sys.stderr.isatty() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+    if on_terminal(sys.stderr) and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(ProgressBar())
     if dev:
         return [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]

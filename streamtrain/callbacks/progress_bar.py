@@ -139,7 +139,7 @@ class ProgressBar(Callback):
         """Start to show."""
         self._standing = Standing(begin=event, now=event, looked=time.perf_counter())
         self._stream = sys.stderr if self._given is None else self._given
-        self._bar = _is_terminal(self._stream)
+        self._bar = _draws(self._stream)
         self._stop, self._wake = threading.Event(), threading.Event()
         self._wake.set()
         # A daemon, so that a terminal which takes no more output cannot keep the process from ending.
@@ -235,11 +235,17 @@ def _others(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name not in ("loss", "lr")}
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody looks at it: of a process without a terminal stderr may be None, closed, or any object."""
     try:
-        return stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-    except ValueError:  # closed
+        return stream is not None and bool(stream.isatty())
+    except (AttributeError, ValueError):  # ValueError: closed
         return False
+
+
+def _draws(stream: TextIO | None) -> bool:
+    """Whether a line can be drawn over and over."""
+    return on_terminal(stream) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 def _plain(stream: TextIO | None, text: str) -> str:

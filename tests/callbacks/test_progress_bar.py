@@ -14,11 +14,15 @@ from fcntl import ioctl
 from typing import Any, TextIO
 
 import pytest
+from torch import nn
 
 from streamtrain.callbacks.bus import Bus
+from streamtrain.callbacks.defaults import with_defaults
 from streamtrain.callbacks.progress_bar import ProgressBar, Standing
 from streamtrain.errors import ConfigError
 from streamtrain.events import BatchEnd, EpochBegin, Event, Log, TrainBegin, TrainEnd, ValidationBegin, ValidationEnd
+from streamtrain.trainer import Trainer
+from tests.engine import Samples
 
 EVENTS: list[tuple[str, Event]] = [
     ("on_epoch_begin", EpochBegin(epoch=1)),
@@ -135,6 +139,25 @@ async def test_a_stream_that_takes_nothing_is_no_error(make: Callable[[], TextIO
 async def test_no_stderr_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     await show(ProgressBar())
+
+
+class Bare:
+    """What some hosts put in its place: it takes texts and knows nothing else."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("make", [lambda: None, _closed, Bare])
+async def test_a_trainer_needs_no_stderr(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> None:
+    """Windowed processes have none, and could not make a Trainer."""
+    monkeypatch.setattr(sys, "stderr", make())
+    result = await Trainer(nn.Linear(4, 1), nn.MSELoss(), device="cpu", callbacks=[ProgressBar()]).fit(Samples())
+    assert result.reason == "completed"
+    assert not any(isinstance(each, ProgressBar) for each in with_defaults([], None, dev=False))
 
 
 @pytest.mark.parametrize(("encoding", "columns"), [("utf-8", 100), ("ascii", 100), ("ascii", 30), ("utf-8", 1)])
