@@ -5,6 +5,7 @@ A file is named by what it shows and its step, and replaced whole: a step that i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from streamtrain.media import Histogram, Image, Medium
 
 NAME = re.compile(r"[^\w.+=,@-]+")
 """What a folder's name does not have: above all separators."""
+LONGEST = 200
+"""Bytes of a name that are kept as they are."""
 
 
 class MediaFolder(Callback):
@@ -38,9 +41,18 @@ class MediaFolder(Callback):
         if self._folder is None:
             return
         for name, shown in event.values.items():
-            folder = self._folder / (NAME.sub("-", name).lstrip(".") or "-")
+            folder = self._folder / folder_name(name)
             suffix, data = written(shown)
             _replace(folder / f"step-{event.step:09d}{suffix}", data)
+
+
+def folder_name(name: str) -> str:
+    """A folder for what is named so: without separators, and no longer than file systems take (255 bytes)."""
+    plain = NAME.sub("-", name).lstrip(".") or "-"
+    if len(raw := os.fsencode(plain)) <= LONGEST:
+        return plain
+    told = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{raw[:LONGEST].decode(errors='ignore')}-{told}"
 
 
 def written(shown: Medium) -> tuple[str, bytes]:

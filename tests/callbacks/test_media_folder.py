@@ -49,6 +49,15 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("letter", ["x", "\N{SNOWMAN}a", "\N{GRINNING FACE}"])
+def test_a_name_too_long_for_a_file_is_cut_and_stays_its_own(tmp_path: Path, letter: str) -> None:
+    """It ended the fit."""
+    names = [letter * 300 + end for end in "ab"]
+    files = shown(tmp_path, Media(values={name: medium(np.zeros(3), "") for name in names}))
+    assert len(files) == 2
+    assert all(Path(file).parts[1].startswith(letter * 10) or letter[0] not in "x" for file in files)
+
+
 def test_a_disk_that_refuses_is_an_error_with_the_path(tmp_path: Path) -> None:
     (tmp_path / "media").write_text("no folder")
     with pytest.raises(EnvironmentProblem, match=r"media/x/step-000000000\.json can't be written"):
