@@ -6,6 +6,7 @@ service which was cut off before it could answer, and is told again, knows it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import urllib.error
 import urllib.parse
@@ -32,7 +33,8 @@ LATER = frozenset({408, 425, 429})
 class RemoteLogger(Callback):
     """POSTs the lines of the log to `url` as `application/x-ndjson`: those of metrics.jsonl with `run` and `key`.
 
-    `headers` go with each request; a token belongs into the program, not into a configuration that the run keeps. Up to
+    `headers` go with each request, as does a `user:password@` of the address; a token belongs into the program, not
+    into a configuration that the run keeps. Redirections are not followed. Up to
     `batch` lines go together, `every` seconds after the first at the latest; a request has `timeout` seconds. What
     can't be reached, or answers 5xx, 408, 425 or 429, is tried again after pauses that double from half a second to a
     minute (or as `Retry-After` says); the lines lie in `remote-<digest>.jsonl` in the run's folder meanwhile, `disk`
@@ -55,8 +57,9 @@ class RemoteLogger(Callback):
         disk: int = 1 << 28,
         last: float = 5.0,
     ) -> None:
-        self._url, self._where = url, _named(url)
-        self._headers = {str(name): str(value) for name, value in (headers or {}).items()}
+        self._where = _named(url)
+        self._url, authorization = _without_user(url)
+        self._headers = {**authorization, **{str(name): str(value) for name, value in (headers or {}).items()}}
         self._memory, self._disk = count(memory, "RemoteLogger: memory"), count(disk, "RemoteLogger: disk")
         every = at_least(every, 0.0, "RemoteLogger: every")
         self._pace = Pace(batch=count(batch, "RemoteLogger: batch"), every=every, pause=0.5)
@@ -121,9 +124,26 @@ class RemoteLogger(Callback):
 def _answered(error: urllib.error.HTTPError) -> NoReturn:
     text = f"{error.code} {error.reason}"
     if error.code < 500 and error.code not in LATER:
-        raise Refused(f"{text}: {error.read(200).decode(errors='replace')!r}")
+        there = error.headers.get("Location", "") if 300 <= error.code < 400 else ""
+        more = (
+            f"the service is at {there!r}, which url= should be"
+            if there
+            else repr(error.read(200).decode(errors="replace"))
+        )
+        raise Refused(f"{text}: {more}")
     asked = error.headers.get("Retry-After", "")
     raise Away(text, after=min(float(asked), LONGEST) if asked.isdecimal() else None)
+
+
+def _without_user(url: str) -> tuple[str, dict[str, str]]:
+    """The address without `user:password@`, and the header that tells it instead (RFC 7617): urllib takes it for a part
+    of the host's name."""
+    parts = urllib.parse.urlsplit(url)
+    if "@" not in parts.netloc:
+        return url, {}
+    user, _, host = parts.netloc.rpartition("@")
+    told = base64.b64encode(urllib.parse.unquote_to_bytes(user if ":" in user else f"{user}:")).decode()
+    return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {told}"}
 
 
 def _named(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
@@ -215,6 +216,28 @@ def test_what_is_refused_is_left_out_and_said_once(
         told(quick(url, batch=1, last=30.0), tmp_path, range(1, 5))
     assert service.steps() == [3, 4]
     assert caplog.text.count(f"refuses lines of the log, which are left out: {status}") == 1
+    assert ("the service is at '/elsewhere', which url= should be" in caplog.text) == (status == 302)
+
+
+@pytest.mark.parametrize(("user", "told"), [("me:p%40ss", "me:p@ss"), ("me", "me:"), ("", ":")])
+def test_a_user_in_the_address_goes_as_a_header(tmp_path: Path, user: str, told: str) -> None:
+    """It was looked up as a part of the host's name, and no line ever arrived."""
+    service = Service()
+    with service.up() as url:
+        told_to = quick(url.replace("://", f"://{user}@"), last=30.0)
+        _sent(told_to, tmp_path)
+        given = quick(url.replace("://", f"://{user}@"), last=30.0, headers={"Authorization": "Bearer x"})
+        _sent(given, tmp_path)
+    assert service.steps() == [1, 1]
+    basic, bearer = (request["Authorization"] for request in service.requests)
+    assert base64.b64decode(basic.removeprefix("Basic ")).decode() == told
+    assert bearer == "Bearer x"
+    assert all("@" not in request["Host"] for request in service.requests)
+
+
+def _sent(logger: RemoteLogger, folder: Path) -> None:
+    """One line, with a key of its own."""
+    told(logger, folder, range(1, 2))
 
 
 def test_without_a_folder_memory_is_bounded_and_what_is_lost_is_counted(caplog: pytest.LogCaptureFixture) -> None:
