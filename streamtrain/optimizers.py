@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from streamtrain.dotted import found_at, is_path
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.muon import MuonWithAdamW, is_matrix
 from streamtrain.parameter_groups import Group, Wanted, grouped, trainable
 
@@ -118,11 +118,20 @@ def _at_rest(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+_OTHERWISE = "One that is made in another way can be given as an object, or as a function with a parameter `model`."
+
+
 def _made(kind: Callable[..., Any], name: str, parameters: Any, options: Mapping[str, Any]) -> Optimizer:
     try:
         made = kind(parameters, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer {name!r}: {error}") from error
+    except StreamtrainError:
+        raise
+    except Exception as error:  # of anybody's constructor
+        said = isinstance(error, TypeError | ValueError | RuntimeError)
+        raise ConfigError(
+            f"optimizer {name!r}: {error}" if said else f"optimizer {name!r}: {type(error).__name__}: {error}",
+            hint=_OTHERWISE if isinstance(error, TypeError) or not said else "",
+        ) from error
     if not isinstance(made, Optimizer):
         raise ConfigError(f"the optimizer callable gave a {type(made).__name__}, not a torch Optimizer")
     return made

@@ -28,6 +28,13 @@ def model() -> nn.Sequential:
     return made
 
 
+class Whole(torch.optim.SGD):
+    """It wants a model, and does not say so."""
+
+    def __init__(self, net: Any, lr: float = 0.1) -> None:
+        super().__init__(net.parameters(), lr=lr)
+
+
 def names(of: nn.Module, group: dict[str, Any]) -> list[str]:
     by_id = {id(parameter): name for name, parameter in of.named_parameters()}
     return [by_id[id(parameter)] for parameter in group["params"]]
@@ -451,6 +458,11 @@ def test_an_object_is_used_as_it_is_if_it_is_of_this_model() -> None:
         ({"name": "sgd", "rules": ["weight"]}, "rules[0] must be (regex, {option: value})", ""),
         ({"name": "sgd", "rules": [("weight", {}), ("wait", {})]}, "rules[1]: 'wait' names no parameter", "names: 0."),
         ({"name": "sgd", "rules": [("weight", {"lrr": 1})]}, "rules[0]: unknown key 'lrr'", "Did you mean 'lr'?"),
+        (
+            Whole,
+            "optimizer 'Whole': AttributeError: 'list' object has no attribute",
+            "One that is made in another way",
+        ),
         (lambda parameters: 3, "gave a int, not a torch Optimizer", ""),
         (
             {"name": "sgd", "rules": [("weight", {}), (r"0\.weight", {})]},
