@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamtrain.errors import ConfigError
+
 
 class Mean:
     """A mean weighted by counts: the base of the others, and a metric for values that are already per-sample losses.
@@ -25,7 +27,8 @@ class Mean:
         self._count: Tensor | int = 0
 
     def update(self, outputs: Tensor, targets: object = None) -> None:
-        """Add every element of `outputs` (any shape, any real dtype)."""
+        """Add every element of `outputs` (any shape, any real dtype); ConfigError for complex ones."""
+        _real(outputs)
         self.add(outputs.detach().sum(dtype=torch.float64), outputs.numel())
 
     def add(self, total: Tensor | float, count: Tensor | int) -> None:
@@ -72,9 +75,15 @@ class FunctionMetric(Mean):
         samples = _samples(targets if isinstance(targets, Tensor) else outputs)
         if isinstance(value, Tensor):
             value = value.detach()
+            _real(value)
             self.add(value.double().mean() * samples, samples)
         else:
             self.add(float(value) * samples, samples)
+
+
+def _real(values: Tensor) -> None:
+    if values.is_complex():
+        raise ConfigError("a mean of complex numbers is no metric", hint="Take their absolute values, or one part.")
 
 
 def _samples(x: object) -> int:

@@ -19,7 +19,8 @@ from streamtrain.means import Mean
 def matched(who: str, outputs: object, targets: object) -> tuple[Tensor, Tensor]:
     """Both detached, in float64 and of one shape: their own, or (N,) where (B, 1) stands beside (B,).
 
-    Raises ConfigError where they are no tensors or cannot be matched element by element.
+    Where one is complex both are complex128. Raises ConfigError where they are no tensors or cannot be matched element
+    by element.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         raise no_tensors(who, outputs, targets)
@@ -32,7 +33,8 @@ def matched(who: str, outputs: object, targets: object) -> tuple[Tensor, Tensor]
             )
         outputs, targets = outputs.reshape(-1), targets.reshape(-1)
     # Promoted first: unsigned or half-precision differences would wrap or round.
-    return outputs.double(), targets.double()
+    dtype = torch.complex128 if outputs.is_complex() or targets.is_complex() else torch.float64
+    return outputs.to(dtype), targets.to(dtype)
 
 
 def no_tensors(who: str, outputs: object, targets: object) -> ConfigError:
@@ -94,11 +96,11 @@ class MeanAbsoluteError(_ElementError):
 
 
 class MeanSquaredError(_ElementError):
-    """Mean of (output - target)^2 over all elements; outputs (B, 1) and targets (B,) are matched."""
+    """Mean of |output - target|^2 over all elements; outputs (B, 1) and targets (B,) are matched."""
 
     @staticmethod
     def _error(difference: Tensor) -> Tensor:
-        return difference.square()
+        return difference.abs().square()
 
 
 class RootMeanSquaredError(MeanSquaredError):
@@ -133,6 +135,8 @@ class R2:
     def update(self, outputs: Tensor, targets: object = None) -> None:
         """Add one batch; ConfigError where shapes do not fit together, or to the batches before."""
         out, true = matched("R2", outputs, targets)
+        if out.is_complex():
+            raise ConfigError("R2 is of real numbers, not complex ones", hint="give it one part: a function, or mse")
         if not out.numel():
             return
         rows = out.shape[0] if out.ndim else 1

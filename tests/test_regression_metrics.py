@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtrain.errors import ConfigError
+from streamtrain.means import FunctionMetric, Mean
 from streamtrain.metrics import R2, MeanAbsoluteError, MeanSquaredError, RootMeanSquaredError
 
 ERRORS: list[Any] = [MeanAbsoluteError, MeanSquaredError, RootMeanSquaredError, R2]
@@ -130,6 +131,24 @@ def test_a_model_that_diverged_does_not_look_good(kind: Any) -> None:
 def test_what_a_gap_is_must_be_said_in_these_words(kind: Any) -> None:
     with pytest.raises(ConfigError, match="nan must be 'propagate' or 'ignore', not 'skip'"):
         kind(nan="skip")
+
+
+@pytest.mark.parametrize(("kind", "power"), [(MeanAbsoluteError, 1), (MeanSquaredError, 2)])
+def test_errors_of_complex_numbers_are_their_absolute_values(kind: Any, power: int) -> None:
+    """Their imaginary parts were left out."""
+    generator = torch.Generator().manual_seed(0)
+    out, true = (torch.randn(9, 2, dtype=torch.complex64, generator=generator) for _ in range(2))
+    expected = float((out - true).abs().double().pow(power).mean())
+    assert fed(kind(), [(out[:4], true[:4]), (out[4:], true[4:])]).compute() == pytest.approx(expected)
+    true[0, 0] = torch.tensor(complex(0, math.nan))
+    rest = float((out - true).abs().double().pow(power).flatten()[1:].mean())
+    assert fed(kind(nan="ignore"), [(out, true)]).compute() == pytest.approx(rest)
+
+
+@pytest.mark.parametrize("metric", [R2(), Mean(), FunctionMetric(lambda outputs, targets: outputs - targets)], ids=str)
+def test_complex_numbers_that_make_no_metric_are_refused(metric: Any) -> None:
+    with pytest.raises(ConfigError, match="complex"):
+        metric.update(torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64))
 
 
 def test_samples_of_another_shape_are_refused() -> None:
