@@ -1,8 +1,8 @@
 """Trees of state and their one codec: JSON with references to tensors; whatever else is met is refused by its path.
 
-A tree is made of None, bool, int, float (non-finite too), str, numpy scalars and arrays, tensors, and dict (keys str
-or int), OrderedDict, Counter, list and tuple of trees. Tensors that share memory share it again after decoding.
-Nothing is ever pickled; the worst that a hostile file can do is to raise CheckpointError.
+A tree is made of None, bool, int, float (non-finite too), str, numpy scalars and arrays, tensors, torch's dtypes, and
+dict (keys str or int), OrderedDict, Counter, list and tuple of trees. Tensors that share memory share it again after
+decoding. Nothing is ever pickled; the worst that a hostile file can do is to raise CheckpointError.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ class _Encoder:
             return self._scalar(value)
         if kind is np.ndarray:
             return self._array(value)
+        if kind is torch.dtype:
+            return {"$dtype": str(value).removeprefix("torch.")}
         if kind is dict or kind is OrderedDict:
             return self._dict(value)
         if kind is Counter:
@@ -144,7 +146,7 @@ class _Encoder:
         path = _render(self.where, self.keys)
         return CheckpointError(
             f"{path}: {what} can't be kept in a checkpoint",
-            hint="keep None, bool, int, float, str, tensors, numpy arrays, and dict, list and tuple of them",
+            hint="keep None, bool, int, float, str, tensors, dtypes, numpy arrays, and dict, list and tuple of them",
         )
 
     def _items(self, values: Sequence[Tree]) -> list[Json]:
@@ -355,6 +357,8 @@ class _Decoder:
         if tag == "$array":
             data = self._tensor(body).numpy()
             return data.view(_dtype(json["dtype"])).reshape(json["shape"])
+        if tag == "$dtype":
+            return self._torch_dtype(body)
         if tag == "$scalar":
             dtype, raw = _dtype(body), bytes.fromhex(json["hex"])
             return np.frombuffer(raw, dtype)[0] if dtype.itemsize else dtype.type()  # an empty text has no bytes
@@ -379,10 +383,14 @@ class _Decoder:
             self.restrided[name, stride] = strided.copy_(base)
         return self.restrided[name, stride]
 
-    def _view(self, base: Tensor, json: dict[str, Json]) -> Tensor:
-        dtype = getattr(torch, json["dtype"])
+    def _torch_dtype(self, name: str) -> torch.dtype:
+        dtype = getattr(torch, name)
         if not isinstance(dtype, torch.dtype):
             raise self._refusal(f"the dtype {dtype!r:.80}")
+        return dtype
+
+    def _view(self, base: Tensor, json: dict[str, Json]) -> Tensor:
+        dtype = self._torch_dtype(json["dtype"])
         shape, stride, offset = tuple(json["shape"]), tuple(json["stride"]), json["offset"]
         view = torch.empty(0, dtype=dtype, device=base.device)
         inside = min((*shape, *stride, offset), default=0) >= 0

@@ -86,6 +86,7 @@ leaves = st.one_of(
     arrays,
     arrays.map(lambda array: array.reshape(-1)[0] if array.size else np.float32(1)),
     tensors,
+    st.sampled_from(ALL_DTYPES),
 )
 keys = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.integers(), st.just("$tensor"))
 trees = st.recursive(
@@ -257,6 +258,9 @@ HOSTILE: list[Any] = [
     {"$array": {"$tensor": "x"}, "dtype": "<f4", "shape": [9]},
     {"$array": {"$tensor": "x"}, "dtype": "no", "shape": [1]},
     {"$array": "x", "dtype": "<f4", "shape": [1]},
+    {"$dtype": "load"},
+    {"$dtype": "nothing"},
+    {"$dtype": 7},
     {"$scalar": "O", "hex": "00"},
     {"$scalar": "<f4", "hex": "zz"},
     {"$scalar": "<f4", "hex": ""},
