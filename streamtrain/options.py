@@ -131,7 +131,7 @@ def number(value: Any, name: str) -> float:
     """`value`, or the one that a tensor or an array holds, as a float."""
     try:
         if not isinstance(value, str):
-            return float(value)
+            return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises RuntimeError for several values
         pass
     raise ConfigError(f"{name} must be one number, not {value!r:.80}", hint="Log texts with logging, means of tensors.")

@@ -99,7 +99,7 @@ def planned(
         max_steps=limits.max_steps,
         max_time=limits.max_time,
         validates=bool(validation),
-        validate_every=options.validate_every,
+        validate_every=(1, "epoch") if options.dev else options.validate_every,
         accumulate=options.accumulate,
         batches=batches,
         limit=limit,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -831,8 +832,10 @@ async def test_a_logged_value_that_is_no_number_is_named_and_nothing_is_logged(t
     with pytest.raises(ConfigError, match=r"log_metrics: teacher must be one number, not ") as caught:
         fitted.log_metrics({"pupil": 1.0, "teacher": value})
     assert repr(value)[:60] in str(caught.value)
-    numbers: dict[str, Any] = {"tensor": torch.ones(1), "numpy": np.float32(0.5)}
-    fitted.log_metrics(numbers)
+    numbers: dict[str, Any] = {"tensor": torch.ones(1, requires_grad=True), "numpy": np.float32(0.5)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of a tensor with a graph
+        fitted.log_metrics(numbers)
     await fitted.fit(Samples())
     first = lines(tmp_path)[0]
     assert (first["tensor"], first["numpy"], "pupil" in first) == (1.0, 0.5, False)
@@ -888,6 +891,11 @@ async def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     assert (result.step, result.reason) == (2, "completed")
     assert "val_loss" in result.metrics
     assert not (tmp_path / "run").exists()
+
+
+async def test_fast_dev_run_validates_however_seldom_the_run_would() -> None:
+    result = await trainer(fast_dev_run=2, validate_every="500steps").fit(Samples(), validation=Samples(30))
+    assert (result.step, "val_loss" in result.metrics) == (2, True)
 
 
 async def test_fast_dev_run_takes_one_batch_of_everything() -> None:
