@@ -169,6 +169,21 @@ async def test_an_array_for_each_output(tmp_path: Path, output: Any, names: dict
     assert {name: array.shape for name, array in await made(lambda: list(group.arrays()))} == names
 
 
+async def test_outputs_that_lie_along_one_axis_of_the_source_share_it(tmp_path: Path) -> None:
+    """A field and a number of each time had two axes of time, and the second one no name of the source's."""
+    await made(climate, tmp_path / "s")
+    trainer = Trainer(Same(), loss="mse")
+    trainer.predict_step = lambda model, batch: {  # type: ignore[method-assign]
+        "field": batch.inputs,
+        "mean": batch.inputs.flatten(1).mean(1),
+    }
+    async with stream(tmp_path / "s") as source:
+        await trainer.predict(source, out=tmp_path / "p")
+    found = await made(opened, tmp_path / "p")
+    assert (found.field.dims, found["mean"].dims) == (("time", "lat", "lon"), ("time",))
+    np.testing.assert_allclose(found["mean"], found.field.mean(("lat", "lon")), rtol=1e-5)
+
+
 async def test_what_can_t_be_written_is_named(tmp_path: Path) -> None:
     trainer = Trainer(Same(), loss="mse")
     for output in ("text", None, torch.eye(8).to_sparse()):

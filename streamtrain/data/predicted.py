@@ -250,7 +250,7 @@ class PredictedStore:
         plain = f"{name}_{number}" if axis.sample is None else f"sample_{axis.sample}" if several else "sample"
         wanted = axis.dim or plain
         length = None if axis.sample is not None and not canvas.frames else axis.length
-        taken = repr(axis.taken) if isinstance(axis.taken, slice) else tuple(axis.taken.tolist())
+        taken = axis.taken.indices(axis.full) if isinstance(axis.taken, slice) else tuple(axis.taken.tolist())
         key = (length, axis.dim is None, taken)
         if wanted in self._names or self._dims.setdefault(wanted, key) != key:
             wanted = f"{name}_{wanted}"
