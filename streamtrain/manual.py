@@ -102,7 +102,7 @@ class ManualStep(TrainStep):
     def __init__(self, model: nn.Module, optimizer: Optimizers, *arguments: Any, updates: ManualUpdates, **more: Any):
         super().__init__(model, optimizer, *arguments, **more)
         self._members, self._epoch, self._made, self._refused = optimizer.members, 0, 0, 0
-        self._kernel_skips = False
+        self._kernel_skips = self._told = False
         self._updates, updates.step = updates, self
 
     def run(self, source: Source, *, epoch: int, **how: Any) -> Report:
@@ -141,6 +141,13 @@ class ManualStep(TrainStep):
         self._group += 1
         if loss is None or self._refused:
             self.tally.leave_out(1)
+        if loss is None and not self._told:
+            self._told = True
+            logger.warning(
+                "step %d made no update: training_step did not call manual_update, and nothing was learned from its "
+                "batch; a loss that it returns among others to log is only logged",
+                self.step + 1,
+            )
         self._indices.append(batch.index)
         self._cursor = batch.cursor
 

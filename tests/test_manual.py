@@ -257,6 +257,23 @@ async def test_what_manual_mode_cannot_do_is_refused(tmp_path: Path) -> None:
         Trainer(Pair()).manual_update(torch.zeros(()), "gen")
 
 
+async def test_a_step_that_makes_no_update_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a loss that is returned among what is to be logged nothing is learned."""
+
+    def step(model: Any, batch: Batch, update: Any) -> dict[str, Tensor]:
+        if model.seen:
+            return {"gen_loss": model.gen(batch.inputs).mean()}
+        model.seen = True
+        update(model.gen(batch.inputs).mean(), "gen")
+        return {}
+
+    model = Pair()
+    model.seen = False  # type: ignore[assignment]
+    await Trainer(model, step=step, optimizer=OPTIMIZERS, device="cpu").fit(Samples())
+    assert caplog.text.count("made no update") == 1
+    assert "step 2 made no update" in caplog.text
+
+
 async def test_no_update_is_made_in_validation_even_with_gradients() -> None:
     class Penalised(Trainer):
         def training_step(self, model: Any, batch: Batch) -> None:
