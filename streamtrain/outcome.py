@@ -29,6 +29,11 @@ class Outcome(NamedTuple):
     logged: Mapping[str, Any] | None = None
     """More numbers to be logged."""
 
+    def table(self) -> dict[str, Any]:
+        """As a step of the user's may return it."""
+        found = {"loss": self.loss, "outputs": self.outputs, "targets": self.targets}
+        return {**(self.logged or {}), **{name: value for name, value in found.items() if value is not None}}
+
     def copied(self) -> Outcome:
         """The same in memory of its own: what a CUDA graph gives lies where its next run writes."""
         return Outcome(*(map_tree(_copied, part) for part in self))

@@ -132,11 +132,13 @@ class Parts:
 
     def build(self) -> None:
         """Bring the model to its device and make the optimizer; where that is refused, the model is as it was."""
+        self._refuse_empty()
         self.model.to(self.options.device)
         self._move_loss()
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             self._build()
+            self._refuse_sparse()
         except BaseException:
             for parameter, before in required:
                 parameter.requires_grad_(before)
@@ -145,6 +147,27 @@ class Parts:
             recompute(self.model, self.options.recompute, compiled=self.options.compile is not None)
         if self.options.compile is not None:
             self.compiled = Compiled(self.model, self.options.compile, self.options.device)
+
+    def _refuse_empty(self) -> None:
+        """Raise ConfigError for weights that have no values."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        if meta := [name for name, tensor in named if tensor.is_meta]:
+            raise ConfigError(
+                f"the model has weights on the device meta, which have no values: {', '.join(meta[:4])}",
+                hint="Give them some first: model.to_empty(device=...) and their initialisation, or "
+                "model.load_state_dict(weights, assign=True).",
+            )
+
+    def _refuse_sparse(self) -> None:
+        """Raise ConfigError for gradients that torch can't clip."""
+        if self.options.clip_norm is None and self.options.clip_value is None:
+            return
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+                raise ConfigError(
+                    f"{name or type(module).__name__} has sparse gradients (sparse=True), which torch can't clip",
+                    hint="Make it with sparse=False, or leave gradient_clip_norm and gradient_clip_value out.",
+                )
 
     def _build(self) -> None:
         if self.options.freeze:
@@ -212,7 +235,11 @@ class Parts:
             return self.manual.compute(called(self.manual.given(self.steps.training), self.model))
         if self.steps.training is not None:
             return custom(called(self.steps.training, self.model))
-        return own_loss(self.model) if self.loss is None else supervised(self.model, self.loss)
+        return self.judged(self.model)
+
+    def judged(self, model: nn.Module) -> Compute:
+        """What a batch comes to by the model and its loss, whatever steps the user has."""
+        return own_loss(model) if self.loss is None else supervised(model, self.loss)
 
     def outputs(self, batch: Batch) -> Any:
         """What the model makes of a batch's inputs."""

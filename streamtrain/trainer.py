@@ -296,12 +296,13 @@ class Trainer:
     # --- what can be overridden ---
 
     def training_step(self, model: nn.Module, batch: Batch) -> Any:
-        """The loss of a batch, or a dict with `loss`, `outputs`, `targets` and more to log."""
-        raise NotImplementedError
+        """The loss of a batch, or a dict with `loss`, `outputs`, `targets` and more to log; by default what the model
+        and `loss=` give, as such a dict, which one of a subclass may go on with."""
+        return self._parts.judged(model)(batch).table()
 
     def validation_step(self, model: nn.Module, batch: Batch) -> Any:
         """The same for validation; by default what training does, without gradients."""
-        raise NotImplementedError
+        return self._parts.compute(batch).table()
 
     def predict_step(self, model: nn.Module, batch: Batch) -> Any:
         """What `predict` gives for a batch; by default `model(batch.inputs)`, or a model of its own loss' `logits`."""

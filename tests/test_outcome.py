@@ -57,6 +57,28 @@ async def test_a_models_own_loss_makes_the_bare_loops_weights(where: str, as_dic
     assert [tuple(output.shape) for output in predicted[:2]] == [(8, 1), (8, 1)]
 
 
+class Going(Trainer):
+    """Its steps go on with what the trainer would do."""
+
+    def training_step(self, model: nn.Module, batch: Batch) -> Any:
+        made = super().training_step(model, batch)
+        return {**made, "loss": 1.0 * made["loss"], "spread": made["outputs"].std()}
+
+    def validation_step(self, model: nn.Module, batch: Batch) -> Any:
+        return {**super().validation_step(model, batch), "mine": 1.0}
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_step_of_a_subclass_may_go_on_with_the_trainers(own: bool) -> None:
+    """It met an error without a word."""
+    mean = {"mae": lambda outputs, targets: (outputs - targets).abs()}
+    model, loss = (Named(), None) if own else (network(), nn.MSELoss())
+    trainer = Going(model, loss, seed=5, device="cpu", metrics=mean)
+    result = await trainer.fit(items("dict" if own else "tensor"), validation=Samples(24))
+    assert same(model.net if own else model, bare_loop(network(), pairs(Samples(), 1), seed=5))  # type: ignore[arg-type]
+    assert {"loss", "spread", "val_loss", "val_mae", "val_spread", "val_mine"} <= result.metrics.keys()
+
+
 class Plain(nn.Module):
     """Takes no labels."""
 

@@ -93,6 +93,27 @@ async def test_a_loss_whose_parameters_are_in_the_users_optimizer_learns_and_is_
     assert "the loss's parameter log_variance changes in training and is in no checkpoint" in caplog.text
 
 
+async def test_weights_without_values_are_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = network()
+    with pytest.raises(ConfigError, match=r"on the device meta, which have no values: 0\.weight, 0\.bias") as caught:
+        trainer(model)
+    assert "to_empty" in caught.value.hint
+
+
+@pytest.mark.parametrize("clip", [{"gradient_clip_norm": 1.0}, {"gradient_clip_value": 1.0}, {}])
+async def test_sparse_gradients_that_torch_can_t_clip_are_refused_before_training(clip: dict[str, float]) -> None:
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 1))
+    items = [(torch.arange(4), torch.zeros(4, 1))] * 3
+    if not clip:
+        assert (await trainer(model, optimizer="sgd").fit(items)).step == 3
+        return
+    with pytest.raises(ConfigError, match=r"^0 has sparse gradients \(sparse=True\), which torch can't clip"):
+        trainer(model, optimizer="sgd", **clip)
+    frozen = trainer(model, optimizer="sgd", freeze="^0", **clip)
+    assert (await frozen.fit(items)).step == 3
+
+
 async def test_a_loss_goes_to_the_device_with_the_model() -> None:
     """Weights of classes that stay behind are an error of torch's on a GPU; it is asked for by any other device."""
     moved = []
