@@ -1,12 +1,14 @@
 """torch's profiler over some steps of a run: a trace for chrome://tracing or ui.perfetto.dev, and a table.
 
-Its law: outside of these steps nothing is there. The profiler begins and ends on the train thread, in hooks of the
-optimizer that count updates and are gone afterwards, so that exactly the steps asked for are in it.
+Its law: outside of these steps nothing is there. The profiler begins and ends on the train thread, in a hook of the
+optimizer that counts updates, so that exactly the steps asked for are in it. A process has one profiler at a time:
+torch's ends the process where a second one begins beside it.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,17 @@ from streamtrain.options import count, flag
 logger = logging.getLogger(__name__)
 
 ROWS = 50
+_TURN = threading.Lock()
+"""Held by the one that profiles."""
 
 
 class Profiler(Callback):
     """Profiles the steps `first` to `last` and writes `profile/steps-<first>-<last>.json` and `.txt`.
 
     `shapes`: tell operators of other shapes apart; `memory`: what they allocate; `stack`: the lines of Python that
-    called them. Each of these costs. A run that ends earlier writes what it has; one that goes on behind `first` has no
-    profile, and says so. The first steps of a run are slow for reasons of their own.
+    called them. Each of these costs. A run that ends earlier writes what it has; one that goes on behind `first`, or
+    comes there while another profiler is running in the process, has no profile, and says so. The first steps of a run
+    are slow for reasons of their own.
     """
 
     needs_folder = True
@@ -48,6 +53,8 @@ class Profiler(Callback):
         self._folder: Path | None = None
         self._profile: Any = None
         self._handle: Any = None
+        self._over = False
+        """The last step was made, or there is nothing to wait for."""
         self._made = self._ended = 0
 
     async def on_train_begin(self, event: TrainBegin) -> None:
@@ -68,16 +75,18 @@ class Profiler(Callback):
 
     async def on_train_end(self, event: TrainEnd) -> None:
         """End a profile that is not whole, and write it."""
-        if self._handle is not None or self._ended:
+        if self._handle is not None:
             await event.on_train_thread(lambda model, optimizer: self._finish())
 
     def _begin(self, optimizer: Optimizer) -> None:
-        self._handle = optimizer.register_step_post_hook(self._updated)
+        self._handle, self._over = optimizer.register_step_post_hook(self._updated), False
         if self._made == self._first - 1:
             self._start()
 
     def _updated(self, *_: Any) -> None:
-        """After each update, on the train thread."""
+        """After each update, on the train thread. It stays until the end: torch goes through its hooks just now."""
+        if self._over:
+            return
         self._made += 1
         if self._profile is not None:
             self._profile.step()
@@ -87,6 +96,14 @@ class Profiler(Callback):
             self._end()
 
     def _start(self) -> None:
+        if torch.autograd.profiler._is_profiler_enabled or not _TURN.acquire(blocking=False):
+            self._over = True
+            logger.warning(
+                "Profiler: another profiler is running in this process: no profile of steps %d to %d",
+                self._first,
+                self._last,
+            )
+            return
         kinds = [ProfilerActivity.CPU]
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             kinds.append(ProfilerActivity.CUDA)
@@ -94,19 +111,23 @@ class Profiler(Callback):
         self._profile.start()
 
     def _end(self) -> None:
-        self._handle.remove()
-        self._handle = None
+        self._over = True
         if self._profile is not None:
             self._profile.stop()
+            _TURN.release()
             self._ended = self._made
 
     def _finish(self) -> None:
-        if self._handle is not None:
+        self._handle.remove()
+        self._handle = None
+        if not self._over:
             self._end()
+            if not self._ended:
+                logger.warning(
+                    "Profiler: the run ended at step %d, before step %d: no profile", self._made, self._first
+                )
         if self._ended:
             self._write()
-        else:
-            logger.warning("Profiler: the run ended at step %d, before step %d: no profile", self._made, self._first)
 
     def _write(self) -> None:
         assert self._folder is not None

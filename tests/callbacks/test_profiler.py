@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from streamtrain.callbacks.profiler import Profiler
-from streamtrain.errors import ConfigError
+from streamtrain.data.batch import Batch
+from streamtrain.errors import ConfigError, UserCodeError
+from streamtrain.events import TrainBegin
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network, same
 
@@ -59,6 +61,49 @@ async def test_a_run_that_ends_before_or_begins_behind_says_so(
     assert "the run goes on at step 5, behind step 4" in caplog.text
     assert not (tmp_path / "profile").exists()
     assert not torch.autograd.profiler._is_profiler_enabled
+
+
+async def test_several_in_a_run_and_other_hooks_of_the_optimizer_go_on(tmp_path: Path) -> None:
+    """The first one ended the run when it took its hook away while torch went through them."""
+    seen = []
+
+    class Hooked:
+        async def on_train_begin(self, event: TrainBegin) -> None:
+            await event.on_train_thread(lambda model, optimizer: optimizer.register_step_post_hook(self.seen))
+
+        def seen(self, *_: Any) -> None:
+            seen.append(1)
+
+    await fit(tmp_path, 12, Profiler(first=2, last=3), Profiler(first=6, last=9), Hooked())
+    assert [updates(path) for path in sorted((tmp_path / "profile").glob("*.json"))] == [2, 4]
+    assert len(seen) == 12
+
+
+async def test_a_process_has_one_profile_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torch ended the process."""
+    both = [Profiler(first=1, last=5), Profiler(first=4, last=8)]
+    await fit(tmp_path / "a", 12, *both)
+    assert [path.stem for path in (tmp_path / "a" / "profile").glob("*.json")] == ["steps-000000001-000000005"]
+    assert caplog.text.count("another profiler is running in this process: no profile of steps 4 to 8") == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        await fit(tmp_path / "b", 12, Profiler(first=1, last=5))
+    assert not (tmp_path / "b" / "profile").exists()
+    await fit(tmp_path / "c", 12, Profiler(first=1, last=5))
+    assert updates(tmp_path / "c" / "profile" / "steps-000000001-000000005.json") == 5
+
+
+async def test_after_a_step_that_raised_another_run_is_profiled(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Batch) -> Any:
+        loss = nn.functional.mse_loss(model(batch.inputs), batch.targets)
+        if batch.cursor.position > 30:
+            raise ValueError("no more")
+        return loss
+
+    failing = Trainer(network(), step=step, callbacks=[Profiler(first=2, last=9)], run_dir=tmp_path / "a", device="cpu")
+    with pytest.raises(UserCodeError, match="no more"):
+        await failing.fit(Samples())
+    await fit(tmp_path / "b", 12, Profiler(first=1, last=5))
+    assert updates(tmp_path / "b" / "profile" / "steps-000000001-000000005.json") == 5
 
 
 @pytest.mark.parametrize("options", [{"first": 0}, {"last": "x"}, {"first": 5, "last": 4}, {"stack": 1}], ids=str)
