@@ -18,7 +18,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.data.source import Stream
 from streamtrain.disk import LOCAL, Disk
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import ConfigError, EnvironmentProblem
 from streamtrain.events import Log
 from streamtrain.file_thread import Files, file_thread
 from streamtrain.life import Life
@@ -38,9 +38,11 @@ async def evaluate(parts: Parts, streams: Streams, prefix: str) -> dict[str, Any
     """The means over a stream, or over each of a dict, by their names behind `prefix`; tables are nested lists."""
     values: dict[str, Any] = {}
     evaluator = parts.evaluator
+    if not (named := named_streams(streams)):
+        raise ConfigError("there is no stream to evaluate on", hint="Give one, or a dict of them by name.")
     async with train_thread() as thread:
         rng = parts.drawing()
-        for name, stream in named_streams(streams).items():
+        for name, stream in named.items():
             await stream.open()
             stream.set_epoch(0)
             await thread.run(parts.to_device)

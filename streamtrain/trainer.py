@@ -440,7 +440,10 @@ class Trainer:
     # --- without learning ---
 
     async def validate(self, stream: Streams) -> dict[str, Any]:
-        """The means over a stream, or a dict of named ones, as `val_<metric>`; tables are nested lists."""
+        """The means over a stream, or a dict of named ones, as `val_<metric>`; tables are nested lists.
+
+        Raises ConfigError for what is no stream, DataError for one that gives no batch.
+        """
         return await outside.evaluate(self._parts, stream, "val_")
 
     async def evaluate(self, stream: Streams) -> dict[str, Any]:

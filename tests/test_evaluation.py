@@ -19,6 +19,7 @@ from streamtrain.life import first_rng
 from streamtrain.metrics import MeanAbsoluteError, as_metric
 from streamtrain.outcome import Compute, Outcome, supervised
 from streamtrain.threads import train_thread
+from streamtrain.trainer import Trainer
 from tests.engine import Samples, network, samples
 
 CPU = torch.device("cpu")
@@ -177,3 +178,12 @@ async def test_what_goes_wrong_has_a_name() -> None:
         await run(evaluator(network()), from_iterable([]))
     with pytest.raises(ConfigError, match="metrics need outputs"):
         await run(evaluator(network(), lambda batch: Outcome(torch.ones(())), mae=MeanAbsoluteError()), Samples(20))
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+async def test_without_a_stream_there_is_nothing_to_evaluate(nothing: Any) -> None:
+    """An empty table of means looked like a result."""
+    fitted = Trainer(network(), nn.MSELoss(), device="cpu")
+    for measure in (fitted.evaluate, fitted.validate):
+        with pytest.raises(ConfigError, match="there is no stream to evaluate on"):
+            await measure(nothing)
