@@ -30,6 +30,7 @@ from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, mover
 from streamtrain.errors import CheckpointError, ConfigError, DataError
 from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.expanded import own_memory
 from streamtrain.freezing import Freezing
 from streamtrain.life import (
     Learned,
@@ -133,6 +134,7 @@ class Parts:
     def build(self) -> None:
         """Bring the model to its device and make the optimizer; where that is refused, the model is as it was."""
         self._refuse_empty()
+        own_memory(self.model)
         self.model.to(self.options.device)
         self._move_loss()
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
