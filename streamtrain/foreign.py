@@ -5,9 +5,12 @@ Its law: tensors alone come in. Whatever else a pickle would have made is refuse
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,15 @@ from streamtrain import tensor_file
 from streamtrain.errors import CheckpointError
 from streamtrain.state import Snapshot
 
+logger = logging.getLogger(__name__)
+
 BELOW = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 """Keys under which others keep a model's state beside an optimizer's and more, the first that is there counts."""
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What wrappers put in front of each name: DDP and FSDP, torch.compile, Lightning's usual attribute."""
+EXPANSION = 16
+"""How often the bytes of a file may be what is in it, where that is more than `SMALL`: torch.save packs nothing."""
+SMALL = 64 << 20
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -35,6 +43,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = _safetensors(path)
         else:
+            _refuse_a_bomb(path)
             found = torch.load(path, map_location="cpu", weights_only=True)
     except tensor_file.Malformed as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
@@ -57,6 +66,27 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         return tensor_file.read(lambda into, offset: os.preadv(descriptor, [into], offset), size)
     finally:
         os.close(descriptor)
+
+
+def _refuse_a_bomb(path: Path) -> None:
+    """Raise CheckpointError for a zip that would take far more memory than it has bytes, or that has lost its end.
+
+    It is asked by its directory alone, before anything is unpacked: deflate makes 4 GiB of 4 MiB.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+        size = os.fstat(file.fileno()).st_size
+        try:
+            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
+            text = f"{path} is no file of torch.save: {error}"
+            raise CheckpointError(text, hint="Was it cut short?") from None
+    if unpacked > max(SMALL, EXPANSION * size):
+        raise CheckpointError(
+            f"{path} is not read: it is packed, and its {size:,} bytes would become {unpacked:,}",
+            hint="torch.save packs nothing. Where you trust it, unzip it, and zip it again without compression.",
+        )
 
 
 def _refused(path: Path, text: str) -> CheckpointError:
@@ -83,6 +113,8 @@ def tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
         key = next((key for key in BELOW if isinstance(where.get(key), Mapping)), None)
         if key is None:
             break
+        if others := [str(other) for other, value in where.items() if other != key and _named(value)]:
+            logger.warning("%s: the weights under %r are taken, and left are those of %s", path, key, ", ".join(others))
         where = where[key]
     tensors = {str(name): value for name, value in where.items() if isinstance(value, Tensor)} if _named(where) else {}
     if not tensors:
@@ -99,15 +131,18 @@ def _named(where: Any) -> bool:
 
 
 def bare(tensors: dict[str, Tensor], known: set[str] | None = None) -> dict[str, Tensor]:
-    """Without what wrappers put in front of all names; `known`: names of a model, of which more are met then.
+    """Without what wrappers put in front of names; `known`: names of a model, of which more are met then.
 
-    Without `known` only what no model itself has in front goes: `model.` may be the model's own.
+    Without `known` only what no model itself has in front goes, and of all names: `model.` may be the model's own. With
+    it others may lie beside: Lightning keeps what a loss or a metric learns next to `model.`.
     """
     while True:
         for prefix in WRAPPERS if known is not None else WRAPPERS[:2]:
-            if not all(name.startswith(prefix) for name in tensors):
+            if known is None and not all(name.startswith(prefix) for name in tensors):
                 continue
             shorter = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            if len(shorter) < len(tensors):
+                continue  # two would have one name
             if known is None or len(shorter.keys() & known) > len(tensors.keys() & known):
                 tensors = shorter
                 break

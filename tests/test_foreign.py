@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,48 @@ def test_a_prefix_that_the_model_may_have_itself_goes_only_if_the_model_says_so(
     assert bare(wrapped).keys() == {"model.weight", "model.bias"}
     assert bare(wrapped, {"weight", "bias"}).keys() == {"weight", "bias"}
     assert bare(wrapped, {"model.weight", "model.bias"}).keys() == {"model.weight", "model.bias"}
+
+
+def test_what_a_wrapper_keeps_beside_the_model_does_not_hide_it() -> None:
+    beside = {**behind("model."), "loss.scale": torch.ones(1)}
+    assert bare(beside).keys() == beside.keys()
+    assert bare(beside, {"weight", "bias"}).keys() == {"weight", "bias", "loss.scale"}
+    clash = {**behind("model."), "weight": torch.ones(1)}
+    assert bare(clash, {"weight", "bias"}).keys() == clash.keys()
+
+
+def test_other_weights_in_the_file_are_named_as_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"model": state(), "ema": state(), "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "m.pt")
+    foreign.read(tmp_path / "m.pt")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'm.pt'}: the weights under 'model' are taken, and left are those of ema"
+    ]
+
+
+def packed(path: Path, bomb: str, data: bytes) -> None:
+    """A file of torch.save zipped once more, with an entry of other bytes, over and over."""
+    torch.save(state(), path)
+    with zipfile.ZipFile(path) as source:
+        entries = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, held in entries.items():
+            with target.open(name, "w") as file:
+                for _ in range(64 if name.endswith(bomb) else 1):
+                    file.write(data if name.endswith(bomb) else held)
+
+
+@pytest.mark.parametrize("bomb", ["data.pkl", "data/0"])
+def test_a_zip_that_would_fill_the_memory_is_refused_by_its_directory(tmp_path: Path, bomb: str) -> None:
+    packed(tmp_path / "m.pt", bomb, bytes(4 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"m\.pt is not read: it is packed, and its .* bytes would become 268,"):
+        foreign.read(tmp_path / "m.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
+
+
+def test_a_file_that_was_zipped_again_is_read(tmp_path: Path) -> None:
+    packed(tmp_path / "m.pt", "nowhere", b"")
+    assert sorted(foreign.read(tmp_path / "m.pt")) == ["bias", "weight"]
 
 
 def test_safetensors_are_read_too(tmp_path: Path) -> None:
@@ -111,8 +155,9 @@ def test_a_file_that_was_cut_is_named_at_any_length(tmp_path: Path) -> None:
     whole = (tmp_path / "m.pt").read_bytes()
     for length in range(0, len(whole), 37):
         (tmp_path / "cut.pt").write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.pt"):
+        with pytest.raises(CheckpointError, match=r"cut\.pt") as caught:
             foreign.read(tmp_path / "cut.pt")
+        assert length < 4 or caught.value.hint == "Was it cut short?"
 
 
 @pytest.mark.parametrize("saved", [{}, {"epoch": 3}, [torch.zeros(2)], torch.zeros(2), {"model": {}}], ids=str)
