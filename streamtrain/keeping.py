@@ -21,7 +21,7 @@ from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Control, Save
 from streamtrain.disk import LOCAL, Disk
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.evaluation import Stopped
 from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Verdict
 from streamtrain.file_thread import Files
@@ -63,7 +63,9 @@ class Keeper:
         if saver is not None:
             saver.pins = self._pins
         self._when = time.monotonic()
-        self._saved = self._mark()
+        elsewhere = saver is not None and saver.last is not None and saver.last.parent != saver.checkpoints
+        self._saved = None if elsewhere else self._mark()
+        """The state that was last saved in the run's own folder; None where it goes on from another run's."""
         self._coming: list[Best] = []
         """The best of the last judged step, by monitor, which are named once they are saved."""
         self._joined = 0
@@ -274,11 +276,17 @@ class Keeper:
     async def save_after_error(self) -> None:
         """The same where saving itself may be what went wrong, or the weights may be worth nothing: then only what is
         under way is waited for. So too where batches are taken that are part of no update: their random numbers are."""
-        step = self._life.step
-        if self.saver is not None and (self.saver.failing or step.torn or step.partial):
-            await self.saver.wait()
-        else:
-            await self.save_at_end()
+        saver, made, step = self.saver, self._life.step, self._life.progress.step
+        if saver is not None and (saver.failing or made.torn or made.partial):
+            return await saver.wait()
+        await self.save_at_end()
+        if saver is not None and saver.failing:
+            try:
+                saver.check()
+            except StreamtrainError as problem:
+                left = lost(saver.last, step) if saver.last is not None else ""
+                logger.error("after the error step %d could not be saved either: %s%s", step, problem, left)
+        return None
 
     async def load_best(self) -> None:
         """Put the weights of the best value into the model; the checkpoint of the end keeps the last ones."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,34 @@ async def test_the_third_failed_save_in_a_row_ends_the_run_and_names_the_last_go
     assert str(caught.value).endswith(f"in a row: 3); the last good one is {tmp_path}/checkpoints/step-000000013")
     assert [event.failures for event in recorder.events("on_checkpoint_failed")] == [1, 2, 3]
     assert (await asyncio.to_thread(problems, tmp_path / "checkpoints"))["step-000000013"] is None
+
+
+class Breaks(Callback):
+    """Takes the room away once there is a checkpoint, and fails some steps later."""
+
+    def __init__(self, disk: Failing) -> None:
+        self._disk, self._kept = disk, 0
+
+    def on_checkpoint(self, event: Event) -> None:
+        self._disk.left, self._kept = 5, event.step
+
+    def on_batch_end(self, event: Event) -> None:
+        if 0 < self._kept < event.step:
+            raise ValueError("broken")
+
+
+async def test_where_nothing_can_be_saved_after_an_error_that_is_said_with_what_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = Failing()
+    trainer = on(disk, tmp_path, Recorder())
+    trainer.callbacks.append(Breaks(disk))
+    with pytest.raises(UserCodeError, match="broken"):
+        await trainer.fit(Samples(), max_epochs=1000)
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    told = re.search(r"^after the error step (\d+) could not be saved either: .*/step-(\d+), (\d+) step", said)
+    assert told is not None, said
+    assert int(told[1]) - int(told[2]) == int(told[3])
 
 
 class Fills(Recorder):
@@ -342,3 +371,16 @@ class Seeing(Callback):
 
     def on_train_begin(self, event: Event) -> None:
         self._look()
+
+
+async def test_a_run_that_another_one_s_checkpoint_has_brought_to_its_end_has_a_checkpoint_of_its_own(
+    tmp_path: Path,
+) -> None:
+    first = on(LOCAL, tmp_path / "a", Recorder())
+    await first.fit(Samples())
+    second = on(LOCAL, tmp_path / "b", Recorder())
+    result = await second.fit(Samples(), resume=tmp_path / "a")
+    assert result.step == 13
+    assert result.checkpoint == tmp_path / "b" / "checkpoints" / "step-000000013"
+    assert await asyncio.to_thread(problems, tmp_path / "b" / "checkpoints") == {"step-000000013": None}
+    assert same(first.model, second.model)
