@@ -7,13 +7,15 @@ old ones kept as log.txt.1 and so on. Where they can't be written, that is said 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +31,11 @@ class _File(logging.handlers.RotatingFileHandler):
     """A file of lines that a disk may refuse: `logging` itself would show a traceback for each of them."""
 
     _refused = False
+
+    def _open(self) -> io.TextIOWrapper:
+        """The file, at the beginning of a line: a life that a full disk or a kill has cut may have left half a one."""
+        _end_line(self.baseFilename)
+        return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (its name in logging)
         error = sys.exception()
@@ -53,6 +60,21 @@ class _File(logging.handlers.RotatingFileHandler):
             super().close()
         except OSError as error:
             self.refused(error)
+
+
+def _end_line(path: str) -> None:
+    """Bring a file that ends within a line to the end of one: of a `.jsonl` half an object is cut off."""
+    with suppress(OSError), open(path, "r+b") as file:
+        if not file.seekable() or not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        if not path.endswith(".jsonl"):
+            file.write(b"\n")
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class _Queue(logging.handlers.QueueHandler):

@@ -36,6 +36,18 @@ def test_a_full_disk_is_said_once_and_lines_still_go_to_stderr(tmp_path: Path, c
     assert sorted(said) == sorted([*(f"warning: line {number}" for number in range(5)), full])
 
 
+def test_half_a_line_that_a_life_before_has_left_spoils_no_line_of_this_one(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("whole\nha")
+    (tmp_path / "log.jsonl").write_text('{"message": "whole"}\n{"message": "ha')
+    with logged(logging.INFO) as log:
+        log.open(tmp_path)
+        logger.info("new")
+    texts = (tmp_path / "log.txt").read_text().splitlines()
+    assert [text.partition("streamtrain.test: ")[2] or text for text in texts] == ["whole", "ha", "new"]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["message"] for row in rows] == ["whole", "new"]
+
+
 def test_the_same_lies_there_as_json_lines_with_tracebacks_apart(tmp_path: Path) -> None:
     with logged(logging.INFO) as log:
         log.open(tmp_path)
