@@ -309,7 +309,9 @@ class Life:
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
 
     def _say_habits(self, state: Mapping[str, Any]) -> None:
-        for difference in _differences(state["habits"], self.habits):
+        both = state["habits"].keys() & self.habits.keys()  # a life before may have kept fewer
+        then, now = ({name: habits[name] for name in both} for habits in (state["habits"], self.habits))
+        for difference in _differences(then, now):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
 
     def _load_callbacks(self, states: Mapping[str, Any], back: ExitStack) -> None:

@@ -59,7 +59,7 @@ from streamtrain.schedulers import LearningRate, SchedulerSpec, build_scheduler
 from streamtrain.several_optimizers import build_optimizers, is_several
 from streamtrain.state import Snapshot
 from streamtrain.step import Door, Gauge, TrainStep
-from streamtrain.streams import least, length
+from streamtrain.streams import behind, least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
 from streamtrain.taking_up import check_schedule, check_state
@@ -438,6 +438,7 @@ class Parts:
                 freeze=frozen,
                 compile=options.compile is not None,
                 **clip,
+                **_batch_size(train),
             ),
             config=options.config,
         )
@@ -562,3 +563,9 @@ def _gauges(bus: Bus) -> tuple[Gauge, ...]:
 def _drawing_from(rng: Rng, fn: Callable[[], T]) -> T:
     with rng.swapped_in():
         return fn()
+
+
+def _batch_size(train: Stream | None) -> dict[str, int]:
+    """The samples of a batch, where the source tells."""
+    size = getattr(behind(train), "batch_size", None) if train is not None else None
+    return {"batch_size": size} if isinstance(size, int) else {}

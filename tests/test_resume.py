@@ -105,6 +105,19 @@ async def test_limits_callbacks_and_what_is_only_said_may_change(
     result = await again.fit(Samples(batch_size=4), max_epochs=1, resume="auto")
     assert result.samples == 100
     assert "resumed with gradient_clip_norm: None -> 1.0" in caplog.text
+    assert "resumed with batch_size: 8 -> 4" in caplog.text
+
+
+async def test_what_a_life_before_did_not_keep_is_not_said_to_have_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted = trainer(tmp_path / "a")
+    await fitted.fit(Samples(), max_steps=3)
+    assert fitted._lasting is not None
+    del fitted._lasting.habits["batch_size"]
+    path = await fitted.save_checkpoint(tmp_path / "old")
+    await trainer(tmp_path / "b").fit(Samples(), max_steps=6, resume=path)
+    assert "resumed with" not in caplog.text
 
 
 async def test_a_checkpoint_of_before_losses_were_told_goes_on(tmp_path: Path) -> None:
