@@ -204,6 +204,8 @@ async def test_a_folder_whose_names_are_no_checkpoints_is_refused_as_none(tmp_pa
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         with pytest.raises(CheckpointError, match=rf"checkpoint {folder}: manifest.json, it is missing"):
             await trainer(tmp_path / "new").fit(Samples(), max_steps=3, resume=folder)
+
+
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "scheduler"])
 async def test_a_loaded_checkpoint_is_refused_as_a_resumed_one_is(tmp_path: Path, change: str) -> None:
     """Before anything is changed; what only matters to a fit, once there is one."""

@@ -5,10 +5,13 @@ wandb itself is not needed: a module in its place notes what it is told, in the 
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,10 @@ from streamtrain.callbacks.wandb_logger import WandbLogger
 from streamtrain.errors import ConfigError, EnvironmentProblem
 from streamtrain.events import Log, TrainBegin, TrainEnd
 from streamtrain.trainer import Trainer
+from tests.callbacks.test_wandb_folder import Record, transaction_log
 from tests.engine import AtStep, Samples, lines, network
+
+NUMBERS = itertools.count()
 
 
 class Run:
@@ -30,6 +36,11 @@ class Run:
         self.axes: dict[str, Any] = {}
         self.logged: list[dict[str, Any]] = []
         self.exit_code: int | None = None
+        if given["mode"] == "offline":
+            folder = Path(given["dir"], "wandb", f"offline-run-{next(NUMBERS)}-{given['id']}")
+            folder.mkdir(parents=True)
+            self.settings = SimpleNamespace(sync_dir=str(folder))
+            self.file = folder / f"run-{given['id']}.wandb"
 
     def define_metric(self, name: str, **about: Any) -> None:
         self.axes[name] = about
@@ -40,6 +51,13 @@ class Run:
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
+        if self.given["mode"] == "offline":
+            self.leave(len(self.logged))
+
+    def leave(self, count: int) -> None:
+        """Write so many lines to the file of an offline run."""
+        bodies = [json.dumps(["history", row]).encode() for row in self.logged[:count]]
+        self.file.write_bytes(transaction_log(bodies))
 
 
 class Wandb(ModuleType):
@@ -72,8 +90,10 @@ class Wandb(ModuleType):
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
-    module = Wandb()
+    module, messages = Wandb(), ModuleType("wandb.proto.wandb_internal_pb2")
+    vars(messages).update(Record=Record)
     monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setitem(sys.modules, messages.__name__, messages)
     return module
 
 
@@ -111,14 +131,49 @@ async def test_a_fresh_start_is_another_run(tmp_path: Path, wandb: Wandb) -> Non
 
 
 @pytest.mark.parametrize("mode", ["offline", None], ids=["told", "by-environment"])
-async def test_offline_there_is_nothing_to_resume_but_the_id_is_kept(
+async def test_offline_it_is_the_same_run_in_another_folder(
     tmp_path: Path, wandb: Wandb, mode: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "online" if mode else "offline")
     await fit(tmp_path, 2, WandbLogger(mode=mode))
     await fit(tmp_path, 4, WandbLogger(mode=mode))
     first, second = wandb.runs
-    assert (first.given["id"], second.given["resume"], second.given["mode"]) == (second.given["id"], None, "offline")
+    assert (first.given["id"], second.given["resume"], second.given["mode"]) == (second.given["id"], "allow", "offline")
+    assert first.file != second.file
+
+
+@pytest.mark.parametrize("left", [0, 3, 7, 9], ids=["nothing", "some", "all", "more"])
+async def test_offline_each_line_stands_once_whatever_a_kill_took(tmp_path: Path, wandb: Wandb, left: int) -> None:
+    await fit(tmp_path, 10, WandbLogger(mode="offline"))
+    await fit(tmp_path, 14, WandbLogger(mode="offline"))
+    (tmp_path / "checkpoints" / "step-000000014").rename(tmp_path / "lost")  # as if killed before its commit
+    first, second = wandb.runs
+    whole = [*first.logged, *second.logged]
+    first.leave(min(left, len(first.logged)))
+    second.leave(max(left - len(first.logged), 0))
+    await fit(tmp_path, 20, WandbLogger(mode="offline"))
+    told = [{k: v for k, v in row.items() if k not in ("time", "split")} for row in lines(tmp_path)]
+    assert whole[:left] + wandb.runs[2].logged == told
+
+
+async def test_what_a_folder_that_is_gone_held_is_not_logged_again(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fit(tmp_path, 10, WandbLogger(mode="offline"))
+    shutil.rmtree(wandb.runs[0].file.parent)  # as `wandb clean` does once it is synced
+    await fit(tmp_path, 12, WandbLogger(mode="offline"))
+    assert [row["step"] for row in wandb.runs[1].logged if "loss" in row] == [12]
+    assert "is gone" in caplog.text
+
+
+async def test_files_of_a_strange_version_are_said(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fit(tmp_path, 10, WandbLogger(mode="offline"))
+    wandb.runs[0].file.write_bytes(transaction_log([b"no message"]))
+    await fit(tmp_path, 12, WandbLogger(mode="offline"))
+    assert [row["step"] for row in wandb.runs[1].logged if "loss" in row] == [12]
+    assert "can't be read" in caplog.text
 
 
 async def test_media_are_theirs(tmp_path: Path, wandb: Wandb) -> None:

@@ -21,8 +21,10 @@ from torch import nn
 
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.callbacks.needed import load
 from streamtrain.callbacks.progress_bar import ProgressBar
 from streamtrain.callbacks.tensorboard import TensorBoard
+from streamtrain.callbacks.wandb_folder import reached, settle
 from streamtrain.events import Log
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
@@ -34,27 +36,34 @@ class Dies(Callback):
     """Kills its process at a line beyond the first checkpoint, once the loggers have written it; training stands."""
 
     def __init__(self, folder: Path, at: int, which: str) -> None:
-        self.folder, self.at = folder, at
-        self.written = "metrics.jsonl" if which == "tensorboard" else f".{which}-lines"
+        self.folder, self.at, self.which = folder, at, which
+        self.written = ".mlflow-lines" if which == "mlflow" else "metrics.jsonl"
 
     async def on_log(self, event: Log) -> None:
         if event.step == self.at and event.split == "train":
             await event.on_train_thread(lambda model, optimizer: self.die())
 
     def die(self) -> None:
-        line = re.compile(rf"\D{self.at}\D")
-        while not (any(self.folder.glob("checkpoints/step-*")) and line.search(self.text())):
+        while not (any(self.folder.glob("checkpoints/step-*")) and self.there()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def text(self) -> str:
+    def there(self) -> bool:
+        if self.which == "wandb-kept":
+            files = (self.folder / "wandb").glob("offline-run-*/*.wandb")
+            there = reached(files, load("wandb.proto.wandb_internal_pb2").Record)
+            return max(there.values(), default=0) >= self.at
         path = self.folder / self.written
-        return path.read_text() if path.exists() else ""
+        return path.exists() and re.search(rf"\D{self.at}\D", path.read_text()) is not None
 
 
 def trackers(which: str) -> list[Any]:
     if which == "tensorboard":
         return [TensorBoard()]
+    if which.startswith("wandb"):
+        from streamtrain.callbacks.wandb_logger import WandbLogger
+
+        return [WandbLogger("trackers", mode="offline")]
     from streamtrain.callbacks.mlflow_logger import MLflowLogger
 
     return [MLflowLogger()]
@@ -70,13 +79,15 @@ async def fit(folder: Path, which: str, *callbacks: object, steps: int = STEPS) 
         seed=0,
         device="cpu",
     )
-    await trainer.fit(Samples(80), Samples(16, seed=1), max_steps=steps, max_epochs=3, resume="auto")
+    await trainer.fit(Samples(80), Samples(16, seed=1), max_steps=steps, max_epochs=steps, resume="auto")
 
 
-def killed(folder: Path, which: str) -> None:
+def killed(folder: Path, which: str, at: int = DIES_AT, steps: int = STEPS) -> None:
     """A life that ends by kill -9, beyond its last checkpoint."""
-    command = [sys.executable, "-m", "tests.flows.test_trackers", str(folder), which]
-    done = subprocess.run(command, check=False, timeout=110, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.flows.test_trackers", str(folder), which, str(at), str(steps)]
+    soon = {"WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.02"} if which == "wandb-kept" else {}
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | soon
+    done = subprocess.run(command, check=False, timeout=110, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     second = int(time.time())
     while int(time.time()) == second:  # TensorBoard reads files in the order of the seconds in their names
@@ -117,6 +128,33 @@ def stored(folder: Path) -> list[tuple[int, str]]:
     return [(int(row[2]), row[1]) for row in rows]
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log that wandb's offline folders have, folder after folder, read by wandb's own command."""
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.parent.name)
+    assert settle(files)
+    rows = []
+    for file in files:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        done = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        rows += [record["history"]["item"] for record in found if record["type"] == "history"]
+    return [row for row in rows if "samples" in row]
+
+
+@pytest.mark.parametrize("which", ["wandb-kept", "wandb-lost"])
+def test_wandb_offline_has_each_line_once(folder: Path, which: str) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: nothing real to be killed")
+    killed(folder, which)
+    left = [row["step"] for row in logged(folder) if "loss" in row]
+    assert (max(left, default=0) >= DIES_AT) == (which == "wandb-kept")
+    asyncio.run(fit(folder, which))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = logged(folder)
+    assert [row["step"] for row in found if "loss" in row] == list(range(1, STEPS + 1))
+    told = [{k: v for k, v in row.items() if k not in ("time", "split")} for row in rows]
+    assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in found] == told
+
+
 def test_mlflow_has_each_step_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed: nothing real to be killed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -126,4 +164,5 @@ def test_mlflow_has_each_step_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 if __name__ == "__main__":
-    asyncio.run(fit(Path(sys.argv[1]), sys.argv[2], Dies(Path(sys.argv[1]), DIES_AT, sys.argv[2])))
+    where, tracker, last = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    asyncio.run(fit(where, tracker, Dies(where, last, tracker), steps=int(sys.argv[4])))
