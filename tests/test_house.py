@@ -32,8 +32,8 @@ data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolid
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes
 data.scanning
 data.options data.transform data.survey data.gathering data.together data.laying data.skipping data.transforming
-data.transform_child data.transform_processes data.vouching data.whole data.afar data.verification data.crews
-data.pulling data.handing data.loader
+data.glance data.transform_child data.transform_processes data.vouching data.whole data.afar data.verification
+data.crews data.pulling data.handing data.loader
 data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
 outside_changes unkept expanded averaging compiling freezing recomputing media options progress rng openmp threads

@@ -1,6 +1,8 @@
-"""What arrays hold, as far as their manifests tell: by which a position knows data again that only look the same.
+"""What arrays hold, as far as manifests or a few of their bytes tell: by which a position knows data again that only
+look the same.
 
-Its law: what was encoded otherwise can't be compared, and is not held to be other data; nor is what nobody vouched for.
+Its law: what was encoded otherwise can't be compared, and is not held to be other data; nor what was known by a
+manifest then and is not now.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from streamtrain.data.permutation import derive_key
 
 LONGEST = 160
 """Characters of what is told of all arrays; more of it becomes one digest."""
+SAMPLED = "s"
+"""Begins what is told of an array without a manifest: by the beginnings of some of its files."""
 ALL = "*"
 """Stands for all arrays together."""
 
 
 def joined(each: Iterable[str | None]) -> str | None:
-    """`metadata-table` of each of several manifests, as one text; None where one is missing."""
+    """`metadata-table` of each of several manifests (or samples), as one text; None where one is missing."""
     found = list(each)
     return None if None in found else "+".join(map(str, found))
 
@@ -43,6 +47,7 @@ def changed(then: Any, now: Mapping[str, str]) -> list[str]:
             (metadata, _, table), (own, _, mine) = one.partition("-"), other.partition("-")
             if metadata == own and table != mine:
                 which = "the files" if name == ALL else f"the files of {name}"
-                lines.append(f"{which}: checksum {table} then, {mine} now, by the manifest")
+                by = "the beginnings of some" if metadata.startswith(SAMPLED) else "the manifest"
+                lines.append(f"{which}: checksum {table} then, {mine} now, by {by}")
                 break
     return lines

@@ -133,7 +133,7 @@ class Pages:
     path: Path | str
     """What messages call it."""
 
-    def _begin(self, head: Bytes) -> None:
+    def begin(self, head: Bytes) -> None:
         """Take in its first HEADER bytes. Raises DataError where they are damaged."""
         header = self._header(head)
         try:
@@ -233,7 +233,7 @@ class Manifest(Pages):
                 )
         except (OSError, ValueError) as error:
             raise self._damaged(getattr(error, "strerror", None) or "it is empty") from error
-        self._begin(self._memory[:HEADER])
+        self.begin(self._memory[:HEADER])
         if len(self._memory) != self.size:
             raise self._damaged(f"it has {len(self._memory)} bytes, expected {self.size}")
         self._tabled(self._memory[HEADER : self.start])

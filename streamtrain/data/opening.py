@@ -161,8 +161,8 @@ class OpenArray:
     """The group's other arrays that are read, in the order of `encoding.members`."""
     categories: tuple[str, ...] | None = None
     """What the codes stand for."""
-    contents: str | None = None
-    """What manifests say of all its files, as `contents` compares it; None where they do not."""
+    metadata: str = ""
+    """What zarr's metadata say of how it is stored, attributes left out, as canonical JSON."""
 
 
 async def open_arrays(
@@ -299,20 +299,21 @@ def _readable(
     check_trainable(array.path, array.dtype)  # before `to_dict`, which warns of dtypes that Zarr 3 does not specify
     metadata: Mapping[str, Any] = array.metadata.to_dict()
     layout = parse_array(array.path, metadata, array.dtype, array.metadata.fill_value)
+    said = json.dumps({**metadata, "attributes": None}, sort_keys=True, default=str)
     why = layout.slow or ("io='store'" if io == "store" else None)
     if why is not None:
         array = within_bounds(array)
     if why is not None and far is not None:
-        return OpenArray(layout, RemoteZarrReader(layout, array, loop, far, timeout=timeout), why)
+        return OpenArray(layout, RemoteZarrReader(layout, array, loop, far, timeout=timeout), why, metadata=said)
     if why is not None:
-        return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout, files=files), why)
+        return OpenArray(layout, ZarrReader(layout, array, loop, timeout=timeout, files=files), why, metadata=said)
     if far is not None:
         if io != "auto":
             logger.info("io=%r is for folders of this machine; %s is read by ranges of bytes", io, array.store_path)
-        return OpenArray(layout, RemoteReader(layout, far, loop), None)
+        return OpenArray(layout, RemoteReader(layout, far, loop), None, metadata=said)
     assert files is not None
     mapped = io == "mmap" or (io == "auto" and is_local(files.root) and _mapped(layout, files))
-    return OpenArray(layout, LocalReader(layout, files, mapped=mapped), None)
+    return OpenArray(layout, LocalReader(layout, files, mapped=mapped), None, metadata=said)
 
 
 def _mapped(layout: ArrayLayout, files: StoreFiles) -> bool:

@@ -83,7 +83,7 @@ class RemoteReader:
         self._row_bytes = layout.chunk_bytes // layout.chunk_shape[0] if plain else 0
         self._bound = layout.chunk_bytes + 4 * len(layout.codecs) if layout.raw else self._most
         self._index_bytes = 16 * math.prod(layout.inner) + 4
-        self._late = LateTrust(layout, fetcher, loop)
+        self.late = LateTrust(layout, fetcher, loop)
         self._looking, self._looked = asyncio.Lock(), -math.inf
         self._said: object = None
         """What the array's metadata said when they were first asked for, and whether they say so still."""
@@ -92,7 +92,7 @@ class RemoteReader:
 
     def vouch(self, verify: Verify) -> str | None:
         """Hold chunks against the array's manifest, if it has one: that is asked for with the first chunk."""
-        self._late.set(verify)
+        self.late.set(verify)
         return None
 
     def version(self, chunk: Sequence[int]) -> Version | None:
@@ -136,7 +136,7 @@ class RemoteReader:
 
     def want(self, chunk: Sequence[int], rows: tuple[int, int]) -> Want:
         """What has to be fetched for these rows (of the first axis) of a chunk; all of it where it is to be checked."""
-        part, trust = None, self._late.get()
+        part, trust = None, self.late.get()
         due = trust is not None and trust.due(chunk)
         if self._row_bytes and not due and rows != (0, self.layout.chunk_shape[0]):
             part = (rows[0] * self._row_bytes, rows[1] * self._row_bytes)
@@ -146,7 +146,7 @@ class RemoteReader:
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
         """As `ChunkReader.read` says. Raises DataError, or EnvironmentProblem where the bytes can't be had."""
-        layout, want, trust = self.layout, self.want(chunk, rows), self._late.get()
+        layout, want, trust = self.layout, self.want(chunk, rows), self.late.get()
         began = time.perf_counter()
         with self._naming(chunk):
             ahead = scratch.fetched.get(want)

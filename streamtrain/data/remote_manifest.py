@@ -6,10 +6,12 @@ Its law: as that of manifests; and an array that has none costs one request.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,7 +46,7 @@ class RemoteManifest(Pages):
         self._fetch = fetch
         self._lock = threading.Lock()
         self._pages: OrderedDict[int, NDArray[np.void]] = OrderedDict()
-        self._begin(head)
+        self.begin(head)
         if self.size > SMALL:
             self._tabled(fetch(HEADER, self.start))
             return
@@ -80,12 +82,31 @@ class LateTrust:
         self._trust: Trust | None = None
         self._known = True
         """Whether nobody need be asked."""
+        self._head: Head | None = None
+        """Its first bytes, if they were asked for already."""
 
     def set(self, verify: Verify) -> None:
         """Check so from now on."""
         with self._lock:
-            self._verify, self._trust = verify, None
+            self._verify, self._trust, self._head = verify, None, None
             self._known = verify == "never" or unaddressable(self._layout) is not None
+
+    async def foretold(self) -> str | None:
+        """What the manifest's first bytes say of all files; None where there is none, or they can't be had now, or
+        nothing is to be checked. On the private loop; what was asked for is not asked for again."""
+        if self._known:
+            return None
+        with contextlib.suppress(FetchFailed, ValueError):
+            self._head = await _beginning(self._layout, self._fetcher)
+        if self._head is None or self._head.data is None:
+            return None
+        header = Pages()
+        header.path = self._fetcher.source.url(_key(self._layout))
+        try:
+            header.begin(self._head.data)
+        except DataError:  # the first chunk says so
+            return None
+        return header.contents
 
     def get(self) -> Trust | None:
         """What is to be asked; None where there is no manifest, or nothing is to be checked. In a worker's thread.
@@ -96,54 +117,84 @@ class LateTrust:
             return self._trust
         with self._lock:
             if not self._known:
-                manifest = open_manifest(self._layout, self._fetcher, self._loop)
+                manifest = open_manifest(self._layout, self._fetcher, self._loop, self._head)
                 if manifest is not None:
                     self._trust = Trust(self._layout, manifest, self._verify, whole_files=self._whole_files)
                 self._known = True
             return self._trust
 
 
-def open_manifest(layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop) -> RemoteManifest | None:
-    """The manifest of this array; None where there is none. Blocks: in a worker's thread.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How a manifest begins."""
 
-    Raises DataError where it is damaged or belongs to other metadata, EnvironmentProblem where it can't be had.
-    """
-    prefix = f"{layout.name}/" if layout.name else ""
-    key = prefix + PLACE
-    url = fetcher.source.url(key)
-    versions: set[str] = set()
+    data: Bytes | None
+    """None where there is no manifest."""
+    version: str | None = None
 
-    def headed(start: int, stop: int, heading: Heading) -> None:
-        versions.add(str(heading.version))
-        if len(versions) > 1:
-            raise ValueError("it changed during the run")
+
+def _key(layout: ArrayLayout) -> str:
+    return f"{layout.name}/{PLACE}" if layout.name else PLACE
+
+
+def _own(data: Bytes) -> Bytes:
+    """A copy that is aligned, and keeps nothing else alive."""
+    return np.array(data)
+
+
+async def _part(fetcher: Fetcher, key: str, start: int, stop: int) -> Head:
+    """Bytes of a manifest, and of which version of it they are."""
+    versions: list[str | None] = []
+
+    def headed(heading: Heading) -> None:
+        versions.append(heading.version)
         if heading.length != stop - start:
             raise ValueError(f"it ends after {heading.length} of the bytes from {start} to {stop}")
 
+    return Head(_own(await fetcher.fetch(key, (start, stop), headed)), versions[-1])
+
+
+async def _beginning(layout: ArrayLayout, fetcher: Fetcher) -> Head:
+    """The manifest's header, if there is a manifest, or the store lets nobody see one."""
+    key = _key(layout)
+    try:
+        return await _part(fetcher, key, 0, HEADER)
+    except FileNotFoundError:
+        return Head(None)
+    except FetchFailed as error:
+        if not _refused(error):
+            raise
+        logger.info("array %s: %s: %s", layout.name or ALONE, fetcher.source.url(key), error)
+        return Head(None)
+
+
+def open_manifest(
+    layout: ArrayLayout, fetcher: Fetcher, loop: ZarrLoop, head: Head | None = None
+) -> RemoteManifest | None:
+    """The manifest of this array; None where there is none. Blocks: in a worker's thread. `head`: if it is known.
+
+    Raises DataError where it is damaged or belongs to other metadata, EnvironmentProblem where it can't be had.
+    """
+    key, prefix = _key(layout), f"{layout.name}/" if layout.name else ""
+    url = fetcher.source.url(key)
+    first = _had(url, loop, lambda: _beginning(layout, fetcher), fetcher.longest * 2) if head is None else head
+
     async def part(start: int, stop: int) -> Bytes:
-        return _own(await fetcher.fetch(key, (start, stop), lambda heading: headed(start, stop, heading)))
+        found = await _part(fetcher, key, start, stop)
+        if found.version != first.version:
+            raise ValueError("it changed during the run")
+        assert found.data is not None
+        return found.data
 
     def fetch(start: int, stop: int) -> Bytes:
         return _had(url, loop, lambda: part(start, stop), fetcher.longest * 2)
 
-    async def beginning() -> Bytes | None:
-        try:
-            return await part(0, HEADER)
-        except FileNotFoundError:
-            return None
-        except FetchFailed as error:
-            if not _refused(error):
-                raise
-            logger.info("array %s: %s: %s", layout.name or ALONE, url, error)
-            return None
-
-    head = _had(url, loop, beginning, fetcher.longest * 2)
-    if head is None:
+    if first.data is None:
         if layout.manifest:
             name = layout.name or ALONE
             logger.warning("array %s: its manifest is gone (%s), so that damage may go unseen", name, url)
         return None
-    manifest = RemoteManifest(url, head, fetch)
+    manifest = RemoteManifest(url, first.data, fetch)
     text = _had(url, loop, lambda: _metadata(fetcher, prefix), fetcher.longest * 2)
     manifest.check_same(layout, digest_of(text))
     return manifest
@@ -161,11 +212,6 @@ async def _metadata(fetcher: Fetcher, prefix: str) -> bytes:
 
 def _any(heading: Heading) -> None:
     """Any answer will do."""
-
-
-def _own(data: Bytes) -> Bytes:
-    """A copy that is aligned, and keeps nothing else alive."""
-    return np.array(data)
 
 
 def _refused(error: FetchFailed) -> bool:

@@ -26,18 +26,18 @@ class RemoteZarrReader(ZarrReader):
     def __init__(self, layout: ArrayLayout, array: Any, loop: ZarrLoop, fetcher: Fetcher, *, timeout: float) -> None:
         super().__init__(layout, array, loop, timeout=timeout)
         self._fetcher = fetcher
-        self._late = LateTrust(layout, fetcher, loop, whole_files=True)
+        self.late = LateTrust(layout, fetcher, loop, whole_files=True)
 
     def vouch(self, verify: Verify) -> str | None:
         """Hold objects against the array's manifest, if it has one: that is asked for with the first chunk."""
-        self._late.set(verify)
+        self.late.set(verify)
         return None
 
     def read(
         self, chunk: Sequence[int], rows: tuple[int, int], scratch: Scratch, *, few: bool = False
     ) -> NDArray[Any] | None:
         """As `ChunkReader.read` says."""
-        self._trust = self._late.get()
+        self._trust = self.late.get()
         return super().read(chunk, rows, scratch, few=few)
 
     def _check(self, trust: Trust, chunk: Sequence[int], scratch: Scratch) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from streamtrain.data.feed import Feed
 from streamtrain.data.finished import FinishedBatches
 from streamtrain.data.finished_rows import FinishedRows
 from streamtrain.data.framing import Field, row_axes_of
+from streamtrain.data.glance import SECONDS, Held, known_by
 from streamtrain.data.kept_chunks import kept_reader
 from streamtrain.data.layout import decoded_whole
 from streamtrain.data.opening import Located, OpenArray, open_arrays
@@ -71,6 +72,8 @@ class Opened:
     """Batches kept after the transform; None where they are not."""
     select: Mapping[str, Any]
     """What the position says of the places that are taken."""
+    contents: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    """What the position says of what the arrays hold, as `contents.told` takes it."""
 
 
 class Opening:
@@ -128,10 +131,7 @@ class Opening:
             self._disk.open()  # now, so that what is wrong with it is said before anything is read
         read = await asyncio.gather(*map(one, self.where))
         stores = [arrays for arrays, _, _ in read]
-        for arrays in stores:
-            for name, array in arrays.items():
-                vouched = [each.reader.vouch(self._asked.verify) for each in (array, *array.beside)]
-                arrays[name] = replace(array, contents=joined(vouched))
+        contents = await self._contents(stores)
         if self._disk is not None:
             stores = [self._kept(arrays, where) for arrays, where in zip(stores, self.where, strict=True)]
         ragged = as_long_as_the_longest(
@@ -139,7 +139,22 @@ class Opening:
         )
         for arrays in stores:  # lengths come with the values
             arrays |= {name: arrays[name.removesuffix(LENGTHS)] for name in self._asked.ragged.lengths_of(used)}
-        return self._settle(stores, ragged, [columns for _, columns, _ in read], [known for _, _, known in read])
+        settled = self._settle(stores, ragged, [columns for _, columns, _ in read], [each for _, _, each in read])
+        return replace(settled, contents=contents)
+
+    async def _contents(self, stores: Sequence[Mapping[str, OpenArray]]) -> dict[str, list[str | None]]:
+        """Hold all arrays against their manifests from now on; what the position says of those of a batch."""
+        told: list[Held] = []
+        for where, arrays in zip(self.where, stores, strict=True):
+            manifests = {
+                name: joined([each.reader.vouch(self._asked.verify) for each in (array, *array.beside)])
+                for name, array in arrays.items()
+            }
+            names = list(dict.fromkeys(name.removesuffix(LENGTHS) for name in self._asked.fields(arrays)))
+            told.append(Held(where, [arrays[name] for name in names], [manifests[name] for name in names]))
+        names = list(dict.fromkeys(name.removesuffix(LENGTHS) for name in self._asked.fields(stores[0])))
+        seconds = min(SECONDS, self._asked.read_timeout / 4)
+        return dict(zip(names, await known_by(told, seconds), strict=True))
 
     def _kept(self, arrays: Mapping[str, OpenArray], where: Located) -> dict[str, OpenArray]:
         """The arrays with the disk cache before them."""

@@ -574,7 +574,8 @@ class ZarrStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position: the next pass continues there.
 
-        Raises DataError where the data have changed since, CheckpointError where the order is another one (seed, split,
+        Raises DataError where the data have changed since, as far as their shapes, manifests or (without one) the
+        beginnings of some of their files tell, CheckpointError where the order is another one (seed, split,
         shuffle, windows, ...); both name the differences. Batch size, memory, threads and prefetch may differ.
         """
         cursor = cursor_of(state, "a ZarrStream", ["of"])
@@ -638,9 +639,7 @@ class ZarrStream:
             "chosen": None if opened.survey.drawn is None else opened.survey.drawn.digest,
             "split_by": split.by,
             "split_seed": self._asked.split_seed if split.by != "range" else None,
-            "contents": contents.told(
-                {name: [each[name].contents for each in opened.stores] for name in self._asked.fields(opened.stores[0])}
-            ),
+            "contents": contents.told(opened.contents),
             **self._figures(opened),
         }
 

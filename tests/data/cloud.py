@@ -69,6 +69,12 @@ class Proxy:
             self._counts[path] = self._counts.get(path, 0) + 1
             return self._counts[path] - 1
 
+    def forget(self) -> None:
+        """Record as if nothing had been asked for yet."""
+        with self._lock:
+            self.requests.clear()
+            self._counts.clear()
+
     def busy(self, change: int) -> None:
         with self._lock:
             self.at_once += change
@@ -223,7 +229,7 @@ class _FileHandler(BaseHTTPRequestHandler):
         total, start, stop = len(data), 0, len(data)
         if wanted is not None:
             start = int(wanted[1]) if wanted[1] else total - int(wanted[2])
-            stop = int(wanted[2]) + 1 if wanted[1] and wanted[2] else total
+            stop = min(total, int(wanted[2]) + 1) if wanted[1] and wanted[2] else total
         self.send_response(200 if wanted is None else 206)
         if wanted is not None:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")

@@ -62,8 +62,9 @@ async def test_the_second_epoch_asks_for_nothing_and_the_next_run_for_a_byte(
         assert len(chunk_requests(proxy)) == asked
         assert (told(source).misses, told(source).hits) == (12, 12)
         assert source.statistics().lanes == {name: "disk cache over obstore"}
-    proxy.requests.clear()
     async with stream(url, proxy, tmp_path / "cache", inputs=name) as source:
+        await source.open()
+        proxy.forget()
         for _ in range(2):
             await epoch(source)
         assert told(source).misses == 0
