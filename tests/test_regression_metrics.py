@@ -145,7 +145,9 @@ def test_errors_of_complex_numbers_are_their_absolute_values(kind: Any, power: i
     assert fed(kind(nan="ignore"), [(out, true)]).compute() == pytest.approx(rest)
 
 
-@pytest.mark.parametrize("metric", [R2(), Mean(), FunctionMetric(lambda outputs, targets: outputs - targets)], ids=str)
+@pytest.mark.parametrize(
+    "metric", [R2(), Mean(), FunctionMetric(lambda outputs, targets: outputs - targets)], ids=["r2", "mean", "function"]
+)
 def test_complex_numbers_that_make_no_metric_are_refused(metric: Any) -> None:
     with pytest.raises(ConfigError, match="complex"):
         metric.update(torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64))
