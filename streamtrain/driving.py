@@ -149,17 +149,15 @@ class Driver:
         """Whether bursts are under way, or were counted and not given back yet."""
         return bool(self._flying or self._untold)
 
-    def hold(self) -> None:
-        """Let no further burst begin behind the one under way, until nothing is ahead."""
-        if self._row is not None:
-            self._row.over = True
-
-    async def burst(self, batches: Supply, most: Callable[[], int | None]) -> Report | None:
+    async def burst(
+        self, batches: Supply, most: Callable[[], int | None], *, wanted: Callable[[], bool]
+    ) -> Report | None:
         """The next burst, counted; an error that ended it is in the report, to be raised once what came before is told.
         None: it was not to begin any more.
 
         Where nothing is ahead one is begun; `most()`: updates that it and those behind it may make together. The first
-        is alone, and ends what follows if it found no more batches; else two are always ahead.
+        is alone, and ends what follows if it found no more batches; else two are always ahead, until `wanted()` says,
+        once one is counted, that something is to be done when none is under way.
         """
         if not self.ahead:
             updates = most()
@@ -168,6 +166,7 @@ class Driver:
         row = self._row
         assert row is not None
         report = self._untold.popleft() if self._untold else await self._next()
+        row.over = row.over or wanted()
         while len(self._flying) < 2 and not row.over:
             self._hand_over(batches, row)
         if not self._flying:
@@ -251,7 +250,8 @@ class Driver:
     async def landed(self) -> None:
         """Wait for what is under way, let nothing follow it, and count it: `burst` gives it back. Raises
         EnvironmentProblem if it hangs, or if another job of the train thread does."""
-        self.hold()
+        if self._row is not None:
+            self._row.over = True
         while self._flying:
             with contextlib.suppress(asyncio.CancelledError):
                 either: set[asyncio.Future[Any]] = {self._flying[0], self.gone}

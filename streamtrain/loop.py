@@ -123,14 +123,11 @@ class Wheel:
         updated = False
         async with driver.batches() as batches:
             while driver.ahead or await self._ready(batches):
-                report = await driver.burst(batches, self._most_updates)
+                report = await driver.burst(batches, self._most_updates, wanted=self._wanted)
                 if report is not None:
                     await self._tell(report)
                     updated = updated or report.updates > 0
-                if driver.ahead:  # what is due waits for it
-                    if self._wanted():
-                        driver.hold()
-                elif updated and not self._step.partial:
+                if updated and not driver.ahead and not self._step.partial:  # else what is due waits
                     updated = False
                     if self._due() and not await self._finished(batches):
                         await self._between()
