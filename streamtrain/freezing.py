@@ -115,6 +115,10 @@ class Freezing:
         if held <= frozen:
             raise ConfigError("freeze leaves nothing to train", hint="Leave some of its rules out.")
 
+    def for_good(self) -> Iterator[nn.Parameter]:
+        """What never thaws."""
+        return (parameter for rule in self.rules if rule.until is None for parameter in self._members[rule])
+
     def steps(self) -> Iterator[int]:
         """Numbers of updates at which something thaws."""
         return (rule.until for rule in self.rules if rule.until is not None and rule.unit == "step")

@@ -39,6 +39,7 @@ from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
 from streamtrain.taking_up import VERSION, check_own_rng, check_schedule, check_state
 from streamtrain.unkept import Unkept
+from streamtrain.untrained import Untrained
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Life:
     freezing: Freezing | None = None
     compiled: Compiled | None = None
     unkept: Unkept | None = None
+    untrained: Untrained | None = None
     rng: Rng
     progress: Progress
     callbacks: dict[str, object]

@@ -66,6 +66,7 @@ from streamtrain.taking_up import check_schedule, check_state
 from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics, modules_of
 from streamtrain.threads import TrainThread
 from streamtrain.unkept import Unkept
+from streamtrain.untrained import Untrained
 from streamtrain.warm_start import begin_with
 
 T = TypeVar("T")
@@ -108,6 +109,8 @@ class Parts:
                 raise ConfigError(f"a metric can't be named {name!r}: the loss itself is", hint="Name it otherwise.")
         self.optimizer: Optimizer | None = None
         """None while the model has parameters whose size only the first batch tells."""
+        self.untrained: Untrained | None = None
+        """What the optimizer leaves out of the model."""
         self.switch: Switch | None = None
         """Of an optimizer that learns with other weights than those to be judged by."""
         self.scheduler: LearningRate | None = None
@@ -178,6 +181,9 @@ class Parts:
             self.optimizer = build_optimizers(self.model, self.optimizer_spec, self.lr)
         else:
             self.optimizer = build_optimizer(self.model, self.optimizer_spec, self.lr)
+        self.untrained = Untrained(
+            self.model, self.optimizer, () if self.freezing is None else self.freezing.for_good()
+        )
         self.switch = switch_of(self.model, self.optimizer)
         if self.freezing is not None:
             self.freezing.check(self.optimizer)
@@ -398,6 +404,8 @@ class Parts:
         """All live objects of a fit; on the train thread."""
         options, optimizer = self.options, self.optimizer
         assert optimizer is not None
+        if train is not None and self.untrained is not None:
+            self.untrained.refuse()
         if train is not None and not self._told:
             self._told = True
             logger.info("%s", "\n".join(table(optimizer)))
@@ -427,6 +435,7 @@ class Parts:
             freezing=self.freezing,
             compiled=self.compiled,
             unkept=Unkept(self.model, modules_of(self.loss)),
+            untrained=self.untrained,
             rng=self.random(),
             progress=progress,
             callbacks=bus.named(),

@@ -66,7 +66,13 @@ class Teller:
             self._notes.line(values, split)
 
     async def _on_train_thread(self, fn: Callable[[Any, Any], T]) -> T:
-        return await self._thread.run(lambda: fn(self._life.model, self._life.optimizer))
+        def run() -> T:
+            made = fn(self._life.model, self._life.optimizer)
+            if self._life.untrained is not None:
+                self._life.untrained.tell()  # it is here that parameters are thawed by hand
+            return made
+
+        return await self._thread.run(run)
 
     def wanted(self, hook: str) -> bool:
         """Whether anybody wants such an event."""
