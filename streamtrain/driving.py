@@ -193,7 +193,8 @@ class Driver:
             life.switch.learn()
         updates = None if row.until is None else row.until - step.step
         waited, seconds = batches.waited, step.seconds
-        with life.rng.swapped_in(), self._kernels():
+        # Whoever awaits elsewhere within torch.no_grad() has set that for all of the loop's thread.
+        with life.rng.swapped_in(), self._kernels(), torch.enable_grad():
             if life.freezing is not None:
                 life.freezing.apply(step.step, row.epoch)
             report = step.run(

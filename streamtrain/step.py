@@ -288,11 +288,12 @@ class TrainStep:
             if self.accumulate > 1:
                 short = remaining is not None and remaining < self.accumulate
                 self._divisor = max(remaining or 1, 1) if short else self.accumulate
-        if self._moves or type(batch.inputs) is not Tensor or type(batch.targets) is not Tensor:
+        inputs = batch.inputs
+        if self._moves or type(inputs) is not Tensor or type(batch.targets) is not Tensor or inputs.is_inference():
             batch = self._batch = self._move(batch)
             samples = len(batch)
         else:  # nearly every batch on the CPU: nothing to move, and each call here is one of its microseconds
-            samples = len(batch.inputs) if batch.inputs.ndim else len(batch)
+            samples = len(inputs) if inputs.ndim else len(batch)
         if not samples:
             return  # a filter dropped every row: its mean is no number
         if self._autocast is None:

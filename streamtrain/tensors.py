@@ -65,7 +65,7 @@ def map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 def _leaf(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value
+        return _learnable(value)
     if isinstance(value, np.ndarray):
         return to_tensor(value)
     if isinstance(value, np.generic):
@@ -79,13 +79,22 @@ def tensors(tree: Any) -> Any:
         return to_sparse(tree)
     if isinstance(tree, dict):
         return {key: tensors(value) for key, value in tree.items()}
-    return tree if isinstance(tree, Tensor) or tree is None else map_tree(_leaf, tree)
+    if isinstance(tree, Tensor):
+        return _learnable(tree)
+    return None if tree is None else map_tree(_leaf, tree)
+
+
+def _learnable(tensor: Tensor) -> Tensor:
+    """A copy of one that was made while some neighbour on the event loop was in `torch.inference_mode()`: autograd
+    takes none of those."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def tensor_batch(batch: Batch) -> Batch:
-    """The batch with tensors in place of arrays; itself if it has none."""
+    """The batch with tensors in place of arrays, none of them of the inference mode; itself if it has no others."""
     inputs, targets, index = batch.inputs, batch.targets, batch.index
     plain = isinstance(inputs, Tensor) and (targets is None or isinstance(targets, Tensor))
+    plain = plain and not inputs.is_inference()
     if plain and (index is None or isinstance(index, Tensor)):  # written out: this is asked for every batch
         return batch
     return replace(batch, inputs=tensors(inputs), targets=tensors(targets), index=tensors(index))

@@ -893,6 +893,34 @@ async def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+async def test_a_neighbour_without_gradients_stops_no_training(mode: Any) -> None:
+    """A request's `with torch.no_grad(): ... await` is in force for the whole loop, and ended the fit at random."""
+
+    async def serve() -> None:
+        with mode():
+            await asyncio.Event().wait()
+
+    model = network()
+    fitted = Trainer(
+        model, nn.MSELoss(), seed=SEED, device="cpu", optimizer=torch.optim.SGD(model.parameters(), lr=0.05)
+    )
+    serving = asyncio.create_task(serve())
+    await asyncio.sleep(0)
+    try:
+        assert not torch.is_grad_enabled()
+        await fitted.fit(Samples(), validation=Samples(30), max_epochs=1)
+    finally:
+        serving.cancel()
+        await asyncio.wait([serving])
+    alone = network()
+    again = Trainer(
+        alone, nn.MSELoss(), seed=SEED, device="cpu", optimizer=torch.optim.SGD(alone.parameters(), lr=0.05)
+    )
+    await again.fit(Samples(), validation=Samples(30), max_epochs=1)
+    assert same(model, alone)
+
+
 async def test_fast_dev_run_validates_however_seldom_the_run_would() -> None:
     result = await trainer(fast_dev_run=2, validate_every="500steps").fit(Samples(), validation=Samples(30))
     assert (result.step, "val_loss" in result.metrics) == (2, True)
