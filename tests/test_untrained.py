@@ -21,7 +21,7 @@ def trainer(model: nn.Module, **options: Any) -> Trainer:
 
 
 def replaced(model: nn.Module) -> None:
-    model[4] = nn.Linear(16, 1)  # type: ignore[index, operator]
+    model[4] = nn.Linear(16, 1)  # type: ignore[operator]
 
 
 def assigned(model: nn.Module) -> None:
