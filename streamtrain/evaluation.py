@@ -215,5 +215,9 @@ class _Sums:
     def compute(self) -> dict[str, Any]:
         values: dict[str, Any] = {name: mean.compute() for name, mean in self._means.items()}
         for name, metric in self._metrics.items():
-            values.update(flattened(name, metric.compute()))
+            try:
+                values.update(flattened(name, metric.compute()))
+            except Exception as error:
+                problem = explained(error, None, "in evaluation", who=f"the metric {name!r} (its compute)")
+                raise problem from problem.__cause__
         return values

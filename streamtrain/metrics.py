@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from streamtrain.class_metrics import F1, Accuracy, ConfusionMatrix, Precision, Recall, TopKAccuracy
@@ -233,6 +234,12 @@ def names_of(name: str, metric: object) -> list[str]:
     return [name] if keys is None else [f"{name}_{key}" for key in keys]
 
 
+def _for_numpy(tensor: Tensor) -> Tensor:
+    """Of a dtype that numpy has: it has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+
+
 def flattened(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """A metric's value as numbers by their full names, and tables as nested lists."""
     if isinstance(value, Mapping):
@@ -240,6 +247,6 @@ def flattened(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from flattened(f"{name}_{key}", part)
         return
     if isinstance(value, Tensor | np.ndarray | list | tuple):
-        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        array = np.asarray(_for_numpy(value) if isinstance(value, Tensor) else value)
         value = array.item() if array.size == 1 else array.tolist()
     yield name, value if isinstance(value, list) else float(value)

@@ -172,6 +172,19 @@ async def test_what_goes_wrong_has_a_name() -> None:
 
     with pytest.raises(UserCodeError, match=r"in evaluation: the metric 'odd' raised ZeroDivisionError: division by"):
         await run(evaluator(network(), odd=divides), Samples(20))
+    for value, told in (
+        (1 / 3, None),
+        (torch.ones((), dtype=torch.bfloat16), None),
+        ("x", "ValueError"),
+        (None, "TypeE"),
+    ):
+        summed = as_metric(MeanAbsoluteError())
+        summed.compute = lambda value=value: value  # type: ignore[method-assign, misc]
+        if told is None:
+            assert (await run(evaluator(network(), odd=summed), Samples(20)))["odd"] == float(value)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(UserCodeError, match=rf"in evaluation: the metric 'odd' \(its compute\) raised {told}"):
+            await run(evaluator(network(), odd=summed), Samples(20))
     with pytest.raises(UserCodeError, match=r"the step's 'note' must be one number, not 'text'"):
         await run(evaluator(network(), lambda batch: Outcome(torch.ones(()), logged={"note": "text"})), Samples(20))
     with pytest.raises(DataError, match="gave no batch"):
