@@ -215,6 +215,11 @@ class Life:
         trees.check(state_by_name(self.optimizer, self.model), "optimizer")
         trees.check(dict(self.model.state_dict()), "model")
 
+    def try_loading(self) -> None:
+        """Raise CheckpointError if the model does not take what it gives to be saved; on the train thread. It has its
+        own values again, to the bit."""
+        _put(self.model, self.model.state_dict(), "the model could not be loaded from a checkpoint of its own")
+
     def bytes(self) -> int:
         """About how large a snapshot is; on the train thread."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors())
@@ -258,7 +263,7 @@ class Life:
         if self.switch is not None:
             self.switch.judge()
             self.switch.forget()
-        self.model.load_state_dict(weights)
+        _put(self.model, weights, "the model can't take back weights that it had")
 
     def best_weights(self) -> dict[str, Tensor]:
         """A copy of the model's state with the weights that were validated; on the train thread."""
@@ -393,6 +398,17 @@ def other_rate(optimizer: Optimizer, lr: LearningRate, settings: Mapping[str, An
         if math.isclose(float(group["lr"]), now["lr"], rel_tol=1e-12):
             set_group_lr(group, now["lr"])  # without the last bit of a product
     logger.info("the learning rate is another: %g -> %g", before, get_lr(optimizer))
+
+
+def _put(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # of a model's own
+        why = " ".join(str(error).partition("\n")[2].split()) or str(error)
+        raise CheckpointError(
+            f"{what}: {why:.200}",
+            hint="Its load_state_dict must take what its state_dict gives, and buffers keep their shapes.",
+        ) from error
 
 
 def _refuse(told: list[str], path: Path) -> None:

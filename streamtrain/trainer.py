@@ -719,6 +719,7 @@ class Trainer:
             checks.scheduler(life.lr)
             if folder is not None:
                 life.check()
+                await thread.run(life.try_loading)
             if found is not None:
                 path, snapshot = found
                 other = self._allow_data_change

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.early_stopping import EarlyStopping
+from streamtrain.errors import CheckpointError
 from streamtrain.expanded import own_memory
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network, same
@@ -76,3 +77,59 @@ def test_only_what_is_saved_and_shared_gets_memory_of_its_own() -> None:
     assert model.scale is model.net.scale
     assert model.cache is before
     assert model.net[0].weight.data_ptr() == weight  # type: ignore[index]
+
+
+class Selective(nn.Module):
+    """It saves its head alone, and takes nothing less than all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.net(inputs)
+
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        return {name: value for name, value in super().state_dict(*arguments, **named).items() if ".4." in name}
+
+
+class Forgiving(Selective):
+    """It takes what it saves."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+class Growing(nn.Module):
+    """Its memory of what it has seen grows with each step."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self.training:
+            self.seen = torch.cat([self.seen, torch.zeros(1)])
+        return self.net(inputs)
+
+
+async def test_a_model_that_takes_less_than_it_saves_is_refused_before_training(tmp_path: Path) -> None:
+    """It could be trained for a week, and not go on."""
+    refused = Trainer(Selective(), nn.MSELoss(), device="cpu", run_dir=tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"could not be loaded from a checkpoint of its own: Missing key\(s\)"):
+        await refused.fit(Samples())
+    assert refused.state.step == 0
+    for steps in (5, 9):
+        taken = Trainer(Forgiving(), nn.MSELoss(), device="cpu", run_dir=tmp_path / "b")
+        assert (await taken.fit(Samples(), max_steps=steps, resume="auto")).step == steps
+
+
+async def test_weights_that_can_t_be_put_back_at_the_end_are_told_and_the_run_is_saved(tmp_path: Path) -> None:
+    stops = [EarlyStopping(patience=1), ModelCheckpoint(every="1epoch")]
+    fitted = Trainer(Growing(), nn.MSELoss(), device="cpu", lr=0.5, run_dir=tmp_path, callbacks=stops)
+    with pytest.raises(CheckpointError, match="can't take back weights that it had: size mismatch for seen"):
+        await fitted.fit(Samples(), validation=Samples(30), max_epochs=9)
+    assert any((tmp_path / "checkpoints").glob("step-*"))
