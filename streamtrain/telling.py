@@ -156,17 +156,16 @@ class Teller:
 
     async def last_line(self) -> dict[str, float]:
         """The log ends with the last step; where another life may go on its lines stay as they would have been. The
-        metrics with those of the line: for the result, not for a checkpoint, which some earlier save may have made."""
+        metrics with those of the line, which a life that made no step has too: for the result, not for a checkpoint,
+        which some earlier save may have made."""
         life, progress = self._life, self._life.progress
         means = life.step.tally.window.compute()
+        read = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
         if progress.step > self._first_step and means:
-            gauged = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
-            read = {**gauged, **self._left_beside({**means, **gauged})}
-            values = {**means, **read}
+            read = {**read, **self._left_beside({**means, **read})}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
-            await self.emit("on_log", Log, epoch=epoch, values=values)
-            return {**means, **life.metrics, **read}  # an epoch's means stand
-        return life.metrics
+            await self.emit("on_log", Log, epoch=epoch, values={**means, **read})
+        return {**means, **life.metrics, **read}  # an epoch's means stand
 
     async def last_notes(self) -> None:
         """Before loggers hear of the end: what callbacks still leave in the hooks that they were told of."""

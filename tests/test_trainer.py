@@ -366,6 +366,8 @@ def test_the_last_checkpoint_is_the_same_whether_its_step_was_due_or_the_end_mad
     assert len(of_the_line) == 2
     assert checkpoint.read(newest.path).state["metrics"]["lr"] == of_the_line[0]
     assert result.metrics["lr"] == of_the_line[1] != of_the_line[0]
+    again = trainer(run_dir=tmp_path, log_every=3, scheduler="linear", callbacks=[ModelCheckpoint(every=every)])
+    assert asyncio.run(again.fit(Samples(), max_steps=4, resume="auto")).metrics == result.metrics
 
 
 def replaced(path: Path, content: bytes) -> bytes:
