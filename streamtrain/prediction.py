@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import anyio
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -154,9 +155,10 @@ async def _writing(store: PredictedStore) -> AsyncGenerator[Callable[[Sequence[R
                 await last
             await files(store.commit)
         finally:
-            if last is not None:
-                await asyncio.gather(last, return_exceptions=True)
-            await files(store.close)
+            with anyio.CancelScope(shield=True):  # a cancelled scope would leave what was written so far
+                if last is not None:
+                    await asyncio.gather(last, return_exceptions=True)
+                await asyncio.shield(files(store.close))
 
 
 def _undoing(stream: Stream) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""Outside of a fit: a call leaves the run's folder free however it ends, and keeps out of a fit that has begun."""
+"""Outside of a fit: a call leaves nothing behind however it ends, and keeps out of a fit that has begun."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from streamtrain import checkpoint
+from streamtrain.data.predicted import PredictedStore
 from streamtrain.errors import ConfigError
 from streamtrain.run_folder import RunFolder
 from streamtrain.trainer import Trainer
@@ -30,6 +31,10 @@ class Slow:
         self.loop.call_soon_threadsafe(self.entered.set)
         self.gate.wait(60)
         return self.call(*arguments, **named)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture
@@ -86,3 +91,27 @@ async def test_what_is_read_while_a_fit_begins_is_not_put_into_its_model(
     await fit
     await undisturbed.fit(Samples(), max_steps=20)
     assert same(fitted.model, undisturbed.model)
+
+
+async def test_a_prediction_in_a_cancelled_scope_leaves_nothing_of_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, add = Slow(lambda: None), PredictedStore.add
+
+    def added(store: PredictedStore, *rows: Any) -> None:
+        add(store, *rows)
+        slow()
+
+    monkeypatch.setattr(PredictedStore, "add", added)
+    fitted = Trainer(network(), nn.MSELoss(), device="cpu")
+
+    async def predict() -> None:
+        await fitted.predict(Samples(), tmp_path / "p.zarr")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(predict)
+        await slow.entered.wait()
+        assert names(tmp_path)
+        asyncio.get_running_loop().call_soon(slow.gate.set)
+        group.cancel_scope.cancel()
+    assert names(tmp_path) == []
