@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import anyio
 import torch
 from torch import nn
 
@@ -143,7 +144,8 @@ class Evaluator:
             try:
                 if flying is not None and not flying.done():
                     either: set[asyncio.Future[Any]] = {flying} if gone is None else {flying, gone}
-                    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                    with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
+                        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await batches.aclose()
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar, TypeVar
 
+import anyio
 import torch
 
 from streamtrain.openmp import give_up_pool
@@ -128,7 +129,8 @@ class TrainThread:
         last = _Job(lambda: None)
         self._jobs.put(last)
         self._jobs.put(None)
-        await asyncio.wait([last.future], timeout=timeout)
+        with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
+            await asyncio.wait([last.future], timeout=timeout)
         if last.future.done():
             self._thread.join()
         else:

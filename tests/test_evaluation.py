@@ -6,6 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from torch import nn
@@ -145,19 +146,26 @@ class Held(nn.Module):
         return self.inner(inputs)
 
 
-async def test_a_cancelled_evaluation_waits_for_its_burst() -> None:
-    model = Held()
+@pytest.mark.parametrize("how", ["natively", "by a scope"])
+async def test_a_cancelled_evaluation_waits_for_its_burst(how: str) -> None:
+    model, scope = Held(), anyio.CancelScope()
     async with train_thread() as thread:
-        task = asyncio.create_task(evaluator(model).run(Samples(50), thread, first_rng(0)))
+
+        async def evaluate() -> None:
+            with scope:
+                await evaluator(model).run(Samples(50), thread, first_rng(0))
+
+        task = asyncio.create_task(evaluate())
         await model.entered.wait()
-        task.cancel()
+        (task if how == "natively" else scope).cancel()
         for _ in range(20):
             await asyncio.sleep(0)
         ended = task.done()
         model.gate.set()
         assert not ended
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
+        assert task.cancelled() == (how == "natively")
+        assert model.training
 
 
 async def test_what_goes_wrong_has_a_name() -> None:

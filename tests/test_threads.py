@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -94,6 +95,21 @@ async def test_a_job_that_waits_runs_though_its_caller_was_cancelled() -> None:
         gate.open.set()
         assert await first == "through"
     assert ran == [1]
+
+
+async def test_the_last_user_joins_the_thread_in_a_cancelled_scope_too() -> None:
+    async with anyio.create_task_group() as group:
+
+        async def use() -> None:
+            async with train_thread() as thread:
+                gate = Gate()
+                thread.submit(gate)
+                await gate.entered.wait()
+                asyncio.get_running_loop().call_soon(gate.open.set)
+                group.cancel_scope.cancel()
+
+        group.start_soon(use)
+    assert alive() == []
 
 
 async def test_errors_come_to_the_caller_and_the_thread_goes_on() -> None:
