@@ -49,7 +49,7 @@ async def test_a_block_in_a_cancelled_scope_has_ended_its_thread_when_it_is_left
         group.start_soon(busy.work)
         await busy.entered.wait()
         assert len(ours()) == 1
-        asyncio.get_running_loop().call_soon(busy.gate.set)
+        asyncio.get_running_loop().call_later(0.05, busy.gate.set)
         group.cancel_scope.cancel()
     assert ours() == []
 

@@ -53,7 +53,7 @@ async def test_a_save_in_a_cancelled_scope_gives_the_folder_free(
     async with anyio.create_task_group() as group:
         group.start_soon(fitted.save_checkpoint)
         await slow.entered.wait()
-        asyncio.get_running_loop().call_soon(slow.gate.set)
+        asyncio.get_running_loop().call_later(0.05, slow.gate.set)
         group.cancel_scope.cancel()
 
 
@@ -112,6 +112,6 @@ async def test_a_prediction_in_a_cancelled_scope_leaves_nothing_of_its_store(
         group.start_soon(predict)
         await slow.entered.wait()
         assert names(tmp_path)
-        asyncio.get_running_loop().call_soon(slow.gate.set)
+        asyncio.get_running_loop().call_later(0.05, slow.gate.set)
         group.cancel_scope.cancel()
     assert names(tmp_path) == []

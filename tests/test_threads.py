@@ -105,7 +105,7 @@ async def test_the_last_user_joins_the_thread_in_a_cancelled_scope_too() -> None
                 gate = Gate()
                 thread.submit(gate)
                 await gate.entered.wait()
-                asyncio.get_running_loop().call_soon(gate.open.set)
+                asyncio.get_running_loop().call_later(0.05, gate.open.set)  # after a run that would not wait
                 group.cancel_scope.cancel()
 
         group.start_soon(use)
