@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
-import anyio
 import torch
 from torch import nn
 
@@ -20,6 +19,7 @@ from streamtrain.blame import explained
 from streamtrain.data.batch import Batch
 from streamtrain.data.source import Stream
 from streamtrain.device import MoveBatch, autocast
+from streamtrain.ending import to_its_end
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.metrics import Mean, Metric, flattened
 from streamtrain.outcome import Compute, Outcome
@@ -144,8 +144,7 @@ class Evaluator:
             try:
                 if flying is not None and not flying.done():
                     either: set[asyncio.Future[Any]] = {flying} if gone is None else {flying, gone}
-                    with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
-                        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                    await to_its_end(_either(either), "streamtrain-burst-end")
             finally:
                 await batches.aclose()
 
@@ -169,6 +168,10 @@ class Evaluator:
                     problem = explained(error, batch, "in evaluation")
                     raise problem from problem.__cause__
         return made, time.perf_counter() - began
+
+
+async def _either(futures: set[asyncio.Future[Any]]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _supply(stream: Stream, thread: TrainThread, rng: Rng, limit: int | None) -> Supply:

@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
-import anyio
-
 from streamtrain.data.daemons import DaemonExecutor
+from streamtrain.ending import to_its_end
 from streamtrain.errors import EnvironmentProblem
 
 T = TypeVar("T")
@@ -55,14 +54,16 @@ async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | Non
     try:
         yield files
     finally:
-        last = loop.run_in_executor(executor, lambda: None)
-        try:
-            with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
-                await asyncio.wait([last], timeout=_MOMENT if gone is not None and gone.done() else patience)
-            if not last.done():
-                logger.error("a disk has not answered in time; the thread that waits for it is left behind")
-        finally:
-            _end(executor, wait=last.done())
+        late = gone is not None and gone.done()
+        await to_its_end(_ended(executor, _MOMENT if late else patience), "streamtrain-files-end")
+
+
+async def _ended(executor: DaemonExecutor, patience: float) -> None:
+    last = asyncio.get_running_loop().run_in_executor(executor, lambda: None)
+    await asyncio.wait([last], timeout=patience)
+    if not last.done():
+        logger.error("a disk has not answered in time; the thread that waits for it is left behind")
+    _end(executor, wait=last.done())
 
 
 def _end(executor: DaemonExecutor, *, wait: bool) -> None:

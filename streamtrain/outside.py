@@ -5,19 +5,17 @@ Its law: nothing here changes what a fit would go on with.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio
-
 from streamtrain import checkpoint
 from streamtrain.callbacks.lines import MetricsLog
 from streamtrain.data.source import Stream
 from streamtrain.disk import LOCAL, Disk
+from streamtrain.ending import to_its_end
 from streamtrain.errors import ConfigError, EnvironmentProblem
 from streamtrain.events import Log
 from streamtrain.file_thread import Files, file_thread
@@ -114,5 +112,4 @@ async def _held(folder: RunFolder, files: Files) -> AsyncIterator[None]:
         await files(folder.lock)
         yield
     finally:
-        with anyio.CancelScope(shield=True):
-            await asyncio.shield(files(folder.release))
+        await to_its_end(files(folder.release), "streamtrain-release")

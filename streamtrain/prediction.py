@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import anyio
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from streamtrain.data.predicted import PredictedStore
 from streamtrain.data.source import Stream
 from streamtrain.data.stream import ZarrStream
 from streamtrain.data.values import Normalization
+from streamtrain.ending import to_its_end
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.evaluation import Evaluator
 from streamtrain.file_thread import file_thread
@@ -148,6 +148,11 @@ async def _writing(store: PredictedStore) -> AsyncGenerator[Callable[[Sequence[R
                 await last
             last = asyncio.create_task(files(partial(add, batches)), name="streamtrain-predict")
 
+        async def close() -> None:
+            if last is not None:
+                await asyncio.gather(last, return_exceptions=True)
+            await files(store.close)
+
         try:
             await files(store.open)
             yield write
@@ -155,10 +160,7 @@ async def _writing(store: PredictedStore) -> AsyncGenerator[Callable[[Sequence[R
                 await last
             await files(store.commit)
         finally:
-            with anyio.CancelScope(shield=True):  # a cancelled scope would leave what was written so far
-                if last is not None:
-                    await asyncio.gather(last, return_exceptions=True)
-                await asyncio.shield(files(store.close))
+            await to_its_end(close(), "streamtrain-predict-end")
 
 
 def _undoing(stream: Stream) -> Callable[[Any], Any]:

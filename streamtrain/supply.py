@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from streamtrain.data.batch import Batch
 from streamtrain.data.budget import BudgetHeld
 from streamtrain.data.source import Pass, Stream
+from streamtrain.ending import to_its_end
 from streamtrain.errors import UserCodeError
 
 T = TypeVar("T")
@@ -136,16 +137,7 @@ class Pumped:
     async def aclose(self) -> None:
         self._closing = True  # a source of the user's may swallow a cancellation
         self._task.cancel()
-        closing = asyncio.create_task(self._close(), name="streamtrain-close")
-        cancelled: asyncio.CancelledError | None = None
-        while not closing.done():  # whoever is cancelled meanwhile would leave the threads of the pass behind
-            try:
-                await asyncio.wait([closing])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        closing.result()
-        if cancelled is not None:
-            raise cancelled
+        await to_its_end(self._close(), "streamtrain-close")  # else the threads of the pass would be left behind
 
     async def _close(self) -> None:
         await asyncio.gather(self._task, return_exceptions=True)

@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, ClassVar, TypeVar
 
-import anyio
 import torch
 
+from streamtrain.ending import to_its_end
 from streamtrain.openmp import give_up_pool
 
 T = TypeVar("T")
@@ -126,11 +126,13 @@ class TrainThread:
             if self._users:
                 return
             TrainThread._shared = None
+        await to_its_end(self._joined(timeout), "streamtrain-train-end")
+
+    async def _joined(self, timeout: float) -> None:
         last = _Job(lambda: None)
         self._jobs.put(last)
         self._jobs.put(None)
-        with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it anew
-            await asyncio.wait([last.future], timeout=timeout)
+        await asyncio.wait([last.future], timeout=timeout)
         if last.future.done():
             self._thread.join()
         else:

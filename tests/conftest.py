@@ -27,7 +27,7 @@ JOINS = [
     ("streamtrain/data/zarr_lane.py", {"aclose"}),
     ("streamtrain/data/workers.py", {"joined"}),
     ("streamtrain/file_thread.py", {"_end"}),
-    ("streamtrain/threads.py", {"release"}),
+    ("streamtrain/threads.py", {"_joined"}),
 ]
 """Where a thread is joined on the loop after it has said that it is done: microseconds."""
 IMPORTS = [("<frozen importlib._bootstrap>", {"_find_and_load"}), ("linecache.py", {"updatecache"})]

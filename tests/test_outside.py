@@ -57,15 +57,21 @@ async def test_a_save_in_a_cancelled_scope_gives_the_folder_free(
         group.cancel_scope.cancel()
 
 
-async def test_a_save_cancelled_while_it_takes_the_folder_gives_it_free(
-    fitted: Trainer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("times", [1, 4], ids=["once", "again and again"])
+@pytest.mark.parametrize("where", ["lock", "commit"])
+async def test_a_save_that_is_cancelled_gives_the_folder_free(
+    fitted: Trainer, where: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(RunFolder.lock)
-    monkeypatch.setattr(RunFolder, "lock", lambda folder: slow(folder))
+    slow = Slow(RunFolder.lock if where == "lock" else checkpoint.commit)
+    if where == "lock":
+        monkeypatch.setattr(RunFolder, "lock", lambda folder: slow(folder))
+    else:
+        monkeypatch.setattr(checkpoint, "commit", slow)
     saving = asyncio.create_task(fitted.save_checkpoint())
     await slow.entered.wait()
-    saving.cancel()
-    await asyncio.sleep(0)
+    for _ in range(times):
+        saving.cancel()
+        await asyncio.sleep(0)
     slow.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await saving

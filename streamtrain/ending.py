@@ -1,0 +1,30 @@
+"""What has to be ended is ended, however often whoever ends it is cancelled meanwhile.
+
+Its law: a cancellation is raised, but later. A native `task.cancel()` may come twice, and anyio's again at each wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+
+async def to_its_end(work: Coroutine[Any, Any, T], name: str) -> T:
+    """`await work`, in a task of its own with this name; a cancellation that came meanwhile is raised afterwards."""
+    task = asyncio.create_task(work, name=name)
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
