@@ -60,10 +60,12 @@ async def file_thread(*, patience: float = 5.0, gone: asyncio.Future[None] | Non
 
 async def _ended(executor: DaemonExecutor, patience: float) -> None:
     last = asyncio.get_running_loop().run_in_executor(executor, lambda: None)
-    await asyncio.wait([last], timeout=patience)
-    if not last.done():
-        logger.error("a disk has not answered in time; the thread that waits for it is left behind")
-    _end(executor, wait=last.done())
+    try:
+        await asyncio.wait([last], timeout=patience)
+        if not last.done():
+            logger.error("a disk has not answered in time; the thread that waits for it is left behind")
+    finally:
+        _end(executor, wait=last.done())
 
 
 def _end(executor: DaemonExecutor, *, wait: bool) -> None:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 from streamtrain.callbacks.base import NEWS, hooks_of
+from streamtrain.ending import to_its_end
 from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError, named
 from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
 from streamtrain.threads import tell
@@ -360,15 +361,7 @@ class Bus:
                 await self.drain()
             except asyncio.CancelledError as caught:
                 cancelled = caught
-        closing = asyncio.create_task(self._close())
-        while not closing.done():
-            try:
-                await asyncio.shield(closing)
-            except asyncio.CancelledError as caught:
-                if closing.cancelled():
-                    raise
-                cancelled = caught
-        closing.result()
+        await to_its_end(self._close(), "streamtrain-callbacks-end")
         if cancelled is not None:
             raise cancelled
 
