@@ -17,6 +17,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.errors import CheckpointError, UserCodeError
+from streamtrain.run_folder import RunFolder
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
 
@@ -172,6 +173,11 @@ async def test_a_cancelled_fit_ends_whatever_hangs(
         assert "where it stands:" in caplog.text
         assert " in hang_here" in caplog.text
         assert "left behind" in caplog.text
+    if what != "a save":
+        assert "stays locked" not in caplog.text
+        again = RunFolder(tmp_path)
+        await asyncio.to_thread(again.lock)
+        await asyncio.to_thread(again.release)
 
 
 async def test_no_fit_goes_on_where_a_step_was_left_behind(
