@@ -43,6 +43,11 @@ class Checks:
                 hint="Give loss=, step=, override training_step, or a model that takes `labels` and returns its loss.",
             )
         self._learned_losses()
+        if sum(isinstance(callback, ModelCheckpoint) for callback in self._callbacks) > 1:
+            raise ConfigError(
+                "there are several ModelCheckpoints: a run's folder has one rule for when to save and what stays",
+                hint="Give one: every=, save_top_k= of monitor=, and keep_last= go together.",
+            )
         for callback in self._callbacks:
             self._watched(type(callback).__name__, watched(callback))
         if any(stream is train for stream in self._validation.values()):

@@ -1413,6 +1413,8 @@ async def test_more_is_refused_before_anything_is_written(tmp_path: Path, monkey
         await Trainer(network(), run_dir=run).fit(Samples())
     with pytest.raises(ConfigError, match="ModelCheckpoint needs a run_dir"):
         await trainer(callbacks=[ModelCheckpoint()]).fit(Samples())
+    with pytest.raises(ConfigError, match="several ModelCheckpoints"):
+        await trainer(run_dir=run, callbacks=[ModelCheckpoint(), ModelCheckpoint(every="1epoch")]).fit(Samples())
     with pytest.raises(ConfigError, match="CSVLogger needs a run_dir"):
         await trainer(callbacks=[CSVLogger()]).fit(Samples())
     monkeypatch.setenv("WORLD_SIZE", "2")
