@@ -9,7 +9,7 @@ import logging
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ class Life:
         check_own_rng(self.stream, state["own_rng"])
         gone = [name for name, own in state["callbacks"].items() if own and name not in self.callbacks]
         with ExitStack() as back:
-            self._load_callbacks(state["callbacks"], back)
+            self._load_callbacks(state["callbacks"], path, back)
             changed = self._go_to(state["stream"], path, allow_data_change=allow_data_change)
             back.pop_all()
         self._say_habits(state)
@@ -321,7 +321,7 @@ class Life:
         for difference in _differences(then, now):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
 
-    def _load_callbacks(self, states: Mapping[str, Any], back: ExitStack) -> None:
+    def _load_callbacks(self, states: Mapping[str, Any], path: Path, back: ExitStack) -> None:
         """Give the callbacks their states; `back` gives them those of now again, where another or the stream refuses
         its own."""
         for name, callback in self.callbacks.items():
@@ -330,7 +330,8 @@ class Life:
                 continue
             if has_state(callback):
                 back.callback(load, trees.clone(_state_of(name, callback)))
-            load(states[name])
+            with _taking_up(name, path):
+                load(states[name])
 
     def _go_to(self, position: Any, path: Path, *, allow_data_change: bool) -> bool:
         """Bring the stream to a position; whether it is of other data, on which the epoch begins anew."""
@@ -475,6 +476,21 @@ def has_state(callback: object) -> bool:
     """Whether a callback has a state of its own to keep."""
     own = getattr(type(callback), "state_dict", None)
     return own is not None and own is not Callback.state_dict
+
+
+@contextmanager
+def _taking_up(name: str, path: Path) -> Iterator[None]:
+    """Name the callback whose own code refuses the state that a checkpoint has of it."""
+    try:
+        yield
+    except (StreamtrainError, MemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())!s:.200}"
+        raise CheckpointError(
+            f"checkpoint {path}: callback {name} can't take up its state: load_state_dict raised {why}",
+            hint="Was it another version of it? --debug shows the line; without the callback the run goes on.",
+        ) from error
 
 
 def _state_of(name: str, callback: object) -> Tree:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamtrain import Trainer, checkpoint
+from streamtrain import Callback, Trainer, checkpoint
 from streamtrain.errors import CheckpointError, DataError
 from streamtrain.refusing import refusing
 from tests.engine import Samples, network
@@ -46,6 +46,25 @@ async def test_a_best_that_no_run_has_left_is_refused(tmp_path: Path) -> None:
     await asyncio.to_thread(checkpoint.commit, path, edited, replace=True)
     with pytest.raises(CheckpointError, match=r"its state can't be taken up: KeyError: 'bests'"):
         await trainer(tmp_path).fit(Samples(), max_epochs=2, resume="best")
+
+
+class Forgets(Callback):
+    """Has a state that it does not take up."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise KeyError("sight")
+
+
+async def test_a_callback_that_does_not_take_up_its_state_is_named(tmp_path: Path) -> None:
+    first, second = trainer(tmp_path), trainer(tmp_path)
+    first.callbacks.append(Forgets())
+    second.callbacks.append(Forgets())
+    await first.fit(Samples(), max_epochs=1)
+    with pytest.raises(CheckpointError, match=r"callback Forgets can't .*: load_state_dict raised KeyError: 'sight'"):
+        await second.fit(Samples(), max_epochs=2, resume="auto")
 
 
 def test_errors_of_ours_are_what_they_were_and_others_name_the_checkpoint() -> None:
