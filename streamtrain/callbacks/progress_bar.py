@@ -92,8 +92,9 @@ class Standing:
         return max(0, self.steps - last) * (ended - began) / (last - first)
 
     def epoch(self, now: Event) -> int:
-        """The epoch as people count; once all are finished, the last one."""
-        return min(now.epoch + 1, self.begin.max_epochs or now.epoch + 1)
+        """The epoch as people count; once all are finished, or more than are asked for now, the last one."""
+        last = self.begin.max_epochs
+        return now.epoch if last is not None and now.epoch >= last > 0 else now.epoch + 1
 
     def facts(self) -> list[str]:
         """What is shown, the most important first: a narrow terminal cuts the rest off."""

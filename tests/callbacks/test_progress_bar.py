@@ -85,6 +85,8 @@ def test_after_the_last_epoch_no_further_one_is_shown() -> None:
     ended = Standing(begin=TrainBegin(max_epochs=2), now=TrainEnd(epoch=2, step=8))
     assert ended.facts()[0] == "epoch 2/2"
     assert Standing(begin=TrainBegin(), now=TrainEnd(epoch=2)).facts()[0] == "epoch 3"
+    beyond = Standing(begin=TrainBegin(max_epochs=2), now=TrainEnd(epoch=5))
+    assert beyond.facts()[0] == "epoch 5/2"
 
 
 async def test_without_a_terminal_there_are_plain_lines() -> None:
