@@ -559,6 +559,7 @@ class Trainer:
         and of those that are unused, are said. Raises CheckpointError with a table of the differences if not all fit,
         or with `partial` if none does, and changes nothing then; ConfigError once the run has begun.
         """
+        resume.check(path, "load_weights: path")
         self._check_fresh()
         async with file_thread() as files, train_thread() as thread:
             checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints

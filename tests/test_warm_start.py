@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,3 +241,9 @@ async def test_tied_weights_of_an_average_count_under_each_of_their_names(tmp_pa
     average, weights = first.average, begun.model.state_dict()
     assert average is not None
     assert all(torch.equal(weights[name], value) for name, value in average.items())
+
+
+@pytest.mark.parametrize("path", [3, None, "", b""], ids=repr)
+async def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"load_weights: path must be 'auto', 'best' or a path, not "):
+        await Trainer(network(), nn.MSELoss(), device="cpu").load_weights(path)
