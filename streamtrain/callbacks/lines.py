@@ -8,6 +8,7 @@ of steps beyond the checkpoint are cut off before the first new one is written, 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import sys
@@ -28,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 GATHER = 0.1
 """Seconds for which lines gather before they are written together: one round trip to the thread for all of them."""
+
+RETRY = 1.0
+"""Seconds between two tries on a disk that is full."""
+MOST_WAITING = 10_000
+"""Lines that wait in memory for room on it; with more, or at the end of the fit, it is an error."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 Change = Callable[[Path], None]
 """Blocking work on the file between two lines, while it is not open."""
@@ -70,7 +77,10 @@ class LineFile:
             raise self._problem(error) from error
 
     def put(self, line: str) -> None:
-        """Write this line, newline included, soon. Raises if an earlier one could not be written, and says why."""
+        """Write this line, newline included, soon; once there is room, where the disk is full, which is said.
+
+        Raises if an earlier one could not be written, and says why.
+        """
         self._put(line)
 
     def change(self, change: Change) -> None:
@@ -141,8 +151,19 @@ class LineFile:
     async def _write_all(self, raw: _Raw, text: str) -> None:
         data = text.encode()
         self._size += len(data)
+        full = False
         while data:
-            data = data[await raw.write(data) :]
+            try:
+                data = data[await raw.write(data) :]
+            except OSError as error:
+                if error.errno not in _NO_ROOM or self._hurry.is_set() or len(self._waiting) > MOST_WAITING:
+                    raise
+                if not full:
+                    full = True
+                    logger.warning("%s can't be written: %s; its lines wait for room", self.path, error.strerror)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY):
+                        await self._hurry.wait()
 
     async def _reopen(self) -> None:
         raw = await aiofiles.open(self.path, "ab", buffering=0, executor=self._executor)

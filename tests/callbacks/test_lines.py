@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamtrain.callbacks import lines
 from streamtrain.callbacks.lines import LineFile, cut, rewrite
 from streamtrain.errors import EnvironmentProblem, StreamtrainError
 
@@ -77,6 +79,74 @@ async def test_after_a_failure_each_line_says_so_until_the_end(tmp_path: Path) -
         await file.close()
     with pytest.raises(EnvironmentProblem):
         file.put("a\n")
+    assert threads() == []
+
+
+class Full:
+    """A file whose disk is full after so many bytes, until it is `freed`."""
+
+    def __init__(self, file: LineFile, room: int) -> None:
+        assert file._raw is not None
+        self.raw, self.room, self.refused, self.freed = file._raw, room, asyncio.Event(), False
+        file._raw = self
+
+    async def write(self, data: bytes, /) -> int:
+        if not self.freed and not self.room:
+            self.refused.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = await self.raw.write(data if self.freed else data[: self.room])
+        self.room -= written
+        return written
+
+    async def close(self) -> None:
+        await self.raw.close()
+
+
+async def test_lines_wait_while_a_disk_is_full_and_none_is_torn_or_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "RETRY", 0.01)
+    file = await opened(tmp_path / "x")
+    full = Full(file, 3)
+    file.put("first\n")
+    await full.refused.wait()
+    file.put("second\n")
+    assert file.unwritten() == ["first\n", "second\n"]
+    full.refused.clear()
+    await full.refused.wait()
+    full.freed = True
+    await file.close()
+    assert (tmp_path / "x").read_text() == "first\nsecond\n"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{tmp_path / 'x'} can't be written: No space left on device; its lines wait for room"]
+
+
+async def test_lines_do_not_wait_for_room_beyond_the_end(tmp_path: Path) -> None:
+    file = await opened(tmp_path / "x")
+    full = Full(file, 0)
+    file.put("first\n")
+    await full.refused.wait()
+    with pytest.raises(EnvironmentProblem, match=r"/x can't be written: No space left"):
+        await file.close()
+    assert threads() == []
+
+
+async def test_no_more_lines_wait_for_room_than_memory_should_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "RETRY", 0.01)
+    monkeypatch.setattr(lines, "MOST_WAITING", 10)
+    file = await opened(tmp_path / "x")
+    full = Full(file, 0)
+    file.put("first\n")
+    await full.refused.wait()
+    for _ in range(11):
+        file.put("more\n")
+    assert file._writer is not None
+    await asyncio.wait([file._writer])
+    with pytest.raises(EnvironmentProblem, match=r"/x can't be written: No space left"):
+        file.put("one too many\n")
+    await file.close()
     assert threads() == []
 
 
