@@ -124,7 +124,15 @@ def place(value: object, name: str) -> Path | None:
         return None
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ConfigError(f"{name} must be a path, not {value!r:.80}")
-    return Path(os.path.abspath(os.fsdecode(value)))
+    path = os.fsdecode(value)
+    if path.partition("/")[0] == "~":
+        raise ConfigError(
+            f"{name} must be a path, not {path!r:.80}: what ~ stands for only a shell puts there",
+            hint="Give os.path.expanduser(path), or the whole path.",
+        )
+    if "\0" in path:
+        raise ConfigError(f"{name} must be a path, not {path!r:.80}")
+    return Path(os.path.abspath(path))
 
 
 def number(value: Any, name: str) -> float:

@@ -68,9 +68,15 @@ def check(resume: object, name: str = "resume") -> None:
 def refuse_unasked(checkpoints: Path, own: Collection[Path] = ()) -> None:
     """Raise ConfigError if there are checkpoints: whoever fits into this folder has to say what becomes of them.
 
-    Those that are the trainer's `own` are of the run that goes on.
+    Those that are the trainer's `own` are of the run that goes on. Raises EnvironmentProblem where it can't be read.
     """
-    found = sorted(set(checkpoints.glob("step-*")).difference(own)) if checkpoints.is_dir() else []
+    try:
+        found = sorted(set(checkpoints.glob("step-*")).difference(own)) if checkpoints.is_dir() else []
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the run folder {checkpoints.parent} can't be read: {error.strerror}",
+            hint="choose another run_dir, or mend its permissions",
+        ) from error
     names = [path.name for path in found]
     if names:
         raise ConfigError(

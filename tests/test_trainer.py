@@ -1294,6 +1294,12 @@ async def test_paths_that_are_none_are_named(tmp_path: Path) -> None:
         fitted.predict(Samples(), out=3)
 
 
+async def test_a_folder_that_no_disk_can_have_is_named(tmp_path: Path) -> None:
+    for resume in (None, "auto"):
+        with pytest.raises(EnvironmentProblem, match=r"the run folder .*xxx can't be .*: File name too long"):
+            await trainer(run_dir=tmp_path / ("x" * 300)).fit(Samples(), resume=resume)
+
+
 async def test_a_folder_with_checkpoints_wants_to_know_what_to_do(tmp_path: Path) -> None:
     await trainer(run_dir=tmp_path).fit(Samples())
     with pytest.raises(ConfigError, match="resume was not given") as caught:
@@ -1367,6 +1373,8 @@ async def test_another_model_or_optimizer_is_refused_with_a_table(tmp_path: Path
         ({"seed": 1 << 63}, "below 2\\^63"),
         ({"run_dir": 3}, "run_dir must be a path"),
         ({"run_dir": ""}, "run_dir must be a path"),
+        ({"run_dir": "a\0b"}, "run_dir must be a path"),
+        ({"run_dir": "~/runs"}, "only a shell puts there"),
         ({"fast_dev_run": "x"}, "fast_dev_run must be"),
         ({"fast_dev_run": 0}, "fast_dev_run must be"),
         ({"deterministic": "x"}, "deterministic must be true or false"),
