@@ -17,7 +17,7 @@ import numpy as np
 from zarr.abc.store import Store
 from zarr.storage import ObjectStore
 
-from streamtrain.data.fetch import FIRST_PAUSE, LONGEST_PAUSE, Heading, Range, one_line
+from streamtrain.data.fetch import DATED, FIRST_PAUSE, LONGEST_PAUSE, Heading, Range, one_line
 from streamtrain.data.filters import Bytes
 from streamtrain.errors import ConfigError, EnvironmentProblem
 
@@ -150,7 +150,10 @@ async def get(client: Client, key: str, wanted: Range, headed: Callable[[Heading
             raise NoBucket(str(error)) from error
         raise
     (start, stop), about = answer.range, answer.meta
-    headed(Heading(stop - start, about["size"], about["e_tag"]))
+    version = about["e_tag"]
+    if version is None and about["last_modified"].timestamp() > 0:  # 1970 stands for a server that tells no date either
+        version = f"{DATED}{about['last_modified']:%Y-%m-%d %H:%M:%S} UTC"
+    headed(Heading(stop - start, about["size"], version))
     return np.frombuffer(await answer.bytes_async(), dtype=np.uint8)  # type: ignore[call-overload,no-any-return]
 
 

@@ -39,7 +39,24 @@ class Heading:
     size: int | None
     """Bytes of the whole object, where the store tells."""
     version: str | None
-    """Changes with the object (an ETag), where the store tells."""
+    """Changes with the object, where the store tells: its ETag, which is weak if it begins with `W/`; without one DATED
+    and when it was last modified."""
+
+
+DATED = "dated "
+"""Begins what is known of a version by its date alone."""
+
+
+def tells(version: str | None) -> bool:
+    """Whether other bytes have another version: weak ETags may be the same for both, and dates for a second."""
+    return version is not None and not version.startswith(("W/", DATED))
+
+
+def differ(then: str | None, now: str | None) -> bool:
+    """Whether an object is another than it was, as far as ETags tell: weak ones too, by RFC 9110's weak comparison."""
+    if then is None or now is None or then.startswith(DATED) or now.startswith(DATED):
+        return False
+    return then.removeprefix("W/") != now.removeprefix("W/")
 
 
 class ByteSource(Protocol):

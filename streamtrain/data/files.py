@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 MADV_POPULATE_READ = 22
 """Linux 5.14: fault all pages in at once, with an error in place of a signal if the file is shorter."""
+TICK = 10_000_000
+"""Nanoseconds within which kernels before Linux 6.13 may date two changes alike (4 ms with most): what a file was just
+before the opening can't be told from what it becomes just after it by size and time."""
 SPARE_DESCRIPTORS = 256
 LARGE_CHUNK = 4 << 20
 """Chunks of this size cost no more by a map that is made anew each time than by pread; small ones cost twice as much
@@ -198,7 +201,8 @@ class StoreFiles:
                 return Version(("changed", self.opened_at), False)  # whoever opened it later may have kept that
             if os.path.realpath(path).startswith(self._inside):
                 self._noted(key, signature)  # what lies elsewhere is never seen, for `open` asks no more of what was
-        return Version((*signature, now.st_ctime_ns), self.settled(now))  # times of content can be set back, not this
+        lasting = now.st_mtime_ns < self.opened_at - TICK
+        return Version((*signature, now.st_ctime_ns), lasting)  # times of content can be set back, not this
 
     def settled(self, status: os.stat_result) -> bool:
         """Whether the file was not modified since this store was opened."""

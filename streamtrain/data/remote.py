@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -22,7 +23,16 @@ from numpy.typing import NDArray
 
 from streamtrain.data.decode import Decoder
 from streamtrain.data.described import GONE, METADATA, said_by
-from streamtrain.data.fetch import LONGEST_PAUSE, Fetcher, FetchFailed, FetchStatistics, Heading
+from streamtrain.data.fetch import (
+    DATED,
+    LONGEST_PAUSE,
+    Fetcher,
+    FetchFailed,
+    FetchStatistics,
+    Heading,
+    differ,
+    tells,
+)
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout, parse_shard_index
 from streamtrain.data.readers import ENCODED_SLACK, INDEX_CACHE_BYTES
@@ -30,6 +40,8 @@ from streamtrain.data.reading import ChunkUnreadable, Scratch, Version, chunk_er
 from streamtrain.data.remote_manifest import LateTrust
 from streamtrain.data.trust import Verify
 from streamtrain.data.zarr_lane import SERIALS, ZarrLoop
+
+logger = logging.getLogger(__name__)
 
 SEEN = 1 << 16
 """Of so many objects it is kept what they were."""
@@ -89,6 +101,7 @@ class RemoteReader:
         """What the array's metadata said when they were first asked for, and whether they say so still."""
         self._changed = False
         self._serial = next(SERIALS)
+        self._said_dated = False
 
     def vouch(self, verify: Verify) -> str | None:
         """Hold chunks against the array's manifest, if it has one: that is asked for with the first chunk."""
@@ -98,12 +111,12 @@ class RemoteReader:
     def version(self, chunk: Sequence[int]) -> Version | None:
         """What the object of a chunk was when it was first seen in this run; None where it was not seen.
 
-        Where its store tells no version, nobody else's is taken for the same.
+        Where its store tells no version, or one by which other bytes may go too, nobody else's is taken for the same.
         """
         seen = self._seen.get(self.layout.key(chunk))
         if seen is None:
             return None
-        return Version(seen, True) if seen[1] is not None else Version((*seen, self._serial), False)
+        return Version(seen, True) if tells(seen[1]) else Version((*seen, self._serial), False)
 
     def glance(self, chunk: Sequence[int]) -> Want:
         """The least that tells what the object of a chunk is: a byte of it, or a shard's index."""
@@ -309,13 +322,25 @@ class RemoteReader:
             raise ValueError("it is empty")
 
     def _same(self, key: str, heading: Heading) -> None:
-        """Raise ValueError if an object is not what it was when first seen."""
+        """Raise ValueError if an object is not what it was when first seen.
+
+        Of a date alone it is said once: some servers date each answer, or disagree behind one address.
+        """
         now = (heading.size, heading.version)
         known = self._seen.setdefault(key, now)
         if len(self._seen) > SEEN:
             self._seen.clear()
-        if any(a is not None and b is not None and a != b for a, b in zip(known, now, strict=True)):
+        if (None not in (known[0], now[0]) and known[0] != now[0]) or differ(known[1], now[1]):
             raise ValueError(f"it changed during the run: {_told(known)} before, {_told(now)} now")
+        if known[1] != now[1] and not self._said_dated and _dated(known[1]) and _dated(now[1]):
+            self._said_dated = True
+            logger.warning(
+                "%s may have changed during the run: %s before, %s now; nothing else tells its versions apart, and it "
+                "is read all the same, as others are",
+                self.fetcher.source.url(key),
+                _told(known),
+                _told(now),
+            )
 
     async def _check_absent(self, key: str, asking: Asking) -> None:
         """Raise ValueError if what is not there was there before, or if the array itself is no longer what it was.
@@ -348,8 +373,13 @@ def _nothing(heading: Heading) -> None:
     """Takes whatever comes."""
 
 
+def _dated(version: str | None) -> bool:
+    return version is not None and version.startswith(DATED)
+
+
 def _told(version: tuple[int | None, str | None]) -> str:
-    return f"{version[0]} bytes" + (f" of version {version[1]}" if version[1] is not None else "")
+    said = "" if version[1] is None else f" {'' if _dated(version[1]) else 'of version '}{version[1]}"
+    return f"{version[0]} bytes{said}"
 
 
 def fetch_statistics(readers: Iterable[object]) -> FetchStatistics | None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamtrain.data.fetch import REFUSALS, Fetcher, FetchFailed, Heading
+from streamtrain.data.fetch import REFUSALS, Fetcher, FetchFailed, Heading, differ
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ALONE, ArrayLayout
 from streamtrain.data.manifest import HEADER, HINT, PAGE, PLACE, RECORD, Pages, digest_of, unaddressable
@@ -181,7 +181,7 @@ def open_manifest(
 
     async def part(start: int, stop: int) -> Bytes:
         found = await _part(fetcher, key, start, stop)
-        if found.version != first.version:
+        if differ(first.version, found.version):
             raise ValueError("it changed during the run")
         assert found.data is not None
         return found.data

@@ -196,11 +196,18 @@ def made(arrays: Mapping[str, Mapping[str, Any]]) -> MemoryStore:
 
 
 class Files:
-    """A plain web server of the files below a folder, which knows ranges and lists nothing."""
+    """A plain web server of the files below a folder, which knows ranges and lists nothing.
+
+    `versions`: headers that tell them, of each file.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.versions: dict[str, str] = {"Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
+        outer = self
+
         class Handler(_FileHandler):
             root = folder
+            server_of = outer
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -216,6 +223,7 @@ class Files:
 
 class _FileHandler(BaseHTTPRequestHandler):
     root: Path
+    server_of: Files
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -234,7 +242,8 @@ class _FileHandler(BaseHTTPRequestHandler):
         if wanted is not None:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
         self.send_header("Content-Length", str(stop - start))
-        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        for header, value in self.server_of.versions.items():
+            self.send_header(header, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data[start:stop])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NEED = {
     "torch": ["finished", "iterable", "loader", "mix", "transform_processes", "transforming"],
-    "obstore": ["cloud", "disk_cache_far", "fetch"],
+    "obstore": ["cloud", "disk_cache_far", "fetch", "web"],
 }
 """Files of this folder that do not even load without a package; the others hold what the room itself needs."""
 LEFT_OUT = {package: files for package, files in NEED.items() if find_spec(package) is None}
@@ -43,3 +43,9 @@ def proxy(s3: str) -> Iterator[Proxy]:
     made = Proxy(s3)
     yield made
     made.close()
+
+
+@pytest.fixture
+def old_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that are opened right after they were written count as older: what was kept of them lasts."""
+    monkeypatch.setattr("streamtrain.data.files.TICK", 0)

@@ -35,6 +35,7 @@ from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 from tests.data import small
 from tests.data.stores import CASES, Case, chunks_of, part, within, write
 
+pytestmark = pytest.mark.usefixtures("old_files")
 ROWS, WIDTH, CHUNK = 640, 16, 64
 CHUNKS, CHUNK_BYTES = ROWS // CHUNK, CHUNK * WIDTH * 4
 
@@ -181,6 +182,18 @@ async def test_what_is_left_out_stays_fill(tmp_path: Path, folder: Path) -> None
 
 
 # ---- sources that change
+
+
+async def test_what_was_written_just_before_the_opening_is_kept_for_that_run_alone(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtrain.data.files.TICK", 3600 * 10**9)
+    path = store(tmp_path / "s.zarr")
+    for _ in range(2):
+        async with stream(path, folder) as source:
+            for _ in range(2):
+                await rows_of(source)
+            assert (told(source).misses, told(source).hits) == (CHUNKS, CHUNKS)
 
 
 async def test_a_chunk_that_was_written_anew_is_decoded_anew(tmp_path: Path, folder: Path) -> None:

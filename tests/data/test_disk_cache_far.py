@@ -16,6 +16,7 @@ from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import EnvironmentProblem
 from tests.data.cloud import Proxy, made, options, put
 
+pytestmark = pytest.mark.usefixtures("old_files")
 DATA = np.random.default_rng(0).integers(0, 1000, (600, 16)).astype(np.int32)
 CHUNK = 50
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ from streamtrain.data.cache import CacheStatistics
 from streamtrain.data.stream import ZarrStream
 from streamtrain.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("old_files")
 ROWS, WIDTH, CHUNK = 400, 8, 20
 CHUNKS = ROWS // CHUNK
 DATA: NDArray[np.float32] = np.arange(ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)
