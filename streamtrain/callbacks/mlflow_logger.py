@@ -7,6 +7,7 @@ stand there twice.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -21,6 +22,8 @@ from streamtrain.callbacks.once import Once
 from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import Log, TrainBegin, TrainEnd
 
+logger = logging.getLogger(__name__)
+
 _STRANGE = re.compile(r"[^\w\-. :/]")
 """What the name of a metric or parameter of theirs does not have."""
 _PARAMETERS, _TEXT = 100, 500
@@ -29,14 +32,13 @@ _PARAMETERS, _TEXT = 100, 500
 
 class MLflowLogger(Callback):
     """Logs to mlflow, into `experiment`, at `uri`; by default where MLFLOW_TRACKING_URI of the environment says, else
-    to `mlruns/` beside the run's folder.
+    to `mlruns/` beside the run's folder, or where mlflow takes no folder to the database `mlflow.db` there.
 
-    Newer versions of mlflow want a database (`sqlite:///mlflow.db`, with the whole package mlflow) or a server, and
-    refuse folders unless MLFLOW_ALLOW_FILE_STORE=true is set. The run's id is kept in checkpoints: a fit that goes on
-    continues its run, and a fresh start is a new one. A line that a killed life has sent after its last checkpoint is
-    not sent again. The trainer's configuration becomes its parameters. Needs mlflow
-    or mlflow-skinny (`pip install 'streamtrain[mlflow]'`): ConfigError without; EnvironmentProblem where it begins no
-    run.
+    Newer versions refuse folders unless MLFLOW_ALLOW_FILE_STORE=true is set. The run's id is kept in checkpoints: a fit
+    that goes on continues its run, and a fresh start is a new one. A line that a killed life has sent after its last
+    checkpoint is not sent again. The trainer's configuration becomes its parameters. Needs mlflow or mlflow-skinny, and
+    for a database alembic and SQLAlchemy (`pip install 'streamtrain[mlflow]'` brings all): ConfigError without mlflow;
+    EnvironmentProblem where it begins no run.
     """
 
     def __init__(self, experiment: str = "streamtrain", *, uri: str | None = None, name: str | None = None) -> None:
@@ -55,22 +57,35 @@ class MLflowLogger(Callback):
         if self._uri is None and event.run_dir is None:
             return
         folder = Path(event.run_dir or ".")
-        mlflow, entities = load("mlflow"), load("mlflow.entities")
-        self._metric = entities.Metric
-        try:
-            client = mlflow.MlflowClient(tracking_uri=self._uri or (folder.parent / "mlruns").absolute().as_uri())
-            if event.step and self._id:
-                client.update_run(self._id, status="RUNNING")
-            else:
-                self._id = self._begun(client, self._name or folder.name, event.config, entities.Param)
-        except Exception as error:
+        beside = folder.parent.absolute()
+        self._metric = load("mlflow.entities").Metric
+        places = [self._uri] if self._uri else [(beside / "mlruns").as_uri(), f"sqlite:///{beside / 'mlflow.db'}"]
+        refusals: list[Exception] = []
+        for place in places:
+            try:
+                self._client = self._opened(place, folder, event)
+                break
+            except Exception as error:
+                refusals.append(error)
+        else:
             raise EnvironmentProblem(
-                f"mlflow begins no run: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
-                hint="Give uri= of a server, or 'sqlite:///mlflow.db'; for a folder set MLFLOW_ALLOW_FILE_STORE=true.",
-            ) from error
-        self._client = client
+                f"mlflow begins no run: {'; nor in a database: '.join(map(_first_line, refusals))}",
+                hint="Give uri= of a server; a database needs what `pip install 'streamtrain[mlflow]'` brings; for a "
+                "folder set MLFLOW_ALLOW_FILE_STORE=true.",
+            ) from refusals[0]
+        if refusals:
+            logger.info("mlflow takes no folder: the run goes to %s (%s)", place, _first_line(refusals[0]))
         journal = None if event.run_dir is None else folder / ".mlflow-lines"
         self._once.begin(event.step, journal, key=self._id)
+
+    def _opened(self, uri: str, folder: Path, event: TrainBegin) -> Any:
+        """A client of what is there, with a run begun or gone on with."""
+        client = load("mlflow").MlflowClient(tracking_uri=uri)
+        if event.step and self._id:
+            client.update_run(self._id, status="RUNNING")
+        else:
+            self._id = self._begun(client, self._name or folder.name, event.config, load("mlflow.entities").Param)
+        return client
 
     def on_log(self, event: Log) -> None:
         """Log a line."""
@@ -110,6 +125,10 @@ class MLflowLogger(Callback):
         for begin in range(0, len(told), _PARAMETERS):
             client.log_batch(run, params=told[begin : begin + _PARAMETERS])
         return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

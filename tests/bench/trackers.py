@@ -1,4 +1,4 @@
-"""The trackers themselves: wandb offline and mlflow with a folder, killed with their run and resumed, again and again.
+"""The trackers themselves, wandb offline and mlflow in a folder and a database, killed with their run and resumed.
 
 They get an environment of their own, made once (`.venv-trackers`), with the newest versions of what our extras name,
 and with all that this one has beside it. A round is a run of some hundred steps, a line each, killed at three random
@@ -27,7 +27,7 @@ import run as environments
 from tests.bench.measure import Measure, Options
 from tests.flows.test_trackers import fit, killed, logged, stored
 
-TRACKERS = ("wandb-kept", "wandb-lost", "mlflow")
+TRACKERS = ("wandb-kept", "wandb-lost", "mlflow-folder", "mlflow-database")
 STEPS, KILLS = 150, 3
 
 
@@ -35,11 +35,12 @@ def run(options: Options) -> Iterator[Measure]:
     """Lines that are missing, and such as stand there twice or otherwise."""
     project = tomllib.loads((environments.ROOT / "pyproject.toml").read_text())["project"]
     wanted = [package for extra in ("wandb", "mlflow") for package in project["optional-dependencies"][extra]]
-    python = environments.environment(sys.executable, "trackers", wanted, needs="wandb, mlflow")
+    python = environments.environment(sys.executable, "trackers", wanted, needs="wandb, mlflow, alembic")
     (site,) = (python.parent.parent / "lib").glob("python*/site-packages")
     site.joinpath("beside.pth").write_text(sysconfig.get_path("purelib"))
-    environment = {**os.environ, "PYTHONPATH": str(environments.ROOT), "MLFLOW_ALLOW_FILE_STORE": "true"}
     for which in TRACKERS:
+        folders = str(which == "mlflow-folder").lower()
+        environment = {**os.environ, "PYTHONPATH": str(environments.ROOT), "MLFLOW_ALLOW_FILE_STORE": folders}
         with options.room() as room:
             rounds = 1 if options.quick else options.rounds
             command = [str(python), "-m", "tests.bench.trackers", str(room), which, str(rounds)]
@@ -52,7 +53,7 @@ def run(options: Options) -> Iterator[Measure]:
 
 def campaign(room: Path, which: str, rounds: int) -> dict[str, Any]:
     """What came of so many runs; in the environment that has the tracker."""
-    package = "mlflow-skinny" if which == "mlflow" else "wandb"
+    package = "mlflow-skinny" if which.startswith("mlflow") else "wandb"
     counts = {"kills": 0, "lines": 0, "missing": 0, "wrong": 0}
     for number in range(rounds):
         folder = Path(tempfile.mkdtemp(dir=room)) / "run"
@@ -62,8 +63,8 @@ def campaign(room: Path, which: str, rounds: int) -> dict[str, Any]:
         asyncio.run(fit(folder, which, steps=STEPS))
         told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         ours = [(row["step"], row["loss"]) for row in told if "loss" in row]
-        if which == "mlflow":
-            theirs = [(step, float(value)) for step, value in stored(folder)]
+        if which.startswith("mlflow"):
+            theirs = stored(folder)
         else:
             theirs = [(row["step"], row["loss"]) for row in logged(folder) if "loss" in row]
         steps = [step for step, _ in theirs]

@@ -5,6 +5,7 @@ mlflow itself is not needed: modules in its place note what they are told, in th
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -76,9 +77,11 @@ class Mlflow(ModuleType):
         self.__spec__ = ModuleSpec("mlflow", None)
         self.stores: dict[str, Store] = {}
         self.refusal: Exception | None = None
+        self.refused = ""
+        """How the addresses that are refused begin."""
 
     def MlflowClient(self, tracking_uri: str) -> Store:  # noqa: N802  (their name)
-        if self.refusal is not None:
+        if self.refusal is not None and tracking_uri.startswith(self.refused):
             raise self.refusal
         return self.stores.setdefault(tracking_uri, Store())
 
@@ -160,6 +163,20 @@ def test_names_and_sizes_are_what_theirs_take(mlflow: Mlflow) -> None:
     assert store.params[-1].key == "wörld_0_"
     assert max(len(param.value) for param in store.params) == 500
     assert max(store.batches) <= 100
+
+
+async def test_where_no_folder_is_taken_the_run_is_in_a_database_beside(
+    tmp_path: Path, mlflow: Mlflow, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    mlflow.refusal, mlflow.refused = RuntimeError("folders are refused"), "file:"
+    for steps in (10, 20):
+        await fit(tmp_path / "run", steps, MLflowLogger())
+    ((address, store),) = mlflow.stores.items()
+    assert address == f"sqlite:///{tmp_path}/mlflow.db"
+    assert [metric.step for metric in store.metrics if metric.key == "loss"] == list(range(2, 21, 2))
+    assert [*store.runs] == ["r0"]
+    assert "mlflow takes no folder: the run goes to sqlite:///" in caplog.text
 
 
 def test_a_store_that_refuses_is_an_error_with_what_to_do(mlflow: Mlflow) -> None:

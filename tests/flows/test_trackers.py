@@ -37,7 +37,7 @@ class Dies(Callback):
 
     def __init__(self, folder: Path, at: int, which: str) -> None:
         self.folder, self.at, self.which = folder, at, which
-        self.written = ".mlflow-lines" if which == "mlflow" else "metrics.jsonl"
+        self.written = ".mlflow-lines" if which.startswith("mlflow") else "metrics.jsonl"
 
     async def on_log(self, event: Log) -> None:
         if event.step == self.at and event.split == "train":
@@ -121,11 +121,13 @@ def test_tensorboard_csv_and_jsonl_have_each_step_once(
     assert int(first.split("step ")[1].split("/")[0]) >= int(begun[1])  # the bar goes on from where the run does
 
 
-def stored(folder: Path) -> list[tuple[int, str]]:
-    """What mlflow's folder has of the loss: (step, value) of each line."""
-    (path,) = (folder.parent / "mlruns").glob("*/*/metrics/loss")
-    rows = [line.split() for line in path.read_text().splitlines()]
-    return [(int(row[2]), row[1]) for row in rows]
+def stored(folder: Path) -> list[tuple[int, float]]:
+    """What mlflow has of the loss, as its client tells: step and value of each line."""
+    database = folder.parent / "mlflow.db"
+    uri = f"sqlite:///{database}" if database.exists() else (folder.parent / "mlruns").as_uri()
+    client = load("mlflow").MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("streamtrain").experiment_id])
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -155,11 +157,13 @@ def test_wandb_offline_has_each_line_once(folder: Path, which: str) -> None:
     assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in found] == told
 
 
-def test_mlflow_has_each_step_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs, of SQLAlchemy
+@pytest.mark.parametrize("which", ["mlflow-folder", "mlflow-database"])
+def test_mlflow_has_each_step_once(folder: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed: nothing real to be killed")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    killed(folder, "mlflow")
-    asyncio.run(fit(folder, "mlflow"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", str(which == "mlflow-folder").lower())
+    killed(folder, which)
+    asyncio.run(fit(folder, which))
     assert [step for step, _ in stored(folder)] == list(range(1, STEPS + 1))
 
 
