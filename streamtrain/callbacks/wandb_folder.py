@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 ENDING = 10.0
 """Seconds for which the process of a killed life is waited for, which writes what it still has; and `metrics.jsonl`."""
 
+EMPTY = ".empty"
+"""Ending of a file that was put aside."""
+
 Kind = frozenset[str]
 """The names of a line's metrics; lines of one kind have different steps."""
 
@@ -43,7 +47,28 @@ def kind_of(names: Iterable[str]) -> Kind:
 
 def offline(folder: Path, run: str) -> list[Path]:
     """The files of the lives of this run in a folder of wandb's, but that of the life whose `folder` it is."""
-    return [file for file in folder.parent.glob(f"offline-run-*-{run}*/run-{run}.wandb") if file.parent != folder]
+    places = folder.parent.glob(f"offline-run-*-{run}*")
+    files = [place / f"run-{run}.wandb{end}" for place in places if place != folder for end in ("", EMPTY)]
+    return [file for file in files if file.is_file()]
+
+
+def mend(files: Iterable[Path], record: Any) -> None:
+    """Cut off what a kill left torn at the end of files, and put those aside that it left without even the run's own
+    record: at either `wandb sync` gives up, and sends no folder after it."""
+    for file in files:
+        if file.suffix == EMPTY:
+            continue
+        if not any(kind == "run" for kind, _ in _messages(file, record)):
+            file.rename(file.with_name(file.name + EMPTY))
+            logger.info("%s holds nothing, and is put aside as %s", file, file.name + EMPTY)
+            continue
+        end = 0
+        with open(file, "rb") as opened:
+            for _ in records(opened):
+                end = opened.tell()
+        if torn := file.stat().st_size - end:
+            os.truncate(file, end)
+            logger.info("%s: %d bytes of a record that a kill has torn are cut off", file, torn)
 
 
 def missing(
@@ -121,14 +146,19 @@ def records(file: BinaryIO) -> Iterator[bytes]:
             yield bytes(parts)
 
 
-def _lines(file: Path, record: Any) -> Iterator[tuple[int, Kind]]:
-    """Step and kind of each of our lines that a file holds."""
+def _messages(file: Path, record: Any) -> Iterator[tuple[str, Any]]:
+    """Kind and message of each record of a file; the message is another one after the next."""
     message = record()
     with open(file, "rb") as opened:
         for data in records(opened):
             message.ParseFromString(data)
-            if message.WhichOneof("record_type") != "history":
-                continue
+            yield message.WhichOneof("record_type"), message
+
+
+def _lines(file: Path, record: Any) -> Iterator[tuple[int, Kind]]:
+    """Step and kind of each of our lines that a file holds."""
+    for kind, message in _messages(file, record):
+        if kind == "history":
             items = {item.key or "/".join(item.nested_key): item for item in message.history.item}
             if {"step", "epoch", "samples"} <= items.keys():  # a line of the log: no resources, no media
                 yield int(float(items["step"].value_json)), kind_of(items)

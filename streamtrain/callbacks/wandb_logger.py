@@ -18,7 +18,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.lines import APART
 from streamtrain.callbacks.needed import find, load
 from streamtrain.callbacks.once import Once
-from streamtrain.callbacks.wandb_folder import Kind, kind_of, missing, offline, reached, settle
+from streamtrain.callbacks.wandb_folder import Kind, kind_of, mend, missing, offline, reached, settle
 from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import Log, Media, TrainBegin, TrainEnd
 from streamtrain.media import Image, Table
@@ -35,8 +35,9 @@ class WandbLogger(Callback):
     fresh start is a new one. Offline each life has a folder of its own, and each line stands in one of them: what a
     `kill -9` took with it, for wandb holds lines back for a while, the next life logs again, from `metrics.jsonl` (but
     no media or resources). `wandb sync` of wandb 0.31 and later appends folder after folder to one run; that of older
-    ones lets each replace the one before, but with `--append`. Online, lines that a kill took are missing in theirs.
-    The configuration is the trainer's. What the program prints is not captured. Needs wandb (`pip install
+    ones lets each replace the one before, but with `--append`. Files that a kill left torn or empty, at which it would
+    give up, are cut to what is whole, or put aside. Online, lines that a kill took are missing in theirs. The
+    configuration is the trainer's. What the program prints is not captured. Needs wandb (`pip install
     'streamtrain[wandb]'`): ConfigError without; where a run can't be begun (no login, no network), EnvironmentProblem.
     """
 
@@ -130,11 +131,14 @@ class WandbLogger(Callback):
         if before not in {file.parent.name for file in files}:
             logger.warning("%s is gone from %s: what a kill took from it is not logged again", before, folder.parent)
             last = (last[0], [])
-        if not settle(files):
+        ended = settle(files)
+        if not ended:
             logger.warning("%s: a process of wandb still writes there: lines may stand there twice", folder.parent)
         record = load("wandb.proto.wandb_internal_pb2").Record
         try:
             self._there = reached(files, record)
+            if ended:
+                mend(files, record)
         except Exception as error:  # of a version whose files are others
             logger.warning("%s can't be read (%r): lines may be missing there, or stand there twice", before, error)
             return

@@ -3,7 +3,7 @@
 They get an environment of their own, made once (`.venv-trackers`), with the newest versions of what our extras name,
 and with all that this one has beside it. A round is a run of some hundred steps, a line each, killed at three random
 steps: for wandb once with all lines in its file, and once with those that it holds back lost. Each line of the log must
-stand in theirs once, with the values of `metrics.jsonl`, as their own readers tell.
+stand in theirs once, with the values of `metrics.jsonl`, as their own readers tell, and as `wandb sync` sends it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import run as environments
 from tests.bench.measure import Measure, Options
 from tests.flows.test_trackers import fit, killed, logged, stored
+from tests.flows.wandb_server import synced
 
 TRACKERS = ("wandb-kept", "wandb-lost", "mlflow-folder", "mlflow-database")
 STEPS, KILLS = 150, 3
@@ -67,6 +68,8 @@ def campaign(room: Path, which: str, rounds: int) -> dict[str, Any]:
             theirs = stored(folder)
         else:
             theirs = [(row["step"], row["loss"]) for row in logged(folder) if "loss" in row]
+            sent = synced(sorted((folder / "wandb").glob("offline-run-*")))
+            counts["wrong"] += [(row["step"], row["loss"]) for row in sent if "loss" in row] != theirs
         steps = [step for step, _ in theirs]
         counts["lines"] += len(ours)
         counts["missing"] += len({step for step, _ in ours} - set(steps))

@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtrain.callbacks.wandb_folder import kind_of, missing, offline, reached, records, settle
+from streamtrain.callbacks.wandb_folder import kind_of, mend, missing, offline, reached, records, settle
 
 TRAIN, VALID = kind_of(["loss"]), kind_of(["val_loss"])
 
@@ -76,6 +77,18 @@ def test_what_lies_behind_damage_does_not_count() -> None:
     whole[7 + 7 + 3 + 7] ^= 1
     assert list(records(io.BytesIO(whole))) == [b"one"]
     assert list(records(io.BytesIO(b"something else"))) == []
+
+
+@given(SIZES, st.data())
+def test_a_torn_end_is_cut_off_and_nothing_else(sizes: list[int], data: st.DataObject) -> None:
+    bodies = [b'["run", {}]', *(json.dumps(["x", {"y": "z" * size}]).encode() for size in sizes)]
+    whole = transaction_log(bodies)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "run-abc.wandb"
+        file.write_bytes(whole[: data.draw(st.integers(len(transaction_log(bodies[:1])), len(whole)))])
+        before = list(records(io.BytesIO(file.read_bytes())))
+        mend([file], Record)
+        assert file.read_bytes() == transaction_log(before)
 
 
 def test_the_last_step_of_each_kind_of_line_is_found_in_all_lives(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class Run:
 
     def leave(self, count: int) -> None:
         """Write so many lines to the file of an offline run."""
-        bodies = [json.dumps(["history", row]).encode() for row in self.logged[:count]]
+        begun = [b'["run", {}]'] if count else []  # before the first line reaches the disk nothing does
+        bodies = [*begun, *(json.dumps(["history", row]).encode() for row in self.logged[:count])]
         self.file.write_bytes(transaction_log(bodies))
 
 
@@ -143,7 +144,9 @@ async def test_offline_it_is_the_same_run_in_another_folder(
 
 
 @pytest.mark.parametrize("left", [0, 3, 7, 9], ids=["nothing", "some", "all", "more"])
-async def test_offline_each_line_stands_once_whatever_a_kill_took(tmp_path: Path, wandb: Wandb, left: int) -> None:
+async def test_offline_each_line_stands_once_whatever_a_kill_took(
+    tmp_path: Path, wandb: Wandb, left: int, caplog: pytest.LogCaptureFixture
+) -> None:
     await fit(tmp_path, 10, WandbLogger(mode="offline"))
     await fit(tmp_path, 14, WandbLogger(mode="offline"))
     (tmp_path / "checkpoints" / "step-000000014").rename(tmp_path / "lost")  # as if killed before its commit
@@ -154,6 +157,12 @@ async def test_offline_each_line_stands_once_whatever_a_kill_took(tmp_path: Path
     await fit(tmp_path, 20, WandbLogger(mode="offline"))
     told = [{k: v for k, v in row.items() if k not in ("time", "split")} for row in lines(tmp_path)]
     assert whole[:left] + wandb.runs[2].logged == told
+    aside = first.file.with_name(first.file.name + ".empty")
+    assert (aside.exists(), first.file.exists()) == (not left, bool(left))
+    (tmp_path / "checkpoints" / "step-000000020").rename(tmp_path / "lost too")
+    await fit(tmp_path, 22, WandbLogger(mode="offline"))  # what was put aside is none that is gone
+    assert [row["step"] for row in wandb.runs[3].logged if "loss" in row] == [22]
+    assert "is gone" not in caplog.text
 
 
 async def test_what_a_folder_that_is_gone_held_is_not_logged_again(
