@@ -70,6 +70,7 @@ class Driver:
         """The burst under way, and the one behind it; None of one that did not begin."""
         self._untold: deque[Report] = deque()
         """Counted, and not given back yet."""
+        self._batches: Supply | None = None
         self.waiting: float | None = None
         """Since when a batch is waited for, on `time.monotonic`'s clock."""
         self.waited = 0.0
@@ -89,7 +90,7 @@ class Driver:
             life.resumed = False
         elif not progress.batch:
             life.own_rng = own_rng.capture(self._stream)
-        source = supply(self._stream, limit=limit, runner=self._pull)
+        self._batches = source = supply(self._stream, limit=limit, runner=self._pull)
         try:
             if self._stream.pulls_inside:
                 if progress.batch and life.epoch_rng is not None:
@@ -169,8 +170,6 @@ class Driver:
         row.over = row.over or wanted()
         while len(self._flying) < 2 and not row.over:
             self._hand_over(batches, row)
-        if not self._flying:
-            batches.burst(None)
         return report
 
     def _hand_over(self, batches: Supply, row: _Row) -> None:
@@ -231,13 +230,19 @@ class Driver:
     async def _next(self) -> Report | None:
         """Wait for the burst under way, and count it."""
         await asyncio.wait([self._flying[0]])
-        report = self._flying.popleft().result()
+        return self._land()
+
+    def _land(self) -> Report | None:
+        """Count what a burst that is over has finished."""
+        over = self._flying.popleft()
+        if not self._flying and self._batches is not None:
+            self._batches.burst(None)
+        report = over.result()
         if report is not None:
-            self._land(report)
+            self._count(report)
         return report
 
-    def _land(self, report: Report) -> None:
-        """Count what a burst has finished."""
+    def _count(self, report: Report) -> None:
         progress = self._life.progress
         progress.step += report.updates
         progress.samples += report.samples
@@ -259,9 +264,8 @@ class Driver:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not self._flying[0].done():
                     break
-                report = self._flying.popleft().result()
+                report = self._land()
                 if report is not None:
-                    self._land(report)
                     self._untold.append(report)
         if self.gone.done() and self._thread.since is not None:
             self._life.left_behind = True

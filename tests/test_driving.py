@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.data.iterable import IterableStream, from_iterable
+from streamtrain.driving import Driver
 from streamtrain.events import BatchEnd, Log
 from streamtrain.tally import Report
 from streamtrain.telling import Teller
@@ -118,6 +119,24 @@ def test_nothing_is_made_ahead_of_a_save_that_waits_for_its_step(
         assert torch.equal(same, weights[step]), (path, step)
     rows = [row["step"] for row in lines(tmp_path / "run") if row["split"] == "train"]
     assert rows == [*range(1, 2001)]
+
+
+def test_a_supply_knows_that_no_burst_runs_whoever_waited_for_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it waits for the end of one where its own batches hold all memory."""
+    running: list[bool] = []
+    burst = Driver.burst
+
+    async def waited_for(driver: Driver, batches: Any, most: Any, **how: Any) -> Report | None:
+        report = await burst(driver, batches, most, **how)
+        if driver.ahead:
+            await driver.landed()  # as for a save in a hook
+            running.append(batches._running)
+        return report
+
+    monkeypatch.setattr(Driver, "burst", waited_for)
+    asyncio.run(trainer(network()).fit(Samples(8 * 2100), max_steps=2000))
+    assert running
+    assert not any(running)
 
 
 @pytest.mark.parametrize("log_every", [1, 7])
