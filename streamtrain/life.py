@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,7 +329,7 @@ class Life:
             if name not in states or load is None:
                 continue
             if has_state(callback):
-                back.callback(load, trees.clone(_state_of(name, callback)))
+                back.callback(_given_back, name, load, trees.clone(_state_of(name, callback)))
             with _taking_up(name, path):
                 load(states[name])
 
@@ -476,6 +476,14 @@ def has_state(callback: object) -> bool:
     """Whether a callback has a state of its own to keep."""
     own = getattr(type(callback), "state_dict", None)
     return own is not None and own is not Callback.state_dict
+
+
+def _given_back(name: str, load: Callable[[Any], object], state: Tree) -> None:
+    """What goes wrong here is logged: why it was refused is what the user gets."""
+    try:
+        load(state)
+    except Exception:
+        logger.exception("callback %s does not take back the state that it had", name)
 
 
 @contextmanager

@@ -123,18 +123,24 @@ def test_a_signal_that_saves_does_not_stop(capfd: pytest.CaptureFixture[str]) ->
     assert (len(one.control.take().saves), one.control.stopping, watch.signum) == (1, None, 0)
 
 
-async def test_a_signal_that_saves_after_the_fits_end_saves_nothing_and_says_so(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_signal_that_saves_after_the_fits_end_saves_nothing_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     one = trainer()
-    one.control.bind()
-    one.control.unbind()
+
+    async def fit() -> None:
+        one.control.bind()
+        one.control.unbind()
+
+    asyncio.run(fit())
     with Watch(grace=60) as watch:
         watch.begins(one)
         signal.raise_signal(signal.SIGUSR1)
         wait_for(lambda: "SIGUSR1: the fit has ended: nothing more is saved" in told(capfd))
-    one.control.bind()
-    assert one.control.take().saves == []
+
+    async def again() -> None:
+        one.control.bind()
+        assert one.control.take().saves == []
+
+    asyncio.run(again())
 
 
 def test_a_signal_that_asks_where_it_stands_is_answered_and_nothing_else(
