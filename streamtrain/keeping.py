@@ -204,12 +204,14 @@ class Keeper:
         return await self._thread.run(lambda: self._life.snapshot(state, copier))
 
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
-        """What the deciders answer; a checkpoint made meanwhile is of before, and the life that loads it asks again."""
-        self._life.asked = {} if self.saver is None else self._life.deciders()
-        try:
-            return await self.attend(self._teller.ask(hook, kind, **fields))
-        finally:
-            self._life.asked = {}
+        """What the deciders answer; a checkpoint made meanwhile, or after an error in it, is of before, and the life
+        that loads it tells and asks all again."""
+        if self.saver is not None:
+            taken_in = await self._settled()
+            self._life.asked = self._life.states(has_state if taken_in else _decides)
+        answers = await self.attend(self._teller.ask(hook, kind, **fields))
+        self._life.asked = {}
+        return answers
 
     async def attend(self, telling: Coroutine[Any, Any, T], *, unless: Callable[[], bool] = lambda: False) -> T:
         """Wait for callbacks; a save for which one of their hooks waits is made meanwhile, else both wait for ever.
@@ -234,11 +236,12 @@ class Keeper:
             await asyncio.wait([told])
         return told.result()
 
-    async def _settled(self) -> None:
-        """Let callbacks that have a state take in what was told; one that lags is not waited for long."""
+    async def _settled(self) -> bool:
+        """Let callbacks that have a state take in what was told, and whether they have; one that lags is not waited for
+        long."""
         drained = asyncio.create_task(self._bus.drain(has_state))
         await asyncio.wait([drained], timeout=_PATIENCE)
-        drained.cancel()
+        return not drained.cancel()
 
     def check(self) -> None:
         """Raise the error of saves that failed too often."""
@@ -337,6 +340,11 @@ class Keeper:
         rule = None if self.saver is None else self.saver.rule
         others = [callback for callback in self._life.callbacks.values() if callback is not rule]
         return any(getattr(other, "decides", False) and getattr(other, "restore_best", True) for other in others)
+
+
+def _decides(callback: object) -> bool:
+    """Whether a callback is a decider."""
+    return bool(getattr(callback, "decides", False))
 
 
 def _at_once(requests: Sequence[Save]) -> list[Save]:

@@ -155,7 +155,8 @@ class Life:
     told_restored: bool = False
     """That was said."""
     asked: dict[str, Tree] = field(default_factory=dict)
-    """While deciders are asked: their states of before, for the next life asks them again."""
+    """While deciders are asked, and where that failed: the callbacks' states of before, for the next life tells and
+    asks again."""
     left_behind: bool = False
     """A job that hangs was left behind: it may go on some day, and nobody counts what it makes of the weights."""
 
@@ -204,10 +205,10 @@ class Life:
                 hint="load_checkpoint() the last one first; where there is none, begin anew.",
             )
 
-    def deciders(self) -> dict[str, Tree]:
-        """Copies of the deciders' states."""
-        deciders = {name: callback for name, callback in self.callbacks.items() if getattr(callback, "decides", False)}
-        return {name: trees.clone(_state_of(name, callback)) for name, callback in deciders.items()}
+    def states(self, only: Callable[[object], bool]) -> dict[str, Tree]:
+        """Copies of the states of the callbacks that `only` picks."""
+        picked = {name: callback for name, callback in self.callbacks.items() if only(callback)}
+        return {name: trees.clone(_state_of(name, callback)) for name, callback in picked.items()}
 
     def check(self) -> None:
         """Raise CheckpointError if anything here can't be kept in a checkpoint."""

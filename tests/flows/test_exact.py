@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain import checkpoint
+from streamtrain import checkpoint, driving
 from streamtrain import state as trees
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
@@ -259,11 +259,13 @@ def fits(how: How, way: str) -> bool:
 
 @pytest.mark.timeout(600)
 @settings(max_examples=6, deadline=None)
-@given(how=HOWS, ends=ENDS, last=LIVES)
+@given(how=HOWS, ends=ENDS, last=LIVES, alone=st.sampled_from([driving.ALONE, frozenset()]))
 def test_a_run_that_was_ended_is_the_undisturbed_one(
-    store: Path, how: How, ends: list[tuple[str, int, With]], last: With
+    store: Path, how: How, ends: list[tuple[str, int, With]], last: With, alone: frozenset[str]
 ) -> None:
-    with tempfile.TemporaryDirectory() as room:
+    """Also where bursts follow each other without a word of the loop's, as on an accelerator."""
+    with tempfile.TemporaryDirectory() as room, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driving, "ALONE", alone)
         whole, broken = Path(room, "whole"), Path(room, "broken")
         run(lambda: fitted(store, made(whole, how, With()), how, With()))
         for way, step, life in ends:
@@ -271,6 +273,18 @@ def test_a_run_that_was_ended_is_the_undisturbed_one(
             run(functools.partial(ended, store, broken, how, life, way, step))
         run(lambda: fitted(store, made(broken, how, last), how, last))
         assert differences(kept(whole), kept(broken)) == []
+
+
+@pytest.mark.parametrize("step", [9, 10])
+def test_an_error_that_an_epochs_end_meets_leaves_the_epochs_end_to_the_next_life(
+    store: Path, tmp_path: Path, step: int
+) -> None:
+    """For all who keep a state: they were told already when it came up."""
+    how, life = How(), With(memory="16MiB", save_every=2)
+    run(lambda: fitted(store, made(tmp_path / "whole", how, life), how, life))
+    run(lambda: ended(store, tmp_path / "broken", how, life, "raise", step))
+    run(lambda: fitted(store, made(tmp_path / "broken", how, life), how, life))
+    assert differences(kept(tmp_path / "whole"), kept(tmp_path / "broken")) == []
 
 
 RICH = How(
