@@ -140,7 +140,8 @@ def many(arrays: int, files: int) -> MemoryStore:
 @pytest.mark.parametrize(("arrays", "files", "looks"), [(1, 100, 8), (1, 5, 5), (20, 50, 60), (70, 2, 70)])
 def test_however_large_the_data_few_files_are_looked_at(arrays: int, files: int, looks: int) -> None:
     store = Asked(many(arrays, files))
-    ZarrStream(store, inputs=[f"x{n}" for n in range(arrays)], batch_size=1, memory="64MiB").state_dict()
+    names = [f"x{n}" for n in range(arrays)]
+    ZarrStream(store, inputs=names, batch_size=1, memory="64MiB", output="numpy").state_dict()
     assert sum("/c/" in key for key in store.keys) == looks
     assert sum(PLACE in key for key in store.keys) == arrays
 
@@ -150,9 +151,9 @@ def test_what_cant_be_had_is_not_known_and_no_reason_not_to_open(
     wrong: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    first = ZarrStream(many(1, 9), inputs=["x0"], batch_size=1).state_dict()
+    first = ZarrStream(many(1, 9), inputs=["x0"], batch_size=1, output="numpy").state_dict()
     store = Asked(many(1, 9), lambda key: wrong if "/c/" in key else None)
-    other = ZarrStream(store, inputs=["x0"], batch_size=1, retries=0, read_timeout=0.4)
+    other = ZarrStream(store, inputs=["x0"], batch_size=1, output="numpy", retries=0, read_timeout=0.4)
     other.load_state_dict(first)
     assert other.state_dict()["of"]["contents"] == {}
     assert "changed values may go unnoticed" in caplog.text
