@@ -9,7 +9,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from streamtrain.errors import CheckpointError, DataError, StreamtrainError, Use
 from streamtrain.freezing import Freezing
 from streamtrain.optimizer_state import load_by_name, loadable, names_of, signature, state_by_name
 from streamtrain.progress import Progress
-from streamtrain.refusing import refusing
+from streamtrain.refusing import refusing, refusing_for
 from streamtrain.rng import Rng, RngState
 from streamtrain.rollback import Rollback
 from streamtrain.schedulers import LearningRate, get_lr, set_group_lr
@@ -331,7 +331,7 @@ class Life:
                 continue
             if has_state(callback):
                 back.callback(_given_back, name, load, trees.clone(_state_of(name, callback)))
-            with _taking_up(name, path):
+            with refusing_for(name, path):
                 load(states[name])
 
     def _go_to(self, position: Any, path: Path, *, allow_data_change: bool) -> bool:
@@ -485,21 +485,6 @@ def _given_back(name: str, load: Callable[[Any], object], state: Tree) -> None:
         load(state)
     except Exception:
         logger.exception("callback %s does not take back the state that it had", name)
-
-
-@contextmanager
-def _taking_up(name: str, path: Path) -> Iterator[None]:
-    """Name the callback whose own code refuses the state that a checkpoint has of it."""
-    try:
-        yield
-    except (StreamtrainError, MemoryError):
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())!s:.200}"
-        raise CheckpointError(
-            f"checkpoint {path}: callback {name} can't take up its state: load_state_dict raised {why}",
-            hint="Was it another version of it? --debug shows the line; without the callback the run goes on.",
-        ) from error
 
 
 def _state_of(name: str, callback: object) -> Tree:
