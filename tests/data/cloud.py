@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import zarr
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from zarr.storage import MemoryStore
+
+from tests.loopback import Loopback
 
 CREDENTIALS = {"access_key_id": "testing", "secret_access_key": "testing", "region": "us-east-1"}
 Fault = Callable[[str, int], str | float | None]
@@ -30,7 +32,7 @@ def sound(path: str, before: int) -> str | float | None:
     return None
 
 
-class Proxy:
+class Proxy(Loopback):
     """Hands requests on to another server, records them, and answers some wrongly."""
 
     def __init__(self, upstream: str) -> None:
@@ -46,22 +48,11 @@ class Proxy:
         self.at_once = self.most_at_once = 0
         self.connections = 0
         """Open ones."""
-        outer = self
-
-        class Handler(_Handler):
-            proxy = outer
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
+        super().__init__(_Handler, proxy=self)
 
     def close(self) -> None:
         self.ended.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().close()
 
     def count(self, path: str) -> int:
         """Requests for this path before."""
@@ -195,7 +186,7 @@ def made(arrays: Mapping[str, Mapping[str, Any]]) -> MemoryStore:
     return store
 
 
-class Files:
+class Files(Loopback):
     """A plain web server of the files below a folder, which knows ranges and lists nothing.
 
     `versions`: headers that tell them, of each file.
@@ -203,22 +194,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.versions: dict[str, str] = {"Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
-        outer = self
-
-        class Handler(_FileHandler):
-            root = folder
-            server_of = outer
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(_FileHandler, root=folder, server_of=self)
 
 
 class _FileHandler(BaseHTTPRequestHandler):

@@ -9,34 +9,21 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from tests.loopback import Loopback
 
-class Server:
+
+class Server(Loopback):
     """On loopback, until `close`."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         """Of the run's history."""
-        outer = self
-
-        class Handler(_Handler):
-            server_of = outer
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(_Handler, server_of=self)
 
     def streamed(self, files: dict[str, Any]) -> None:
         """Lines of files, each from the line on that is told: what stood there is written over."""
