@@ -144,7 +144,8 @@ class Evaluator:
             try:
                 if flying is not None and not flying.done():
                     either: set[asyncio.Future[Any]] = {flying} if gone is None else {flying, gone}
-                    await to_its_end(_either(either), "streamtrain-burst-end")
+                    ended = asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                    await to_its_end(ended, "streamtrain-burst-end")
             finally:
                 await batches.aclose()
 
@@ -168,10 +169,6 @@ class Evaluator:
                     problem = explained(error, batch, "in evaluation")
                     raise problem from problem.__cause__
         return made, time.perf_counter() - began
-
-
-async def _either(futures: set[asyncio.Future[Any]]) -> None:
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _supply(stream: Stream, thread: TrainThread, rng: Rng, limit: int | None) -> Supply:
