@@ -29,8 +29,8 @@ from streamtrain.tally import Report
 from streamtrain.threads import TrainThread
 
 ALONE = frozenset({"cpu"})
-"""Devices on which bursts have the loop's word between them: what it does meanwhile would take their cores. Measured on
-two cores: no faster at 0.4 ms a step, a twentieth slower at 10 ms."""
+"""Devices on which bursts have the loop's word between them: what it does meanwhile would take their cores, and the
+interpreter's lock (`python -m tests.bench overhead` has both ways)."""
 
 
 class _Row:
@@ -76,6 +76,7 @@ class Driver:
         self._untold: deque[Report] = deque()
         """Counted, and not given back yet."""
         self._batches: Supply | None = None
+        """Of the epoch under way."""
         self.waiting: float | None = None
         """Since when a batch is waited for, on `time.monotonic`'s clock."""
         self.waited = 0.0
@@ -155,9 +156,7 @@ class Driver:
         """Whether bursts are under way, or were counted and not given back yet."""
         return bool(self._flying or self._untold)
 
-    async def burst(
-        self, batches: Supply, most: Callable[[], int | None], *, wanted: Callable[[], bool]
-    ) -> Report | None:
+    async def burst(self, most: Callable[[], int | None], *, wanted: Callable[[], bool]) -> Report | None:
         """The next burst, counted; an error that ended it is in the report, to be raised once what came before is told.
         None: it was not to begin any more.
 
@@ -169,16 +168,19 @@ class Driver:
         if not self.ahead:
             updates = most()
             self._row = _Row(self._life, None if updates is None else self._life.step.step + updates)
-            self._hand_over(batches, self._row)
+            self._hand_over(self._row)
         row = self._row
         assert row is not None
         report = self._untold.popleft() if self._untold else await self._next()
         row.over = row.over or not self._overlaps or wanted()
         while len(self._flying) < 2 and not row.over:
-            self._hand_over(batches, row)
+            self._hand_over(row)
         return report
 
-    def _hand_over(self, batches: Supply, row: _Row) -> None:
+    def _hand_over(self, row: _Row) -> None:
+        batches = self._batches
+        assert batches is not None
+
         def job() -> Report | None:
             try:
                 row.over = row.over or (row.begun and self._door.pending)

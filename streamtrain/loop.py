@@ -6,7 +6,7 @@
         go to the epoch's order; tell that it begins
         while the epoch has batches:
             run a burst of updates on the train thread, to the nearest of 20 ms, the next save or validation, the end
-            tell the batches and the lines of the log, while the next burst runs unless it is time for something
+            tell the batches and the lines of the log (on an accelerator the next burst runs meanwhile)
             unless the epoch has ended: validate and save if it is time
             do what was asked for: learning rate, saves, pause
         if it ended: tell its means, validate, ask the deciders, step the learning rate, stop or save as they say
@@ -123,7 +123,7 @@ class Wheel:
         updated = False
         async with driver.batches() as batches:
             while driver.ahead or await self._ready(batches):
-                report = await driver.burst(batches, self._most_updates, wanted=self._wanted)
+                report = await driver.burst(self._most_updates, wanted=self._wanted)
                 if report is not None:
                     await self._tell(report)
                     updated = updated or report.updates > 0

@@ -763,8 +763,15 @@ class Trainer:
             self._saver = saver
             teller = Teller(life, plan, bus, thread, status=status.write, notes=self._notes)
             assert self._gone is not None
-            how: dict[str, Any] = {"deterministic": options.deterministic, "gone": self._gone}
-            driver = Driver(life, plan, thread, door=self.control, device=options.device, **how)
+            driver = Driver(
+                life,
+                plan,
+                thread,
+                door=self.control,
+                device=options.device,
+                deterministic=options.deterministic,
+                gone=self._gone,
+            )
             stack.enter_context(Watchdog(options.watchdog, lambda: self._busy(thread, bus, saver, driver)))
             wheel = Wheel(
                 life,

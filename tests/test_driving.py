@@ -17,6 +17,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.data.iterable import IterableStream, from_iterable
 from streamtrain.driving import Driver
 from streamtrain.events import BatchEnd, Log
+from streamtrain.supply import Pumped
 from streamtrain.tally import Report
 from streamtrain.telling import Teller
 from streamtrain.trainer import Trainer
@@ -132,11 +133,12 @@ def test_a_supply_knows_that_no_burst_runs_whoever_waited_for_the_last_one(monke
     running: list[bool] = []
     burst = Driver.burst
 
-    async def waited_for(driver: Driver, batches: Any, most: Any, **how: Any) -> Report | None:
-        report = await burst(driver, batches, most, **how)
+    async def waited_for(driver: Driver, most: Any, **how: Any) -> Report | None:
+        report = await burst(driver, most, **how)
         if driver.ahead:
             await driver.landed()  # as for a save in a hook
-            running.append(batches._running)
+            assert isinstance(driver._batches, Pumped)
+            running.append(driver._batches._running)
         return report
 
     monkeypatch.setattr(Driver, "burst", waited_for)
