@@ -28,7 +28,7 @@ from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.progress_bar import ProgressBar
 from streamtrain.data.batch import Batch
 from streamtrain.data.stream import ZarrStream
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import DataError, EnvironmentProblem
 from streamtrain.events import ValidationEnd
 from streamtrain.metrics import Accuracy
 from streamtrain.progress import FitResult
@@ -232,10 +232,16 @@ def prepare(mask: Path, world: Path, recipe: Recipe) -> Path:
 
 
 def true_map(world: Path) -> NDArray[np.bool_]:
-    """The land of the world, thinned out to a picture's size."""
-    array: Any = zarr.open_array(world, mode="r")
-    down, right = array.shape[0] // PICTURE[0], array.shape[1] // PICTURE[1]
-    lines = [array[line][right // 2 :: right] for line in range(down // 2, array.shape[0], down)]
+    """The land of the world, thinned out to a picture's size. Raises DataError where zarr can't read it."""
+    try:
+        array: Any = zarr.open_array(world, mode="r")
+        down, right = array.shape[0] // PICTURE[0], array.shape[1] // PICTURE[1]
+        lines = [array[line][right // 2 :: right] for line in range(down // 2, array.shape[0], down)]
+    except Exception as error:  # zarr's codecs raise what they like
+        raise DataError(
+            f"{world} can't be read: {type(error).__name__}: {error}",
+            hint=f"streamtrain verify {world} --deep names what is damaged; without it the demo writes it again.",
+        ) from error
     return ~np.stack(lines)
 
 

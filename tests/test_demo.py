@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def test_it_learns_draws_and_says_where_to_look(out: Path, capsys: pytest.Captur
     assert "finished: 80 steps" in shown
     assert demonstrate(out) == 0
     assert "finished: 80 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_damaged_world_is_an_error_of_the_data_wherever_it_is_met(
+    out: Path, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = out / "world-quick.zarr"
+    whole, copied = world.resolve(), out / "copy.zarr"
+    shutil.copytree(whole, copied)
+    world.unlink()
+    copied.rename(world)
+    shard = sorted(path for path in (world / "c").rglob("*") if path.is_file())[number]
+    data = bytearray(shard.read_bytes())
+    for at in range(len(data) // 4, len(data) // 2):
+        data[at] ^= 0xFF
+    shard.write_bytes(data)
+    assert demonstrate(out) == 3
+    told = capsys.readouterr().err
+    assert "internal error" not in told
+    assert f"verify {world}" in told or "damaged" in told
 
 
 def test_a_picture_that_can_t_be_written_is_the_environments_problem_and_it_carries_on(
