@@ -1,19 +1,16 @@
-"""The trainer: checks what it is given, puts the parts together and sets the wheel turning.
+"""The trainer: what people give, read, override and call.
 
-Its law: all that can be refused is refused before anything is written, and when `fit` returns or raises nothing of it
-is left running.
+Its law: all that can be refused is refused before anything is written. What a fit does is in `fitting`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import os
 import signal
-import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,26 +24,18 @@ from streamtrain import outside, resume, signals, stacks
 from streamtrain.callbacks.bus import Bus
 from streamtrain.callbacks.defaults import with_defaults
 from streamtrain.callbacks.json_logger import JSONLogger
-from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
-from streamtrain.checks import Checks
-from streamtrain.compiling import CompileSpec, find_compiler, parse_compile
+from streamtrain.compiling import CompileSpec, parse_compile
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
 from streamtrain.data.handing import loop_runs
 from streamtrain.data.iterable import as_stream
-from streamtrain.data.source import Stream
 from streamtrain.device import resolve_device
-from streamtrain.disk import LOCAL, Disk
-from streamtrain.driving import Driver
-from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem
+from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.evaluation import Evaluator
-from streamtrain.failure import standing
-from streamtrain.file_thread import Files, file_thread
+from streamtrain.file_thread import file_thread
+from streamtrain.fitting import Fit, Run
 from streamtrain.freezing import FreezeSpec, parse_freeze
-from streamtrain.grace import saving_on_cancel
-from streamtrain.keeping import Keeper, last_weights
-from streamtrain.life import Life
-from streamtrain.loop import Wheel
+from streamtrain.keeping import last_weights
 from streamtrain.notes import Notes
 from streamtrain.optimizers import OptimizerSpec, check_lr
 from streamtrain.options import (
@@ -71,20 +60,15 @@ from streamtrain.options import (
 from streamtrain.outcome import called, custom_outputs
 from streamtrain.overfitting import same_batches
 from streamtrain.parts import Parts, UserSteps
-from streamtrain.plan import planned
 from streamtrain.prediction import Predictions
 from streamtrain.progress import FitResult, Progress
 from streamtrain.resume import Resume
 from streamtrain.run_folder import RunFolder
-from streamtrain.saving import Saver
 from streamtrain.schedulers import LearningRate, SchedulerSpec
-from streamtrain.status_file import StatusFile
-from streamtrain.streams import Streams, behind, named_streams, serves_one_epoch
+from streamtrain.streams import Streams, named_streams
 from streamtrain.tasks import Losses
-from streamtrain.telling import Teller
-from streamtrain.threads import TrainThread, train_thread
+from streamtrain.threads import train_thread
 from streamtrain.under_training import training
-from streamtrain.watchdog import Busy, Watchdog
 
 __all__ = ["FitResult", "Trainer"]
 
@@ -167,7 +151,6 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         refuse_later(strategy=strategy)
-        self._progress = Progress()
         self.control = Control()
         options = self._options = Options(
             step=function(step, "step"),
@@ -201,24 +184,6 @@ class Trainer:
         self.run_dir = None if options.dev else folder
         """The run's folder; None where nothing is written."""
         self.callbacks = with_defaults(callbacks, self.run_dir, dev=bool(options.dev))
-        self._notes = Notes(self._progress)
-        self._fitting = self._allow_data_change = False
-        self._gone: asyncio.Future[None] | None = None
-        """Of the fit that runs: settled once nobody is to wait any more for what hangs."""
-        self._bus: Bus | None = None
-        """While the wheel turns."""
-        self._lasting: Life | None = None
-        self._disk: Disk = LOCAL
-        self._saver: Saver | None = None
-        """While the wheel turns."""
-        self._checkpoint: Path | None = None
-        self._saved: set[Path] = set()
-        """The checkpoints of its folder that were saved outside of a fit."""
-        self._loaded: Mapping[str, Any] | None = None
-        """The state of a checkpoint from which no fit has gone on yet."""
-        self._origin: Path | None = None
-        """That checkpoint."""
-        self._position: tuple[Stream, dict[str, Any]] | None = None
         self._parts = Parts(
             model,
             loss,
@@ -233,6 +198,10 @@ class Trainer:
                 validation=self._overridden("validation_step"),
             ),
         )
+        state = Progress()
+        self._run = Run(self._parts, state, self.control, Notes(state))
+        self._fit: Fit | None = None
+        """The one that runs."""
 
     def _overridden(self, name: str) -> Callable[..., Any] | None:
         """The method of a subclass in place of ours; None if it has none."""
@@ -246,7 +215,7 @@ class Trainer:
 
         Elsewhere it is of the last burst that was told; a training step is given the update before its own, exactly.
         """
-        now, step = self._progress, None if self._lasting is None else self._lasting.step
+        now, step = self._run.state, None if self._run.life is None else self._run.life.step
         made = None if step is None else step.made_here()
         if step is None or made is None:
             return now
@@ -286,7 +255,7 @@ class Trainer:
     @property
     def checkpoint(self) -> Path | None:
         """The last committed checkpoint of this trainer's fits, or the one that it went on from; None before."""
-        return self._checkpoint if self._saver is None else self._saver.last or self._checkpoint
+        return (None if self._fit is None else self._fit.saved) or self._run.checkpoint
 
     @property
     def evaluator(self) -> Evaluator:
@@ -375,9 +344,8 @@ class Trainer:
         *,
         allow_data_change: bool,
     ) -> FitResult:
-        if self._fitting:
+        if self._fit is not None:
             raise ConfigError("fit is running already", hint="One fit at a time for each trainer.")
-        self._fitting = True
         try:
             epochs, steps, time = given["max_epochs"], given["max_steps"], given["max_time"]
             limits = Limits(
@@ -388,17 +356,21 @@ class Trainer:
             train, streams = as_stream(stream), named_streams(validation)
             if self._options.overfit is not None:
                 train = same_batches(train, self._options.overfit)
-            checks = Checks(self._parts, self.callbacks, streams)
-            checks.arguments(train, limits, resume, self.run_dir)
-            self._allow_data_change = allow_data_change
-            self.control.bind(self._hasten)
-            self._gone = asyncio.get_running_loop().create_future()
+            self._fit = Fit(
+                self._run,
+                train,
+                streams,
+                limits,
+                resume,
+                callbacks=self.callbacks,
+                run_dir=self.run_dir,
+                allow_data_change=allow_data_change,
+            )
             with training(self.model):
-                fit = self._fit(train, streams, limits, resume, checks)
-                return await saving_on_cancel(fit, self._end_cancelled, self._options.grace, self._leave)
+                return await self._fit.run()
         finally:
-            self.control.unbind()
-            self._fitting, self._bus, self._saver = False, None, None
+            self._fit = None
+            self.control.unbind()  # where it was refused too: it had been called for
 
     train = fit
 
@@ -452,9 +424,9 @@ class Trainer:
         With a `run_dir`, and outside of `fit`, its log gets a line of the means (split "test").
         """
         values = await outside.evaluate(self._parts, stream, "test_")
-        if self.run_dir is not None and not self._fitting:
+        if self.run_dir is not None and self._fit is None:
             numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-            await outside.log(RunFolder(self.run_dir, disk=self._disk), self.callbacks, self.state, numbers)
+            await outside.log(RunFolder(self.run_dir, disk=self._run.disk), self.callbacks, self.state, numbers)
         return values
 
     def predict(
@@ -505,7 +477,7 @@ class Trainer:
             else:
                 saved.set_exception(error or CheckpointError("the fit ended before it was saved"))
 
-        if self._fitting:
+        if self._fit is not None:
             self.control.save(Save(target, done))
             return await saved
         return await self._save_outside(target)
@@ -514,18 +486,18 @@ class Trainer:
         if self.optimizer is None:
             raise ConfigError("the model has parameters whose size only the first batch tells: nothing to save yet")
         bus, limits = Bus(self.callbacks), Limits(max_steps=1)
-        life = self._lasting or self._parts.life(None, self.state, bus, self.control, limits)
+        life = self._run.life or self._parts.life(None, self.state, bus, self.control, limits)
         if target is None and (kept := last_weights(life)) is not None:
             return kept
         position: Any = None
-        if self._loaded is not None:
-            life.go_on(self._loaded)
-            position = self._loaded["stream"]
-        elif self._position is not None:  # where the fit ended: somebody else may have read the stream since
-            position = self._position[1]
-        made = await outside.save(self._parts, life, position, target, self.run_dir, disk=self._disk)
+        if self._run.loaded is not None:
+            life.go_on(self._run.loaded)
+            position = self._run.loaded["stream"]
+        elif self._run.position is not None:  # where the fit ended: somebody else may have read the stream since
+            position = self._run.position[1]
+        made = await outside.save(self._parts, life, position, target, self.run_dir, disk=self._run.disk)
         if target is None:
-            self._saved.add(made)
+            self._run.saved.add(made)
         return made
 
     async def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -541,14 +513,14 @@ class Trainer:
         resume.check(path, "load_checkpoint: path")
         self._check_idle()
         async with file_thread() as files, train_thread() as thread:
-            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk).checkpoints
-            found = await files(lambda: resume.find(checkpoints, path, disk=self._disk))
+            checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir, disk=self._run.disk).checkpoints
+            found = await files(lambda: resume.find(checkpoints, path, disk=self._run.disk))
             if found is None:
                 raise CheckpointError(f"there is no checkpoint in {checkpoints}", hint="Give the path of one.")
             where, snapshot = found
             self._check_idle()
             await thread.run(lambda: self._parts.load(where, snapshot, self.state))
-            self._lasting, self._position, self._loaded, self._origin = None, None, snapshot.state, where
+            self._run.life, self._run.position, self._run.loaded, self._run.origin = None, None, snapshot.state, where
 
     async def load_weights(self, path: str | os.PathLike[str], *, partial: bool = False) -> None:
         """Begin a run with the weights alone of a checkpoint: its path, a run's folder (the newest), or what
@@ -563,18 +535,18 @@ class Trainer:
         self._check_fresh()
         async with file_thread() as files, train_thread() as thread:
             checkpoints = _NOWHERE if self.run_dir is None else RunFolder(self.run_dir).checkpoints
-            where, weights = await files(lambda: resume.weights(checkpoints, path, disk=self._disk))
+            where, weights = await files(lambda: resume.weights(checkpoints, path, disk=self._run.disk))
             self._check_fresh()
             await thread.run(lambda: self._parts.begin_with(weights, where, partial=partial))
 
     def _check_idle(self) -> None:
         """To be asked once more when a checkpoint is read: a fit may have begun meanwhile."""
-        if self._fitting:
+        if self._fit is not None:
             raise ConfigError("load_checkpoint() while fit runs", hint="Stop it first, and fit with resume=path.")
 
     def _check_fresh(self) -> None:
         """The same for weights."""
-        if self._fitting or self.state.step:
+        if self._fit is not None or self.state.step:
             raise ConfigError(
                 f"load_weights() after {self.state.step} steps of the run: it begins with other weights, or not at all",
                 hint="Make a new Trainer, or load_checkpoint() to go on from one.",
@@ -589,7 +561,7 @@ class Trainer:
         `lr`, `step`, `epoch`, `samples`, `time`, `split`. Another name that the run logs itself (`grad_norm`, what the
         step returns) stays the run's, which is said once.
         """
-        self._notes.metrics(values)
+        self._run.notes.metrics(values)
 
     def log_media(self, values: Mapping[str, Any]) -> None:
         """Log images, tables and histograms by name, as of the last finished update; they are copied right here.
@@ -599,7 +571,7 @@ class Trainer:
         TensorBoard and wandb show them; without such a logger they lie in `media/` in the run's folder. Outside of a
         fit they wait for the next one. Raises ConfigError, and logs nothing, for what is none of them.
         """
-        self._notes.media(values)
+        self._run.notes.media(values)
 
     def stop(self, detail: str = "") -> None:
         """End the fit after the current update, and save.
@@ -626,243 +598,6 @@ class Trainer:
     def set_lr(self, lr: float) -> None:
         """Bring the first group's learning rate to `lr` after the current update, the others in proportion."""
         self.control.set_lr(check_lr(lr))
-
-    # --- the parts ---
-
-    def _limited(self, limits: Limits, *, found: bool) -> Limits:
-        """The limits, or their default: one epoch, or one more within this process."""
-        if limits.none or self._options.dev:
-            return Limits(max_epochs=1 if found else self.state.epoch + 1)
-        return limits
-
-    def _end_cancelled(self, fit: asyncio.Task[FitResult]) -> None:
-        """End a cancelled fit: by a stop where there are steps to save, at once where there are none yet."""
-        self.control.stop("cancelled", "the task was cancelled", within=self._options.grace)
-        if self._bus is None:
-            fit.cancel()
-
-    def _leave(self) -> None:
-        """Nobody waits any more for a disk or a step that does not return."""
-        if self._gone is not None and not self._gone.done():
-            self._gone.set_result(None)
-
-    async def _leave_weights(self, thread: TrainThread) -> None:
-        if self._gone is not None and not self._gone.done():  # else a step hangs, before which no job comes
-            await thread.run(self._parts.leave)
-
-    def _hasten(self) -> None:
-        """Where the end has a deadline callbacks have half of the time: the other half is for a save that waited."""
-        stop = self.control.stopping
-        if self._bus is not None and stop is not None and stop.deadline is not None:
-            self._bus.hurry(max(0.0, stop.deadline - time.monotonic()) / 2)
-
-    async def _fit(
-        self, train: Stream, streams: dict[str, Stream], limits: Limits, resume_from: Resume, checks: Checks
-    ) -> FitResult:
-        """Open, lock, restore, turn the wheel; closed again in the opposite order."""
-        async with AsyncExitStack() as stack:
-            files = await stack.enter_async_context(file_thread(gone=self._gone))
-            folder = None if self.run_dir is None else RunFolder(self.run_dir, disk=self._disk)
-            if folder is not None and resume_from is None and not self.state.step:
-                await files(lambda: resume.refuse_unasked(folder.checkpoints, self._saved))
-            context = contextvars.copy_context()  # torch keeps its configuration there
-            await files(lambda: context.run(find_compiler, self._options.compile, self._options.device))
-            for stream in (train, *streams.values()):
-                await stream.open()
-            checks.lengths(train, self._limited(limits, found=False))
-            if folder is not None:
-                stack.push_async_callback(_unlock, files, folder)
-                await files(folder.lock)
-                await files(lambda: (folder.path / "error.json").unlink(missing_ok=True))
-            before = self._lasting
-            try:
-                return await self._turn(train, streams, limits, resume_from, files, folder, checks)
-            except Exception as error:
-                if folder is not None:
-                    failure, life = error, None if self._lasting is before else self._lasting
-                    try:
-                        await files(lambda: self._write_down(folder, failure, life))
-                    except Exception as problem:  # whatever it is: the error itself is what the user gets
-                        logger.warning("error.json is not written: %s: %s", type(problem).__name__, problem)
-                raise
-
-    def _write_down(self, folder: RunFolder, error: Exception, life: Life | None) -> None:
-        """`error.json`; `life`: none where it had not begun."""
-        folder.write_error(error, None if life is None else standing(life, folder.path, self._checkpoint))
-
-    async def _turn(
-        self,
-        train: Stream,
-        streams: dict[str, Stream],
-        limits: Limits,
-        resume_from: Resume,
-        files: Files,
-        folder: RunFolder | None,
-        checks: Checks,
-    ) -> FitResult:
-        options, parts = self._options, self._parts
-        checkpoints = None if folder is None else folder.checkpoints
-        found = None
-        if checkpoints is not None and resume_from is not None:
-            found = await files(lambda: resume.find(checkpoints, resume_from, disk=self._disk))
-        if found is None and self._lasting is not None:
-            self._lasting.check_whole()
-        async with AsyncExitStack() as stack:
-            thread = await stack.enter_async_context(train_thread(self._gone))
-            bus = await stack.enter_async_context(Bus(self.callbacks, grace=options.grace))
-            train.follow(True)
-            stack.callback(train.follow, False)
-            await parts.prepare(train, thread)
-            await thread.run(lambda: parts.begin(resumed=found is not None))
-            stack.push_async_callback(self._leave_weights, thread)
-            limits = self._limited(limits, found=found is not None)
-            life = await thread.run(lambda: parts.life(train, self.state, bus, self.control, limits))
-            checks.scheduler(life.lr)
-            if folder is not None:
-                life.check()
-                await thread.run(life.try_loading)
-            if found is not None:
-                path, snapshot = found
-                other = self._allow_data_change
-                await thread.run(lambda: life.restore(snapshot, path, checkpoints, allow_data_change=other))
-                again = 0 if folder is None else await files(lambda: resume.repeated(folder.path, self.state.step))
-                more = f"; {again} steps that were made after it are repeated" if again else ""
-                logger.info("going on from %s at step %d%s", path, self.state.step, more)
-                if life.ended is not None:
-                    logger.info("it had ended by early stopping (%s): a larger patience lets it go on", life.ended[1])
-                self._checkpoint, self._loaded = path, None
-                del found, snapshot
-                await checks.validations(thread, life)
-                if checkpoints is not None and resume_from != "auto":
-                    await files(partial(resume.set_newer_aside, checkpoints, path, self.state.step, disk=self._disk))
-            else:
-                path, origin = None, None if self._loaded is None else self._origin
-                self._go_on(train, life)
-                if origin is not None:
-                    self._checkpoint = origin
-                if checkpoints is not None and origin is not None:
-                    await files(partial(resume.set_newer_aside, checkpoints, origin, self.state.step, disk=self._disk))
-            self._lasting = life
-            plan = planned(
-                options,
-                limits,
-                train,
-                streams,
-                thaws=() if parts.freezing is None else tuple(parts.freezing.steps()),
-                fresh=path is None and not self.state.step,
-                places={
-                    "run_dir": None if folder is None else str(folder.path),
-                    "resumed_from": None if path is None else str(path),
-                },
-            )
-            status = StatusFile(files, folder)
-            stack.push_async_callback(status.written)
-            saver = None
-            if checkpoints is not None:
-                saver = Saver(checkpoints, self._rule(), files, before=self._checkpoint, disk=self._disk)
-            self._saver = saver
-            teller = Teller(life, plan, bus, thread, status=status.write, notes=self._notes)
-            assert self._gone is not None
-            driver = Driver(
-                life,
-                plan,
-                thread,
-                door=self.control,
-                device=options.device,
-                deterministic=options.deterministic,
-                gone=self._gone,
-            )
-            stack.enter_context(Watchdog(options.watchdog, lambda: self._busy(thread, bus, saver, driver)))
-            wheel = Wheel(
-                life,
-                plan,
-                validation=streams,
-                evaluator=parts.evaluator,
-                control=self.control,
-                thread=thread,
-                driver=driver,
-                teller=teller,
-                keeper=Keeper(
-                    life,
-                    saver,
-                    teller=teller,
-                    bus=bus,
-                    thread=thread,
-                    control=self.control,
-                    files=files,
-                    disk=self._disk,
-                    landed=driver.landed,
-                ),
-                patience=options.watchdog or None,
-            )
-            self._bus = bus
-            self._hasten()
-            try:
-                reason, detail = await wheel.turn()
-            except Exception:
-                if saver is not None and saver.busy:  # it was waited for as long as it may be
-                    self._leave()
-                raise
-            finally:
-                if life.switch is not None and not self._gone.done():
-                    await thread.run(life.switch.judge)
-                if saver is not None:
-                    await saver.end()
-                    self._checkpoint = saver.last or self._checkpoint
-                self._position = (train, train.state_dict())
-        state = self.state
-        return FitResult(
-            reason, detail, state.epoch, state.step, state.samples, dict(life.metrics), state.best, self._checkpoint
-        )
-
-    def _busy(self, thread: TrainThread, bus: Bus, saver: Saver | None, driver: Driver) -> Iterator[Busy]:
-        """What has begun and is not over, for the watchdog."""
-        yield from bus.busy()
-        if (since := thread.since) is not None:  # read once: its thread may end the job meanwhile
-            yield Busy("a job of the train thread", since, thread="streamtrain-train")
-        if saver is not None and saver.busy:
-            yield Busy(f"the save of step {saver.step}", saver.since, thread="streamtrain-files-0")
-        if driver.waiting is not None:
-            yield Busy("the next batch of the training stream", driver.waiting, task="streamtrain-supply")
-
-    def _go_on(self, train: Stream, life: Life) -> None:
-        """Where the last fit of this process ended in the middle of an epoch: continue there."""
-        if self._loaded is not None and self._origin is not None:
-            life.check_go_on(self._loaded, self._origin)
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None and life.go_on(loaded):
-            return
-        if self._lasting is not None:
-            life.restores, life.weights = self._lasting.restores, self._lasting.weights
-            life.restored, life.told_restored = self._lasting.restored, self._lasting.told_restored
-            life.step.take_over(self._lasting.step)
-        last, state = self._position or (None, {})
-        if last is not None and behind(last) is behind(train) and self.state.batch:
-            if serves_one_epoch(train) and not hasattr(behind(train), "load_state_dict"):
-                raise ConfigError(
-                    f"this {type(behind(train)).__name__} was begun by an earlier fit: what it read ahead is gone",
-                    hint="Give something that can be iterated again, or a new iterator: the epoch begins anew with it.",
-                )
-            train.load_state_dict(state)
-            if self._lasting is not None:  # the order that a synchronous source drew, and the epoch's sums
-                life.epoch_rng, life.own_rng, life.resumed = self._lasting.epoch_rng, self._lasting.own_rng, True
-                life.step.tally.epoch = self._lasting.step.tally.epoch
-                life.metrics = self._lasting.metrics
-        elif self.state.batch:
-            logger.warning(
-                "another stream: epoch %d begins anew, with batches that may have been trained on", self.state.epoch
-            )
-            self.state.batch, self.state.owes, self.state.verdicts = 0, "", []
-
-    def _rule(self) -> ModelCheckpoint:
-        return next(callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint))
-
-
-async def _unlock(files: Files, folder: RunFolder) -> None:
-    try:
-        await files(folder.release)
-    except EnvironmentProblem as problem:
-        logger.error("%s stays locked until this process ends: %s", folder.path, problem)
 
 
 async def _means_of_training(fit: Coroutine[Any, Any, FitResult]) -> dict[str, float]:

@@ -88,8 +88,8 @@ async def test_the_average_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
     assert same(again.model, model)
     assert averages(again, averaged)
     loaded = trainer()
-    assert again._checkpoint is not None
-    await loaded.load_checkpoint(again._checkpoint)
+    assert again._run.checkpoint is not None
+    await loaded.load_checkpoint(again._run.checkpoint)
     assert averages(loaded, averaged)
 
 

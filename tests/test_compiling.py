@@ -78,8 +78,8 @@ async def test_a_forward_that_is_compiled_again_and_again_is_said_once(caplog: p
 async def test_the_time_that_compiling_takes_is_not_an_updates() -> None:
     fitted = trainer()
     await fitted.fit(Samples(96), max_steps=1)
-    assert fitted._lasting is not None
-    assert fitted._lasting.step.seconds == 0.0
+    assert fitted._run.life is not None
+    assert fitted._run.life.step.seconds == 0.0
 
 
 async def test_a_machine_without_a_compiler_is_told_before_anything_is_written(
@@ -224,7 +224,7 @@ async def test_what_is_kept_of_cuda_graphs_is_copied_before_their_next_run(
         fitted = Predicting(network(), step=graphs.step, compile=spec, seed=5, device="cpu", **options)
         await fitted.fit(Samples(96), validation=Samples(24, seed=2), max_epochs=1)
         assert graphs.marks == (12 // accumulate + 2 + 3 if spec else 0)  # two of the sanity check
-        results.append(await fitted.validate(Samples(24)) | dict(fitted._lasting.metrics if fitted._lasting else {}))
+        results.append(await fitted.validate(Samples(24)) | dict(fitted._run.life.metrics if fitted._run.life else {}))
         predictions.append([each["made"].clone() async for each in fitted.predict(Samples(24))])
     assert results[0] == results[1]
     assert all(torch.equal(a, b) for a, b in zip(*predictions, strict=True))

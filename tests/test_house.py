@@ -49,7 +49,7 @@ callbacks.spool callbacks.sending callbacks.remote_logger callbacks.wandb_folder
 callbacks.mlflow_logger
 callbacks.model_checkpoint callbacks.defaults saving
 parts checks keeping driving outside failure
-loop
+loop fitting
 trainer
 config_tables said config assembly watch inspection peers bench fit_command run_commands importing demo proof
 complaints cli

@@ -113,8 +113,8 @@ async def test_what_a_life_before_did_not_keep_is_not_said_to_have_changed(
 ) -> None:
     fitted = trainer(tmp_path / "a")
     await fitted.fit(Samples(), max_steps=3)
-    assert fitted._lasting is not None
-    del fitted._lasting.habits["batch_size"]
+    assert fitted._run.life is not None
+    del fitted._run.life.habits["batch_size"]
     path = await fitted.save_checkpoint(tmp_path / "old")
     await trainer(tmp_path / "b").fit(Samples(), max_steps=6, resume=path)
     assert "resumed with" not in caplog.text
@@ -123,7 +123,7 @@ async def test_what_a_life_before_did_not_keep_is_not_said_to_have_changed(
 async def test_a_checkpoint_of_before_losses_were_told_goes_on(tmp_path: Path) -> None:
     fitted = trainer(tmp_path)
     await fitted.fit(Samples(), max_steps=3)
-    life = fitted._lasting
+    life = fitted._run.life
     assert life is not None
     del life.settings["loss"]
     path = await fitted.save_checkpoint(tmp_path / "old")

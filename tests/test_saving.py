@@ -91,7 +91,7 @@ class Failing(LocalDisk):
 def on(disk: Disk, run: Path, recorder: Recorder) -> Trainer:
     callbacks = [ModelCheckpoint(every="3steps"), recorder]
     made = Trainer(network(), nn.MSELoss(), run_dir=run, callbacks=callbacks, seed=5, device="cpu")
-    made._disk = disk
+    made._run.disk = disk
     return made
 
 
@@ -277,7 +277,7 @@ async def test_a_save_under_way_is_waited_for_where_the_weights_are_torn(
         callbacks=[ModelCheckpoint(every="3steps")],
         device="cpu",
     )
-    trainer._disk = disk
+    trainer._run.disk = disk
     with pytest.raises(UserCodeError, match="torn"):
         await trainer.fit(Samples())
     assert await asyncio.to_thread(problems, tmp_path / "checkpoints") == {"step-000000003": None}

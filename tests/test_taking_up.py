@@ -152,7 +152,7 @@ async def test_a_checkpoint_that_is_not_loaded_has_changed_nothing(tmp_path: Pat
     with pytest.raises(CheckpointError, match="forged"):
         await again.load_checkpoint(path)
     assert alike(before, standing(again, stream))
-    assert again._loaded is None
+    assert again._run.loaded is None
 
 
 async def test_what_was_not_forged_is_taken_up_both_ways(tmp_path: Path) -> None:

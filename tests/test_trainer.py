@@ -1951,10 +1951,10 @@ async def test_a_second_fit_goes_on_with_what_is_usual_of_norms() -> None:
     """As a resumed one does: it is said at once, not only when 20 more norms were seen."""
     fitted, stream = trainer(gradient_clip_norm=1.0), Samples(400)
     await fitted.fit(stream, max_steps=25)
-    assert fitted._lasting is not None
-    before = fitted._lasting.step.spikes.state_dict()
+    assert fitted._run.life is not None
+    before = fitted._run.life.step.spikes.state_dict()
     await fitted.fit(stream, max_steps=26)
-    assert fitted._lasting.step.spikes.state_dict()["norms"][:25] == before["norms"]
+    assert fitted._run.life.step.spikes.state_dict()["norms"][:25] == before["norms"]
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["known", "lazy"])

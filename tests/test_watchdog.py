@@ -5,11 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
-
 from streamtrain.callbacks.bus import Bus
-from streamtrain.trainer import Trainer
-from tests.engine import network
+from streamtrain.fitting import busy
 
 
 class Ending:
@@ -26,5 +23,4 @@ class Ending:
 def test_a_job_that_ends_while_it_is_told_was_one_that_had_begun() -> None:
     ending: Any = Ending()
     idle: Any = SimpleNamespace(waiting=None)
-    busy = Trainer(network(), nn.MSELoss(), device="cpu")._busy(ending, Bus(()), None, idle)
-    assert [each.since for each in busy] == [1.0]
+    assert [each.since for each in busy(ending, Bus(()), None, idle)] == [1.0]

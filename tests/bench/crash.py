@@ -315,7 +315,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
 
 async def _fit(disk: Disk, folder: Path) -> nn.Module | Exception:
     trainer = Trainer(network(), nn.MSELoss(), run_dir=folder, callbacks=[ModelCheckpoint(every="5steps")], seed=5)
-    trainer._disk = disk
+    trainer._run.disk = disk
     try:
         await trainer.fit(Samples(), max_epochs=2)
     except Exception as error:
