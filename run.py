@@ -2,7 +2,7 @@
 """The two commands: `python3 run.py demo` and `python3 run.py test` make `.venv` where needed and go on in it.
 
 Law: only the standard library, and no state but `.venv` (and `.venv-3.12`, `.venv-3.13`, where the room without torch
-is tested with the newest zarr and numpy). The stamp in `.venv` is written last and names everything
+is tested with the newest zarr and numpy, and `.venv-torch-2.6.0` and the like). The stamp in `.venv` is written last and names everything
 that the environment was made from; an environment without the right stamp is made anew.
 """
 
@@ -55,12 +55,15 @@ USAGE = """usage: python3 run.py demo [options of `streamtrain demo`]   learn th
        python3 run.py test [options of pytest]               run the tests, in two processes (-n 0: in one)
        python3 run.py setup                                  only make .venv, with all that developing needs
        python3 run.py newest [options of pytest]             run the tests that need no torch on newer Pythons
+       python3 run.py torch VERSION [options of pytest]      run the tests that need torch with that one, as 2.6.0
 Each makes the environment in .venv first, or reuses it."""
 
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["newest"]:
         return on_newest(arguments[1:])
+    if arguments[:1] == ["torch"] and len(arguments) > 1 and re.fullmatch(r"[\d.]+", arguments[1]):
+        return on_torch(arguments[1], arguments[2:])
     if not arguments or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -210,14 +213,28 @@ def on_newest(options: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
+def on_torch(version: str, options: list[str]) -> int:
+    """The tests of all rooms but the one without torch, with that torch and the newest of all else."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, groups = project["project"]["optional-dependencies"], project["dependency-groups"]
+    wanted = [f"torch=={version}", *project["project"]["dependencies"]]
+    wanted += [one for extra in ("demo", "cloud", "tensorboard", "plots") for one in extras[extra]]
+    wanted += [*groups["test"], *groups["writers"], *groups["peers"]]
+    others = ["tests", *(f"--ignore={room}" for room in TORCH_FREE)]
+    return on_one(f"torch-{version}", sys.executable, wanted, [*IN_TWO, *others, *options])
+
+
 def on_one(version: str, found: str, wanted: list[str], arguments: list[str]) -> int:
     """Tests on one of them, by these arguments of pytest's; what they print comes at their end."""
+    what = f"Python {version}" if version in NEWEST else version
     try:
         python = str(environment(found, version, wanted))
     except subprocess.CalledProcessError as error:
-        return fail(f"pip ended with {error.returncode} for Python {version}", "its output above says why")
+        return fail(f"pip ended with {error.returncode} for {what}", "its output above says why")
     shown = [python, "-c", "import zarr, numpy; print(f'zarr {zarr.__version__}, numpy {numpy.__version__}')"]
-    say(f"Python {version}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
+    say(f"{what}: {subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()}")
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     there = {
         **os.environ,

@@ -232,7 +232,7 @@ class Driver:
     def _batches_of(self, updates: int | None) -> int:
         """About how many batches a burst takes."""
         each = self._life.step.seconds
-        predicted = max(1, int(BURST / each)) if each else 1
+        predicted = max(1, round(BURST / each)) if each else 1
         return (predicted if updates is None else min(predicted, updates)) * self._life.step.accumulate
 
     async def _next(self) -> Report | None:

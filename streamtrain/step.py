@@ -157,7 +157,7 @@ class TrainStep:
         samples: int = 0,
         elapsed: float = 0.0,
     ) -> Report:
-        """Make updates until `updates` are made, `seconds` are over, a request knocks, or nothing is ready.
+        """Make updates until `updates` are made, about `seconds` are over, a request knocks, or nothing is ready.
 
         `epoch`, `samples` (trained before) and `elapsed` (seconds of the run so far): what the learning rate may depend
         on. `batches`: trained of the epoch before. `remaining`: batches that the epoch still has, as far as that is
@@ -188,8 +188,8 @@ class TrainStep:
                     self._update(report, epoch)
                     if report.updates == updates or self._door.pending or (self._flags and self._wants_flags()):
                         break
-                    if time.perf_counter() - report.began + before > seconds:
-                        break
+                    if time.perf_counter() - report.began + before / 2 >= seconds:
+                        break  # one more would end further from them than this one has
             except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
                 report.error = no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
                 pulling = isinstance(error, StreamtrainError) and self._group < self.accumulate and not source.ended

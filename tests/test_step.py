@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,24 @@ def test_a_burst_ends_when_its_time_is_over_but_makes_one_update() -> None:
     step = made(network())
     report = step.run(Hand(batches()), updates=None, seconds=0.0, epoch=0, remaining=None)
     assert report.updates == 1
+
+
+@pytest.mark.parametrize(("each", "updates"), [(1, 20), (7, 3), (8, 2), (10.5, 2), (13, 2), (14, 1), (30, 1)])
+def test_a_burst_ends_as_near_to_its_time_as_whole_updates_can(
+    each: float, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of updates of 10.5 ms two are made in 20 ms, not one: after each burst the loop is waited for."""
+    model, clock = network(), [0.0]
+    inner = supervised(model, nn.MSELoss())
+
+    def compute(batch: Batch) -> Any:
+        clock[0] += each
+        return inner(batch)
+
+    monkeypatch.setattr("streamtrain.step.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    step, hand = made(model, compute), Hand(batches(60))
+    step.run(hand, updates=1, seconds=20.0, epoch=0, remaining=None)
+    assert step.run(hand, updates=None, seconds=20.0, epoch=0, remaining=None).updates == updates
 
 
 def test_a_burst_ends_after_the_update_during_which_somebody_knocked() -> None:
