@@ -6,6 +6,7 @@ life that goes on has the rates of one that never stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -56,6 +57,10 @@ def set_group_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"].fill_(lr)
     else:
         group["lr"] = lr
+
+
+def _rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _scale_groups(optimizer: Optimizer, factor: float) -> None:
@@ -193,7 +198,11 @@ class ScheduledLearningRate:
 
 
 class TorchLearningRate:
-    """A torch scheduler, stepped after each update or each epoch, from the end of the warm-up on."""
+    """A torch scheduler, stepped after each update or each epoch, from the end of the warm-up on.
+
+    Some of torch's go on from the groups' rates, some from rates that they keep, and some have others within. Where the
+    rates are scaled, each of them is stepped among rates of its own, of which the groups then have a multiple.
+    """
 
     def __init__(
         self, optimizer: Optimizer, scheduler: LRScheduler, *, interval: str, monitor: str | None, warmup: int = 0
@@ -203,8 +212,12 @@ class TorchLearningRate:
         """What must be logged; None where nothing need be."""
         self._optimizer = optimizer
         self._warmup, self._done = Scheduler(interval=interval, warmup=warmup), 0
-        self._firsts = [float(group["lr"]) for group in optimizer.param_groups]
+        self._firsts = _rates(optimizer)
         """The rates with which the scheduler itself begins."""
+        self._factor = 1.0
+        """What `scale` has made of its rates."""
+        self._own: list[float] = []
+        """Its rates before they are multiplied, as it last set them."""
         if warmup:
             self._rise()
 
@@ -223,6 +236,29 @@ class TorchLearningRate:
             self._advance()
 
     def _advance(self, *value: float) -> None:
+        if self._factor == 1.0:
+            return self._go_on(*value)
+        for group, rate in zip(self._optimizer.param_groups, self._unscaled(), strict=True):
+            set_group_lr(group, rate)
+        self._go_on(*value)
+        return self._take(_rates(self._optimizer))
+
+    def _unscaled(self) -> list[float]:
+        """Its own rates; by what somebody else has made of the groups' where these are others."""
+        factor, rates = self._factor, _rates(self._optimizer)
+        known = [*self._own, *[math.nan] * len(rates)]
+        return [
+            own if not factor or math.isclose(rate, own * factor, rel_tol=1e-6) else rate / factor
+            for rate, own in zip(rates, known, strict=False)
+        ]
+
+    def _take(self, own: list[float]) -> None:
+        """Give the groups what comes of its own rates."""
+        self._own = own
+        for group, rate in zip(self._optimizer.param_groups, own, strict=True):
+            set_group_lr(group, rate * self._factor)
+
+    def _go_on(self, *value: float) -> None:
         if self._done < self._warmup.warmup:
             self._done += 1
             self._rise()
@@ -238,14 +274,16 @@ class TorchLearningRate:
             self._advance(metrics[self.monitor])
 
     def scale(self, factor: float) -> None:
-        _scale_groups(self._optimizer, factor)
-        self._firsts = [first * factor for first in self._firsts]
-        if isinstance(bases := getattr(self.scheduler, "base_lrs", None), list):
-            self.scheduler.base_lrs = [base * factor for base in bases]
+        own = _rates(self._optimizer) if self._factor == 1.0 else self._unscaled()
+        self._factor *= factor
+        self._take(own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scheduler": dict(self.scheduler.state_dict()), "done": self._done, "firsts": list(self._firsts)}
+        scaled = {"factor": self._factor, "own": list(self._own)}
+        own = {"scheduler": dict(self.scheduler.state_dict()), "done": self._done, "firsts": list(self._firsts)}
+        return own if self._factor == 1.0 else own | scaled
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state["scheduler"])
         self._done, self._firsts = int(state["done"]), [float(first) for first in state["firsts"]]
+        self._factor, self._own = float(state.get("factor", 1.0)), [float(own) for own in state.get("own", ())]

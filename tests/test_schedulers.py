@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
+    ChainedScheduler,
     ConstantLR,
     CosineAnnealingLR,
     CosineAnnealingWarmRestarts,
@@ -481,6 +482,47 @@ def test_a_scaled_rate_stays_scaled_and_goes_through_a_checkpoint(spec: Any) -> 
             assert get_lr(on) == pytest.approx(expected[step] / 2)
             on.step()
             of.after_update()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        lambda inner: OneCycleLR(inner, 0.5, total_steps=20),
+        lambda inner: CyclicLR(inner, 0.1, 0.5, step_size_up=4, cycle_momentum=False),
+        lambda inner: CosineAnnealingLR(inner, 20, eta_min=0.01),
+        lambda inner: SequentialLR(inner, [LinearLR(inner, 0.1, 1.0, 8), CosineAnnealingLR(inner, 12)], [8]),
+        lambda inner: ChainedScheduler([LambdaLR(inner, lambda t: 1 / (1 + t)), StepLR(inner, 7)], inner),
+        {"name": StepLR, "step_size": 3, "warmup": 8},
+    ],
+)
+@given(at=st.lists(st.integers(0, 19), max_size=3), factor=st.sampled_from([0.1, 0.3, 3.0]), cut=st.integers(0, 19))
+def test_a_scale_of_any_torch_scheduler_is_of_all_later_rates(
+    spec: Any, at: list[int], factor: float, cut: int
+) -> None:
+    expected, inner, product = ours(spec, 20), optimizer(), 1.0
+    schedule = build_scheduler(inner, spec)
+    for step in range(20):
+        if step == cut:  # a life that goes on
+            inner, before = optimizer(), (inner.state_dict(), json.loads(json.dumps(schedule.state_dict())))
+            schedule = build_scheduler(inner, spec)
+            inner.load_state_dict(before[0])
+            schedule.load_state_dict(before[1])
+        for _ in range(at.count(step)):
+            schedule.scale(factor)
+            product *= factor
+        assert get_lr(inner) == pytest.approx(expected[step] * product, rel=1e-9)
+        inner.step()
+        schedule.after_update()
+
+
+def test_a_rate_that_somebody_else_sets_is_gone_on_from_beside_a_scale() -> None:
+    inner = optimizer()
+    schedule = build_scheduler(inner, lambda of: StepLR(of, 1, 0.5))
+    schedule.scale(0.1)
+    inner.param_groups[0]["lr"] = 8.0
+    inner.step()
+    schedule.after_update()
+    assert get_lr(inner) == pytest.approx(4.0)
 
 
 def test_torch_schedulers_are_stepped_after_each_update() -> None:
