@@ -13,8 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar as Bar
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.bus import coalesce
 from streamtrain.errors import ConfigError
 from streamtrain.events import (
     BatchEnd,
@@ -38,6 +40,8 @@ _SPAN = 30.0
 """Seconds of the past from which the time left is told."""
 _SHOWN = 3
 """Metrics shown beside the loss."""
+_NEWS = 1000
+"""Batch events that wait for a look; further ones are merged: nobody may look any more, at a pipe that was closed."""
 
 
 @dataclass(slots=True)
@@ -56,6 +60,13 @@ class Standing:
     past: deque[tuple[float, int]] = field(default_factory=deque)
     """(clock, step) of the last `_SPAN` seconds."""
     looked: float = 0.0
+
+    def hear(self, event: BatchEnd) -> None:
+        """Add a batch event, on the loop."""
+        if len(self.news) >= _NEWS:
+            with suppress(IndexError):  # it was looked at just now
+                event = cast(BatchEnd, coalesce(self.news.pop(), event))
+        self.news.append(event)
 
     def look(self, clock: float) -> None:
         """Bring loss, rate and wait up to date with the batches since the last look."""
@@ -173,7 +184,7 @@ class ProgressBar(Callback):
         """Add to the sums."""
         self._standing.now = event
         self._standing.lr = event.lr
-        self._standing.news.append(event)
+        self._standing.hear(event)
 
     async def on_log(self, event: Log) -> None:
         """Remember the newest metrics."""

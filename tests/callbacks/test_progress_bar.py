@@ -67,6 +67,16 @@ def test_the_facts_are_means_over_what_was_trained_since_the_last_look() -> None
     ]
 
 
+async def test_news_that_nobody_looks_at_take_no_more_and_more_memory_and_are_all_told() -> None:
+    bar = ProgressBar(stream=io.StringIO())
+    standing = bar._standing = Standing(looked=100.0)
+    for step in range(3000):
+        await bar.on_batch_end(batch(step))
+    assert len(standing.news) < 1500
+    standing.look(102.0)
+    assert (standing.rate, standing.loss, standing.wait) == (3000 * 64 / 2, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(
     ("begin", "steps"),
     [
