@@ -45,7 +45,7 @@ from streamtrain.events import (
 from streamtrain.keeping import Keeper
 from streamtrain.life import Life
 from streamtrain.plan import Plan
-from streamtrain.schedulers import get_lr, set_group_lr
+from streamtrain.schedulers import FixedLearningRate, get_lr, set_group_lr
 from streamtrain.supply import Supply
 from streamtrain.tally import Report
 from streamtrain.telling import Teller
@@ -345,6 +345,8 @@ class Wheel:
         now = get_lr(self._life.optimizer)
         if now > 0:
             self._life.lr.scale(lr / now)
+        elif lr and not isinstance(self._life.lr, FixedLearningRate):
+            logger.warning("set_lr(%g) changes nothing: the rate of the schedule is 0, of which it is no multiple", lr)
         else:
             for group in self._life.optimizer.param_groups:
                 set_group_lr(group, lr)

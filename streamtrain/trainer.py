@@ -596,7 +596,8 @@ class Trainer:
         self.control.save()
 
     def set_lr(self, lr: float) -> None:
-        """Bring the first group's learning rate to `lr` after the current update, the others in proportion."""
+        """Bring the first group's learning rate to `lr` after the current update, the others and a schedule in
+        proportion. Where a schedule's rate is 0 by then, or by an earlier call, no other can be, which is said."""
         self.control.set_lr(check_lr(lr))
 
 

@@ -804,6 +804,21 @@ async def test_set_lr_keeps_the_groups_proportions() -> None:
     assert [group["lr"] for group in fitted.optimizer.param_groups] == pytest.approx([0.01, 0.02])
 
 
+@pytest.mark.parametrize(
+    "scheduler", [None, lambda t: float(t < 2), lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, lambda t: t < 2)]
+)
+async def test_a_rate_of_nothing_is_no_base_for_another_which_is_said(
+    scheduler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted = trainer(optimizer="sgd", lr=0.0 if scheduler is None else 0.1, scheduler=scheduler)
+    await fitted.fit(Samples(), max_steps=5)
+    fitted.set_lr(0.01)
+    await fitted.fit(Samples(), max_steps=13)
+    assert fitted.optimizer is not None
+    assert fitted.optimizer.param_groups[0]["lr"] == (0.01 if scheduler is None else 0.0)
+    assert ("set_lr(0.01) changes nothing" in caplog.text) == (scheduler is not None)
+
+
 # --- what is written ---
 
 
