@@ -170,7 +170,7 @@ class R2:
             return math.nan
         count, _, spread, errors = self._sums.cpu()
         spread, errors = spread[count >= 2], errors[count >= 2]
-        if not len(spread):
+        if not len(spread) or errors.isnan().any():
             return math.nan
         if self._average == "variance" and (spread > 0).any():
             return 1 - float(errors[spread > 0].sum() / spread.sum())

@@ -118,6 +118,14 @@ def test_gaps_in_targets_are_left_out(kind: Any, seed: int) -> None:
     assert math.isnan(fed(kind(), batches).compute()) == bool(np.isnan(true).any())
 
 
+@pytest.mark.parametrize("average", ["uniform", "variance"])
+def test_a_model_that_diverged_where_targets_do_not_vary_explains_nothing(average: str) -> None:
+    true = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+    out = true.clone()
+    out[0, 0] = math.nan
+    assert math.isnan(fed(R2(average=average), [(out, true)]).compute())
+
+
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_model_that_diverged_does_not_look_good(kind: Any) -> None:
     ((out, true),) = parts([8])
