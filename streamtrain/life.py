@@ -443,9 +443,11 @@ def _rate_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[floa
             (saved.get("optimizer") or {}).get("groups", ()), now["optimizer"]["groups"], strict=False
         )
     ]
-    factors = [new / old if isinstance(old, float) and isinstance(new, float) and old else None for old, new in pairs]
-    first = factors[0] if factors else None
-    if first is None or not first or any(each is None or not math.isclose(each, first) for each in factors):
+    known = all(isinstance(rate, int | float) for pair in pairs for rate in pair)
+    moved = [(old, new) for old, new in pairs if old or new] if known else []
+    factors = [new / old if old else 0.0 for old, new in moved]
+    first = factors[0] if factors else 0.0
+    if not first or not all(math.isclose(each, first) for each in factors):
         return 1.0, list(_differences(saved, dict(now)))
     return first, list(_differences(_without_rates(saved), _without_rates(now)))
 

@@ -97,6 +97,29 @@ async def test_rates_of_groups_in_no_one_proportion_are_refused(tmp_path: Path) 
         await trainer(tmp_path, optimizer=rules, lr=1e-3).fit(Samples(), max_steps=6, resume="auto")
 
 
+async def test_a_group_whose_rate_is_0_in_both_lives_goes_on_with_any_other(tmp_path: Path) -> None:
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 0}]]}
+    await trainer(tmp_path, optimizer=rules, lr=2e-3).fit(Samples(), max_steps=3)
+    again = trainer(tmp_path, optimizer=rules, lr=1e-3)
+    await again.fit(Samples(), max_steps=6, resume="auto")
+    assert again.optimizer is not None
+    assert [group["lr"] for group in again.optimizer.param_groups] == [1e-3, 0.0]
+    rules = {"name": "adamw", "rules": [["bias$", {"lr": 1e-3}]]}
+    with pytest.raises(CheckpointError, match=r"lr: 0 -> 0\.001"):
+        await trainer(tmp_path, optimizer=rules, lr=1e-3).fit(Samples(), max_steps=9, resume="auto")
+
+
+async def test_rates_that_are_whole_numbers_are_rates(tmp_path: Path) -> None:
+    def sgd(lr: float) -> Any:
+        return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+    await trainer(tmp_path, optimizer=sgd(1)).fit(Samples(), max_steps=1)
+    again = trainer(tmp_path, optimizer=sgd(0.5))
+    await again.fit(Samples(), max_steps=2, resume="auto")
+    assert again.optimizer is not None
+    assert get_lr(again.optimizer) == 0.5
+
+
 async def test_limits_callbacks_and_what_is_only_said_may_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
