@@ -37,7 +37,7 @@ class Checks:
         self._manual()
         if run_dir is None and not self._parts.options.dev:
             self._without_folder(resume)
-        if self._parts.lossless:
+        if self._parts.objective.lossless:
             raise ConfigError(
                 "there is no loss",
                 hint="Give loss=, step=, override training_step, or a model that takes `labels` and returns its loss.",
@@ -66,7 +66,7 @@ class Checks:
         groups = [] if self._parts.optimizer is None else self._parts.optimizer.param_groups
         known = {id(parameter) for group in groups for parameter in group["params"]}
         known |= set(map(id, self._parts.model.parameters()))
-        for called, loss in modules_of(self._parts.loss).items():
+        for called, loss in modules_of(self._parts.objective.loss).items():
             for name, parameter in loss.named_parameters():
                 if parameter.requires_grad and id(parameter) not in known:
                     raise ConfigError(
@@ -78,9 +78,9 @@ class Checks:
 
     def _manual(self) -> None:
         parts = self._parts
-        if parts.manual is None:
+        if parts.objective.manual is None:
             return
-        if parts.steps.training is None:
+        if parts.objective.steps.training is None:
             raise ConfigError(
                 "several optimizers need a training step that calls manual_update(loss, name)",
                 hint="Override training_step, or give step=; with one optimizer name it: {'name': 'adamw', ...}.",
@@ -108,7 +108,7 @@ class Checks:
 
     def _monitors(self, who: str, monitors: Iterable[str], *, said: bool = False) -> None:
         """Refuse monitors that nothing will log; `said`: whether `log_metrics` may bring names of training as well."""
-        steps = self._parts.steps
+        steps = self._parts.objective.steps
         own, names = steps.training is not None, self._logged_names()
         any_name = names and (own or steps.validation is not None)
         check_monitors(
@@ -119,10 +119,11 @@ class Checks:
         )
 
     def _training_names(self) -> list[str]:
-        return [*self._parts.loss_names, *(["grad_norm"] if self._parts.options.clip_norm is not None else ())]
+        parts = self._parts
+        return [*parts.objective.loss_names, *(["grad_norm"] if parts.options.clip_norm is not None else ())]
 
     def _logged_names(self) -> list[str]:
-        return validation_names(self._validation, self._parts.evaluated_names)
+        return validation_names(self._validation, self._parts.objective.evaluated_names)
 
     def scheduler(self, scheduler: LearningRate) -> None:
         """Refuse a schedule that watches what nothing will log."""

@@ -9,7 +9,6 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,9 +26,8 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
 from streamtrain.data.source import Stream
-from streamtrain.device import MoveBatch, mover
 from streamtrain.errors import CheckpointError, ConfigError, DataError
-from streamtrain.evaluation import Evaluator, evaluating
+from streamtrain.evaluation import evaluating
 from streamtrain.expanded import own_memory
 from streamtrain.freezing import Freezing
 from streamtrain.life import (
@@ -42,12 +40,10 @@ from streamtrain.life import (
     schedule_name,
     settings,
 )
-from streamtrain.losses import described
 from streamtrain.manual import ManualStep, ManualUpdates
-from streamtrain.metrics import names_of
+from streamtrain.objective import Objective, UserSteps
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
 from streamtrain.options import Limits, Options
-from streamtrain.outcome import Compute, called, custom, may_give_loss, own_loss, supervised
 from streamtrain.outside_changes import digest
 from streamtrain.parameter_groups import table
 from streamtrain.progress import Progress
@@ -63,7 +59,7 @@ from streamtrain.streams import behind, least, length
 from streamtrain.supply import supply
 from streamtrain.switching import Switch, switch_of
 from streamtrain.taking_up import check_schedule, check_state
-from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics, modules_of
+from streamtrain.tasks import Losses, modules_of
 from streamtrain.threads import TrainThread
 from streamtrain.unkept import Unkept
 from streamtrain.untrained import Untrained
@@ -73,14 +69,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 LONG = 1 << 20
 """Epochs, or steps of one, that no run has."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UserSteps:
-    """What the user's own functions do in place of the model and the loss; None where they don't."""
-
-    training: Function | None = None
-    validation: Function | None = None
 
 
 class Parts:
@@ -99,14 +87,17 @@ class Parts:
         metrics: Mapping[str, Any],
         steps: UserSteps,
     ) -> None:
-        self.model, self.options, self.steps = model, options, steps
-        self.loss_weights = loss_weights
-        self.loss = as_loss(loss, loss_weights)
+        self.model, self.options = model, options
+        self.objective = Objective(
+            model,
+            loss,
+            options,
+            weights=loss_weights,
+            metrics=metrics,
+            steps=steps,
+            manual=ManualUpdates() if is_several(optimizer) else None,
+        )
         self.lr, self.optimizer_spec, self.scheduler_spec = check_lr(lr), optimizer, scheduler
-        self.metrics = as_metrics(metrics)
-        for name in self.metrics:
-            if name in self.loss_names:
-                raise ConfigError(f"a metric can't be named {name!r}: the loss itself is", hint="Name it otherwise.")
         self.optimizer: Optimizer | None = None
         """None while the model has parameters whose size only the first batch tells."""
         self.untrained: Untrained | None = None
@@ -119,8 +110,6 @@ class Parts:
         """Name and state of a loaded checkpoint's schedule, and by what the rate is another now, until one is bound."""
         self.average: Average | None = None
         """The moving average of the weights, if one is wanted."""
-        self.manual = ManualUpdates() if is_several(optimizer) else None
-        """Where the user's training step makes its updates itself."""
         self.compiled: Compiled | None = None
         self.rollback: Rollback | None = None
         self.freezing: Freezing | None = None
@@ -132,14 +121,14 @@ class Parts:
         """The optimizer's groups were said."""
         if not any(map(is_lazy, model.parameters())):
             self.build()
-        self.evaluator = self._evaluator()
+        self.evaluator = self.objective.evaluator(self._judged)
 
     def build(self) -> None:
         """Bring the model to its device and make the optimizer; where that is refused, the model is as it was."""
         self._refuse_empty()
         own_memory(self.model)
         self.model.to(self.options.device)
-        self._move_loss()
+        self.objective.move_loss()
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             self._build()
@@ -202,77 +191,8 @@ class Parts:
 
     def set_loss(self, loss: Losses | None) -> None:
         """Another loss, from the next fit on."""
-        self.loss = as_loss(loss, self.loss_weights)
-        self._move_loss()
-        self.evaluator = self._evaluator()
-
-    def _move_loss(self) -> None:
-        """Have what a loss holds (weights of classes) where the outputs will be."""
-        for module in modules_of(self.loss).values():
-            module.to(self.options.device)
-
-    @property
-    def loss_names(self) -> list[str]:
-        """What the losses are logged as."""
-        return ["loss", *(self.loss.names if isinstance(self.loss, TaskLosses) else ())]
-
-    def _loss_said(self) -> Any:
-        """What the loss is, to be compared between two lives."""
-        if self.steps.training is not None:
-            return f"step {getattr(self.steps.training, '__qualname__', type(self.steps.training).__qualname__)}"
-        if isinstance(self.loss, TaskLosses):
-            return {name: [described(loss), self.loss.weights[name]] for name, loss in self.loss.losses.items()}
-        return described(self.loss)
-
-    @property
-    def evaluated_names(self) -> list[str]:
-        """What an evaluation logs, as far as the losses and metrics tell."""
-        return [*self.loss_names, *(n for name, metric in self.metrics.items() for n in names_of(name, metric))]
-
-    # --- what a batch comes to ---
-
-    @property
-    def move(self) -> MoveBatch:
-        """Brings a batch to the device."""
-        return mover(self.options.device, self.options.device_transform)
-
-    @property
-    def compute(self) -> Compute:
-        """What a batch comes to in training."""
-        if self.manual is not None and self.steps.training is not None:
-            return self.manual.compute(called(self.manual.given(self.steps.training), self.model))
-        if self.steps.training is not None:
-            return custom(called(self.steps.training, self.model))
-        return self.judged(self.model)
-
-    def judged(self, model: nn.Module) -> Compute:
-        """What a batch comes to by the model and its loss, whatever steps the user has."""
-        return own_loss(model) if self.loss is None else supervised(model, self.loss)
-
-    def outputs(self, batch: Batch) -> Any:
-        """What the model makes of a batch's inputs."""
-        own = self.loss is None and self.steps.training is None
-        return own_loss(self.model)(replace(batch, targets=None)).outputs if own else self.model(batch.inputs)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether nothing can give a loss."""
-        return self.loss is None and self.steps.training is None and not may_give_loss(self.model)
-
-    def _evaluator(self) -> Evaluator:
-        compute, options = self.compute, self.options
-        if self.steps.validation is not None:
-            compute = custom(called(self.steps.validation, self.model), needs_loss=False)
-        return Evaluator(
-            self.model,
-            compute,
-            self.metrics,
-            move=self.move,
-            device=options.device,
-            precision=options.precision,
-            weights=self._judged,
-            graphs=runs_in_graphs(options.compile),
-        )
+        self.objective.set_loss(loss)
+        self.evaluator = self.objective.evaluator(self._judged)
 
     def _judged(self) -> AbstractContextManager[None]:
         """Within it the model has the weights that count; a switch leaves them there until the next update."""
@@ -315,9 +235,9 @@ class Parts:
 
     def _materialise(self, batch: Batch) -> None:
         self.model.to(self.options.device)
-        self._move_loss()
+        self.objective.move_loss()
         with evaluating(self.model):
-            self.compute(self.move(batch))
+            self.objective.compute(self.objective.move(batch))
         self.build()
 
     def schedule(self, limits: Limits, train: Stream | None, optimizer: Optimizer | None = None) -> LearningRate:
@@ -420,7 +340,7 @@ class Parts:
             "seed": options.seed,
             "precision": options.precision,
         }
-        fixed["loss"] = self._loss_said()
+        fixed["loss"] = self.objective.loss_said()
         clip = {"gradient_clip_norm": options.clip_norm, "gradient_clip_value": options.clip_value}
         frozen = [[rule.pattern.pattern, rule.until, rule.unit] for rule in options.freeze] or None
         return Life(
@@ -434,7 +354,7 @@ class Parts:
             rollback=self.rollback,
             freezing=self.freezing,
             compiled=self.compiled,
-            unkept=Unkept(self.model, modules_of(self.loss)),
+            unkept=Unkept(self.model, modules_of(self.objective.loss)),
             untrained=self.untrained,
             rng=self.random(),
             progress=progress,
@@ -483,16 +403,16 @@ class Parts:
     def _step(
         self, optimizer: Optimizer, lr: LearningRate, door: Door, begin: int, gauges: tuple[Gauge, ...]
     ) -> TrainStep:
-        options = self.options
+        options, objective = self.options, self.objective
         kind: Callable[..., TrainStep] = TrainStep
-        if self.manual is not None:
-            kind = partial(ManualStep, updates=self.manual)
+        if objective.manual is not None:
+            kind = partial(ManualStep, updates=objective.manual)
         step = kind(
             self.model,
             optimizer,
-            self.compute,
+            objective.compute,
             lr,
-            move=self.move,
+            move=objective.move,
             door=door,
             device=options.device,
             accumulate=options.accumulate,
@@ -538,7 +458,7 @@ class Parts:
             average=self.average,
             rollback=self.rollback,
         )
-        fixed = self._settings if self.lossless else {**self._settings, "loss": self._loss_said()}
+        fixed = self._settings if self.objective.lossless else {**self._settings, "loss": self.objective.loss_said()}
         rate = learned.check(snapshot, fixed, path)
         name, left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
         self._check_schedule(name, left)

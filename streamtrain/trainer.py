@@ -37,6 +37,7 @@ from streamtrain.fitting import Fit, Run
 from streamtrain.freezing import FreezeSpec, parse_freeze
 from streamtrain.keeping import last_weights
 from streamtrain.notes import Notes
+from streamtrain.objective import UserSteps
 from streamtrain.optimizers import OptimizerSpec, check_lr
 from streamtrain.options import (
     Limits,
@@ -59,7 +60,7 @@ from streamtrain.options import (
 )
 from streamtrain.outcome import called, custom_outputs
 from streamtrain.overfitting import same_batches
-from streamtrain.parts import Parts, UserSteps
+from streamtrain.parts import Parts
 from streamtrain.prediction import Predictions
 from streamtrain.progress import FitResult, Progress
 from streamtrain.resume import Resume
@@ -230,7 +231,7 @@ class Trainer:
     @property
     def loss(self) -> Callable[..., Any] | None:
         """`loss(outputs, targets)`; another one can be set between two fits."""
-        return self._parts.loss
+        return self._parts.objective.loss
 
     @loss.setter
     def loss(self, loss: Losses | None) -> None:
@@ -267,15 +268,15 @@ class Trainer:
     def training_step(self, model: nn.Module, batch: Batch) -> Any:
         """The loss of a batch, or a dict with `loss`, `outputs`, `targets` and more to log; by default what the model
         and `loss=` give, as such a dict, which one of a subclass may go on with."""
-        return self._parts.judged(model)(batch).table()
+        return self._parts.objective.judged(model)(batch).table()
 
     def validation_step(self, model: nn.Module, batch: Batch) -> Any:
         """The same for validation; by default what training does, without gradients."""
-        return self._parts.compute(batch).table()
+        return self._parts.objective.compute(batch).table()
 
     def predict_step(self, model: nn.Module, batch: Batch) -> Any:
         """What `predict` gives for a batch; by default `model(batch.inputs)`, or a model of its own loss' `logits`."""
-        return self._parts.outputs(batch)
+        return self._parts.objective.outputs(batch)
 
     def manual_update(self, loss: Tensor, name: str, **backward: Any) -> bool:
         """In a training step, with `optimizer={"gen": ..., "disc": ...}`: one update of the optimizer `name`.
@@ -285,12 +286,12 @@ class Trainer:
         raises NonFiniteError, or is left out (nonfinite="skip"). In validation only the loss is counted. The log's
         `loss` is the sum of the losses of a batch. Raises ConfigError outside of such a step.
         """
-        if self._parts.manual is None:
+        if self._parts.objective.manual is None:
             raise ConfigError(
                 "manual_update needs several optimizers by name",
                 hint="Give optimizer={'gen': ..., 'disc': ...}; with one optimizer return the loss.",
             )
-        return self._parts.manual.update(loss, name, **backward)
+        return self._parts.objective.manual.update(loss, name, **backward)
 
     @property
     def logger(self) -> JSONLogger | None:

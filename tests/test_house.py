@@ -48,7 +48,7 @@ callbacks.resource_monitor callbacks.series callbacks.plots callbacks.profiler
 callbacks.spool callbacks.sending callbacks.remote_logger callbacks.wandb_folder callbacks.wandb_logger
 callbacks.mlflow_logger
 callbacks.model_checkpoint callbacks.defaults saving
-parts checks keeping driving outside failure
+objective parts checks keeping driving outside failure
 loop fitting
 trainer
 config_tables said config assembly watch inspection peers bench fit_command run_commands importing demo proof
