@@ -6,34 +6,31 @@ Its law: nothing live is touched before everything that a checkpoint holds was f
 from __future__ import annotations
 
 import logging
-import math
-import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-import streamtrain
 from streamtrain import rng as rngs
 from streamtrain import state as trees
 from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
 from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
+from streamtrain.differences import differences, other_rate, refuse
 from streamtrain.errors import CheckpointError, DataError, StreamtrainError, UserCodeError
 from streamtrain.freezing import Freezing
-from streamtrain.optimizer_state import load_by_name, loadable, names_of, signature, state_by_name
+from streamtrain.learned import Learned
+from streamtrain.optimizer_state import state_by_name
 from streamtrain.progress import Progress
 from streamtrain.refusing import refusing, refusing_for
 from streamtrain.rng import Rng, RngState
 from streamtrain.rollback import Rollback
-from streamtrain.schedulers import LearningRate, get_lr, set_group_lr
+from streamtrain.schedulers import LearningRate
 from streamtrain.state import Copier, Snapshot, Tree, fresh
 from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
@@ -42,67 +39,6 @@ from streamtrain.unkept import Unkept
 from streamtrain.untrained import Untrained
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learned:
-    """What is learned, and kept beside it: the one way into a live model, for a life and outside of one."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    switch: Switch | None
-    average: Average | None
-    rollback: Rollback | None
-
-    def check(self, snapshot: Snapshot, settings: Mapping[str, Any], path: Path) -> float:
-        """Raise CheckpointError with a table of the differences if the snapshot is of another model or average, or
-        has others of these settings, or an optimizer's state that is not this one's; by what the learning rate is
-        another, which it may be, 1 for the same."""
-        state = snapshot.state
-        saved = {key: state["settings"].get(key, settings[key] if key == "loss" else None) for key in settings}
-        rate, told = _rate_change(saved, settings)
-        told = [*_model_differences(snapshot.model, self.model), *told]
-        if self.average is not None and state["average"] is not None:
-            told += self.average.differences(state["average"])
-        kept = None if self.rollback is None or state["kept"] is None else self._kept(state["kept"], told)
-        _refuse(told, path)
-        try:
-            if self.switch is not None:
-                self.switch.check(snapshot.optimizer["learning"])
-            for optimizer in (self._saved(snapshot), kept):
-                if optimizer is not None:
-                    loadable(self.optimizer, self.model, optimizer)
-        except CheckpointError as error:
-            raise CheckpointError(f"checkpoint {path} does not fit: {error}", hint=error.hint) from error
-        return rate
-
-    def _saved(self, snapshot: Snapshot) -> Any:
-        return snapshot.optimizer if self.switch is None else snapshot.optimizer["optimizer"]
-
-    def _kept(self, state: Mapping[str, Any], told: list[str]) -> Any:
-        """What a rollback would give the optimizer, if there is anything to go back to; in what that is of another
-        model or average is `told`."""
-        for name in ("step", "times"):
-            int(state[name])
-        kept = state["kept"]
-        if kept is None:
-            return None
-        told += _model_differences(kept["model"], self.model)
-        if self.average is not None and kept["average"] is not None:
-            told += self.average.differences(kept["average"])
-        return kept["optimizer"]
-
-    def load(self, snapshot: Snapshot) -> None:
-        """All as a snapshot that was checked has it; on the train thread. The optimizer is the first: its class may be
-        the user's, and refuse what no check knows of."""
-        load_by_name(self.optimizer, self.model, self._saved(snapshot))
-        self.model.load_state_dict(snapshot.model)
-        if self.switch is not None:
-            self.switch.load_state_dict(snapshot.optimizer["learning"])
-        if self.average is not None:
-            self.average.load_state_dict(snapshot.state["average"])
-        if self.rollback is not None:
-            self.rollback.load_state_dict(snapshot.state["kept"])
 
 
 @dataclass(kw_only=True)
@@ -319,7 +255,7 @@ class Life:
     def _say_habits(self, state: Mapping[str, Any]) -> None:
         both = state["habits"].keys() & self.habits.keys()  # a life before may have kept fewer
         then, now = ({name: habits[name] for name in both} for habits in (state["habits"], self.habits))
-        for difference in _differences(then, now):
+        for difference in differences(then, now):
             logger.warning("resumed with %s: the numbers are not the same to the bit", difference)
 
     def _load_callbacks(self, states: Mapping[str, Any], path: Path, back: ExitStack) -> None:
@@ -357,8 +293,8 @@ class Life:
         """Raise CheckpointError, as `restore` does, where a checkpoint whose weights are loaded already was trained by
         other rules: what only a fit asks of it. What the numbers may differ by is said."""
         saved = state["settings"]
-        _refuse(
-            [told for name in ("precision", "seed") for told in _differences(saved[name], self.settings[name], name)],
+        refuse(
+            [told for name in ("precision", "seed") for told in differences(saved[name], self.settings[name], name)],
             path,
         )
         self._say_habits(state)
@@ -391,17 +327,6 @@ class Life:
         self.step.tally.epoch.load_state_dict(state["means"])
 
 
-def other_rate(optimizer: Optimizer, lr: LearningRate, settings: Mapping[str, Any], factor: float) -> None:
-    """The learning rate is another from here on, in proportion to what the schedule has made of it; `settings`: with
-    the rates of now."""
-    before = get_lr(optimizer)
-    lr.scale(factor)
-    for group, now in zip(optimizer.param_groups, settings["optimizer"]["groups"], strict=True):
-        if math.isclose(float(group["lr"]), now["lr"], rel_tol=1e-12):
-            set_group_lr(group, now["lr"])  # without the last bit of a product
-    logger.info("the learning rate is another: %g -> %g", before, get_lr(optimizer))
-
-
 def _put(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
     try:
         model.load_state_dict(weights)
@@ -411,63 +336,6 @@ def _put(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
             f"{what}: {why:.200}",
             hint="Its load_state_dict must take what its state_dict gives, and buffers keep their shapes.",
         ) from error
-
-
-def _refuse(told: list[str], path: Path) -> None:
-    """Raise CheckpointError if there are differences."""
-    if told:
-        more = f"; and {len(told) - 12} more" if len(told) > 12 else ""
-        raise CheckpointError(
-            f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
-            hint="Set these back, or train in another run_dir.",
-        )
-
-
-def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """What of an optimizer must not change between two lives of a run; to be asked before its first update."""
-    return {"optimizer": {**signature(optimizer), "names": [sorted(names) for names in names_of(optimizer, model)]}}
-
-
-def schedule_name(lr: LearningRate) -> str:
-    """What a schedule is called, to be compared between two lives."""
-    schedule = getattr(lr, "schedule", None) or getattr(lr, "scheduler", None)
-    return str(getattr(schedule, "name", type(schedule).__name__))
-
-
-def _rate_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """By what the learning rate is another, 1 for the same, and all other differences: those of the groups' rates too
-    where they are in no one proportion."""
-    pairs = [
-        (one.get("lr"), other.get("lr"))
-        for one, other in zip(
-            (saved.get("optimizer") or {}).get("groups", ()), now["optimizer"]["groups"], strict=False
-        )
-    ]
-    known = all(isinstance(rate, int | float) for pair in pairs for rate in pair)
-    moved = [(old, new) for old, new in pairs if old or new] if known else []
-    factors = [new / old if old else 0.0 for old, new in moved]
-    first = factors[0] if factors else 0.0
-    if not first or not all(math.isclose(each, first) for each in factors):
-        return 1.0, list(_differences(saved, dict(now)))
-    return first, list(_differences(_without_rates(saved), _without_rates(now)))
-
-
-def _without_rates(settings: Mapping[str, Any]) -> dict[str, Any]:
-    optimizer = settings["optimizer"]
-    groups = [{key: value for key, value in group.items() if key != "lr"} for group in optimizer["groups"]]
-    return {**settings, "optimizer": {**optimizer, "groups": groups}}
-
-
-def habits(device: torch.device, **given: Any) -> dict[str, Any]:
-    """What may change between two lives, but is said."""
-    return {
-        "device": device.type,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "streamtrain": streamtrain.__version__,
-        **given,
-    }
 
 
 def first_rng(seed: int | None) -> Rng:
@@ -501,38 +369,3 @@ def _state_of(name: str, callback: object) -> Tree:
             f"callback {name}: state_dict raised {type(error).__name__}: {error}",
             hint="The traceback (--debug) shows the line in the callback.",
         ) from error
-
-
-def check_weights(saved: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    """Raise CheckpointError with a table of the differences if these are of another model, as far as its sizes are
-    known."""
-    _refuse(list(_model_differences(saved, model)), path)
-
-
-def _model_differences(saved: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
-    live = model.state_dict()
-    for name in saved.keys() | live.keys():
-        if name not in live:
-            yield f"model.{name}: {_shape(saved[name])} -> not there"
-        elif name not in saved:
-            yield f"model.{name}: not there -> {_shape(live[name])}"
-        elif not is_lazy(live[name]) and _shape(saved[name]) != _shape(live[name]):
-            yield f"model.{name}: {_shape(saved[name])} -> {_shape(live[name])}"
-
-
-def _shape(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-
-
-def _differences(saved: Any, now: Any, path: str = "") -> Iterator[str]:
-    """`path: saved -> now` of each leaf that differs."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in sorted(saved.keys() | now.keys(), key=str):
-            yield from _differences(saved.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-    elif isinstance(saved, list | tuple) and isinstance(now, list | tuple) and len(saved) == len(now):
-        for number, (one, other) in enumerate(zip(saved, now, strict=True)):
-            yield from _differences(one, other, f"{path}[{number}]")
-    elif saved != now:
-        yield f"{path}: {saved!r:.60} -> {now!r:.60}"

@@ -26,20 +26,13 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
 from streamtrain.data.source import Stream
+from streamtrain.differences import check_weights, habits, other_rate, schedule_name, settings
 from streamtrain.errors import CheckpointError, ConfigError, DataError
 from streamtrain.evaluation import evaluating
 from streamtrain.expanded import own_memory
 from streamtrain.freezing import Freezing
-from streamtrain.life import (
-    Learned,
-    Life,
-    check_weights,
-    first_rng,
-    habits,
-    other_rate,
-    schedule_name,
-    settings,
-)
+from streamtrain.learned import Learned
+from streamtrain.life import Life, first_rng
 from streamtrain.manual import ManualStep, ManualUpdates
 from streamtrain.objective import Objective, UserSteps
 from streamtrain.optimizers import OptimizerSpec, build_optimizer, check_lr
