@@ -224,6 +224,16 @@ async def test_the_table_goes_through_a_checkpoint() -> None:
     assert await later.on_validation_end(ValidationEnd(step=3, metrics={"val_loss": 0.4})) is None
 
 
+def test_a_table_that_none_is_wanted_of_any_more_pins_nothing() -> None:
+    before = ModelCheckpoint(save_top_k=2, keep_last=1)
+    for step, value in ((10, 0.5), (20, 0.4)):
+        before._best.offer(step, value)
+    after = ModelCheckpoint(save_top_k=0, keep_last=1)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.retain(saved(10, 20, 30)) == {"step-30"}
+    assert after._best.table == []
+
+
 def test_a_table_of_another_monitor_starts_anew_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     callback = ModelCheckpoint(monitor="val_mae")
     callback.load_state_dict({"monitor": "val_loss", "mode": "min", "best": [[1, 0.5]]})
