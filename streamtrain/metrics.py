@@ -66,22 +66,28 @@ SHORT: dict[str, Callable[..., Any]] = {
 }
 """The metrics that go by a short name."""
 
-_RISING = re.compile(r"(acc|auc|auroc|corr|dice|f1|iou|jaccard|kappa|precision|psnr|r2|recall|ssim).*|top(k|\d+)?")
+_RISING = re.compile(
+    r"(acc|auc|auroc|bleu|corr|dice|explained|f1|m?iou|jaccard|kappa|kge|matthews|mcc|ndcg|nse|pearson|precision|psnr|r2"
+    r"|recall|reward|rouge|sensitivity|spearman|specificity|ssim).*|(top|map)(k|\d+)?"
+)
 _FALLING = ("loss", "err")
 
 
 def direction(name: str, mode: str = "auto") -> str:
     """`"min"` or `"max"`: which way of the metric `name` is better.
 
-    `"auto"`: max for names with a part that begins with acc, auc, auroc, corr, dice, f1, iou, jaccard, kappa,
-    precision, psnr, r2, recall or ssim, or is top, topk or top5, unless another part is a loss or an error; else min.
-    Parts are what other signs and CapitalLetters set apart. Raises ConfigError for any other mode.
+    `"auto"`: max for names with a part that begins with acc, auc, auroc, bleu, corr, dice, explained, f1, iou, miou,
+    jaccard, kappa, kge, matthews, mcc, ndcg, nse, pearson, precision, psnr, r2, recall, reward, rouge, sensitivity,
+    spearman, specificity or ssim, or is top, topk, top5, map or map50, unless another part is a loss or an error; else
+    min. Parts are what other signs set apart, and CapitalLetters within these too. Raises ConfigError for any other
+    mode.
     """
     if mode in ("min", "max"):
         return mode
     if mode != "auto":
         raise ConfigError(f"mode={mode!r}: expected 'min', 'max' or 'auto'", hint="max where more is better")
-    parts = re.split(r"[^a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    apart = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)
+    parts = re.split(r"[^a-z0-9]+", f"{name} {apart}".lower())
     rises = any(_RISING.fullmatch(part) for part in parts) and not any(part.startswith(_FALLING) for part in parts)
     return "max" if rises else "min"
 
