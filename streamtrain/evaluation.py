@@ -22,7 +22,7 @@ from streamtrain.device import MoveBatch, autocast
 from streamtrain.ending import to_its_end
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.metrics import Mean, Metric, flattened
-from streamtrain.outcome import Compute, Outcome
+from streamtrain.outcome import Compute, Numbering, Outcome
 from streamtrain.rng import Rng
 from streamtrain.supply import Supply, supply
 from streamtrain.tally import logged_number
@@ -66,14 +66,16 @@ class Evaluator:
         precision: str = "32",
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         graphs: bool = False,
+        numbering: Numbering | None = None,
     ) -> None:
         """`weights`: within it the model has those that count, if they are not those that it trains with. `graphs`: it
-        runs in CUDA graphs."""
+        runs in CUDA graphs. `numbering`: is told which batch of its pass is computed."""
         self.metrics = dict(metrics)
         self.tables: dict[str, list[Any]] = {}
         """Of the last run: what metrics came to that is no number, by their names, as nested lists."""
         self._model, self._compute, self._move = model, compute, move
         self._autocast, self._weights, self._graphs = autocast(precision, device), weights, graphs
+        self._numbering = numbering or Numbering()
         self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def _turn(self) -> asyncio.Lock:
@@ -129,12 +131,12 @@ class Evaluator:
         """Run `use(batch, outcome)` for each batch on the train thread; a list of its results for each burst."""
         own = Rng(rng.state)
         batches = _supply(stream, thread, own, limit)
-        each = 0.0
+        each, done = 0.0, _Done()
         flying: asyncio.Future[tuple[list[T], float]] | None = None
         try:
             while await batches.wait():
                 batches.burst(max(1, int(BURST / each)) if each else 1)
-                flying = thread.submit(lambda: self._burst(batches, own, use, compute or self._compute))
+                flying = thread.submit(lambda: self._burst(batches, own, use, compute or self._compute, done))
                 made, seconds = await asyncio.shield(flying)
                 batches.burst(None)
                 if made:
@@ -150,9 +152,10 @@ class Evaluator:
                 await batches.aclose()
 
     def _burst(
-        self, batches: Supply, rng: Rng, use: Callable[[Batch, Outcome], T], compute: Compute
+        self, batches: Supply, rng: Rng, use: Callable[[Batch, Outcome], T], compute: Compute, done: _Done
     ) -> tuple[list[T], float]:
         began = time.perf_counter()
+        self._numbering.ask = done.asked  # another pass may have computed meanwhile
         made: list[T] = []
         batch: Batch | None = None
         with rng.swapped_in(), self._weights(), evaluating(self._model):
@@ -165,10 +168,21 @@ class Evaluator:
                         with self._autocast():
                             outcome = compute(batch)
                             made.append(use(batch, outcome.copied() if self._graphs else outcome))
+                        done.batches += 1
                 except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
                     problem = explained(error, batch, "in evaluation")
                     raise problem from problem.__cause__
         return made, time.perf_counter() - began
+
+
+class _Done:
+    """How many batches of a pass are computed."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def asked(self) -> int:
+        return self.batches
 
 
 def _supply(stream: Stream, thread: TrainThread, rng: Rng, limit: int | None) -> Supply:

@@ -21,7 +21,7 @@ from streamtrain.losses import described
 from streamtrain.manual import ManualUpdates
 from streamtrain.metrics import names_of
 from streamtrain.options import Options
-from streamtrain.outcome import Compute, called, custom, may_give_loss, own_loss, supervised
+from streamtrain.outcome import Compute, Numbering, called, custom, may_give_loss, own_loss, supervised
 from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics, modules_of
 
 
@@ -50,6 +50,8 @@ class Objective:
         """`weights`: of several losses. `manual`: where the training step makes its updates itself. Raises
         ConfigError."""
         self.steps, self.manual = steps, manual
+        self.trained, self.evaluated = Numbering(), Numbering()
+        """Which batch a training step is given, of its epoch, and which one a step in an evaluation, of that."""
         self.loss = as_loss(loss, weights)
         self.metrics = as_metrics(metrics)
         for name in self.metrics:
@@ -102,10 +104,18 @@ class Objective:
     @property
     def compute(self) -> Compute:
         """What a batch comes to in training."""
+        return self._computed(self.trained)
+
+    @property
+    def measured(self) -> Compute:
+        """The same in an evaluation, where the user has no step for that."""
+        return self._computed(self.evaluated)
+
+    def _computed(self, numbering: Numbering) -> Compute:
         if self.manual is not None and self.steps.training is not None:
-            return self.manual.compute(called(self.manual.given(self.steps.training), self._model))
+            return self.manual.compute(called(self.manual.given(self.steps.training), self._model, numbering))
         if self.steps.training is not None:
-            return custom(called(self.steps.training, self._model))
+            return custom(called(self.steps.training, self._model, numbering))
         return self.judged(self._model)
 
     def judged(self, model: nn.Module) -> Compute:
@@ -119,9 +129,9 @@ class Objective:
 
     def evaluator(self, weights: Callable[[], AbstractContextManager[None]]) -> Evaluator:
         """What a stream comes to in validation; `weights`: within it the model has those that count."""
-        compute, options = self.compute, self._options
+        compute, options = self.measured, self._options
         if self.steps.validation is not None:
-            compute = custom(called(self.steps.validation, self._model), needs_loss=False)
+            compute = custom(called(self.steps.validation, self._model, self.evaluated), needs_loss=False)
         return Evaluator(
             self._model,
             compute,
@@ -131,4 +141,5 @@ class Objective:
             precision=options.precision,
             weights=weights,
             graphs=runs_in_graphs(options.compile),
+            numbering=self.evaluated,
         )

@@ -169,12 +169,23 @@ def custom_outputs(function: Callable[[Batch], Any]) -> Compute:
     return lambda batch: Outcome(None, function(batch))
 
 
-def called(function: Callable[..., Any], model: nn.Module) -> Callable[[Batch], Any]:
-    """A step of the user as a function of the batch: it takes (model, batch), (batch) or (batch, batch_idx)."""
+class Numbering:
+    """Which batch of its pass is computed just now, from 0: whoever computes says where to ask."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], int] = itertools.count().__next__
+        """By itself it counts how often it was asked."""
+
+
+def called(
+    function: Callable[..., Any], model: nn.Module, numbering: Numbering | None = None
+) -> Callable[[Batch], Any]:
+    """A step of the user as a function of the batch: it takes (model, batch), (batch) or (batch, batch_idx), where the
+    last one is the number of the batch in its epoch, or in its evaluation."""
     names = list(inspect.signature(function).parameters)
     if names in (["batch"], ["batch", "update"]):
         return function
     if names[:1] == ["batch"]:
-        number = itertools.count()
-        return lambda batch: function(batch, next(number))
+        numbers = numbering or Numbering()
+        return lambda batch: function(batch, numbers.ask())
     return lambda batch: function(model, batch)

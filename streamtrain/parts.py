@@ -421,6 +421,7 @@ class Parts:
         )
         step.step = begin
         step.gauges = gauges
+        objective.trained.ask = step.number
         return step
 
     def begin_with(self, weights: Mapping[str, Tensor], path: Path, *, partial: bool) -> None:

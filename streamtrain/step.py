@@ -241,6 +241,10 @@ class TrainStep:
         done = len(self.tally.counts) - self._group
         return self._before[0] + done, self._before[1] + sum(self.tally.counts[:done])
 
+    def number(self) -> int:
+        """Of the batch that is computed just now, in its epoch, from 0; those without rows are not counted."""
+        return self._before[0] + len(self.tally.counts)
+
     def gauged(self) -> dict[str, float]:
         """What a line of the log says beside the means: the learning rate, and what the gauges read."""
         values = {"lr": get_lr(self._optimizer)}

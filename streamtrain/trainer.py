@@ -272,7 +272,7 @@ class Trainer:
 
     def validation_step(self, model: nn.Module, batch: Batch) -> Any:
         """The same for validation; by default what training does, without gradients."""
-        return self._parts.objective.compute(batch).table()
+        return self._parts.objective.measured(batch).table()
 
     def predict_step(self, model: nn.Module, batch: Batch) -> Any:
         """What `predict` gives for a batch; by default `model(batch.inputs)`, or a model of its own loss' `logits`."""

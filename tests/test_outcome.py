@@ -57,6 +57,32 @@ async def test_a_models_own_loss_makes_the_bare_loops_weights(where: str, as_dic
     assert [tuple(output.shape) for output in predicted[:2]] == [(8, 1), (8, 1)]
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+async def test_a_step_is_given_the_number_of_its_batch_in_the_epoch_a_resumed_one_too(
+    tmp_path: Path, accumulate: int
+) -> None:
+    trained: list[int] = []
+    evaluated: list[int] = []
+
+    def made() -> Trainer:
+        model = network()
+
+        def step(batch: Batch, batch_idx: int) -> Tensor:
+            (trained if torch.is_grad_enabled() else evaluated).append(batch_idx)
+            return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+        return Trainer(model, step=step, run_dir=tmp_path, device="cpu", accumulate_grad_batches=accumulate)
+
+    await made().fit(Samples(), Samples(40), max_steps=8 // accumulate)
+    assert (trained, evaluated) == ([*range(8)], [0, 1])
+    again = made()
+    await again.fit(Samples(), Samples(40), max_epochs=2, resume="auto")
+    assert trained == [*range(13)] * 2
+    assert evaluated == [0, 1, *[*range(5)] * 2]
+    await again.validate(Samples(40))
+    assert evaluated[-5:] == [*range(5)]
+
+
 class Going(Trainer):
     """Its steps go on with what the trainer would do."""
 
