@@ -414,7 +414,8 @@ class TrainStep:
         self._batch = None
 
     def _weigh(self, gradients: list[Tensor]) -> None:
-        """Bring the gradients of a short group to the mean over its samples."""
+        """Bring the gradients of a short group to the mean over its samples; over its batches, as of a whole group,
+        where nobody knew before that it would be short."""
         counts = self.tally.counts[-self._group :]
         if self._divisor != self.accumulate:  # each was weighted by its size in terms of the first
             factor = self._divisor * counts[0] / sum(counts)
