@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain.differences import check_weights, model_differences, rate_change
+from streamtrain.differences import check_weights, model_differences, rate_change, refuse
 from streamtrain.errors import CheckpointError
 
 RATES = st.lists(st.sampled_from([0, 0.0, 1, 3e-4, 0.1]), min_size=1, max_size=4)
@@ -56,3 +56,14 @@ def test_weights_are_told_in_the_models_order_and_those_of_the_checkpoint_alone_
     ]
     with pytest.raises(CheckpointError, match=r"^checkpoint .* does not fit \(saved -> now\): model\.0\.weight: "):
         check_weights(saved, model, tmp_path)
+
+
+def test_of_many_differences_the_first_dozen_are_told_and_how_many_more_there_are(tmp_path: Path) -> None:
+    told = [f"d{number}" for number in range(13)]
+    refuse([], tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        refuse(told[:12], tmp_path)
+    assert str(caught.value).endswith("d10; d11")
+    with pytest.raises(CheckpointError) as caught:
+        refuse([*told, "d13"], tmp_path)
+    assert str(caught.value).endswith("d10; d11; and 2 more")
