@@ -51,9 +51,11 @@ __all__ = [
 
 UNIT_OF = {"step": "step", "epoch": "epoch", "samples": "sample", "time": "second"}
 """What an interval counts in."""
-_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|sample|s|sec|second|min|minute|h|hour)s?\s*", re.IGNORECASE)
-_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
-UNITS = "The units are step, epoch, s, sec, second, min, minute, h and hour, with or without an s behind them."
+_SPAN = re.compile(
+    r"\s*(\d+(?:\.\d+)?)\s*(?:(step|epoch|sample|sec|second|min|minute|hour)s?|([smh]))\s*", re.IGNORECASE
+)
+_SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+UNITS = "The units are step, epoch, s, sec, second, m, min, minute, h and hour; words with or without an s behind them."
 
 SchedulerSpec = Any
 """None, a name, a dict with a name, a Scheduler, a function of progress, or a callable from optimizer to scheduler."""
@@ -67,9 +69,10 @@ def parse_span(text: str | float, what: str, *, bare: str = "step", samples: boo
     """
     if isinstance(text, str):
         match = _SPAN.fullmatch(text)
-        if match is None or (match[2].lower() == "sample" and not samples):
+        unit = "" if match is None else (match[2] or match[3]).lower()
+        if match is None or (unit == "sample" and not samples):
             raise ConfigError(f"{what} must be like '500steps', '1epoch' or '10min', not {text!r}", hint=UNITS)
-        amount, unit = float(match[1]), match[2].lower()
+        amount = float(match[1])
         if unit in _SECONDS:
             return amount * _SECONDS[unit], "second"
     elif type(text) in (int, float):

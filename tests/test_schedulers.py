@@ -651,6 +651,8 @@ def test_a_scheduler_of_another_optimizer_is_refused() -> None:
         ("10min", (600, "second")),
         ("1.5h", (5400, "second")),
         ("30s", (30, "second")),
+        ("5m", (300, "second")),
+        ("2 Hours", (7200, "second")),
         (7, (7, "step")),
         (0, (0, "step")),
     ],
@@ -660,9 +662,10 @@ def test_spans_are_read(text: Any, span: tuple[float, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "steps", "1.5steps", "0steps", "-3steps", "3 days", True, 1.5, None, math.nan, math.inf]
+    "text",
+    ["", "steps", "1.5steps", "0steps", "-3steps", "3 days", "500ms", "5ss", True, 1.5, None, math.nan, math.inf],
 )
 def test_what_is_no_span_is_refused_with_its_name(text: Any) -> None:
     with pytest.raises(ConfigError, match="warmup must be") as caught:
         parse_span(text, "warmup")
-    assert text != "3 days" or "step, epoch, s, sec, second, min, minute, h and hour" in caught.value.hint
+    assert text != "3 days" or "step, epoch, s, sec, second, m, min, minute, h and hour" in caught.value.hint

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,11 +18,10 @@ from streamtrain.errors import ConfigError
 from streamtrain.events import CheckpointCommitted, EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import direction, no_such_monitor
 from streamtrain.options import monitored
+from streamtrain.schedulers import parse_span
 
 logger = logging.getLogger(__name__)
 
-_EVERY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*")
-_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "m": 60, "minute": 60, "h": 3600, "hour": 3600}
 UNITS = "for example '10min', '500steps' or '1epoch', or 'auto'; times are in s, sec, second, m, min, minute, h or hour"
 _STALL = 0.01
 """The share of time that saving may cost under "auto"."""
@@ -47,13 +46,12 @@ class Schedule:
         """From `"10min"`, `"90s"`, `"2h"`, `"500steps"`, `"1epoch"` or `"auto"`; ConfigError for anything else."""
         if every == "auto":
             return cls(seconds=_SHORTEST, auto=True)
-        found = _EVERY.fullmatch(str(every).lower())
-        if found is not None:
-            number, unit = float(found[1]), found[2].removesuffix("s") or "s"
-            if number > 0 and unit in _SECONDS:
-                return cls(seconds=number * _SECONDS[unit])
-            if number >= 1 and number.is_integer() and unit in ("step", "epoch"):
-                return cls(steps=int(number)) if unit == "step" else cls(epochs=int(number))
+        with suppress(ConfigError):
+            amount, unit = parse_span(str(every), "every")
+            if unit == "second" and amount > 0:
+                return cls(seconds=amount)
+            if unit in ("step", "epoch"):
+                return cls(steps=int(amount)) if unit == "step" else cls(epochs=int(amount))
         raise ConfigError(f"every={every!r} is no interval", hint=UNITS)
 
     def due(self, step: int, epoch: int, seconds_since_last: float, *, epoch_end: bool = False) -> bool:

@@ -37,6 +37,8 @@ def saved(*steps: int, damaged: tuple[int, ...] = ()) -> list[Saved]:
         ("10min", Schedule(seconds=600)),
         ("90s", Schedule(seconds=90)),
         ("0.5h", Schedule(seconds=1800)),
+        ("5m", Schedule(seconds=300)),
+        ("2 Hours", Schedule(seconds=7200)),
         ("auto", Schedule(seconds=30, auto=True)),
     ],
 )
@@ -44,7 +46,9 @@ def test_intervals_are_read(text: str, schedule: Schedule) -> None:
     assert Schedule.parse(text) == schedule
 
 
-@pytest.mark.parametrize("text", ["", "0steps", "1.5epochs", "-1s", "0min", "ten min", "5", "5 parsecs", "nan s"])
+@pytest.mark.parametrize(
+    "text", ["", "0steps", "1.5epochs", "-1s", "0min", "ten min", "5", "5 parsecs", "nan s", "500ms", "5samples"]
+)
 def test_what_is_no_interval_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no interval") as caught:
         Schedule.parse(text)
