@@ -16,8 +16,8 @@ class LearningRateMonitor(Callback):
     """Adds `lr_<group>` and `momentum_<group>` to the lines of the log, for all loggers.
 
     `interval`: `"step"` for each line, `"epoch"` for the first of each epoch. A group goes by its `name`, or by its
-    number where it has none; of Adam's kind the first beta is the momentum. The first group's rate is each line's `lr`
-    without this callback.
+    number where it has none; by both where several have that name, as those of several optimizers. Of Adam's kind the
+    first beta is the momentum. The first group's rate is each line's `lr` without this callback.
     """
 
     def __init__(self, *, interval: str = "step", momentum: bool = True) -> None:
@@ -31,8 +31,10 @@ class LearningRateMonitor(Callback):
             return {}
         self._epoch = epoch
         values: dict[str, float] = {}
-        for number, group in enumerate(optimizer.param_groups):
-            name = group.get("name", number)
+        names = [str(group.get("name", number)) for number, group in enumerate(optimizer.param_groups)]
+        for number, (name, group) in enumerate(zip(names, optimizer.param_groups, strict=True)):
+            if names.count(name) > 1:
+                name = f"{name}_{number}"
             values[f"lr_{name}"] = float(group["lr"])
             momentum = group.get("momentum", next(iter(group.get("betas", ())), None))
             if self._momentum and momentum is not None:

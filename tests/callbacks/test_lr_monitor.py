@@ -45,6 +45,16 @@ async def test_each_line_has_every_groups_rate_of_its_own_update(tmp_path: Path)
     assert {row["momentum_0"] for row in rows} == {row["momentum_rest"] for row in rows} == {0.9}
 
 
+def test_groups_of_one_name_each_have_their_rate() -> None:
+    """As those of several optimizers with rules."""
+    rates = {"all others": 0.1, "rule 'bias'": 0.2}
+    made = [{"params": [nn.Parameter(torch.zeros(1))], "name": name, "lr": rate} for name, rate in rates.items()]
+    again = [{**group, "params": [nn.Parameter(torch.zeros(1))], "lr": 0.3} for group in made[:1]]
+    optimizer = torch.optim.SGD([*made, *again])
+    values = LearningRateMonitor(momentum=False).gauge(optimizer, 0)
+    assert values == {"lr_all others_0": 0.1, "lr_rule 'bias'": 0.2, "lr_all others_2": 0.3}
+
+
 async def test_by_epoch_the_first_line_of_each_has_them_in_any_life(tmp_path: Path) -> None:
     whole = await fit(tmp_path / "whole", 24, interval="epoch")
     await fit(tmp_path / "parts", 12, interval="epoch")
