@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain.differences import check_weights, model_differences, rate_change, refuse
+from streamtrain.differences import check_weights, model_differences, other_rate, rate_change, refuse
 from streamtrain.errors import CheckpointError
+from streamtrain.schedulers import FixedLearningRate, get_lr
 
 RATES = st.lists(st.sampled_from([0, 0.0, 1, 3e-4, 0.1]), min_size=1, max_size=4)
 
@@ -36,6 +37,14 @@ def test_one_that_moved_by_another_is_told_with_all_else(rates: list[float], at:
     assert found == 1.0
     assert any(line.startswith(f"optimizer.groups[{at % len(moved)}].lr: ") for line in told)
     assert told[-1] == "seed: 1 -> 2"
+
+
+@given(old=st.floats(1e-6, 1.0), new=st.floats(1e-6, 1.0))
+def test_another_rate_is_that_to_the_last_bit(old: float, new: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=old)
+    factor, _ = rate_change(of([old]), of([new]))
+    other_rate(optimizer, FixedLearningRate(optimizer), of([new]), factor)
+    assert get_lr(optimizer) == (new if factor != 1.0 else old)
 
 
 def test_another_number_of_groups_is_a_difference() -> None:
