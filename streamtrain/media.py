@@ -120,8 +120,9 @@ class Histogram:
         """Of an array or a tensor of any shape, in bins of equal width. Raises ConfigError."""
         values = _array(value, name).astype(np.float64).ravel()
         known = values[np.isfinite(values)]
-        counts, edges = np.histogram(known, bins=bins) if known.size else (np.zeros(bins), np.linspace(0, 1, bins + 1))
-        total, squares = float(known.sum()), float(np.square(known).sum())
+        counts, edges = _counted(known, bins) if known.size else (np.zeros(bins), np.linspace(0, 1, bins + 1))
+        with np.errstate(over="ignore"):
+            total, squares = float(known.sum()), float(np.square(known).sum())
         return cls(edges.astype(np.float64), counts.astype(np.int64), total, squares, values.size - known.size)
 
 
@@ -165,6 +166,20 @@ def _array(value: Any, name: str) -> NDArray[Any]:
     if array.dtype.kind not in "buif":
         raise ConfigError(f"{name}: numbers are needed, not {array.dtype}")
     return array
+
+
+def _counted(known: NDArray[np.float64], bins: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Counts and edges from the least value to the greatest; from further apart where so many bins would have no width
+    between them, which numpy refuses, as it does a width beyond what a number can be."""
+    half = 0.5 * known  # two of which are never too far apart
+    low, high = float(half.min()), float(half.max())
+    least = 2 * bins * float(np.spacing(max(-low, high)))
+    if high - low < least or low == high:
+        more = max(least, 0.25 if low == high else 0.0)
+        low, high = low - more, high + more
+    counts, edges = np.histogram(half, bins, (low, high))
+    most = np.finfo(np.float64).max / 2
+    return counts, 2.0 * np.clip(edges, -most, most)
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

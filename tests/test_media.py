@@ -69,6 +69,33 @@ def test_what_was_logged_does_not_change_with_its_source() -> None:
     assert counted.total == 0
 
 
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
+    st.integers(0, 3),
+    st.integers(1, 64),
+)
+def test_a_histogram_is_made_of_any_numbers_however_near_or_far_they_lie(
+    values: list[float], ulps: int, bins: int
+) -> None:
+    near = values[0]
+    for _ in range(ulps):
+        near = float(np.nextafter(near, 0.0))
+    histogram = Histogram.of(np.array([*values, near]), bins=bins)
+    assert histogram.counts.sum() == len(values) + 1
+    assert np.isfinite(histogram.edges).all()
+    assert (np.diff(histogram.edges * 0.5) > 0).all()
+    assert histogram.edges[0] <= min(values)
+    assert histogram.edges[-1] >= max(values)
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=30), st.sampled_from([1e-3, 0.1, 1.0, 1e4]))
+def test_a_histogram_of_usual_numbers_is_numpys(values: list[int], unit: float) -> None:
+    histogram = Histogram.of(np.array(values) * unit)
+    counts, edges = np.histogram(np.array(values) * unit, 64)
+    assert histogram.counts.tolist() == counts.tolist()
+    assert histogram.edges == pytest.approx(edges, rel=1e-12, abs=1e-12 * unit)
+
+
 def test_a_histogram_counts_each_finite_value_once() -> None:
     histogram = Histogram.of(np.array([[0.0, 1.0], [1.0, np.nan]]), bins=2)
     assert (histogram.counts.tolist(), histogram.edges.tolist()) == ([1, 2], [0.0, 0.5, 1.0])
