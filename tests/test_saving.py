@@ -339,6 +339,20 @@ async def test_a_save_after_the_fit_does_not_replace_the_last_weights_by_the_bes
     assert (await trainer.save_checkpoint()).name == f"step-{result.step + 2:09d}"
 
 
+async def test_nor_by_their_average_where_the_last_is_the_best(tmp_path: Path) -> None:
+    rules = [ModelCheckpoint(monitor="val_loss", mode="max"), EarlyStopping("val_loss", mode="max")]
+    trainer = Trainer(network(), nn.MSELoss(), lr=0.01, run_dir=tmp_path, callbacks=rules, device="cpu", ema=0.9)
+    result = await trainer.fit(Samples(), Samples(40, seed=3), max_epochs=1)
+    assert result.best is not None
+    assert result.checkpoint is not None
+    assert result.best.step == result.step
+    last = await asyncio.to_thread(checkpoint.read, result.checkpoint)
+    assert await trainer.save_checkpoint() == result.checkpoint
+    again = await asyncio.to_thread(checkpoint.read, result.checkpoint)
+    assert all(torch.equal(value, again.model[name]) for name, value in last.model.items())
+    assert not all(torch.equal(value, last.model[name]) for name, value in trainer.model.state_dict().items())
+
+
 class AtTheBeginning(Callback):
     """Saves when a fit goes on that has ended before."""
 
