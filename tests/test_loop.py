@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -216,6 +216,32 @@ async def test_validation_changes_nothing_in_training() -> None:
     fitted = trainer(validate_every="3steps")
     await fitted.fit(Samples(), validation={"one": Samples(20), "two": [(s, t) for s, t in pairs(Samples(20), 1)[0]]})
     assert same(fitted.model, bare_loop(network(), pairs(Samples(), 1), seed=5))
+
+
+async def test_data_that_come_late_in_the_middle_of_a_group_change_no_later_one() -> None:
+    """Of 11 batches, the last one half a one, the group before the short last one waits for its data."""
+    weights = []
+    for late in (False, True):
+        fitted, stream = trainer(accumulate_grad_batches=3), Samples(84)
+        if late:
+            stream.gates[56] = Partial(fitted)
+        await fitted.fit(stream)
+        weights.append(fitted.model)
+    assert same(*weights)
+
+
+class Partial(asyncio.Event):
+    """Opens once batches were taken that are part of no update yet."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    async def wait(self) -> Literal[True]:
+        while self.trainer._lasting is None or not self.trainer._lasting.step.partial:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        self.set()
+        return True
 
 
 @pytest.mark.parametrize("every", ["1epoch", "4steps"])
