@@ -70,7 +70,7 @@ _RISING = re.compile(
     r"(acc|auc|auroc|bleu|corr|dice|explained|f1|m?iou|jaccard|kappa|kge|matthews|mcc|ndcg|nse|pearson|precision|psnr|r2"
     r"|recall|reward|rouge|sensitivity|spearman|specificity|ssim).*|(top|map)(k|\d+)?"
 )
-_FALLING = ("loss", "err")
+_FALLING = ("loss", "err", "mae", "mse", "rmse", "mape", "smape", "brier", "crps", "nll", "perplexity")
 
 
 def direction(name: str, mode: str = "auto") -> str:
@@ -78,9 +78,9 @@ def direction(name: str, mode: str = "auto") -> str:
 
     `"auto"`: max for names with a part that begins with acc, auc, auroc, bleu, corr, dice, explained, f1, iou, miou,
     jaccard, kappa, kge, matthews, mcc, ndcg, nse, pearson, precision, psnr, r2, recall, reward, rouge, sensitivity,
-    spearman, specificity or ssim, or is top, topk, top5, map or map50, unless another part is a loss or an error; else
-    min. Parts are what other signs set apart, and CapitalLetters within these too. Raises ConfigError for any other
-    mode.
+    spearman, specificity or ssim, or is top, topk, top5, map or map50; else min, as where another part begins with
+    loss, err, mae, mse, rmse, mape, smape, brier, crps, nll or perplexity. Parts are what other signs set apart, and
+    CapitalLetters within these too. Raises ConfigError for any other mode.
     """
     if mode in ("min", "max"):
         return mode
