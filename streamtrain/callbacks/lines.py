@@ -34,7 +34,8 @@ RETRY = 1.0
 """Seconds between two tries on a disk that is full."""
 MOST_WAITING = 10_000
 """Lines that wait in memory for room on it; with more, or at the end of the fit, it is an error."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors that a disk without room gives."""
 
 Change = Callable[[Path], None]
 """Blocking work on the file between two lines, while it is not open."""
@@ -156,7 +157,7 @@ class LineFile:
             try:
                 data = data[await raw.write(data) :]
             except OSError as error:
-                if error.errno not in _NO_ROOM or self._hurry.is_set() or len(self._waiting) > MOST_WAITING:
+                if error.errno not in NO_ROOM or self._hurry.is_set() or len(self._waiting) > MOST_WAITING:
                     raise
                 if not full:
                     full = True

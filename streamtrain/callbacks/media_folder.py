@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
 
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.lines import NO_ROOM
 from streamtrain.errors import EnvironmentProblem
 from streamtrain.events import Media, TrainBegin
 from streamtrain.media import Histogram, Image, Medium
+
+logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[^\w.+=,@-]+")
 """What a folder's name does not have: above all separators."""
@@ -26,11 +30,14 @@ class MediaFolder(Callback):
     """Writes what `log_media` is given to `media/<name>/step-000001234.png` or `.json` in the run's folder.
 
     A table is `{"columns": [...], "rows": [[...], ...]}`, a histogram `{"edges": [...], "counts": [...],
-    "left_out": n}`. Raises EnvironmentProblem where the disk refuses.
+    "left_out": n}`. What finds no room on the disk is left out, which is said. Raises EnvironmentProblem where the disk
+    refuses otherwise.
     """
 
     def __init__(self) -> None:
         self._folder: Path | None = None
+        self._full = False
+        """That there is no room was said, and nothing was written since."""
 
     def on_train_begin(self, event: TrainBegin) -> None:
         """Learn where."""
@@ -43,7 +50,20 @@ class MediaFolder(Callback):
         for name, shown in event.values.items():
             folder = self._folder / folder_name(name)
             suffix, data = written(shown)
-            _replace(folder / f"step-{event.step:09d}{suffix}", data)
+            self._write(folder / f"step-{event.step:09d}{suffix}", data)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            _replace(path, data)
+            self._full = False
+        except OSError as error:
+            why = error.strerror or error
+            if error.errno not in NO_ROOM:
+                hint = "make room on the disk, or mend the permissions"
+                raise EnvironmentProblem(f"{path} can't be written: {why}", hint=hint) from error
+            if not self._full:
+                self._full = True
+                logger.warning("%s is left out, and what comes before there is room: %s", path, why)
 
 
 def folder_name(name: str) -> str:
@@ -70,12 +90,12 @@ def _json(document: object) -> bytes:
 
 
 def _replace(path: Path, data: bytes) -> None:
+    """Raises OSError, and leaves nothing behind then."""
     temp = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temp.write_bytes(data)
         os.replace(temp, path)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} can't be written: {error.strerror or error}", hint="make room on the disk, or mend the permissions"
-        ) from error
+    except OSError:
+        temp.unlink(missing_ok=True)
+        raise

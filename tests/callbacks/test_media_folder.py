@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +64,21 @@ def test_a_disk_that_refuses_is_an_error_with_the_path(tmp_path: Path) -> None:
     (tmp_path / "media").write_text("no folder")
     with pytest.raises(EnvironmentProblem, match=r"media/x/step-000000000\.json can't be written"):
         shown(tmp_path, Media(values={"x": medium(np.zeros(3), "")}))
+
+
+def test_a_disk_without_room_costs_what_is_logged_then_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, full = Path.write_bytes, {1, 2, 4}
+
+    def half(path: Path, data: bytes) -> int:
+        if int(path.name[6:15]) in full:
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    events = [Media(step=step, values={"x": medium(np.zeros(3), "")}) for step in range(6)]
+    assert shown(tmp_path, *events) == [f"media/x/step-{step:09d}.json" for step in (0, 3, 5)]
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition(" is left out")[0][-22:] for text in said] == [f"/x/step-{step:09d}.json" for step in (1, 4)]
