@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class TensorBoard(Callback):
     Scalars go by the names that they have in `metrics.jsonl`, those of resources as `resource/<name>`. With
     `histograms_every=500` the weights are counted at the first line of the log at or after every 500th step (on the
     train thread, between two updates); with `graph=True` the model is traced once, on the inputs of its first batch.
+    Where the disk refuses, at its beginning apart, the run goes on without it, which is said.
     Needs the package tensorboard, or tensorboardX (`pip install 'streamtrain[tensorboard]'`): ConfigError without.
     """
 
@@ -59,6 +61,7 @@ class TensorBoard(Callback):
         self._drawn = False
         self._counted: list[tuple[int, float, dict[str, Histogram]]] = []
         self._open: Callable[[int | None], Any] = lambda again: None
+        self._folder: Path | None = None
         self._numbers = 0
         """In the file so far."""
 
@@ -69,6 +72,7 @@ class TensorBoard(Callback):
             return None
         self._once.begin(event.step)
         again = event.step + 1 if event.step else 0 if folder.is_dir() else None
+        self._folder = folder
         module = load("torch.utils.tensorboard" if self._package == "tensorboard" else "tensorboardX")
         self._open = lambda again: module.SummaryWriter(str(folder), purge_step=again)
         self._writer, self._numbers = self._open(again), 0
@@ -80,6 +84,16 @@ class TensorBoard(Callback):
         """Write its numbers."""
         if self._writer is None:
             return None
+        try:
+            self._write_line(event)
+        except OSError as error:
+            self._give_up(error)
+            return None
+        if self._inputs is not None or (self._due is not None and event.step >= self._due):
+            return self._look(event)
+        return None
+
+    def _write_line(self, event: Log) -> None:
         self._write_counted()
         wall = time.time()
         if event.split == APART or self._once.first(event):
@@ -88,14 +102,16 @@ class TensorBoard(Callback):
                 self._writer.add_scalar(f"{prefix}{name}", value, event.step, wall)
             self._count_up(len(event.values))
         self._writer.flush()  # a kill would take what no later life writes again: the steps before its checkpoint
-        if self._inputs is not None or (self._due is not None and event.step >= self._due):
-            return self._look(event)
-        return None
 
     def on_media(self, event: Media) -> None:
         """Write them."""
-        if self._writer is None:
-            return
+        if self._writer is not None:
+            try:
+                self._write_media(event)
+            except OSError as error:
+                self._give_up(error)
+
+    def _write_media(self, event: Media) -> None:
         for name, shown in event.values.items():
             if isinstance(shown, Image):
                 self._writer.add_image(name, shown.pixels, event.step, dataformats="HWC")
@@ -108,9 +124,20 @@ class TensorBoard(Callback):
     def on_train_end(self, event: TrainEnd) -> None:
         """Write the rest and end the writer's thread."""
         if self._writer is not None:
-            self._write_counted()
-            self._writer.close()
+            try:
+                self._write_counted()
+                self._writer.close()
+            except OSError as error:
+                self._give_up(error)
         self._writer = self._inputs = None
+
+    def _give_up(self, error: OSError) -> None:
+        """The package's own thread has ended at the error: no more can be written in this life."""
+        why = error.strerror or error
+        logger.warning("TensorBoard: %s can't be written: %s: it gets no more of this life", self._folder, why)
+        with suppress(OSError):
+            self._writer.close()
+        self._writer = self._inputs = self._due = None
 
     def state_dict(self) -> dict[str, Any]:
         """Which lines of the last step are written, and whether the graph is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from streamtrain.callbacks.once import Once
 from streamtrain.callbacks.tensorboard import TensorBoard
@@ -63,6 +66,28 @@ async def test_steps_beyond_the_checkpoint_of_a_life_that_was_killed_are_forgott
     del trainer
     await fit(tmp_path, 12)
     assert [step for step, _ in scalars(tmp_path, "loss")] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("what", ["add_scalar", "flush", "close"])
+async def test_a_disk_that_is_full_ends_the_file_and_no_run(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written, does = list[int](), getattr(SummaryWriter, what)
+
+    def refuses(writer: Any, *arguments: Any, **named: Any) -> Any:
+        written.append(1)
+        if len(written) > (0 if what == "close" else 3):
+            does(writer, *arguments, **named)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return does(writer, *arguments, **named)
+
+    monkeypatch.setattr(SummaryWriter, what, refuses)
+    trainer = await fit(tmp_path, 12)
+    assert trainer.state.step == 12
+    said = [text for record in caplog.records if (text := record.getMessage()).startswith("TensorBoard: ")]
+    folder = tmp_path / "tensorboard"
+    assert said == [f"TensorBoard: {folder} can't be written: No space left on device: it gets no more of this life"]
+    assert [row["step"] for row in lines(tmp_path) if row["split"] == "train"] == [2, 4, 6, 8, 10, 12]
 
 
 async def test_media_are_shown(tmp_path: Path) -> None:
