@@ -104,6 +104,7 @@ class EarlyStopping(Callback):
         names = monitor if isinstance(monitor, list | tuple) else ["val_loss" if monitor is None else monitor]
         self.monitors = tuple(monitored(name, "EarlyStopping: monitor") for name in names or ["val_loss"])
         """The names that must be logged."""
+        self.state_key = ", ".join(self.monitors)
         count(patience, "EarlyStopping: patience", least=0)
         deltas, modes = self._each(min_delta, "min_delta", 0.0), self._each(mode, "mode", "auto")
         if baseline is not None and not isinstance(baseline, Mapping) and len(self.monitors) > 1:

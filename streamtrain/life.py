@@ -19,6 +19,7 @@ from streamtrain import rng as rngs
 from streamtrain import state as trees
 from streamtrain.averaging import Average
 from streamtrain.callbacks.base import Callback
+from streamtrain.callbacks.naming import alike, matched, unmatched
 from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
 from streamtrain.differences import differences, other_rate, refuse
@@ -147,10 +148,16 @@ class Life:
         return {name: trees.clone(_state_of(name, callback)) for name, callback in picked.items()}
 
     def check(self) -> None:
-        """Raise CheckpointError if anything here can't be kept in a checkpoint."""
+        """Raise CheckpointError if anything here can't be kept in a checkpoint; say whose states there only their order
+        tells apart."""
         trees.check(self.state(), "state")
         trees.check(state_by_name(self.optimizer, self.model), "optimizer")
         trees.check(dict(self.model.state_dict()), "model")
+        for group in alike({name: each for name, each in self.callbacks.items() if has_state(each)}):
+            logger.warning(
+                "%s: nothing but their order tells them apart at a resume, so keep it, or give each a `state_key`",
+                ", ".join(group),
+            )
 
     def try_loading(self) -> None:
         """Raise CheckpointError if the model does not take what it gives to be saved; on the train thread. It has its
@@ -230,7 +237,7 @@ class Life:
         rate = learned.check(snapshot, self.settings, path)
         check_schedule(self.lr, state["scheduler"])
         check_own_rng(self.stream, state["own_rng"])
-        gone = [name for name, own in state["callbacks"].items() if own and name not in self.callbacks]
+        gone, unknown = unmatched(state["callbacks"], self.callbacks)
         with ExitStack() as back:
             self._load_callbacks(state["callbacks"], path, back)
             changed = self._go_to(state["stream"], path, allow_data_change=allow_data_change)
@@ -249,6 +256,11 @@ class Life:
             self._go_there(state)
         if gone:
             logger.info("callbacks of the checkpoint that are not there now, with their states: %s", ", ".join(gone))
+        if unknown:
+            logger.warning(
+                "nobody takes up these states of the checkpoint: which callback of now had them can't be known: %s",
+                ", ".join(unknown),
+            )
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
 
@@ -261,14 +273,15 @@ class Life:
     def _load_callbacks(self, states: Mapping[str, Any], path: Path, back: ExitStack) -> None:
         """Give the callbacks their states; `back` gives them those of now again, where another or the stream refuses
         its own."""
-        for name, callback in self.callbacks.items():
+        for name, saved in matched(states, self.callbacks).items():
+            callback = self.callbacks[name]
             load = getattr(callback, "load_state_dict", None)
-            if name not in states or load is None:
+            if load is None:
                 continue
             if has_state(callback):
                 back.callback(_given_back, name, load, trees.clone(_state_of(name, callback)))
             with refusing_for(name, path):
-                load(states[name])
+                load(states[saved])
 
     def _go_to(self, position: Any, path: Path, *, allow_data_change: bool) -> bool:
         """Bring the stream to a position; whether it is of other data, on which the epoch begins anew."""

@@ -1577,7 +1577,7 @@ async def test_states_of_callbacks_that_are_gone_are_said(tmp_path: Path, caplog
     caplog.set_level(logging.INFO)
     await trainer(run_dir=tmp_path, callbacks=[EarlyStopping("loss")]).fit(Samples(80), max_epochs=1)
     await trainer(run_dir=tmp_path).fit(Samples(80), max_epochs=2, resume="auto")
-    assert caplog.text.count("that are not there now, with their states: EarlyStopping") == 1
+    assert caplog.text.count("that are not there now, with their states: EarlyStopping['loss']") == 1
 
 
 async def test_fit_while_fit_runs_is_refused() -> None:

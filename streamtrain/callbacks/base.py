@@ -37,6 +37,9 @@ class Callback:
     """
 
     decides: bool = False
+    state_key: str = ""
+    """What tells this one from others of its class, whatever their order, in checkpoints and messages: what it watches,
+    or where it writes. Of several with a state a class should have one, which stays the same from life to life."""
 
     def state_dict(self) -> dict[str, Any]:
         """State to keep in checkpoints: JSON values, tensors, and dicts and lists of them.

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, cast
 
+from streamtrain.callbacks import naming
 from streamtrain.callbacks.base import NEWS, hooks_of
 from streamtrain.ending import to_its_end
 from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError, named
@@ -58,7 +59,7 @@ class MailboxStatistics:
     """How one callback keeps up."""
 
     name: str
-    """The callback's class, numbered where a class appears twice."""
+    """The callback's class and its `state_key`, if it has one; numbered where these are the same twice."""
     pending: int
     """Events that wait in the mailbox now; near the mailbox's size: this callback is what training waits for."""
     delivered: int
@@ -332,7 +333,7 @@ class Bus:
 
     def __init__(self, callbacks: Sequence[object], *, mailbox: int = 64, grace: float = 25.0) -> None:
         self._boxes = tuple(
-            _Mailbox(callback, name, mailbox) for callback, name in zip(callbacks, _names(callbacks), strict=True)
+            _Mailbox(callback, name, mailbox) for callback, name in zip(callbacks, naming.named(callbacks), strict=True)
         )
         self._grace = grace
         self._tasks: dict[_Mailbox, asyncio.Task[None]] = {}
@@ -468,10 +469,3 @@ def _go_on(task: asyncio.Task[Any] | None) -> None:
     """As if it had not been cancelled."""
     while task is not None and task.cancelling():
         task.uncancel()
-
-
-def _names(callbacks: Sequence[object]) -> list[str]:
-    kinds = [type(callback).__name__ for callback in callbacks]
-    return [
-        kind if kinds.count(kind) == 1 else f"{kind}[{kinds[: i + 1].count(kind) - 1}]" for i, kind in enumerate(kinds)
-    ]

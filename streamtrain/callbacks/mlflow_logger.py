@@ -46,6 +46,7 @@ class MLflowLogger(Callback):
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.needs_folder = uri is None
         self._experiment, self._uri, self._name = experiment, uri, name
+        self.state_key = "/".join(text for text in (experiment, name) if text)
         self._once = Once()
         self._id = ""
         self._client: Any = None

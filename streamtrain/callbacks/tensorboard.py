@@ -52,6 +52,7 @@ class TensorBoard(Callback):
         self._package = find("TensorBoard", "tensorboard", "tensorboardX", extra="tensorboard")
         self.needs_folder = log_dir is None
         self._given = None if log_dir is None else Path(os.path.abspath(log_dir))
+        self.state_key = "" if log_dir is None else os.fspath(log_dir)
         self._every = None if histograms_every is None else count(histograms_every, "TensorBoard: histograms_every")
         self._graph = flag(graph, "TensorBoard: graph")
         self._once = Once()

@@ -54,6 +54,7 @@ class WandbLogger(Callback):
         find("WandbLogger", "wandb", extra="wandb")
         self._mode = None if mode is None else one_of(mode, ("online", "offline"), "WandbLogger: mode")
         self._about = {"project": project, "name": name, "entity": entity, "group": group, "tags": list(tags)}
+        self.state_key = "/".join(text for text in (entity, project, group, name) if text)
         self._once = Once()
         self._id = self._folder = ""
         """`_folder`: where this life's lines lie, by its name; nothing online."""

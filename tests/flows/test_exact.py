@@ -162,7 +162,8 @@ def kept(folder: Path) -> dict[str, Any]:
     assert newest is not None
     snapshot = checkpoint.read(newest.path)
     state = {key: value for key, value in snapshot.state.items() if key not in ("callbacks", "config", "progress")}
-    callbacks = {key: snapshot.state["callbacks"][key] for key in ("Counts", "EarlyStopping", "ModelCheckpoint")}
+    deciders = ("Counts", "EarlyStopping['val_loss']", "ModelCheckpoint")
+    callbacks = {key: snapshot.state["callbacks"][key] for key in deciders}
     callbacks["ModelCheckpoint"] = {**callbacks["ModelCheckpoint"], "spare": None}  # by when its saves were through
     progress = {key: value for key, value in snapshot.state["progress"].items() if key != "time"}
     tree = {"model": snapshot.model, "optimizer": snapshot.optimizer, "state": state, "callbacks": callbacks}
