@@ -274,6 +274,7 @@ class Fit:
             life.restores, life.weights = last.restores, last.weights
             life.restored, life.told_restored = last.restored, last.told_restored
             life.step.take_over(last.step)
+            life.ask_again(last)
         stream, position = run.position or (None, {})
         if stream is not None and behind(stream) is behind(train) and run.state.batch:
             if serves_one_epoch(train) and not hasattr(behind(train), "load_state_dict"):

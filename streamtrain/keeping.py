@@ -205,10 +205,9 @@ class Keeper:
 
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
         """What the deciders answer; a checkpoint made meanwhile, or after an error in it, is of before, and the life
-        that loads it tells and asks all again."""
-        if self.saver is not None:
-            taken_in = await self._settled()
-            self._life.asked = self._life.states(has_state if taken_in else _decides)
+        that goes on, from it or in this process, tells and asks all again."""
+        taken_in = await self._settled()
+        self._life.asked = self._life.states(has_state if taken_in else _decides)
         answers = await self.attend(self._teller.ask(hook, kind, **fields))
         self._life.asked = {}
         return answers

@@ -325,6 +325,14 @@ class Life:
         self._go_there(state)
         return True
 
+    def ask_again(self, last: Life) -> None:
+        """Where the life before ended in asking its deciders: its callbacks have their states of before, as in one that
+        is restored, for they are told and asked again."""
+        for name, state in last.asked.items():
+            callback = self.callbacks.get(name)
+            if callback is last.callbacks[name] and callable(load := getattr(callback, "load_state_dict", None)):
+                _given_back(name, load, state)
+
     def _take_up(self, state: Mapping[str, Any]) -> None:
         self.step.spikes.load_state_dict(state["spikes"])
         if self.step.scaler is not None and state["scaler"]:

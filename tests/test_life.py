@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
+from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import CheckpointError, UserCodeError
+from streamtrain.events import Event, ValidationEnd
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network, same
 
@@ -58,3 +61,62 @@ async def test_a_fit_goes_on_from_the_checkpoint_before_half_an_update(tmp_path:
     result = await trainer.fit(Samples(), max_steps=12, resume="auto" if how == "resumed" else None)
     assert result.step == 12
     assert same(trainer.model, whole.model)
+
+
+class Counting(Callback):
+    """Counts what it is told in its state."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, int] = {}
+
+    def on_epoch_end(self, event: Event) -> None:
+        self._count("epochs")
+
+    async def on_validation_end(self, event: ValidationEnd) -> None:
+        self._count("sane" if event.sanity else "validations")
+
+    def _count(self, what: str) -> None:
+        self.told[what] = self.told.get(what, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.told)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.told = dict(state)
+
+
+class Refusing(Callback):
+    """Raises once, when it is told of the second epoch's end, or of its validation."""
+
+    decides = True
+
+    def __init__(self, hook: str) -> None:
+        self._over = False
+        setattr(self, hook, self._raises)
+
+    async def _raises(self, event: Event) -> None:
+        if event.step == 26 and not self._over:
+            self._over = True
+            raise ValueError("not now")
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_end", "on_validation_end"])
+@pytest.mark.parametrize("folder", [True, False])
+async def test_a_fit_that_goes_on_after_a_hook_failed_counts_no_end_of_an_epoch_twice(
+    tmp_path: Path, hook: str, folder: bool
+) -> None:
+    def fitted(*callbacks: Callback, name: str) -> Trainer:
+        place = tmp_path / name if folder else None
+        return Trainer(network(), nn.MSELoss(), seed=5, device="cpu", run_dir=place, callbacks=callbacks)
+
+    counting, early, stream = Counting(), EarlyStopping(patience=2, min_delta=1e9), Samples()
+    trainer = fitted(counting, early, Refusing(hook), name="broken")
+    with pytest.raises(UserCodeError, match="not now"):
+        await trainer.fit(stream, Samples(30, seed=3), max_epochs=9)
+    result = await trainer.fit(stream, Samples(30, seed=3), max_epochs=9)
+
+    undisturbed = Counting()
+    whole = fitted(undisturbed, EarlyStopping(patience=2, min_delta=1e9), name="whole")
+    expected = await whole.fit(Samples(), Samples(30, seed=3), max_epochs=9)
+    assert (result.reason, result.step) == (expected.reason, expected.step) == ("early_stopping", 39)
+    assert counting.told == undisturbed.told
