@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,15 +30,20 @@ from streamtrain.grace import lost
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
-from streamtrain.state import Snapshot, fresh
+from streamtrain.state import Snapshot, Tree, fresh
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 0.5
-"""Seconds for which a save waits until callbacks with a state have taken in what was told."""
+_PATIENCE = 0.1
+"""Seconds for which training waits until callbacks with a state have taken in what was told; a save that somebody
+waits for has no more."""
+_LATE = 30.0
+"""Seconds for which a save, while training goes on, waits for the states of those that lag more."""
+_LOOK = 0.1
+"""Seconds until it is seen that a hook waits for another save, for which none is waited for any longer."""
 
 
 class Keeper:
@@ -70,6 +76,11 @@ class Keeper:
         """The best of the last judged step, by monitor, which are named once they are saved."""
         self._joined = 0
         """Periodic saves that were due while another was under way."""
+        self._before: dict[str, asyncio.Future[Tree | None]] = {}
+        """While deciders are asked, and where that failed: the states of before of the callbacks that lag, by name."""
+        self._pressed = asyncio.Event()
+        """Somebody waits until the save under way is over."""
+        self._told_behind: set[str] = set()
 
     def _mark(self) -> tuple[int, int, str, bool]:
         """What tells one state that is worth saving from another."""
@@ -140,7 +151,11 @@ class Keeper:
                 await self._save_elsewhere(request)
             return None
         began = time.perf_counter()
-        await saver.wait()  # one at a time: there is memory for one copy
+        self._pressed.set()
+        try:
+            await saver.wait()  # one at a time: there is memory for one copy
+        finally:
+            self._pressed.clear()
         path, done = (None, None) if request is None else (request.path, request.done)
         if path is None and (kept := last_weights(self._life)) is not None:
             return None if done is None else done(kept, None)
@@ -155,7 +170,8 @@ class Keeper:
             self._saved, self._when = self._mark(), time.monotonic()
             return saver.give_up(problem, kind=kind, failed=failed, done=done)
         coming = [best for best in self._coming if best.step == step and path is None]
-        snapshot = await self._snapshot(coming, primary=rule.monitor)
+        late = await self._settled()
+        snapshot = await self._snapshot(coming, primary=rule.monitor, late=late if done is None else ())
         stall = time.perf_counter() - began
         if path is None:
             self._saved, self._when = self._mark(), time.monotonic()
@@ -167,7 +183,13 @@ class Keeper:
             about["buffers"] = saver.buffers.bytes
             await self._teller.emit("on_checkpoint", CheckpointCommitted, **about)
 
-        return saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done)
+        async def complete() -> None:
+            await self._complete(snapshot, late)
+
+        if done is not None:  # a hook may wait for it, and none comes to its mark before that is over
+            self._say_behind(late, logging.INFO)
+        brings = complete if late and done is None else None
+        return saver.begin(snapshot, step, kind=kind, told=told, failed=failed, path=path, done=done, complete=brings)
 
     async def save_all(self, requests: Sequence[Save]) -> None:
         """Save as was asked, once into the run's folder; where that raises, all who wait for one are told before."""
@@ -189,27 +211,32 @@ class Keeper:
             logger.warning("a checkpoint was asked for without a path, in a fit without a run_dir: none is made")
             return done(None, ConfigError("a fit without a run_dir saves only to a path", hint="Give one."))
         try:
+            self._say_behind(await self._settled(), logging.INFO)
             snapshot = await self._snapshot()
             committed = await self._files(lambda: checkpoint.commit(path, snapshot, disk=self._disk))
         except Exception as error:
             return done(None, error)
         return done(committed.path, None)
 
-    async def _snapshot(self, coming: Sequence[Best] = (), *, primary: str = "") -> Snapshot:
-        """What the last finished update left, copied; it names the best that it is itself."""
-        await self._settled()
+    async def _snapshot(
+        self, coming: Sequence[Best] = (), *, primary: str = "", late: Collection[str] = ()
+    ) -> Snapshot:
+        """What the last finished update left, copied; it names the best that it is itself, and lacks the states of the
+        callbacks that are `late`."""
         with self._life.progress.offered(coming, primary=primary):
-            state = self._life.state()
+            state = self._life.state(late)
         copier = fresh if self.saver is None else self.saver.buffers.copies
         return await self._thread.run(lambda: self._life.snapshot(state, copier))
 
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
         """What the deciders answer; a checkpoint made meanwhile, or after an error in it, is of before, and the life
         that goes on, from it or in this process, tells and asks all again."""
-        taken_in = await self._settled()
-        self._life.asked = self._life.states(has_state if taken_in else _decides)
+        late = self._before = await self._settled()
+        asked = self._life.asked = self._life.states(self._stateful().difference(late))
+        for name, mark in late.items():
+            mark.add_done_callback(partial(_put_down, asked, name))
         answers = await self.attend(self._teller.ask(hook, kind, **fields))
-        self._life.asked = {}
+        self._life.asked, self._before = {}, {}
         return answers
 
     async def attend(self, telling: Coroutine[Any, Any, T], *, unless: Callable[[], bool] = lambda: False) -> T:
@@ -235,12 +262,52 @@ class Keeper:
             await asyncio.wait([told])
         return told.result()
 
-    async def _settled(self) -> bool:
-        """Let callbacks that have a state take in what was told, and whether they have; one that lags is not waited for
-        long."""
-        drained = asyncio.create_task(self._bus.drain(has_state))
-        await asyncio.wait([drained], timeout=_PATIENCE)
-        return not drained.cancel()
+    async def _settled(self) -> dict[str, asyncio.Future[Tree | None]]:
+        """Let callbacks that have a state take in what was told. One that lags is not waited for long: its state comes
+        once it has, copied before it is given anything more; where one of before is to be kept, that."""
+        marks = self._bus.mark(has_state, self._taken)
+        if marks:
+            await asyncio.wait(marks.values(), timeout=_PATIENCE)
+        return {name: self._before.get(name, mark) for name, mark in marks.items() if not mark.done()}
+
+    async def _taken(self, callback: object) -> Tree:
+        """A copy of one callback's state."""
+        names = [name for name, each in self._life.callbacks.items() if each is callback]
+        states = await self._thread.run(lambda: self._life.states(names))
+        return states[names[0]]
+
+    def _stateful(self) -> set[str]:
+        """The names of the callbacks that have a state."""
+        return {name for name, callback in self._life.callbacks.items() if has_state(callback)}
+
+    async def _complete(self, snapshot: Snapshot, late: Mapping[str, asyncio.Future[Tree | None]]) -> None:
+        """Have the states of those that lag in a snapshot, as they are once they have taken in what was told before."""
+        until = time.monotonic() + _LATE
+        pressed: asyncio.Future[Any] = asyncio.create_task(self._pressed.wait())
+        try:
+            while not (pressed.done() or self._control.saves_wait) and (left := until - time.monotonic()) > 0:
+                lagging: set[asyncio.Future[Any]] = {mark for mark in late.values() if not mark.done()}
+                if not lagging:
+                    break
+                await asyncio.wait({*lagging, pressed}, timeout=min(_LOOK, left), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            pressed.cancel()
+        states = {name: mark.result() for name, mark in late.items() if mark.done()}
+        behind = [name for name in late if states.get(name) is None]
+        self._say_behind(behind)
+        states |= self._life.states(behind)
+        snapshot.state["callbacks"].update(states)
+
+    def _say_behind(self, names: Iterable[str], level: int = logging.WARNING) -> None:
+        """Once for each whose state is saved as it is, behind its step."""
+        for name in [name for name in names if name not in self._told_behind | self._life.asked.keys()]:
+            self._told_behind.add(name)
+            logger.log(
+                level,
+                "callback %s had not taken in all that it was told when a checkpoint could not wait for it any longer: "
+                "a run that goes on from there does not tell it again",
+                name,
+            )
 
     def check(self) -> None:
         """Raise the error of saves that failed too often."""
@@ -341,9 +408,10 @@ class Keeper:
         return any(getattr(other, "decides", False) and getattr(other, "restore_best", True) for other in others)
 
 
-def _decides(callback: object) -> bool:
-    """Whether a callback is a decider."""
-    return bool(getattr(callback, "decides", False))
+def _put_down(states: dict[str, Tree], name: str, mark: asyncio.Future[Tree | None]) -> None:
+    """A state that has come; none has where the callback was left behind, or its `state_dict` raised."""
+    if not mark.cancelled() and mark.exception() is None and (state := mark.result()) is not None:
+        states[name] = state
 
 
 def _at_once(requests: Sequence[Save]) -> list[Save]:

@@ -6,7 +6,7 @@ Its law: nothing live is touched before everything that a checkpoint holds was f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +108,9 @@ class Life:
             rollback=self.rollback,
         )
 
-    def state(self) -> Tree:
-        """All but the weights and the optimizer, as of the last finished update."""
+    def state(self, late: Collection[str] = ()) -> Tree:
+        """All but the weights and the optimizer, as of the last finished update, and the states of the callbacks that
+        are `late`."""
         return {
             "version": VERSION,
             "step": self.progress.step,
@@ -120,7 +121,8 @@ class Life:
             "own_rng": self.own_rng,
             "scheduler": self.lr.state_dict(),
             "scaler": None if self.step.scaler is None else self.step.scaler.state_dict(),
-            "callbacks": {name: _state_of(name, callback) for name, callback in self.callbacks.items()} | self.asked,
+            "callbacks": {name: _state_of(name, each) for name, each in self.callbacks.items() if name not in late}
+            | self.asked,
             "metrics": dict(self.metrics),
             "window": self.step.tally.window.state_dict(),
             "means": self.step.tally.epoch.state_dict(),
@@ -142,10 +144,9 @@ class Life:
                 hint="load_checkpoint() the last one first; where there is none, begin anew.",
             )
 
-    def states(self, only: Callable[[object], bool]) -> dict[str, Tree]:
-        """Copies of the states of the callbacks that `only` picks."""
-        picked = {name: callback for name, callback in self.callbacks.items() if only(callback)}
-        return {name: trees.clone(_state_of(name, callback)) for name, callback in picked.items()}
+    def states(self, names: Iterable[str]) -> dict[str, Tree]:
+        """Copies of the states of the callbacks of these names."""
+        return {name: trees.clone(_state_of(name, self.callbacks[name])) for name in names}
 
     def check(self) -> None:
         """Raise CheckpointError if anything here can't be kept in a checkpoint; say whose states there only their order

@@ -100,14 +100,16 @@ class Saver:
         failed: Failed,
         path: Path | None = None,
         done: Done | None = None,
+        complete: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Commit in the background, then await `told`, or else `failed`; the save before must be over.
 
-        With `path` it goes there, and a failure concerns only `done`, which is told how it went.
+        `complete` is awaited before: it brings what the snapshot still lacks. With `path` it goes there, and a failure
+        concerns only `done`, which is told how it went.
         """
         assert not self.busy
         self.step, self.since = step, time.monotonic()
-        commit = self._commit(snapshot, step, kind, told, failed, path, done)
+        commit = self._commit(snapshot, step, kind, told, failed, path, done, complete)
         self._task = asyncio.create_task(commit, name="streamtrain-save")
 
     async def forecast(self, size: Callable[[], Awaitable[int]]) -> Forecast | None:
@@ -183,9 +185,12 @@ class Saver:
         failed: Failed,
         path: Path | None,
         done: Done | None,
+        complete: Callable[[], Awaitable[None]] | None,
     ) -> None:
         target, replace = path or self.path(step), path is None
         try:
+            if complete is not None:
+                await complete()
             committed = await self.files(lambda: self._written(target, snapshot, replace=replace))
             if path is None:
                 self._failures, self.last, self.committed = 0, committed.path, committed

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from streamtrain import checkpoint
+from streamtrain import checkpoint, keeping
+from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Save
+from streamtrain.errors import UserCodeError
+from streamtrain.events import BatchEnd, EpochEnd, Event, Log
 from streamtrain.trainer import Trainer
 from tests.engine import AtStep, Recorder, Samples, network
 
@@ -100,3 +103,110 @@ async def test_many_periodic_saves_in_one_that_is_under_way_are_said_at_the_end(
     said = [record.getMessage() for record in caplog.records if "joined with" in record.getMessage()]
     assert said[0].startswith("a save is due at step 4 while the one before is under way")
     assert re.fullmatch(r"[2-4] saves were due while another was under way: joined with later ones", said[-1])
+
+
+class Lagging(Callback):
+    """Counts batches, epochs and lines in its state; from the fourth step on it waits at its gate for each of them."""
+
+    def __init__(self) -> None:
+        self.counts = {"batches": 0, "epochs": 0, "lines": 0}
+        self.gate = asyncio.Event()
+
+    async def on_batch_end(self, event: BatchEnd) -> None:
+        await self._count("batches", event, event.count)
+
+    async def on_epoch_end(self, event: EpochEnd) -> None:
+        await self._count("epochs", event)
+
+    async def on_log(self, event: Log) -> None:
+        await self._count("lines", event)
+
+    async def _count(self, what: str, event: Event, more: int = 1) -> None:
+        if event.step >= 4:
+            await self.gate.wait()
+        self.counts[what] += more
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.counts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = dict(state)
+
+
+class Opening(Callback):
+    """Opens a gate at a step, and perhaps raises then."""
+
+    decides = True
+
+    def __init__(self, gate: asyncio.Event, step: int, hook: str = "on_batch_end", error: Exception | None = None):
+        self._gate, self._step, self._error = gate, step, error
+        setattr(self, hook, self._opens)
+
+    async def _opens(self, event: Event) -> None:
+        if event.step >= self._step:
+            self._gate.set()
+            if self._error is not None:
+                raise self._error
+
+
+def lagging_states(folder: Path) -> dict[int, dict[str, int]]:
+    """By the step of each checkpoint."""
+    entries = checkpoint.scan(folder / "checkpoints")
+    return {entry.step: checkpoint.read(entry.path).state["callbacks"]["Lagging"] for entry in entries}
+
+
+def fitted(folder: Path, *callbacks: object) -> Trainer:
+    return Trainer(network(), nn.MSELoss(), seed=5, device="cpu", log_every=1, run_dir=folder, callbacks=callbacks)
+
+
+async def test_a_save_waits_for_the_state_of_a_callback_that_lags_and_training_does_not(tmp_path: Path) -> None:
+    lagging = Lagging()
+    opening, rule = Opening(lagging.gate, 20), ModelCheckpoint(every="5steps", keep_last=-1)
+    result = await fitted(tmp_path, lagging, opening, rule).fit(Samples(), max_steps=30)
+    states = await asyncio.to_thread(lagging_states, tmp_path)
+    assert {5, 30} <= states.keys()
+    assert states == {step: {"batches": step, "epochs": step // 13, "lines": step} for step in states}, (
+        "an event that was told is in no checkpoint's state, or in one of before"
+    )
+    assert result.step == 30
+
+
+async def test_a_life_that_goes_on_from_a_failed_question_tells_those_that_lagged_again(tmp_path: Path) -> None:
+    lagging = Lagging()
+    opening = Opening(lagging.gate, 13, "on_epoch_end", ValueError("not now"))
+    with pytest.raises(UserCodeError, match="not now"):
+        await fitted(tmp_path, lagging, opening).fit(Samples(), max_steps=30)
+    assert await asyncio.to_thread(lagging_states, tmp_path) == {13: {"batches": 13, "epochs": 0, "lines": 13}}
+    again = Lagging()
+    again.gate.set()
+    await fitted(tmp_path, again).fit(Samples(), max_steps=30, resume="auto")
+    assert again.counts == {"batches": 30, "epochs": 2, "lines": 30}
+
+
+async def test_a_save_waits_only_so_long_for_a_callback_that_lags_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keeping, "_LATE", 0.01)
+    lagging = Lagging()
+    rule = ModelCheckpoint(every="5steps")
+    opening = Opening(lagging.gate, 5, "on_checkpoint")
+    await fitted(tmp_path, lagging, opening, rule).fit(Samples(), max_steps=5)
+    assert caplog.text.count("callback Lagging had not taken in all that it was told") == 1
+
+
+async def test_a_hook_that_waits_for_a_save_is_not_waited_for_by_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Saves(Lagging):
+        trainer: Trainer
+
+        async def on_batch_end(self, event: BatchEnd) -> None:
+            if event.step >= 4:
+                self.path = await self.trainer.save_checkpoint()
+
+    monkeypatch.setattr(keeping, "_LATE", 10**6)
+    saves = Saves()
+    saves.gate.set()
+    saves.trainer = fitted(tmp_path, saves, ModelCheckpoint(every="2steps"))
+    await saves.trainer.fit(Samples(), max_steps=12)
+    assert saves.path.is_dir()

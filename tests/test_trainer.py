@@ -1898,7 +1898,7 @@ async def test_an_error_of_an_earlier_life_is_forgotten(tmp_path: Path) -> None:
 
 
 async def test_that_there_is_no_best_to_be_restored_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    told = "EarlyStopping was to restore the best weights, but no best value of what it monitors is known"
+    told = "EarlyStopping['val_loss'] was to restore the best weights, but no best value of what it monitors is known"
     unwanted = trainer(callbacks=[EarlyStopping(restore_best=False)])
     await unwanted.fit(Samples(), validation=Samples(30, seed=3), max_steps=3)
     assert told not in caplog.text

@@ -5,6 +5,7 @@ Its law: no callback delays another, news never makes the wheel wait, and nothin
     news   on_batch_begin, on_batch_end     merged with what still lies in the mailbox; never waits
     emit   everything else                  always put in; then waits until no mailbox holds more than its size
     ask    emit, then the deciders' verdicts
+    mark   no event: what is to be done between what was told so far and what is told later; never waits
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from streamtrain.callbacks import naming
 from streamtrain.callbacks.base import NEWS, hooks_of
@@ -30,10 +32,13 @@ from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
 from streamtrain.threads import tell
 from streamtrain.watchdog import Busy
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 AFTER_FAILURE = frozenset({"on_exception", "on_train_end"})
 """The hooks that a callback is still given after one of its hooks raised."""
+_MARK = "state_dict"
+"""Stands for a hook where a callback's state is taken."""
 _LAST_WORDS = 1.0
 """Seconds that hooks have at the end, however late it is."""
 
@@ -88,6 +93,8 @@ class _Letter(NamedTuple):
     hook: str
     event: Event
     answer: asyncio.Future[Any] | None
+    take: Callable[[], Awaitable[Any]] | None = None
+    """Of a mark: what is awaited there in place of a hook."""
 
 
 class _Thread:
@@ -154,6 +161,11 @@ class _Mailbox:
     def busy(self) -> str:
         """The hook that runs now, or nothing."""
         return self._current or ""
+
+    @property
+    def lags(self) -> bool:
+        """Whether something was told that it has not taken in, and still may."""
+        return not self._ended and (bool(self._letters) or self._current is not None)
 
     def wants(self, hook: str) -> bool:
         return hook in self.hooks and not self._ended and (self.failure is None or hook in AFTER_FAILURE)
@@ -239,7 +251,9 @@ class _Mailbox:
             result = None
             began = self.since = time.perf_counter()
             try:
-                if self.wants(letter.hook):
+                if letter.take is not None:
+                    result = await letter.take()
+                elif self.wants(letter.hook):
                     self._delivered += 1
                     result = self._checked(letter, await self._call(letter.hook, letter.event))
             except asyncio.CancelledError as error:
@@ -248,7 +262,10 @@ class _Mailbox:
                     raise
                 self._fail(letter.hook, error)
             except Exception as error:
-                self._fail(letter.hook, error)
+                if letter.take is not None and letter.answer is not None:
+                    letter.answer.set_exception(error)  # of whoever asked
+                else:
+                    self._fail(letter.hook, error)
             except BaseException as error:
                 if letter.hook in self.hooks and inspect.iscoroutinefunction(getattr(self.callback, letter.hook)):
                     raise  # on the loop, SystemExit and KeyboardInterrupt end the program as they would anywhere
@@ -298,7 +315,7 @@ class _Mailbox:
                 hint="The traceback (--debug) shows the line in the callback.",
             )
             self.failure.__cause__ = error
-        self._drop(AFTER_FAILURE)
+        self._drop({*AFTER_FAILURE, _MARK})
 
     def _drop(self, but: Collection[str]) -> None:
         """Forget what waits, but these hooks; who asked gets no verdict."""
@@ -406,6 +423,21 @@ class Bus:
         for box in self._boxes:
             if only(box.callback):
                 await box.idle()
+
+    def mark(
+        self, only: Callable[[object], bool], take: Callable[[object], Awaitable[T]]
+    ) -> dict[str, asyncio.Future[T | None]]:
+        """Have `take(callback)` awaited once a callback has taken in what was told so far, before it is given anything
+        that is told later: by name what that gave, of those that `only` picks and that lag just now. None of one that
+        is left behind before it comes there.
+        """
+        marks: dict[str, asyncio.Future[T | None]] = {}
+        for box in self._boxes:
+            if only(box.callback) and box.lags:
+                marks[box.name] = answer = asyncio.get_running_loop().create_future()
+                answer.add_done_callback(lambda mark: mark.cancelled() or mark.exception())  # nobody may want it then
+                box.put(_Letter(_MARK, Event(), answer, partial(take, box.callback)))
+        return marks
 
     def hurry(self, seconds: float) -> None:
         """Hooks have so many seconds from now on: a callback that is in one then is left behind, and that is said."""

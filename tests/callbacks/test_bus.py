@@ -394,3 +394,50 @@ async def test_a_cancellation_that_is_meant_for_all_tasks_loses_nothing_that_is_
         await bus.emit("on_log", Log(step=2))
     assert [event.step for event in recorder.seen] == [1, 2]
     assert [event.step for event in blocking.seen] == [1, 2]
+
+
+async def test_what_a_mark_takes_stands_between_what_was_told_before_and_after() -> None:
+    gated = Gated()
+
+    async def taken(callback: object) -> list[int]:
+        assert callback is gated
+        return [event.step for event in gated.seen]
+
+    async with Bus([gated, Recorder()]) as bus:
+        await bus.emit("on_log", Log(step=1))
+        await gated.entered.wait()
+        bus.news("on_batch_end", batch_end(2))
+        marks = bus.mark(lambda callback: callback is gated, taken)
+        bus.news("on_batch_end", batch_end(3))
+        gated.gate.set()
+        assert await marks["Gated"] == [1, 2]
+    assert [event.step for event in gated.seen] == [1, 2, 3]
+
+
+async def test_a_callback_that_has_taken_in_all_that_it_was_told_gets_no_mark() -> None:
+    async with Bus([Recorder()]) as bus:
+        await bus.emit("on_log", Log(step=1))
+        await bus.drain()
+        assert not bus.mark(lambda callback: True, lambda callback: asyncio.sleep(0))
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+async def test_a_mark_outlives_a_hook_that_failed_and_is_empty_of_a_callback_that_is_left_behind(hurried: bool) -> None:
+    class Failing(Gated):
+        async def on_log(self, event: Log) -> None:
+            await super().on_log(event)
+            raise ValueError("no")
+
+    async def taken(callback: object) -> str:
+        return "taken"
+
+    failing = Failing()
+    async with Bus([failing]) as bus:
+        await bus.emit("on_log", Log(step=1))
+        await failing.entered.wait()
+        mark = bus.mark(lambda callback: True, taken)["Failing"]
+        if hurried:
+            bus.hurry(0)
+        else:
+            failing.gate.set()
+        assert await mark == (None if hurried else "taken")
