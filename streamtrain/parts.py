@@ -434,32 +434,56 @@ class Parts:
     def load(self, path: Path, snapshot: Snapshot, progress: Progress) -> None:
         """Weights, optimizer, counts and random state of a checkpoint; on the train thread. The learning rate may be
         another: it is so from the next fit on, as in a life that is restored. The loss may not, where there is one.
-        Raises CheckpointError, and has changed nothing then, unless the model had parameters whose size only the first
-        batch would tell."""
+        Raises CheckpointError, and has changed nothing then."""
         check_state(snapshot.state, path)
         if self.optimizer is None:  # sizes that only the first batch would tell, or a checkpoint
             check_weights(snapshot.model, self.model, path)
-            try:
-                self.model.load_state_dict(snapshot.model)
-            except RuntimeError as error:
-                raise CheckpointError(f"checkpoint {path} does not fit: {' '.join(str(error).split())}") from error
+            self._sized(snapshot, path)._check(snapshot, path)
+            self.model.load_state_dict(snapshot.model)
             self.build()
+        rate = self._check(snapshot, path)
+        self._learned.load(snapshot)
+        self.leave()
+        progress.load_state_dict(snapshot.state["progress"], path.parent)
+        name, left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
+        self.rng, self._schedule_left = Rng(snapshot.state["rng"]), (name, left, rate)
+
+    def _sized(self, snapshot: Snapshot, path: Path) -> Parts:
+        """The same with a copy of the model that has the sizes of a checkpoint, and an optimizer of its own: to be held
+        against it. Raises CheckpointError."""
+        model = copy.deepcopy(self.model)
+        try:
+            model.load_state_dict(snapshot.model)
+        except RuntimeError as error:
+            raise CheckpointError(f"checkpoint {path} does not fit: {' '.join(str(error).split())}") from error
+        options, spec = replace(self.options, compile=None, recompute=False), self.optimizer_spec
+        given: dict[str, Any] = {
+            "lr": self.lr,
+            "scheduler": self.scheduler_spec,
+            "metrics": {},
+            "steps": self.objective.steps,
+        }
+        sized = Parts(model, None, options, optimizer=spec, **given)
+        sized.objective.loss = self.objective.loss
+        return sized
+
+    @property
+    def _learned(self) -> Learned:
         assert self.optimizer is not None
-        learned = Learned(
+        return Learned(
             model=self.model,
             optimizer=self.optimizer,
             switch=self.switch,
             average=self.average,
             rollback=self.rollback,
         )
+
+    def _check(self, snapshot: Snapshot, path: Path) -> float:
+        """Raise what a checkpoint that does not fit raises; by what the learning rate is another."""
         fixed = self._settings if self.objective.lossless else {**self._settings, "loss": self.objective.loss_said()}
-        rate = learned.check(snapshot, fixed, path)
-        name, left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]
-        self._check_schedule(name, left)
-        learned.load(snapshot)
-        self.leave()
-        progress.load_state_dict(snapshot.state["progress"], path.parent)
-        self.rng, self._schedule_left = Rng(snapshot.state["rng"]), (name, left, rate)
+        rate = self._learned.check(snapshot, fixed, path)
+        self._check_schedule(snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"])
+        return rate
 
     def _check_schedule(self, name: str, state: dict[str, Any]) -> None:
         """Raise what the schedule would that the next fit binds, if it is of this name; an object of the user's own is

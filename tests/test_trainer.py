@@ -1995,3 +1995,25 @@ async def test_a_checkpoint_is_loaded_with_the_checks_with_which_it_is_resumed(t
     with pytest.raises(CheckpointError, match=r"does not fit .*1\.weight: float32\[1, 8\] -> float32\[1, 9\]"):
         await other.load_checkpoint(path)
     assert any(map(is_lazy, other.model.parameters())) == lazy
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"scheduler": "cosine", "lr": 0.5, "optimizer": "adam"}])
+async def test_a_model_of_no_size_yet_has_none_of_a_checkpoint_whose_optimizer_is_refused(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    def network_of() -> nn.Sequential:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.LazyLinear(8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    first = trainer(network_of())
+    await first.fit(Samples(24))
+    path = await first.save_checkpoint(tmp_path / "good")
+    model, untouched = network_of(), network_of()
+    again = trainer(model, **options)
+    with pytest.raises(CheckpointError, match=r"does not fit .*optimizer\.class"):
+        await again.load_checkpoint(path)
+    assert again.optimizer is None
+    assert [is_lazy(parameter) for parameter in model.parameters()] == [True, True, False, False, False, False]
+    assert same(model[1:], untouched[1:])
+    await again.fit(Samples(24))
+    await trainer(network_of()).load_checkpoint(path)
