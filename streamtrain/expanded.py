@@ -1,10 +1,13 @@
-"""Buffers whose elements share memory; its law: what a checkpoint holds can be put back into the model it came from.
+"""Buffers whose elements share memory, or that have become larger; its law: what a model has given can be put back into
+this very model.
 
 torch saves a buffer made by `expand` and refuses to load it (`Tensor.copy_`: "more than one element of the written-to
-tensor refers to a single memory location").
+tensor refers to a single memory location"), as it refuses one of another shape.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,17 @@ def own_memory(model: nn.Module) -> None:
             if id(buffer) not in made:
                 made[id(buffer)] = buffer.clone(memory_format=torch.contiguous_format)
             module._buffers[name] = made[id(buffer)]
+
+
+def as_large(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give each persistent buffer the shape that it had in `weights`, which this model gave; its values are none."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            given = weights.get(f"{path}.{name}" if path else name)
+            if buffer is None or given is None or name in module._non_persistent_buffers_set:
+                continue
+            if buffer.shape != given.shape:
+                module._buffers[name] = torch.empty_like(given, dtype=buffer.dtype, device=buffer.device)
 
 
 def _is_expanded(tensor: Tensor) -> bool:

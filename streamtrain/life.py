@@ -24,6 +24,7 @@ from streamtrain.compiling import Compiled
 from streamtrain.data.source import Stream
 from streamtrain.differences import differences, other_rate, refuse
 from streamtrain.errors import CheckpointError, DataError, StreamtrainError, UserCodeError
+from streamtrain.expanded import as_large
 from streamtrain.freezing import Freezing
 from streamtrain.learned import Learned
 from streamtrain.optimizer_state import state_by_name
@@ -208,6 +209,7 @@ class Life:
         if self.switch is not None:
             self.switch.judge()
             self.switch.forget()
+        as_large(self.model, weights)
         _put(self.model, weights, "the model can't take back weights that it had")
 
     def best_weights(self) -> dict[str, Tensor]:

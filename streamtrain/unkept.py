@@ -1,7 +1,9 @@
-"""What training changes and no checkpoint holds; its law: it is looked at when one is made, never per step.
+"""What training changes and no checkpoint holds, or can give back; its law: it is looked at when one is made, never per
+step.
 
-That is what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), and all that the modules of a
-loss keep, which are no part of the model.
+The first is what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), and all that the modules of
+a loss keep, which are no part of the model; the second are buffers whose shape becomes another, which the model that a
+next life makes does not take.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from streamtrain.outside_changes import digest_of
@@ -23,10 +26,12 @@ class Unkept:
         """`losses`: the modules of the loss by what they are called. Looks at their values, once."""
         self._model, self._losses = model, losses
         self._digests = self._look()
+        self._shapes: dict[str, torch.Size] | None = self._kept_shapes()
 
     def tell(self) -> None:
         """Say once which of them have other values than at the beginning. One that has another shape is taken for a
-        cache of what can be computed again, as is one that is new."""
+        cache of what can be computed again, as is one that is new; of those that are kept that is said too."""
+        self._tell_shapes()
         if not self._digests:
             return
         now, before = self._look(), self._digests
@@ -40,6 +45,32 @@ class Unkept:
                 "model keeps buffers that are persistent, and a loss that is a part of it (model.criterion = loss)",
                 ", ".join(changed),
             )
+
+    def _tell_shapes(self) -> None:
+        if self._shapes is None:
+            return
+        now, before = self._kept_shapes(), self._shapes
+        grown = [
+            f"{name} ({list(before[name]) if name in before else 'not there'} -> {list(shape)})"
+            for name, shape in now.items()
+            if before.get(name) != shape
+        ]
+        if grown:
+            self._shapes = None
+            logger.warning(
+                "the model's buffer %s has another shape than at the beginning: no run can go on from a checkpoint "
+                "with it. Make it in its full size, or with persistent=False if it can be filled again",
+                ", ".join(grown),
+            )
+
+    def _kept_shapes(self) -> dict[str, torch.Size]:
+        """Of the buffers that checkpoints hold, by name."""
+        shapes = {}
+        for path, module in self._model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    shapes[f"{path}.{name}" if path else name] = buffer.shape
+        return shapes
 
     def _look(self) -> dict[str, tuple[object, ...]]:
         named = dict(self._named())

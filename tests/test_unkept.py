@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
-from streamtrain.errors import ConfigError
+from streamtrain.early_stopping import EarlyStopping
+from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
 
@@ -149,3 +150,42 @@ async def test_buffers_that_change_and_are_in_no_checkpoint_are_said_once(
     said = [record.getMessage() for record in caplog.records if "is in no checkpoint" in record.getMessage()]
     assert len(said) == (told is not None)
     assert all(message.startswith(f"{told} changes") for message in said)
+
+
+class Growing(nn.Module):
+    """A network that keeps all that it was ever given in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+        self.register_buffer("seen", torch.zeros(0, 4))
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self.training:
+            self.seen = torch.cat([self.seen, inputs.detach()])
+        return self.network(inputs)
+
+
+async def test_a_buffer_that_grows_is_said_at_the_first_save_and_no_other_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "the model's buffer seen ([0, 4] -> ["
+    rule = ModelCheckpoint(every="2steps")
+    await trainer(Growing(), run_dir=tmp_path / "grows", callbacks=[rule]).fit(Samples(), max_steps=6)
+    assert caplog.text.count(told) == 1
+    assert caplog.text.count("another shape than at the beginning: no run can go on") == 1
+    with pytest.raises(CheckpointError, match=r"model\.seen: float32\[48, 4\] -> float32\[0, 4\]"):
+        await trainer(Growing(), run_dir=tmp_path / "grows").fit(Samples(), max_steps=7, resume="auto")
+    await trainer(run_dir=tmp_path / "not").fit(Samples(), max_steps=6)
+    assert caplog.text.count("another shape than at the beginning") == 1
+
+
+@pytest.mark.parametrize("folder", [True, False])
+async def test_a_model_with_a_buffer_that_grows_gets_its_best_weights(tmp_path: Path, folder: bool) -> None:
+    model, early = Growing(), EarlyStopping(patience=1, min_delta=1e9)
+    place, rule = (tmp_path, [ModelCheckpoint(save_top_k=0)]) if folder else (None, [])
+    result = await trainer(model, run_dir=place, callbacks=[early, *rule]).fit(Samples(), Samples(), max_epochs=5)
+    assert (result.reason, result.step) == ("early_stopping", 26)
+    assert len(model.seen) == 100
