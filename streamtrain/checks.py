@@ -95,7 +95,7 @@ class Checks:
 
     def _without_folder(self, resume: Resume) -> None:
         if resume is not None:
-            raise ConfigError(f"resume={resume!r} needs a run_dir")
+            raise ConfigError(f"resume={resume!r} needs a run_dir", hint="Give run_dir=, the folder of the run.")
         for callback in self._callbacks:
             if isinstance(callback, ModelCheckpoint) or getattr(callback, "needs_folder", False):
                 raise ConfigError(f"{type(callback).__name__} needs a run_dir", hint="Give run_dir=, or leave it out.")

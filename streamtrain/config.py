@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from streamtrain.config_tables import Config, DataOnly, DataTable, Must
 from streamtrain.errors import ConfigError
 from streamtrain.said import SHORT, KeyPath, Said
-from streamtrain.spelling import nearest, shown
+from streamtrain.spelling import nearest, precision_meant, shown
 
 
 def resolve(said: Said) -> Config:
@@ -101,7 +101,8 @@ def _explain(error: ValidationError, said: Said) -> ConfigError:
             got = got[part]  # type: ignore[index]
         else:
             got = first["input"]
-    return ConfigError(f"{_at(said, path)}{name} must be {must or _plain(first['type'])}, got {shown(got)}", hint=HINT)
+    hint = precision_meant(got) if path == ("trainer", "precision") else HINT
+    return ConfigError(f"{_at(said, path)}{name} must be {must or _plain(first['type'])}, got {shown(got)}", hint=hint)
 
 
 HINT = "`--help` after the command lists its options; the README lists the keys of each table."

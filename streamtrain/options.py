@@ -15,6 +15,9 @@ import torch
 from streamtrain.errors import ConfigError
 from streamtrain.freezing import Rule
 from streamtrain.schedulers import parse_span
+from streamtrain.spelling import precision_meant
+
+PRECISIONS = ("32", "bf16", "16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,14 @@ def one_of(value: object, known: Collection[str], name: str) -> str:
     return text
 
 
+def computed_in(value: object) -> str:
+    """`value` as the precision of the computation, by its name or the number of its bits."""
+    text = str(value) if isinstance(value, str | int) else ""
+    if text not in PRECISIONS:
+        raise ConfigError(f"precision must be '32', 'bf16' or '16', not {value!r:.80}", hint=precision_meant(value))
+    return text
+
+
 def share_or_count(value: object, name: str) -> int | float | None:
     """`value` as a number of at least 1 (int), or a share above 0.0 and up to 1.0 (float)."""
     if value is None or (type(value) is int and value >= 1):
@@ -222,18 +233,40 @@ def share_or_count(value: object, name: str) -> int | float | None:
 
 def every(value: Any, name: str) -> tuple[int, str]:
     """`value`, such as "1epoch" or "500steps", as a number and its unit."""
-    amount, unit = parse_span(value, name)
+    told = ConfigError(f"{name} must be like '500steps' or '1epoch', not {value!r:.80}", hint=_EVERY)
+    amount, unit = _span(value, name, told)
     if unit == "second" or amount < 1:
-        raise ConfigError(f"{name} must be like '500steps' or '1epoch', not {value!r}")
+        raise told
     return int(amount), unit
+
+
+_EVERY = "Whole numbers, in steps (updates) or epochs; a bare number is of steps."
+
+
+def _span(value: Any, name: str, told: ConfigError, *, bare: str = "step") -> tuple[float, str]:
+    try:
+        return parse_span(value, name, bare=bare)
+    except ConfigError:
+        raise told from None
 
 
 def duration(value: Any, name: str) -> float:
     """`value`, such as "2h" or 90 (seconds), in seconds."""
-    amount, unit = parse_span(value, name, bare="second")
+    told = ConfigError(
+        f"{name} must be a time above 0, such as '2h' or 90 (seconds), not {value!r:.80}",
+        hint="The units are s, sec, second, m, min, minute, h and hour.",
+    )
+    amount, unit = _span(value, name, told, bare="second")
     if unit != "second" or amount <= 0 or not math.isfinite(amount):
-        raise ConfigError(f"{name} must be a time above 0, such as '2h' or 90 (seconds), not {value!r}")
+        raise told
     return amount
+
+
+def table(value: object, name: str) -> Mapping[str, Any]:
+    """`value` as a dict; None is an empty one."""
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    raise ConfigError(f"{name} must be a dict, not {value!r:.80}")
 
 
 def refuse_later(**given: Any) -> None:

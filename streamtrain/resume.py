@@ -62,7 +62,10 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 def check(resume: object, name: str = "resume") -> None:
     """Raise ConfigError for what names no checkpoint."""
     if not isinstance(resume, str | os.PathLike) or not os.fspath(resume):
-        raise ConfigError(f"{name} must be 'auto', 'best' or a path, not {resume!r:.80}")
+        raise ConfigError(
+            f"{name} must be 'auto', 'best' or a path, not {resume!r:.80}",
+            hint="'auto' goes on from the newest checkpoint of the run's folder.",
+        )
 
 
 def refuse_unasked(checkpoints: Path, own: Collection[Path] = ()) -> None:

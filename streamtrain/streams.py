@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamtrain.data.iterable import IterableStream, as_stream
+from streamtrain.data.iterable import IterableStream, as_stream, is_stream
 from streamtrain.data.source import Stream
+from streamtrain.errors import ConfigError
 from streamtrain.overfitting import SameBatches
 
 Streams = Any
@@ -19,6 +20,8 @@ def named_streams(streams: Streams) -> dict[str, Stream]:
         return {}
     if isinstance(streams, Mapping):
         return {str(name): as_stream(stream) for name, stream in streams.items()}
+    if isinstance(streams, list | tuple) and any(is_stream(stream) for stream in streams):
+        raise ConfigError("several validation streams have no names", hint='Give a dict: {"near": ..., "far": ...}.')
     return {"": as_stream(streams)}
 
 

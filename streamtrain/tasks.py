@@ -86,6 +86,12 @@ class TaskLosses:
 
     def parts(self, outputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
         """The weighted sum, in the order of the losses, and each of them by the name under which it is logged."""
+        if isinstance(outputs, Tensor):
+            raise ConfigError(
+                f"loss= has a loss for each of the outputs {', '.join(map(repr, self.losses))}, and the model returned "
+                f"one tensor of shape {tuple(outputs.shape)}",
+                hint="Give the loss itself, such as loss='mse', or have the model return a dict with these names.",
+            )
         total: Any = None
         parts: dict[str, Any] = {}
         for name, loss in self.losses.items():

@@ -42,6 +42,7 @@ from streamtrain.optimizers import OptimizerSpec, check_lr
 from streamtrain.options import (
     Limits,
     Options,
+    computed_in,
     count,
     duration,
     every,
@@ -57,6 +58,7 @@ from streamtrain.options import (
     seconds,
     seeding,
     share_or_count,
+    table,
 )
 from streamtrain.outcome import called, custom_outputs
 from streamtrain.overfitting import same_batches
@@ -150,12 +152,16 @@ class Trainer:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            of_class = isinstance(model, type) and issubclass(model, nn.Module)
+            raise ConfigError(
+                f"model must be a torch.nn.Module, got {model!r:.80}",
+                hint=f"Make one of the class: {model.__name__}(...)." if of_class else "",
+            )
         refuse_later(strategy=strategy)
         self.control = Control()
         options = self._options = Options(
             step=function(step, "step"),
-            precision=one_of(precision, ("32", "bf16", "16"), "precision"),
+            precision=computed_in(precision),
             accumulate=count(accumulate_grad_batches, "accumulate_grad_batches"),
             clip_norm=positive(gradient_clip_norm, "gradient_clip_norm"),
             clip_value=positive(gradient_clip_value, "gradient_clip_value"),
@@ -177,7 +183,7 @@ class Trainer:
             recompute=flag_or_regex(gradient_checkpointing, "gradient_checkpointing"),
             grace=seconds(grace, "grace"),
             watchdog=seconds(watchdog, "watchdog"),
-            config=config or {},
+            config=table(config, "config"),
         )
         if options.precision == "16" and options.device.type == "cpu":
             raise ConfigError("precision '16' needs a CUDA device", hint="On the CPU use 'bf16' or '32'.")

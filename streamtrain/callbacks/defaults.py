@@ -31,9 +31,10 @@ def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[obj
     callbacks = list(given)
     for callback in callbacks:
         if inspect.isclass(callback) or not (isinstance(callback, Callback) or hooks_of(callback)):
+            made = f"Make one: {callback.__name__}(...)." if inspect.isclass(callback) else ""
             raise ConfigError(
-                f"{callback!r} is no callback",
-                hint=f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
+                f"{callback!r:.80} is no callback",
+                hint=made or f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
             )
     if on_terminal(sys.stderr) and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(ProgressBar())

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from streamtrain.data.batch import START, Batch, Cursor, cursor_of
 from streamtrain.data.loader import Loader
 from streamtrain.data.source import Ending, Stream
@@ -31,10 +33,27 @@ def from_iterable(source: Any) -> IterableStream:
 
 def as_stream(source: Any) -> Stream:
     """`source` itself if it is a stream, else what `from_iterable` makes of it."""
-    if all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch")):
+    if is_stream(source):
         stream: Stream = source
         return stream
     return from_iterable(source)
+
+
+def is_stream(source: object) -> bool:
+    """Whether it is a stream already."""
+    return all(hasattr(type(source), name) for name in ("follow", "trained", "load_state_dict", "set_epoch"))
+
+
+def _refuse_samples(source: Any) -> None:
+    """Raise ConfigError for what gives samples, not batches: a table of them, as an array or as torch's dataset."""
+    kinds = {(kind.__module__, kind.__name__) for kind in type(source).__mro__}  # no torch here
+    dataset = ("torch.utils.data.dataset", "TensorDataset") in kinds
+    array = ("torch", "Tensor") in kinds or isinstance(source, np.ndarray)
+    if dataset or (array and source.ndim < 3):
+        raise ConfigError(
+            f"a {type(source).__name__} gives samples, not batches",
+            hint=f"Give a DataLoader({'dataset' if dataset else 'TensorDataset(x, y)'}, batch_size=..., shuffle=True).",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +78,11 @@ class IterableStream:
                 hint="Give a ZarrStream, a DataLoader, or anything that `for` or `async for` takes.",
             )
         if isinstance(source, str | bytes | Mapping):
-            raise ConfigError(f"a {type(source).__name__} is no series of batches", hint="Give a list of (x, y).")
+            hint = "Give a list of (x, y)."
+            if isinstance(source, str):
+                hint = f"Give the stream of a store: ZarrStream({source!r:.60}, batch_size=...)."
+            raise ConfigError(f"a {type(source).__name__} is no series of batches", hint=hint)
+        _refuse_samples(source)
         self.source = source
         self.one_epoch = isinstance(source, Iterator | AsyncIterator)
         """An iterator: it can't start over."""

@@ -560,7 +560,10 @@ class ZarrStream:
         Raises ConfigError where another fit drives it already.
         """
         if driven and self._driven:
-            raise ConfigError("another fit is reading this stream", hint="give each fit a stream of its own")
+            raise ConfigError(
+                "another fit is reading this stream, which has one position",
+                hint="Give each fit one of its own: a second ZarrStream of the same store (memory= may be one Budget).",
+            )
         self._driven = driven
 
     def trained(self, cursor: Cursor) -> None:
