@@ -104,18 +104,29 @@ class Profiler(Callback):
                 self._last,
             )
             return
-        kinds = [ProfilerActivity.CPU]
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            kinds.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=kinds, **self._options)
-        self._profile.start()
+        try:
+            self._profile = _started(self._options)
+        except Exception as error:
+            self._over = True
+            _TURN.release()
+            self._warn_of(error)
 
     def _end(self) -> None:
         self._over = True
         if self._profile is not None:
-            self._profile.stop()
-            _TURN.release()
-            self._ended = self._made
+            try:
+                self._profile.stop()
+                self._ended = self._made
+            except Exception as error:
+                self._profile = None
+                self._warn_of(error)
+            finally:
+                _TURN.release()
+
+    def _warn_of(self, error: Exception) -> None:
+        """No run ends because it can't be looked at."""
+        message = "Profiler: torch's failed: no profile of steps %d to %d: %s: %s"
+        logger.warning(message, self._first, self._last, type(error).__name__, error)
 
     def _finish(self) -> None:
         self._handle.remove()
@@ -146,3 +157,12 @@ class Profiler(Callback):
         except OSError as error:
             raise EnvironmentProblem(f"{path} can't be written: {error.strerror or error}") from error
         logger.info("the profile of steps %d to %d is in %s", self._first, ended, path)
+
+
+def _started(options: dict[str, Any]) -> Any:
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        kinds.append(ProfilerActivity.CUDA)
+    profiler = profile(activities=kinds, **options)
+    profiler.start()
+    return profiler

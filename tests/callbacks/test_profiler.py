@@ -106,6 +106,28 @@ async def test_after_a_step_that_raised_another_run_is_profiled(tmp_path: Path) 
     assert updates(tmp_path / "b" / "profile" / "steps-000000001-000000005.json") == 5
 
 
+@pytest.mark.parametrize("method", ["start", "stop"])
+async def test_a_profiler_that_fails_ends_no_run_and_lets_the_next_one_be_profiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    class Failing(torch.profiler.profile):
+        pass
+
+    def fails(self: Failing) -> None:
+        if method == "stop":
+            super(Failing, self).stop()
+        raise RuntimeError("no counters")
+
+    setattr(Failing, method, fails)
+    with monkeypatch.context() as patch:
+        patch.setattr("streamtrain.callbacks.profiler.profile", Failing)
+        assert (await fit(tmp_path / "a", 12, Profiler(first=2, last=5))).state.step == 12
+    assert caplog.text.count("no profile of steps 2 to 5: RuntimeError: no counters") == 1
+    assert not (tmp_path / "a" / "profile").exists()
+    await fit(tmp_path / "b", 12, Profiler(first=1, last=5))
+    assert updates(tmp_path / "b" / "profile" / "steps-000000001-000000005.json") == 5
+
+
 @pytest.mark.parametrize("options", [{"first": 0}, {"last": "x"}, {"first": 5, "last": 4}, {"stack": 1}], ids=str)
 def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="Profiler"):
