@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from streamtrain.schedulers import LearningRate
 from streamtrain.streams import length, serves_one_epoch
 from streamtrain.tasks import modules_of
 from streamtrain.threads import TrainThread
+
+logger = logging.getLogger(__name__)
 
 
 class Checks:
@@ -60,6 +63,22 @@ class Checks:
                 f"max_epochs={limits.max_epochs}, but the stream is an iterator, which serves one epoch",
                 hint="Give something that can be iterated again: a list, a DataLoader, a ZarrStream.",
             )
+        if run_dir is not None:
+            self._say_bests()
+
+    def _say_bests(self) -> None:
+        """Two callbacks may mean two things by the best, of which a result can name one."""
+        rule = next((callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)), None)
+        if rule is None or not rule.keeps_best or (rule.monitor.startswith("val_") and not self._validation):
+            return
+        for callback in self._callbacks:
+            monitor = next(iter(watched(callback)), rule.monitor)
+            if getattr(callback, "restore_best", False) and monitor != rule.monitor:
+                logger.warning(
+                    "the result's best, and resume='best', are by %s, which ModelCheckpoint monitors, while %s puts "
+                    "the weights of the best %s into the model: ModelCheckpoint(monitor=%r) means the same by both",
+                    *(rule.monitor, type(callback).__name__, monitor, monitor),
+                )
 
     def _learned_losses(self) -> None:
         """A loss that wants to learn, and neither is a part of the model nor in an optimizer of the user's own."""

@@ -1181,6 +1181,29 @@ async def test_several_best_are_kept_and_the_very_best_is_restored(tmp_path: Pat
     assert means["val_loss"] == pytest.approx(min(values.values()), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rule", "monitor", "told"),
+    [
+        (None, "val_mae", 1),
+        (None, "val_loss", 0),
+        (ModelCheckpoint(monitor="val_mae"), "val_mae", 0),
+        (ModelCheckpoint(monitor="loss"), "val_loss", 1),
+        (ModelCheckpoint(save_top_k=0), "val_mae", 0),
+    ],
+)
+async def test_that_two_callbacks_mean_two_things_by_the_best_is_said_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rule: ModelCheckpoint | None, monitor: str, told: int
+) -> None:
+    early = [EarlyStopping(monitor), EarlyStopping("loss", restore_best=False)]
+    callbacks = [*early, *([] if rule is None else [rule])]
+    fitted = trainer(run_dir=tmp_path, callbacks=callbacks, metrics={"mae": MeanAbsoluteError()})
+    result = await fitted.fit(Samples(24), validation=Samples(24), max_epochs=1)
+    assert result.best is not None
+    by = f"resume='best', are by {result.best.monitor}, which ModelCheckpoint monitors, while EarlyStopping puts"
+    assert caplog.text.count(by) == caplog.text.count("resume='best', are by") == told
+    assert (result.best.monitor != monitor) == told
+
+
 async def test_early_stopping_restores_without_a_folder() -> None:
     fitted = trainer(lr=0.3, callbacks=[EarlyStopping(patience=2)])
     result = await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=100)

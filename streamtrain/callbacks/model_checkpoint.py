@@ -187,6 +187,11 @@ class ModelCheckpoint(Callback):
         self._best = TopK(save_top_k, self.mode)
         self._said = self._without = False
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether what it monitors has a best checkpoint."""
+        return self._best.k != 0
+
     async def on_validation_end(self, event: ValidationEnd) -> Verdict | None:
         """Asked after each validation, but the sanity check's."""
         if event.sanity or not self.monitor.startswith("val_"):
