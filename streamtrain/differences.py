@@ -29,10 +29,10 @@ def refuse(told: list[str], path: Path) -> None:
     """Raise CheckpointError if there are differences."""
     if told:
         more = f"; and {len(told) - 12} more" if len(told) > 12 else ""
-        raise CheckpointError(
-            f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}",
-            hint="Set these back, or train in another run_dir.",
-        )
+        hint = "Set these back, or train in another run_dir."
+        if all(each.startswith("scheduler:") for each in told):
+            hint = "Set it back; or await load_checkpoint(path), and fit without resume: there another one takes over."
+        raise CheckpointError(f"checkpoint {path} does not fit (saved -> now): {'; '.join(told[:12])}{more}", hint=hint)
 
 
 def settings(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -383,7 +384,9 @@ class Parts:
         name, state, factor = left
         if name != schedule_name(scheduler):
             logger.warning(
-                "the schedule of the checkpoint is %s, not %s: this one begins anew", name, schedule_name(scheduler)
+                "the schedule of the checkpoint is %s, not %s: this one takes over from here",
+                name,
+                schedule_name(scheduler),
             )
         else:
             scheduler.load_state_dict(state)

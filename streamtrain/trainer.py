@@ -515,7 +515,8 @@ class Trainer:
         The next `fit` goes on from there: with the very next batch if its stream is that of the checkpoint, else its
         epoch begins anew; newer checkpoints of its folder are set aside. As with `fit(resume=path)` the learning rate
         may be another, in proportion to what a schedule has made of it, and another precision or seed is refused;
-        another schedule begins anew, which is said. The callbacks' states are left to `fit(resume=path)`.
+        another schedule, which a run that is resumed refuses, takes over where it stands, and that is said. The
+        callbacks' states are left to `fit(resume=path)`.
         """
         resume.check(path, "load_checkpoint: path")
         self._check_idle()

@@ -132,7 +132,19 @@ async def test_a_loaded_checkpoint_of_another_schedule_is_said(
     await one.fit(Samples(), max_epochs=1)
     await other.load_checkpoint(await one.save_checkpoint(tmp_path / "one"))
     await other.fit(Samples(), max_epochs=2)
-    assert "the schedule of the checkpoint is cosine, not linear: this one begins anew" in caplog.text
+    assert "the schedule of the checkpoint is cosine, not linear: this one takes over from here" in caplog.text
+
+
+async def test_a_run_that_is_resumed_with_another_schedule_is_told_how_to_go_on_with_it(tmp_path: Path) -> None:
+    await trainer(run_dir=tmp_path, scheduler="cosine").fit(Samples(24), max_steps=3)
+    other = trainer(run_dir=tmp_path, scheduler={"name": "exponential", "gamma": 0.5})
+    with pytest.raises(CheckpointError, match=r"saved -> now\): scheduler: 'cosine' -> 'exponential'$") as caught:
+        await other.fit(Samples(24), max_steps=6, resume="auto")
+    assert "load_checkpoint(path), and fit without resume" in caught.value.hint
+    await other.load_checkpoint("auto")
+    assert (await other.fit(Samples(24), max_steps=6)).step == 6
+    assert other.optimizer is not None
+    assert get_lr(other.optimizer) == pytest.approx(1e-3 * 0.5**5)  # as of the run's sixth update
 
 
 async def test_a_plateau_lowers_the_rate_and_watches_what_is_logged() -> None:
