@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -261,9 +261,9 @@ class Driver:
         if report.cursor is not None:
             self._stream.trained(report.cursor)
 
-    async def landed(self) -> None:
-        """Wait for what is under way, let nothing follow it, and count it: `burst` gives it back. Raises
-        EnvironmentProblem if it hangs, or if another job of the train thread does."""
+    async def landed(self) -> Sequence[Report]:
+        """Wait for what is under way, let nothing follow it, and count it: `burst` gives it back, which this shows.
+        Raises EnvironmentProblem if it hangs, or if another job of the train thread does."""
         if self._row is not None:
             self._row.over = True
         while self._flying:
@@ -278,6 +278,7 @@ class Driver:
         if self.gone.done() and self._thread.since is not None:
             self._life.left_behind = True
             raise EnvironmentProblem("a step has not returned in time", hint="It is left behind.")
+        return tuple(self._untold)
 
     def take_untold(self) -> list[Report]:
         """What was counted and will not be given back any more."""

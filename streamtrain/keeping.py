@@ -31,6 +31,7 @@ from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
 from streamtrain.state import Snapshot, Tree, fresh
+from streamtrain.tally import Report
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread
 
@@ -38,8 +39,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 0.1
-"""Seconds for which training waits until callbacks with a state have taken in what was told; a save that somebody
-waits for has no more."""
+"""Seconds for which training waits until callbacks with a state have taken in what was told."""
+_ASKED = 0.5
+"""The same for a save that somebody waits for, who may be in a hook: nobody is waited for after it."""
 _LATE = 30.0
 """Seconds for which a save, while training goes on, waits for the states of those that lag more."""
 _LOOK = 0.1
@@ -60,9 +62,9 @@ class Keeper:
         control: Control,
         files: Files,
         disk: Disk = LOCAL,
-        landed: Callable[[], Awaitable[None]],
+        landed: Callable[[], Awaitable[Sequence[Report]]],
     ) -> None:
-        """`landed`: waits until no burst is under way."""
+        """`landed`: waits until no burst is under way, and gives those that are not told yet."""
         self._disk, self._landed = disk, landed
         self._life, self.saver, self._teller, self._bus = life, saver, teller, bus
         self._thread, self._control, self._files = thread, control, files
@@ -170,7 +172,7 @@ class Keeper:
             self._saved, self._when = self._mark(), time.monotonic()
             return saver.give_up(problem, kind=kind, failed=failed, done=done)
         coming = [best for best in self._coming if best.step == step and path is None]
-        late = await self._settled()
+        late = await self._settled(_PATIENCE if done is None else _ASKED)
         snapshot = await self._snapshot(coming, primary=rule.monitor, late=late if done is None else ())
         stall = time.perf_counter() - began
         if path is None:
@@ -211,7 +213,7 @@ class Keeper:
             logger.warning("a checkpoint was asked for without a path, in a fit without a run_dir: none is made")
             return done(None, ConfigError("a fit without a run_dir saves only to a path", hint="Give one."))
         try:
-            self._say_behind(await self._settled(), logging.INFO)
+            self._say_behind(await self._settled(_ASKED), logging.INFO)
             snapshot = await self._snapshot()
             committed = await self._files(lambda: checkpoint.commit(path, snapshot, disk=self._disk))
         except Exception as error:
@@ -250,7 +252,7 @@ class Keeper:
                 if unless():
                     raise Stopped
                 if self._control.saves_wait:
-                    await self._landed()
+                    self._teller.burst_nowait(await self._landed())
                     await self.save_all(() if self._life.step.partial else self._control.take_saves())
                 knocked = asyncio.create_task(self._control.knocked())
                 try:
@@ -262,12 +264,12 @@ class Keeper:
             await asyncio.wait([told])
         return told.result()
 
-    async def _settled(self) -> dict[str, asyncio.Future[Tree | None]]:
+    async def _settled(self, seconds: float = _PATIENCE) -> dict[str, asyncio.Future[Tree | None]]:
         """Let callbacks that have a state take in what was told. One that lags is not waited for long: its state comes
         once it has, copied before it is given anything more; where one of before is to be kept, that."""
         marks = self._bus.mark(has_state, self._taken)
         if marks:
-            await asyncio.wait(marks.values(), timeout=_PATIENCE)
+            await asyncio.wait(marks.values(), timeout=seconds)
         return {name: self._before.get(name, mark) for name, mark in marks.items() if not mark.done()}
 
     async def _taken(self, callback: object) -> Tree:

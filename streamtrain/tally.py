@@ -48,6 +48,10 @@ class Report:
     cursor: Cursor | None = None
     """The position after the last finished update; None if there was none."""
     rows: list[Row] = field(default_factory=list)
+    told: int = 0
+    """Rows that callbacks were told."""
+    announced: bool = False
+    """Its batches were told."""
     skipped: int = 0
     """Updates that were not made because of a number that is not finite."""
     lr: float = 0.0

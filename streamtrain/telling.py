@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from streamtrain.callbacks.bus import Bus
@@ -37,6 +37,8 @@ class Teller:
         self._base, self._born = life.progress.time, time.monotonic()
         self._status_when = self._born
         self._first_step = life.progress.step
+        self._telling: Report | None = None
+        """The burst whose lines are being told."""
         self._unseen = False
         self._refused: set[str] = set()
         """Names of numbers that were left though the run has them already, and that was said."""
@@ -122,20 +124,40 @@ class Teller:
 
     async def burst(self, report: Report, waited: float) -> None:
         """The news of a burst, its lines of the log, and now and then the status."""
-        life = self._life
-        if report.batches:
-            self._news(report, waited)
+        self._telling = report
+        self._news(report, waited)
         await self.take_notes()
-        for row in report.rows:
-            when = self.elapsed() - (time.perf_counter() - row.at)
-            values = {**row.values, **self._left_beside(row.values)}
-            life.metrics.update(values)
-            await self.emit("on_log", Log, step=row.step, samples=report.before + row.samples, time=when, values=values)
+        while (line := self._line(report)) is not None:
+            await self.emit("on_log", Log, **line)
+        self._telling = None
         self._bus.check()
         if time.monotonic() - self._status_when > 1.0:
             self.status("running")
 
+    def burst_nowait(self, reports: Iterable[Report]) -> None:
+        """Put into the mailboxes, full or not, what the burst that is being told has left to tell, and then these: a
+        checkpoint of what they made is to have their lines, and the one that has no room may be waiting for it."""
+        for report in [*([] if self._telling is None else [self._telling]), *reports]:
+            self._news(report, 0.0)
+            while (line := self._line(report)) is not None:
+                if "on_log" in self._bus.wants:
+                    self._bus.put("on_log", Log(**{**self.standing(), **line}))
+
+    def _line(self, report: Report) -> dict[str, Any] | None:
+        """What the next line of a burst's tells; None where all of them are told."""
+        if report.told == len(report.rows):
+            return None
+        row = report.rows[report.told]
+        report.told += 1
+        when = self.elapsed() - (time.perf_counter() - row.at)
+        values = {**row.values, **self._left_beside(row.values)}
+        self._life.metrics.update(values)
+        return {"step": row.step, "samples": report.before + row.samples, "time": when, "values": values}
+
     def _news(self, report: Report, waited: float) -> None:
+        if not report.batches or report.announced:
+            return
+        report.announced = True
         first: dict[str, Any] = {"first_step": report.first_step, "count": report.batches}
         if "on_batch_begin" in self._bus.wants:
             self._bus.news("on_batch_begin", BatchBegin(**self.standing(), **first))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from pathlib import Path
@@ -126,6 +127,32 @@ def test_nothing_is_made_ahead_of_a_save_that_waits_for_its_step(
         assert torch.equal(same, weights[step]), (path, step)
     rows = [row["step"] for row in lines(tmp_path / "run") if row["split"] == "train"]
     assert rows == [*range(1, 2001)]
+
+
+def test_a_save_that_a_hook_waits_for_has_the_lines_of_all_that_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the next bursts are made already, and there is no room for their lines: a kill may come right after it."""
+    monkeypatch.setattr("streamtrain.driving.BURST", 0.2)
+    kept: dict[Path, list[str]] = {}
+
+    class Saves(Callback):
+        async def on_log(self, event: Log) -> None:
+            if event.step % 100 == 0:
+                path = await fitted.save_checkpoint(tmp_path / f"hook-{event.step}")
+                kept[path] = await asyncio.to_thread(written)
+
+    def written() -> list[str]:
+        return (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+    fitted = trainer(network(), log_every=1, callbacks=[Saves()], run_dir=tmp_path / "run")
+    asyncio.run(fitted.fit(pulled(), max_steps=2000))
+    assert len(kept) > 5
+    for path, there in kept.items():
+        state = checkpoint.read(path).state
+        rows = map(json.loads, {*there, *state["callbacks"]["JSONLogger"].get("unwritten", ())})
+        assert {*range(1, state["step"] + 1)} <= {row["step"] for row in rows if row["split"] == "train"}, path
+    assert [row["step"] for row in lines(tmp_path / "run")] == [*range(1, 2001)]
 
 
 def test_a_supply_knows_that_no_burst_runs_whoever_waited_for_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,8 +391,7 @@ class Bus:
 
     async def emit(self, hook: str, event: Event) -> None:
         """Tell an event to whom it concerns; returns once every mailbox has room again, not when the hooks are done."""
-        boxes = self._put(hook, event)
-        for box in boxes:
+        for box in self.put(hook, event):
             await box.room()
 
     async def ask(self, hook: str, event: Event) -> list[Verdict]:
@@ -401,14 +400,15 @@ class Bus:
         Raises what `check` raises if a hook failed.
         """
         answers: list[asyncio.Future[Any]] = []
-        boxes = self._put(hook, event, answers)
+        boxes = self.put(hook, event, answers)
         for box in boxes:
             await box.room()
         verdicts = [await answer for answer in answers]
         self.check()
         return [cast(Verdict, verdict) for verdict in verdicts if verdict is not None]
 
-    def _put(self, hook: str, event: Event, answers: list[asyncio.Future[Any]] | None = None) -> list[_Mailbox]:
+    def put(self, hook: str, event: Event, answers: list[asyncio.Future[Any]] | None = None) -> list[_Mailbox]:
+        """Tell an event to whom it concerns, without waiting for room; `answers`: where the deciders' are to come."""
         boxes = [box for box in self._by_hook.get(hook, ()) if box.wants(hook)]
         for box in boxes:
             answer = None
