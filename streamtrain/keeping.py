@@ -43,7 +43,8 @@ _PATIENCE = 0.1
 _ASKED = 0.5
 """The same for a save that somebody waits for, who may be in a hook: nobody is waited for after it."""
 _LATE = 30.0
-"""Seconds for which a save, while training goes on, waits for the states of those that lag more."""
+"""Seconds for which a save, while training goes on, waits for the states of those that lag more; where all has to be
+over soon, no more than a quarter of what is left."""
 _LOOK = 0.1
 """Seconds until it is seen that a hook waits for another save, for which none is waited for any longer."""
 
@@ -284,7 +285,9 @@ class Keeper:
 
     async def _complete(self, snapshot: Snapshot, late: Mapping[str, asyncio.Future[Tree | None]]) -> None:
         """Have the states of those that lag in a snapshot, as they are once they have taken in what was told before."""
-        until = time.monotonic() + _LATE
+        now, stop = time.monotonic(), self._control.stopping
+        deadline = None if stop is None else stop.deadline
+        until = now + (_LATE if deadline is None else min(_LATE, (deadline - now) / 4))
         pressed: asyncio.Future[Any] = asyncio.create_task(self._pressed.wait())
         try:
             while not (pressed.done() or self._control.saves_wait) and (left := until - time.monotonic()) > 0:

@@ -194,6 +194,17 @@ async def test_a_save_waits_only_so_long_for_a_callback_that_lags_and_says_so(
     assert caplog.text.count("callback Lagging had not taken in all that it was told") == 1
 
 
+async def test_a_save_waits_for_no_callback_until_the_grace_is_spent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lagging = Lagging()
+    opening = Opening(lagging.gate, 5, "on_checkpoint")
+    trainer = fitted(tmp_path, lagging, opening, AtStep(5, lambda: trainer.control.stop("signal", within=8)))
+    assert (await trainer.fit(Samples(), max_steps=10**6)).checkpoint is not None
+    assert "left behind" not in caplog.text
+    assert caplog.text.count("callback Lagging had not taken in all that it was told") == 1
+
+
 async def test_a_hook_that_waits_for_a_save_is_not_waited_for_by_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,10 +262,10 @@ class _Mailbox:
                     raise
                 self._fail(letter.hook, error)
             except Exception as error:
-                if letter.take is not None and letter.answer is not None:
-                    letter.answer.set_exception(error)  # of whoever asked
-                else:
+                if letter.take is None or letter.answer is None or letter.answer.done():
                     self._fail(letter.hook, error)
+                else:
+                    letter.answer.set_exception(error)  # of whoever asked
             except BaseException as error:
                 if letter.hook in self.hooks and inspect.iscoroutinefunction(getattr(self.callback, letter.hook)):
                     raise  # on the loop, SystemExit and KeyboardInterrupt end the program as they would anywhere
