@@ -2,8 +2,8 @@
 """The two commands: `python3 run.py demo` and `python3 run.py test` make `.venv` where needed and go on in it.
 
 Law: only the standard library, and no state but `.venv` (and `.venv-3.12`, `.venv-3.13`, where the room without torch
-is tested with the newest zarr and numpy, and `.venv-torch-2.6.0` and the like). The stamp in `.venv` is written last and names everything
-that the environment was made from; an environment without the right stamp is made anew.
+is tested with the newest zarr and numpy, and `.venv-torch-2.6.0` and the like). The stamp in `.venv` is written last
+and names everything that the environment was made from; an environment without the right stamp is made anew.
 """
 
 from __future__ import annotations
