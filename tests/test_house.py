@@ -46,8 +46,8 @@ resume plan notes telling
 callbacks.rolling callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once callbacks.tensorboard
 callbacks.resource_monitor callbacks.series callbacks.plots callbacks.profiler
-callbacks.spool callbacks.sending callbacks.remote_logger callbacks.wandb_folder callbacks.wandb_logger
-callbacks.mlflow_logger
+callbacks.spool callbacks.sending callbacks.remote_logger callbacks.wandb_folder callbacks.wandb_rows
+callbacks.wandb_logger callbacks.mlflow_logger
 callbacks.model_checkpoint callbacks.defaults saving
 objective parts checks keeping driving outside failure
 loop fitting

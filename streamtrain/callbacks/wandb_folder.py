@@ -1,4 +1,4 @@
-"""What the folders of one offline run of wandb hold: which lines of the log lives before this one have left there.
+"""What the folders of one run of wandb hold: which lines of the log lives before this one have left there.
 
 The files are what wandb calls transaction logs: LevelDB's log format (blocks of 32 KiB; a record is a checksum, a
 length, a kind and bytes, one that goes over a block's end is several) around messages of theirs. Its law: what lies
@@ -45,11 +45,22 @@ def kind_of(names: Iterable[str]) -> Kind:
     return frozenset(name for name in names if name not in JSONLogger.reserved and not name.startswith("_"))
 
 
-def offline(folder: Path, run: str) -> list[Path]:
-    """The files of the lives of this run in a folder of wandb's, but that of the life whose `folder` it is."""
-    places = folder.parent.glob(f"offline-run-*-{run}*")
-    files = [place / f"run-{run}.wandb{end}" for place in places if place != folder for end in ("", EMPTY)]
+def folder_of(run_dir: str | Path) -> Path:
+    """Where wandb puts the lives of runs whose `dir` this is, as its documentation tells."""
+    hidden = Path(run_dir, ".wandb")
+    return hidden if hidden.is_dir() else Path(run_dir, "wandb")
+
+
+def offline(place: Path, run: str, own: str = "") -> list[Path]:
+    """The files of the offline lives of this run in a folder of wandb's, but that of the life whose folder is `own`."""
+    places = [each for each in place.glob(f"offline-run-*-{run}*") if each.name != own]
+    files = [each / f"run-{run}.wandb{end}" for each in places for end in ("", EMPTY)]
     return [file for file in files if file.is_file()]
+
+
+def lives(place: Path, run: str) -> list[Path]:
+    """The files of all lives of this run, offline or online, in a folder of wandb's."""
+    return list(place.glob(f"*run-*-{run}*/run-{run}.wandb"))
 
 
 def mend(files: Iterable[Path], record: Any) -> None:

@@ -1,9 +1,11 @@
-"""The trackers themselves, wandb offline and mlflow in a folder and a database, killed with their run and resumed.
+"""The trackers themselves, wandb offline and online and mlflow in a folder and a database, killed with their run and
+resumed.
 
 They get an environment of their own, made once (`.venv-trackers`), with the newest versions of what our extras name,
 and with all that this one has beside it. A round is a run of some hundred steps, a line each, killed at three random
-steps: for wandb once with all lines in its file, and once with those that it holds back lost. Each line of the log must
-stand in theirs once, with the values of `metrics.jsonl`, as their own readers tell, and as `wandb sync` sends it.
+steps: for wandb once with all lines in its file, and once with those that it holds back lost; online, where the server
+is one on loopback that keeps what it gets, with all there, with none, and with two of each life. Each line of the log
+must stand in theirs once, with the values of `metrics.jsonl`, as their own readers tell, and as `wandb sync` sends it.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from typing import Any
 
 import run as environments
 from tests.bench.measure import Measure, Options
-from tests.flows.test_trackers import fit, killed, logged, stored
+from tests.flows.test_trackers import fit, killed, logged, online, stored
 from tests.flows.wandb_server import synced
 
-TRACKERS = ("wandb-kept", "wandb-lost", "mlflow-folder", "mlflow-database")
+ONLINE = ("online-arrived", "online-lost", "online-cut")
+TRACKERS = ("wandb-kept", "wandb-lost", *ONLINE, "mlflow-folder", "mlflow-database")
 STEPS, KILLS = 150, 3
 
 
@@ -58,24 +61,32 @@ def campaign(room: Path, which: str, rounds: int) -> dict[str, Any]:
     counts = {"kills": 0, "lines": 0, "missing": 0, "wrong": 0}
     for number in range(rounds):
         folder = Path(tempfile.mkdtemp(dir=room)) / "run"
-        for at in sorted(random.Random(number).sample(range(5, STEPS - 5), KILLS)):
-            killed(folder, which, at, STEPS)
-            counts["kills"] += 1
-        asyncio.run(fit(folder, which, steps=STEPS))
+        kills = sorted(random.Random(number).sample(range(5, STEPS - 5), KILLS))
+        counts["kills"] += KILLS
+        rows: list[dict[str, Any]] = []
+        if which in ONLINE:
+            rows = online(folder, which, kills, STEPS)
+        else:
+            for at in kills:
+                killed(folder, which, at, STEPS)
+            asyncio.run(fit(folder, which, steps=STEPS))
         told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         ours = [(row["step"], row["loss"]) for row in told if "loss" in row]
-        if which.startswith("mlflow"):
-            theirs = stored(folder)
-        else:
-            theirs = [(row["step"], row["loss"]) for row in logged(folder) if "loss" in row]
+        if which.startswith("wandb"):
+            rows = logged(folder)
             sent = synced(sorted((folder / "wandb").glob("offline-run-*")))
-            counts["wrong"] += [(row["step"], row["loss"]) for row in sent if "loss" in row] != theirs
+            counts["wrong"] += _losses(sent) != _losses(rows)
+        theirs = stored(folder) if which.startswith("mlflow") else _losses(rows)
         steps = [step for step, _ in theirs]
         counts["lines"] += len(ours)
         counts["missing"] += len({step for step, _ in ours} - set(steps))
         counts["wrong"] += len(steps) - len(set(steps))
         counts["wrong"] += sum(not math.isclose(dict(ours)[step], value, rel_tol=1e-9) for step, value in theirs)
     return {"version": importlib.metadata.version(package), **counts}
+
+
+def _losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ def test_the_last_step_of_each_kind_of_line_is_found_in_all_lives(tmp_path: Path
         folder.mkdir()
         (folder / "run-abc.wandb").write_bytes(transaction_log(life))
     (tmp_path / "offline-run-3-other").mkdir()
-    files = offline(tmp_path / "offline-run-2-abc", "abc")
+    files = offline(tmp_path, "abc")
     assert reached(files, Record) == {TRAIN: 3, VALID: 2}
-    assert reached(offline(tmp_path / "offline-run-1-abc", "abc"), Record) == {TRAIN: 2, VALID: 2}
+    assert reached(offline(tmp_path, "abc", "offline-run-1-abc"), Record) == {TRAIN: 2, VALID: 2}
 
 
 def log(folder: Path, steps: Sequence[int], **more: Any) -> Path:

@@ -31,8 +31,10 @@ NUMBERS = itertools.count()
 class Run:
     """A run of theirs."""
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, server: dict[str, list[dict[str, Any]]], **given: Any) -> None:
         self.given = given
+        self.server = server.setdefault(given["id"], []) if given["mode"] == "online" else []
+        self.starting_step = len(self.server) if given["resume"] == "allow" else 0
         self.axes: dict[str, Any] = {}
         self.logged: list[dict[str, Any]] = []
         self.exit_code: int | None = None
@@ -51,6 +53,7 @@ class Run:
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
+        self.server += self.logged
         if self.given["mode"] == "offline":
             self.leave(len(self.logged))
 
@@ -68,12 +71,14 @@ class Wandb(ModuleType):
         super().__init__("wandb")
         self.__spec__ = ModuleSpec("wandb", None)
         self.runs: list[Run] = []
+        self.server: dict[str, list[dict[str, Any]]] = {}
+        """The rows of each run that is online, as they arrived."""
         self.refusal: Exception | None = None
 
     def init(self, **given: Any) -> Run:
         if self.refusal is not None:
             raise self.refusal
-        self.runs.append(Run(**given))
+        self.runs.append(Run(self.server, **given))
         return self.runs[-1]
 
     def Settings(self, **given: Any) -> dict[str, Any]:  # noqa: N802  (their name)
@@ -163,6 +168,110 @@ async def test_offline_each_line_stands_once_whatever_a_kill_took(
     await fit(tmp_path, 22, WandbLogger(mode="offline"))  # what was put aside is none that is gone
     assert [row["step"] for row in wandb.runs[3].logged if "loss" in row] == [22]
     assert "is gone" not in caplog.text
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """The lines that there should be."""
+    return [{k: v for k, v in row.items() if k not in ("time", "split")} for row in lines(folder)]
+
+
+def uncommitted(folder: Path, step: int) -> None:
+    """As if the life had been killed before the commit of its last step."""
+    (folder / "checkpoints" / f"step-{step:09d}").rename(folder / f"lost-{step}")
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 6, 7])
+@pytest.mark.parametrize("second", [0, 1, 3, 99])
+async def test_online_each_line_stands_once_whatever_a_kill_took(
+    tmp_path: Path, wandb: Wandb, first: int, second: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fit(tmp_path, 10, WandbLogger(), log={"grey": np.zeros((2, 3))})
+    (rows,) = wandb.server.values()
+    assert len(rows) == 7  # one of them is no line
+    del rows[first:]
+    await fit(tmp_path, 14, WandbLogger())
+    del rows[first + second :]
+    uncommitted(tmp_path, 14)
+    await fit(tmp_path, 16, WandbLogger())
+    assert [row for row in rows if "samples" in row] == told(tmp_path)
+    uncommitted(tmp_path, 16)
+    before = list(rows)
+    await fit(tmp_path, 20, WandbLogger())
+    assert rows[: len(before)] == before
+    assert [row for row in rows if "samples" in row] == told(tmp_path)
+    assert not [record for record in caplog.records if record.levelname == "WARNING" and "wandb" in record.name]
+
+
+async def test_online_the_life_before_is_waited_for_before_the_server_is_asked(
+    tmp_path: Path, wandb: Wandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fit(tmp_path, 10, WandbLogger())
+    (name,) = wandb.server
+    file = tmp_path / "wandb" / f"run-1-{name}" / f"run-{name}.wandb"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    asked: list[tuple[list[Path], int]] = []
+
+    def settle(files: list[Path]) -> bool:
+        asked.append((files, len(wandb.runs)))
+        return False
+
+    monkeypatch.setattr("streamtrain.callbacks.wandb_logger.settle", settle)
+    await fit(tmp_path, 12, WandbLogger())
+    assert asked == [([file], 1)]
+    assert "a process of wandb still writes in" in caplog.text
+
+
+async def test_where_the_notes_are_gone_that_is_said_and_nothing_is_logged_again(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fit(tmp_path, 10, WandbLogger())
+    (rows,) = wandb.server.values()
+    del rows[3:]
+    (tmp_path / ".wandb-rows").unlink()
+    await fit(tmp_path, 12, WandbLogger())
+    assert "is gone: lines after step 10 may stand twice" in caplog.text
+    del rows[3:]  # that nothing before is known stays so
+    uncommitted(tmp_path, 12)
+    await fit(tmp_path, 12, WandbLogger())
+    assert [row["step"] for row in rows[3:] if "loss" in row] == [12]
+
+
+async def test_rows_that_nobody_noted_are_said(tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture) -> None:
+    await fit(tmp_path, 10, WandbLogger())
+    (rows,) = wandb.server.values()
+    rows += [{"step": 11}] * 3
+    await fit(tmp_path, 12, WandbLogger())
+    assert "wandb has 3 rows of run" in caplog.text
+    assert [row for row in rows if "samples" in row] == told(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 3, 6])
+async def test_a_run_goes_on_online_with_what_its_offline_lives_hold_left_to_the_sync(
+    tmp_path: Path, wandb: Wandb, left: int
+) -> None:
+    await fit(tmp_path, 10, WandbLogger(mode="offline"))
+    wandb.runs[0].leave(left)
+    await fit(tmp_path, 14, WandbLogger())
+    uncommitted(tmp_path, 14)
+    (rows,) = wandb.server.values()
+    del rows[6 - left + 1 :]
+    await fit(tmp_path, 16, WandbLogger())
+    assert wandb.runs[0].logged[:left] + rows == told(tmp_path)
+
+
+async def test_offline_after_online_what_is_not_known_is_said_and_no_line_stands_twice(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fit(tmp_path, 10, WandbLogger())
+    await fit(tmp_path, 14, WandbLogger())
+    uncommitted(tmp_path, 14)
+    for step in (16, 18):
+        await fit(tmp_path, step, WandbLogger(mode="offline"))
+    await fit(tmp_path, 20, WandbLogger())
+    assert caplog.text.count("the life before was online") == 1
+    found = [row for run in wandb.runs for row in run.logged]
+    assert found == told(tmp_path)
 
 
 async def test_what_a_folder_that_is_gone_held_is_not_logged_again(

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from streamtrain.callbacks.wandb_folder import reached, settle
 from streamtrain.events import Log
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
-from tests.flows.wandb_server import synced
+from tests.flows.wandb_server import Server, environment, synced
 
 EVERY, DIES_AT, STEPS = 4, 11, 20
 
@@ -54,6 +56,10 @@ class Dies(Callback):
             files = (self.folder / "wandb").glob("offline-run-*/*.wandb")
             there = reached(files, load("wandb.proto.wandb_internal_pb2").Record)
             return max(there.values(), default=0) >= self.at
+        if self.which in ("online-arrived", "online-cut"):
+            with urllib.request.urlopen(f"{os.environ['WANDB_BASE_URL']}/state") as answer:
+                state = json.load(answer)
+            return bool(state["full"] if self.which == "online-cut" else state["step"] >= self.at)
         path = self.folder / self.written
         text = path.read_text() if path.exists() else ""
         if self.which.startswith("mlflow"):  # the last steps alone
@@ -64,10 +70,10 @@ class Dies(Callback):
 def trackers(which: str) -> list[Any]:
     if which == "tensorboard":
         return [TensorBoard()]
-    if which.startswith("wandb"):
+    if which.startswith(("wandb", "online")):
         from streamtrain.callbacks.wandb_logger import WandbLogger
 
-        return [WandbLogger("trackers", mode="offline")]
+        return [WandbLogger("trackers", mode="online" if which.startswith("online") else "offline")]
     from streamtrain.callbacks.mlflow_logger import MLflowLogger
 
     return [MLflowLogger()]
@@ -86,16 +92,29 @@ async def fit(folder: Path, which: str, *callbacks: object, steps: int = STEPS) 
     await trainer.fit(Samples(80), Samples(16, seed=1), max_steps=steps, max_epochs=steps, resume="auto")
 
 
+def life(folder: Path, which: str, at: int, steps: int) -> subprocess.CompletedProcess[str]:
+    """A life in a process of its own, which dies at a step; 0: at none."""
+    command = [sys.executable, "-m", "tests.flows.test_trackers", str(folder), which, str(at), str(steps)]
+    soon = {"wandb-kept": "TRANSACTION_LOG_FLUSH", "online-arrived": "FILE_STREAM_TRANSMIT"}
+    soon["online-cut"] = soon["online-arrived"]
+    early = {f"WANDB__{soon[which]}_INTERVAL": "0.02"} if which in soon else {}
+    told = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | early
+    return subprocess.run(command, check=False, timeout=110, capture_output=True, text=True, env=told)
+
+
 def killed(folder: Path, which: str, at: int = DIES_AT, steps: int = STEPS) -> None:
     """A life that ends by kill -9, beyond its last checkpoint."""
-    command = [sys.executable, "-m", "tests.flows.test_trackers", str(folder), which, str(at), str(steps)]
-    soon = {"WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.02"} if which == "wandb-kept" else {}
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | soon
-    done = subprocess.run(command, check=False, timeout=110, capture_output=True, text=True, env=environment)
+    done = life(folder, which, at, steps)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     second = int(time.time())
     while int(time.time()) == second:  # TensorBoard reads files in the order of the seconds in their names
         time.sleep(0.05)
+
+
+def ended(folder: Path, which: str, steps: int = STEPS) -> None:
+    """A life that comes to its end, in a process of its own: wandb reads where its server is but once in a process."""
+    done = life(folder, which, 0, steps)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture
@@ -163,6 +182,40 @@ def test_wandb_offline_has_each_line_once(folder: Path, which: str) -> None:
     assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in sent if "samples" in row] == told
 
 
+def online(folder: Path, which: str, kills: Sequence[int], steps: int = STEPS) -> list[dict[str, Any]]:
+    """The rows that wandb's server has at the end of a run that was killed at these steps.
+
+    `online-arrived`: with all lines there; `online-lost`: with none of a life's; `online-cut`: with some.
+    """
+    server = Server()
+    before = {name: os.environ.get(name) for name in environment(server)}
+    os.environ.update(environment(server))
+    try:
+        for at in kills:
+            had, server.full = len(server.rows), False
+            server.most = had + 2 if which == "online-cut" else None
+            killed(folder, which, at, steps)
+            assert which != "online-lost" or len(server.rows) == had
+        server.most = None
+        ended(folder, which, steps)
+        return server.rows
+    finally:
+        server.close()
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+@pytest.mark.parametrize("which", ["online-arrived", "online-lost", "online-cut"])
+def test_wandb_online_has_each_line_once(folder: Path, which: str) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: nothing real to be killed")
+    found = online(folder, which, [DIES_AT, DIES_AT + EVERY])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told = [{k: v for k, v in row.items() if k not in ("time", "split")} for row in rows]
+    assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in found] == told
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs, of SQLAlchemy
 @pytest.mark.parametrize("which", ["mlflow-folder", "mlflow-database"])
 def test_mlflow_has_each_step_once(folder: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +228,4 @@ def test_mlflow_has_each_step_once(folder: Path, which: str, monkeypatch: pytest
 
 if __name__ == "__main__":
     where, tracker, last = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    asyncio.run(fit(where, tracker, Dies(where, last, tracker), steps=int(sys.argv[4])))
+    asyncio.run(fit(where, tracker, *([Dies(where, last, tracker)] if last else []), steps=int(sys.argv[4])))
