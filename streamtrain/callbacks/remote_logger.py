@@ -13,6 +13,10 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +24,7 @@ from typing import Any, NoReturn
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.json_logger import finite, json_line
 from streamtrain.callbacks.lines import FIXED
-from streamtrain.callbacks.sending import LONGEST, Away, Pace, Refused, Sender
+from streamtrain.callbacks.sending import ASKED, Away, Pace, Refused, Sender
 from streamtrain.callbacks.spool import Spool
 from streamtrain.errors import ConfigError
 from streamtrain.events import Log, TrainBegin, TrainEnd
@@ -28,18 +32,25 @@ from streamtrain.options import at_least, count
 
 LATER = frozenset({408, 425, 429})
 """What a service answers, besides 5xx, that wants the same again later (RFC 9110, 8470, 6585)."""
+LARGE = 413
+LINES = frozenset({400, 409, LARGE, 422})
+"""What it answers that is about the lines themselves; all else, as 401 or 404, is about who asks, and where."""
 
 
 class RemoteLogger(Callback):
     """POSTs the lines of the log to `url` as `application/x-ndjson`: those of metrics.jsonl with `run` and `key`.
 
     `headers` go with each request, as does a `user:password@` of the address; a token belongs into the program, not
-    into a configuration that the run keeps. Redirections are not followed. Up to
-    `batch` lines go together, `every` seconds after the first at the latest; a request has `timeout` seconds. What
-    can't be reached, or answers 5xx, 408, 425 or 429, is tried again after pauses that double from half a second to a
-    minute (or as `Retry-After` says); the lines lie in `remote-<digest>.jsonl` in the run's folder meanwhile, `disk`
-    bytes at most. What it refuses otherwise is left out. Each is said once. At the end there are `last` seconds; what
-    is left then is sent by the next fit in this folder. Without a folder `memory` lines wait, and the oldest give way.
+    into a configuration that the run keeps. Redirections are not followed. Up to `batch` lines go together, `every`
+    seconds after the first at the latest; a request has `timeout` seconds.
+
+    What can't be reached, or answers 5xx, 408, 425 or 429, is tried again after pauses that double from half a second
+    to a minute, or as `Retry-After` says (an hour at most); so is what wants somebody to see to it, as by 401, 403 or
+    404, or by a redirection. The lines lie in `remote-<digest>.jsonl` in the run's folder meanwhile, `disk` bytes at
+    most. Of a batch that is refused for what it holds (400, 409, 413, 422) only the lines that are refused alone are
+    put aside, in `refused-remote-<digest>.jsonl` beside it; appended to the other file they are sent again. Each is
+    said once. At the end there are `last` seconds; what is left then is sent by the next fit in this folder. Without a
+    folder `memory` lines wait, and the oldest give way; what is refused is left out.
 
     A line's `key` is the same whenever it is sent or made again: a service that keeps one line of each key has each
     step once, after a resume too. The header `Idempotency-Key` is the batch's.
@@ -123,17 +134,31 @@ class RemoteLogger(Callback):
 
 
 def _answered(error: urllib.error.HTTPError) -> NoReturn:
-    text = f"{error.code} {error.reason}"
-    if error.code < 500 and error.code not in LATER:
-        there = error.headers.get("Location", "") if 300 <= error.code < 400 else ""
-        more = (
-            f"the service is at {there!r}, which url= should be"
-            if there
-            else repr(error.read(200).decode(errors="replace"))
-        )
-        raise Refused(f"{text}: {more}")
-    asked = error.headers.get("Retry-After", "")
-    raise Away(text, after=min(float(asked), LONGEST) if asked.isdecimal() else None)
+    there = error.headers.get("Location", "") if 300 <= error.code < 400 else ""
+    said = f"the service is at {there!r}, which url= should be" if there else _said(error)
+    text = f"{error.code} {error.reason}: {said}"
+    if error.code in LINES:
+        raise Refused(text, large=error.code == LARGE)
+    raise Away(text, after=asked(error.headers), human=error.code < 500 and error.code not in LATER)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    with suppress(OSError, HTTPException):
+        return repr(error.read(200).decode(errors="replace"))
+    return "''"
+
+
+def asked(headers: Message) -> float | None:
+    """Seconds that `Retry-After` tells, as a number or a date (RFC 9110, 10.2.3)."""
+    told = headers.get("Retry-After", "").strip()
+    if told.isdecimal():
+        return min(float(told), ASKED)
+    try:
+        until = parsedate_to_datetime(told)
+        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
+        return min(max((until - now).total_seconds(), 0.0), ASKED)
+    except (ValueError, TypeError):
+        return None
 
 
 def _without_user(url: str) -> tuple[str, dict[str, str]]:

@@ -1,7 +1,8 @@
 """The thread that hands lines to a service, in batches, in their order, for as long as it takes.
 
-Its law: a batch is tried again until the service has it or refuses it; the next one waits for that. Pauses double,
-blurred by chance, so that many runs do not come back all at once.
+Its law: a batch is tried again until the service has it; the next one waits for that. A batch that the service refuses
+for what it holds is halved, down to the lines that it will not have, and these are put aside. Pauses double, blurred by
+chance, so that many runs do not come back all at once.
 """
 
 from __future__ import annotations
@@ -19,19 +20,28 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 60.0
 """Seconds between two tries."""
+ASKED = 3600.0
+"""Seconds for which a service is left alone at most, if it asks for it."""
 
 
 class Away(Exception):
     """The service did not take a batch now, but may later."""
 
-    def __init__(self, reason: str, *, after: float | None = None) -> None:
+    def __init__(self, reason: str, *, after: float | None = None, human: bool = False) -> None:
         super().__init__(reason)
         self.after = after
         """Seconds for which it asked to be left alone."""
+        self.human = human
+        """Whether that takes somebody: another token, another address."""
 
 
 class Refused(Exception):
-    """The service will never take this batch."""
+    """The service will never take this batch as it is."""
+
+    def __init__(self, reason: str, *, large: bool = False) -> None:
+        super().__init__(reason)
+        self.large = large
+        """Whether there is too much of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,8 @@ class Sender:
         self._wake, self._ending = threading.Event(), threading.Event()
         self._deadline = float("inf")
         self._tries = 0
+        self._together = self._limit = pace.batch
+        """Lines that go together now, and at most."""
         self._said: set[str] = set()
         # A daemon, so that a service which never answers cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="streamtrain-remote", daemon=True)
@@ -90,7 +102,7 @@ class Sender:
         """Batch after batch, until nothing is left or the time is up."""
         while time.monotonic() < self._deadline:
             try:
-                lines = self.spool.head(self._pace.batch)
+                lines = self.spool.head(self._together)
             except OSError as error:
                 return self._disk(error)
             if not lines:
@@ -98,7 +110,8 @@ class Sender:
             try:
                 self._post(lines)
             except Refused as error:
-                self._say("refused", "%s refuses lines of the log, which are left out: %s", self._where, error)
+                self._refused(lines, error)
+                continue
             except Away as error:
                 self._wait(error)
                 continue
@@ -110,9 +123,35 @@ class Sender:
     def _count(self, lines: Sequence[str]) -> None:
         self.spool.delivered(lines)
         self._tries = 0
+        self._together = min(2 * self._together, self._limit)
+
+    def _refused(self, lines: Sequence[str], error: Refused) -> None:
+        if len(lines) > 1:
+            self._together = len(lines) // 2
+            if error.large:
+                self._limit = self._together
+            return
+        try:
+            aside = self.spool.aside(lines[0])
+        except OSError as problem:
+            self._disk(problem)
+            aside = None
+        if aside is None:
+            self._say("left out", "%s refuses lines of the log, which are left out: %s", self._where, error)
+        else:
+            text = "%s refuses lines of the log, which are put aside in %s: %s"
+            self._say("refused", text, self._where, aside, error)
+        self.spool.delivered(lines)
 
     def _wait(self, error: Away) -> None:
-        if not self._tries:
+        if error.human:
+            self._say(
+                f"human {error}"[:9],
+                "%s takes no lines of the log until that is seen to; they wait: %s",
+                self._where,
+                error,
+            )
+        elif not self._tries:
             self._say("away", "%s takes no lines of the log now; they wait: %s", self._where, error)
         pause = min(self._pace.pause * 2.0 ** min(self._tries, 30), LONGEST)
         until = time.monotonic() + (random.Random().uniform(0.5, 1.0) * pause if error.after is None else error.after)
@@ -139,6 +178,8 @@ class Sender:
             self.spool.sync()
         except OSError as error:
             self._disk(error)
+        if left := self.spool.left:
+            logger.warning("lines for %s wait in %s: the next fit in this folder sends them", self._where, left)
         lost = self.spool.dropped + self.spool.waiting
         if lost:
             logger.warning("%d lines of the log never reached %s: there was no room to keep them", lost, self._where)

@@ -1,6 +1,7 @@
 """Lines that wait for a service: some in memory, and what does not fit there in a file; first in, first out.
 
-Its law: a line leaves once it is said to be delivered, and no sooner; memory is bounded; an empty file is gone.
+Its law: a line leaves once it is said to be delivered or put aside, and no sooner; memory is bounded; an empty file is
+gone.
 """
 
 from __future__ import annotations
@@ -68,6 +69,25 @@ class Spool:
                     self._read += len(line)
                 elif self._lines and self._lines[0] == line:
                     self._lines.popleft()
+
+    def aside(self, line: str) -> Path | None:
+        """Append the line to a file beside the spool's, which nobody sends, and name it; None if there is no room.
+
+        Raises OSError.
+        """
+        if self._path is None:
+            return None
+        path = self._path.with_name(f"refused-{self._path.name}")
+        with self._lock, open(path, "ab") as file:
+            if file.tell() + len(line) > self._disk:
+                return None
+            file.write(line.encode("ascii"))
+        return path
+
+    @property
+    def left(self) -> Path | None:
+        """The file, where lines wait in it."""
+        return self._path if self._path is not None and self._path.is_file() else None
 
     def stow(self) -> None:
         """Put the lines of memory into the file. Raises OSError, and keeps then what memory has room for."""

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain.callbacks.remote_logger import RemoteLogger
+from streamtrain.callbacks.remote_logger import RemoteLogger, asked
 from streamtrain.callbacks.sending import Pace
 from streamtrain.callbacks.spool import Spool
 from streamtrain.errors import ConfigError
@@ -34,6 +35,9 @@ class Service:
         self.requests: list[dict[str, str]] = []
         self.answers: list[int | str] = []
         """How it answers the next requests: a status, or "hang up" before, or "cut" after it took the lines."""
+        self.judge: Callable[[list[dict[str, Any]], Any], int] = lambda rows, headers: 204
+        """How it answers all others, by their lines and headers."""
+        self.retry_after = "0"
         self.arrived = threading.Condition()
         self.port = 0
 
@@ -52,10 +56,10 @@ class Service:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                answer = service.answers.pop(0) if service.answers else 204
+                rows = [json.loads(line) for line in body.splitlines()]
+                answer = service.answers.pop(0) if service.answers else service.judge(rows, self.headers)
                 if answer in (204, "cut"):
-                    for line in body.splitlines():
-                        row = json.loads(line)
+                    for row in rows:
                         service.lines.setdefault(row["key"], row)
                 with service.arrived:
                     service.requests.append(dict(self.headers))
@@ -64,7 +68,7 @@ class Service:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 self.send_response(answer)
-                self.send_header("Retry-After", "0")
+                self.send_header("Retry-After", service.retry_after)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
 
@@ -101,9 +105,9 @@ def told(logger: RemoteLogger, folder: Path | None, steps: range, *, start: int 
     logger.on_train_end(TrainEnd())
 
 
-def spooled(folder: Path) -> list[int]:
+def spooled(folder: Path, which: str = "remote-") -> list[int]:
     return [
-        json.loads(line)["step"] for file in folder.glob("remote-*.jsonl") for line in file.read_text().splitlines()
+        json.loads(line)["step"] for file in folder.glob(f"{which}*.jsonl") for line in file.read_text().splitlines()
     ]
 
 
@@ -206,17 +210,107 @@ def test_lines_that_a_kill_took_from_memory_come_back_with_the_checkpoint(tmp_pa
     assert service.steps() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_what_is_refused_is_left_out_and_said_once(
+@settings(max_examples=25)
+@given(
+    bad=st.sets(st.integers(1, 20), max_size=6), batch=st.integers(1, 30), status=st.sampled_from([400, 409, 413, 422])
+)
+def test_only_the_lines_that_are_refused_alone_are_put_aside(
+    tmp_path_factory: pytest.TempPathFactory, bad: set[int], batch: int, status: int
+) -> None:
+    service, folder = Service(), tmp_path_factory.mktemp("run")
+    service.judge = lambda rows, headers: status if bad & {row["step"] for row in rows} else 204
+    with service.up() as url:
+        told(quick(url, batch=batch, last=30.0), folder, range(1, 21))
+    assert service.steps() == [step for step in range(1, 21) if step not in bad]
+    assert spooled(folder, "refused-") == sorted(bad)
+    assert not spooled(folder)
+
+
+def test_what_is_put_aside_is_said_once_and_sent_again_from_the_other_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service()
+    service.answers = [400, 422]
+    with service.up() as url:
+        told(quick(url, batch=1, last=30.0), tmp_path, range(1, 5))
+        (aside,) = tmp_path.glob("refused-*")
+        assert caplog.text.count(f"refuses lines of the log, which are put aside in {aside}: 400") == 1
+        assert caplog.text.count("put aside") == 1
+        assert service.steps() == [3, 4]
+        aside.rename(aside.with_name(aside.name.removeprefix("refused-")))
+        told(quick(url, last=30.0), tmp_path, range(5, 6), start=4)
+    assert service.steps() == [3, 4, 1, 2, 5]
+
+
+def test_what_is_too_large_goes_in_smaller_batches_that_stay_so(tmp_path: Path) -> None:
+    service = Service()
+    service.judge = lambda rows, headers: 204 if len(rows) < 4 else 413
+    with service.up() as url:
+        logger = quick(url, batch=20, every=1000.0, last=30.0)
+        told(logger, tmp_path, range(1, 21))
+    assert service.steps() == list(range(1, 21))
+    assert len(service.requests) == 3 + 10  # 20, 10 and 5 are too many, 2 are not
+    assert not spooled(tmp_path, "refused-")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 302])
+def test_what_wants_somebody_to_see_to_it_is_said_once_and_costs_no_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     service = Service()
-    service.answers = [status, status]
+    service.judge = lambda rows, headers: 204 if headers["Authorization"] == "Bearer new" else status
     with service.up() as url:
-        told(quick(url, batch=1, last=30.0), tmp_path, range(1, 5))
+        first = quick(url, headers={"Authorization": "Bearer old"}, last=0.0)
+        first.on_train_begin(TrainBegin(run_dir=str(tmp_path)))
+        first.on_log(log(1))
+        service.wait(lambda: len(service.requests) > 3)
+        first.on_log(log(2))
+        first.on_train_end(TrainEnd())
+        assert spooled(tmp_path) == [1, 2]
+        assert caplog.text.count(f"takes no lines of the log until that is seen to; they wait: {status}") == 1
+        assert ("the service is at '/elsewhere', which url= should be" in caplog.text) == (status == 302)
+        (file,) = tmp_path.glob("remote-*")
+        assert f"wait in {file}: the next fit in this folder sends them" in caplog.text
+        told(quick(url, headers={"Authorization": "Bearer new"}, last=30.0), tmp_path, range(3, 4), start=2)
+    assert service.steps() == [1, 2, 3]
+    assert not spooled(tmp_path)
+
+
+def test_a_service_is_left_alone_for_as_long_as_it_asks(tmp_path: Path) -> None:
+    service = Service()
+    service.answers = [429, 503, 401]
+    with service.up() as url:
+        logger = RemoteLogger(url, every=0.0, last=30.0)
+        logger._pace = Pace(batch=9, every=0.0, pause=1000.0)  # what it does without being asked
+        told(logger, tmp_path, range(1, 4))
+    assert service.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("7", 7.0),
+        ("9999999", 3600.0),
+        ("Wed, 21 Oct 2015 07:28:30 GMT", 30.0),
+        ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
+        ("Wed, 21 Oct 2035 07:27:00 GMT", 3600.0),
+        *(("soon", None), ("-3", None), ("", None), ("Wed, 21 Oct 2015 07:28:30 -0000", None)),
+    ],
+)
+def test_what_a_service_asks_for_is_read(told: str, seconds: float | None) -> None:
+    headers = Message()
+    headers["Retry-After"] = told
+    headers["Date"] = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert asked(headers) == seconds
+
+
+def test_without_a_folder_what_is_refused_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    service = Service()
+    service.answers = [400, 400]
+    with service.up() as url:
+        told(quick(url, batch=1, last=30.0), None, range(1, 5))
     assert service.steps() == [3, 4]
-    assert caplog.text.count(f"refuses lines of the log, which are left out: {status}") == 1
-    assert ("the service is at '/elsewhere', which url= should be" in caplog.text) == (status == 302)
+    assert caplog.text.count("refuses lines of the log, which are left out: 400") == 1
 
 
 @pytest.mark.parametrize(("user", "told"), [("me:p%40ss", "me:p@ss"), ("me", "me:"), ("", ":")])
