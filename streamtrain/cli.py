@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from streamtrain import __version__
 from streamtrain.complaints import complain, say, usage_error
 from streamtrain.errors import ConfigError, EnvironmentProblem
 from streamtrain.flags import Flags, RunFlags, StreamFlags, assignments, normalise, parse_value
+from streamtrain.outlet import last_words
 from streamtrain.signals import Interrupted
 from streamtrain.spelling import shown
 
@@ -132,7 +134,8 @@ def fit(
     to_file = fit_command.log_level(log_file_level, quiet=False, verbose=False, option="--log-file-level")
     code, report, done = fit_command.run(resolved, said, level=level, quiet=quiet, to_file=to_file, profile=profile)
     try:
-        _print(() if quiet else report)
+        with last_words(code) if code > 128 else nullcontext():
+            _print(() if quiet else report)
     except (
         BrokenPipeError
     ):  # whoever reads our output has seen enough: a signal that ended the run is told all the same
@@ -338,9 +341,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as interrupt:
         signum = interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT
-        complain(
-            f"ended by {signal.Signals(signum).name}", "The same command starts over.", interrupt if debug else None
-        )
+        with last_words(128 + signum):
+            complain(
+                f"ended by {signal.Signals(signum).name}", "The same command starts over.", interrupt if debug else None
+            )
         return 128 + signum
     except Exception as error:
         return say(_of_stdout(error) or error, debug=debug, command=tokens[0] if tokens else "")

@@ -1,7 +1,7 @@
 """Logging as the command line wants it: short lines on stderr, and all of it in the run's log.txt and log.jsonl.
 
-Nobody who logs waits for the disk: the files are written by a thread of its own, and begin anew when they are full, the
-old ones kept as log.txt.1 and so on. Where they can't be written, that is said once.
+Nobody who logs waits for the disk, nor for whoever reads stderr: the files are written by a thread of its own, and
+begin anew when they are full, the old ones kept as log.txt.1 and so on. Where they can't be written, that is said once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from streamtrain.errors import named
+from streamtrain.outlet import Outlet, writer
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +144,29 @@ class _Plain(logging.Formatter):
         return f"{kind}: {text}" + (f" ({type(error).__name__}: {error})" if error is not None else "")
 
 
+class _Stderr(logging.Handler):
+    """Lines for stderr, which a thread of its own waits for."""
+
+    def __init__(self, outlet: Outlet) -> None:
+        super().__init__()
+        self._outlet = outlet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        try:
+            self._outlet.put(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+
 @contextmanager
 def logged(level: int, *, to_file: int = logging.INFO) -> Iterator[LogFile]:
     """Logging as the command line wants it, for as long as this is open: lines from `level` on to stderr, and from
     `to_file` or `level` on, whichever says more, to the files; also Python's warnings, and the error that ends it."""
     root, ours, log = logging.getLogger(), logging.getLogger("streamtrain"), LogFile()
     before = root.level, ours.level
-    stderr = logging.StreamHandler(sys.stderr)
+    outlet = None if sys.stderr is None else Outlet(writer(sys.stderr), name="streamtrain-stderr")
+    stderr = logging.NullHandler() if outlet is None else _Stderr(outlet)
     stderr.setFormatter(_Plain())
     stderr.setLevel(level)
     stderr.addFilter(lambda record: not getattr(record, "shown", False))  # it is there already
@@ -170,5 +187,7 @@ def logged(level: int, *, to_file: int = logging.INFO) -> Iterator[LogFile]:
         log.close()
         for handler in handlers:
             root.removeHandler(handler)
+        if outlet is not None:
+            outlet.close()
         root.setLevel(before[0])
         ours.setLevel(before[1])

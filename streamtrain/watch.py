@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from streamtrain import stacks
 from streamtrain.grace import lost
+from streamtrain.outlet import Outlet, write
 from streamtrain.signals import SAVING, SHOWING, SIGNALS, Interrupted, capture
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ SAME = 0.2
 """Seconds within which a second SIGINT may be the first one again: timeout(1) signals its child, then their group."""
 HURRY = 1.5
 """Seconds that are left to a run after such a one: whoever did press Ctrl-C twice waits no longer than that."""
+PATIENCE = 0.3
+"""Seconds that a word to the user is waited for before the process ends."""
 
 
 class Watch:
@@ -49,9 +52,13 @@ class Watch:
         self._bell, self._ear = socket.socketpair()
         self._hearing = threading.Thread(target=self._hear, name="streamtrain-watch", daemon=True)
         self._stack = ExitStack()
+        self._out: Outlet | None = None
+        """To stderr, whoever else writes there, and if it is still there; while this is open."""
 
     def __enter__(self) -> Watch:
         self._bell.setblocking(False)
+        self._out = Outlet(lambda line: write(2, line.encode()), name="streamtrain-watch-stderr")
+        self._stack.callback(self._out.close)
         self._stack.callback(self._bell.close)
         self._stack.callback(self._ear.close)
         with ExitStack() as stack:
@@ -154,19 +161,19 @@ class Watch:
                     first, began = signum, time.monotonic()
                     if self._trainer is not None:
                         name = signal.Signals(signum).name
-                        _tell(f"{name}: finishing the step and saving; once more to leave at once")
+                        self._tell(f"{name}: finishing the step and saving; once more to leave at once")
                 elif signum in SIGNALS and (signum == signal.SIGINT or signum != first):
                     since = time.monotonic() - began
                     if since >= SAME:
-                        _tell(f"{signal.Signals(signum).name} again: leaving at once, {self._stands()}")
+                        self._tell(f"{signal.Signals(signum).name} again: leaving at once, {self._stands()}")
                         os._exit(128 + first)
                     patience = min(patience, since + HURRY)
 
     def _lose_patience(self, signum: int, patience: float) -> NoReturn:
         what = "ended" if self._trainer is None else "saved"
-        _tell(f"not {what} within {patience:.3g} s: leaving, {self._stands()}")
+        self._tell(f"not {what} within {patience:.3g} s: leaving, {self._stands()}")
         if patience == self.grace:
-            _tell(f"what is left:\n{stacks.everything(self._loop)}")
+            self._tell(f"what is left:\n{stacks.everything(self._loop)}")
         os._exit(128 + signum)
 
     def _stands(self) -> str:
@@ -184,7 +191,7 @@ class Watch:
 
     def _show(self, signum: int) -> None:
         shown = f"{signal.Signals(signum).name}: where it stands, and goes on\n{stacks.everything(self._loop)}"
-        _tell(shown)
+        self._tell(shown)
         logger.info(shown, extra={"shown": True})
 
     def _tell_of_save(self, signum: int) -> None:
@@ -193,10 +200,9 @@ class Watch:
             told = "there is nothing to save"
         elif self._trainer.control.late:
             told = "the fit has ended: nothing more is saved"
-        _tell(f"{signal.Signals(signum).name}: {told}")
+        self._tell(f"{signal.Signals(signum).name}: {told}")
 
-
-def _tell(line: str) -> None:
-    """Say something on stderr, whoever else writes there, and if it is still there."""
-    with suppress(OSError):
-        os.write(2, f"\n{line}\n".encode())
+    def _tell(self, line: str) -> None:
+        """Say something on stderr; a reader who is stuck keeps nobody from leaving in time."""
+        if self._out is not None:
+            self._out.put(f"\n{line}\n", wait=PATIENCE)

@@ -15,7 +15,7 @@ import streamtrain
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = """
-errors events spelling flags toml_text log_file spikes stacks
+errors events spelling flags toml_text outlet log_file spikes stacks
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.daemons data.container data.budget data.codecs data.layout data.draws data.entropy
 dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors

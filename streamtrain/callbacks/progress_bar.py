@@ -165,6 +165,8 @@ class ProgressBar(Callback):
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)
+            if self._thread.is_alive():  # whoever should read does not: the fit waits no longer
+                self._stream = None
             self._thread = None
         reason = f"{event.reason}: {event.detail}" if event.detail else event.reason
         if self._bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -289,6 +290,52 @@ def test_a_run_whose_output_nobody_reads_goes_on_and_ends_as_it_would(
             pipe.close()
         assert process.wait(timeout=100) == (0 if signum is None else 143)
     assert newest(place / "run") == steps(place / "run")[-1] >= (400 if signum is None else 6)
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM], ids=["to its end", "ended by SIGTERM"])
+def test_a_run_whose_reader_is_stuck_goes_on_and_saves_when_it_is_told_to_end(
+    signum: signal.Signals | None, place: Path
+) -> None:
+    reading, end = os.pipe()
+    os.set_blocking(end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end, b"x" * 4096)
+    os.set_blocking(end, True)
+    many = ["--max-steps", "40", "-q"] if signum is None else ["--max-steps", "1000000"]
+    with open(end, "wb", buffering=0) as stuck:
+        process = warm.start(["-m", "streamtrain", *FIT, "--run-dir", "run", *many], stdout=stuck, stderr=stuck)
+    try:
+        if signum is not None:
+            deadline = time.monotonic() + 60
+            while not (place / "run" / "metrics.jsonl").is_file() or len(steps(place / "run")) < 6:
+                assert time.monotonic() < deadline, "it waits for its reader"
+                time.sleep(0.01)
+            process.send_signal(signum)
+        assert process.wait(timeout=60) == (0 if signum is None else 143)
+    finally:
+        process.kill()
+        os.close(reading)
+    assert newest(place / "run") == steps(place / "run")[-1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("when", ["starts", "ends"])
+def test_a_request_to_save_harms_no_command_that_starts_or_ends(when: str, signum: signal.Signals, place: Path) -> None:
+    """`python -m streamtrain`, with an import, or a class's end, that sends the signal."""
+    sends = f"os.kill(os.getpid(), {int(signum)})"
+    sent = {
+        "starts": f"class Finder:\n    def find_spec(self, name, *_):\n        name == 'streamtrain.cli' and {sends}\n"
+        "sys.meta_path.insert(0, Finder())\n",
+        "ends": "class Last:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        f"        kill(pid, {int(signum)})\nsys.last_of_all = Last()\n",
+    }
+    (place / "sender.py").write_text(
+        f"import os, sys\n{sent[when]}from streamtrain.__main__ import main\nsys.exit(main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "sender.py", "--version"]
+    assert subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=100, check=False).returncode == 0
 
 
 def test_a_save_that_never_ends_keeps_no_command_from_ending_and_is_named(place: Path) -> None:
