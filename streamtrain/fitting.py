@@ -322,7 +322,8 @@ class Fit:
         stack.push_async_callback(status.written)
         saver = None
         if folder is not None:
-            saver = Saver(folder.checkpoints, self._rule(), files, before=run.checkpoint, disk=run.disk)
+            rule, before = self._rule(), run.checkpoint
+            saver = Saver(folder.checkpoints, rule, files, before=before, held=folder.check, disk=run.disk)
         self._saver = saver
         teller = Teller(life, plan, bus, thread, status=status.write, notes=run.notes)
         driver = Driver(

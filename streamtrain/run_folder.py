@@ -10,21 +10,25 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import stat
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streamtrain.disk import LOCAL, OVER, Disk
+from streamtrain.disk import FOLDER, LOCAL, OVER, Disk
 from streamtrain.errors import EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_HALF = re.compile(r"\..+\.tmp")
+"""A file that was to take another's name."""
 
 
 class RunFolder:
@@ -34,6 +38,9 @@ class RunFolder:
         self.path = Path(os.path.abspath(path))
         self._disk = disk
         self._lock: int | None = None
+        self._itself: int | None = None
+        """The folder, locked as well: a `.lock` that somebody removes lets nobody in."""
+        self._holder = ""
 
     @property
     def checkpoints(self) -> Path:
@@ -55,6 +62,7 @@ class RunFolder:
             except BaseException:
                 self._disk.close(descriptor)
                 raise
+            self._clear()
         except OSError as error:
             raise EnvironmentProblem(
                 f"the run folder {self.path} can't be written: {error.strerror}",
@@ -66,6 +74,9 @@ class RunFolder:
         """Let others have the folder; does nothing if it is not held."""
         if self._lock is not None:
             descriptor, self._lock = self._lock, None
+            if self._itself is not None:
+                self._let_go(self._itself)
+                self._itself = None
             try:
                 self._disk.truncate(descriptor, 0)
                 # A forked child may hold the same lock: closing alone would leave it locked.
@@ -74,6 +85,30 @@ class RunFolder:
                 logger.warning("%s could not be given free: %s", self.path / LOCK, error.strerror)
             finally:
                 self._disk.close(descriptor)
+
+    def check(self) -> None:
+        """Raise EnvironmentProblem if what lies at this path is no longer the folder that was locked.
+
+        Somebody has moved or removed it, perhaps put another one there: what is written now would lie apart from the
+        rest of the run. A `.lock` that was removed alone is no matter.
+        """
+        if self._lock is None:
+            return
+        try:
+            if self._itself is None:
+                same = self._noted(self.path / LOCK) == self._holder
+            else:
+                same = os.path.samestat(self._disk.fstat(self._itself), self._disk.stat(self.path))
+            if same:
+                return
+        except FileNotFoundError:
+            pass
+        except OSError:  # what is to be written will tell
+            return
+        raise EnvironmentProblem(
+            f"the run folder {self.path} was moved or removed while the run was writing to it",
+            hint="move it back, or carry on from where it lies now by --run-dir and --resume auto",
+        )
 
     def __enter__(self) -> RunFolder:
         self.lock()
@@ -115,9 +150,53 @@ class RunFolder:
             ) from None
         except OSError as error:
             logger.warning("%s can't be locked (%s): nothing keeps a second process out", self.path, error.strerror)
-        holder = {"pid": os.getpid(), "since": _now(), "host": socket.gethostname()}
-        self._disk.truncate(descriptor, 0)
-        self._write(descriptor, _json(holder))
+        itself = self._locked_itself()
+        try:
+            self._holder = _json({"pid": os.getpid(), "since": _now(), "host": socket.gethostname()})
+            self._disk.truncate(descriptor, 0)
+            self._write(descriptor, self._holder)
+        except BaseException:
+            if itself is not None:
+                self._let_go(itself)
+            raise
+        self._itself = itself
+
+    def _locked_itself(self) -> int | None:
+        """The folder, locked; None where a file system locks no folders: then the `.lock` in it has to do."""
+        descriptor = self._disk.open(self.path, FOLDER)
+        try:
+            self._disk.lock(descriptor)
+        except BlockingIOError:
+            self._disk.close(descriptor)
+            raise EnvironmentProblem(
+                f"the run folder {self.path} is in use by another process, whose {LOCK} somebody has removed",
+                hint="wait for it, stop it, or choose another run_dir",
+            ) from None
+        except OSError:
+            self._disk.close(descriptor)
+            return None
+        return descriptor
+
+    def _let_go(self, itself: int) -> None:
+        with suppress(OSError):
+            self._disk.unlock(itself)
+        self._disk.close(itself)
+
+    def _noted(self, path: Path) -> str:
+        """What a `.lock` says."""
+        text = bytearray(4096)
+        descriptor = self._disk.open(path, os.O_RDONLY)
+        try:
+            return text[: self._disk.read(descriptor, memoryview(text), 0)].decode(errors="replace")
+        finally:
+            self._disk.close(descriptor)
+
+    def _clear(self) -> None:
+        """Remove what a life left that ended while it replaced a file; nobody else writes here now."""
+        with suppress(OSError):
+            for name in self._disk.names(self.path):
+                if _HALF.fullmatch(name):
+                    self._disk.unlink(self.path / name)
 
     def _make(self, folder: Path) -> None:
         """Make a folder and its missing parents."""
@@ -154,6 +233,8 @@ class RunFolder:
                 self._disk.close(descriptor)
             self._disk.rename(temp, self.path / name)
         except OSError as error:
+            with suppress(OSError):
+                self._disk.unlink(temp)
             raise EnvironmentProblem(f"{self.path / name} can't be written: {error.strerror}") from error
 
 

@@ -50,10 +50,13 @@ class Saver:
         files: Files,
         *,
         before: Path | None = None,
+        held: Callable[[], object] = tuple,
         disk: Disk = LOCAL,
     ) -> None:
-        """`before`: the checkpoint that the run goes on from."""
+        """`before`: the checkpoint that the run goes on from. `held`: raises where the run's folder is no longer the
+        run's, before anything is written there."""
         self.checkpoints, self.rule, self.files, self._disk = checkpoints, rule, files, disk
+        self._held = held
         self.last = before
         """The last committed checkpoint."""
         self.committed: Committed | None = None
@@ -211,6 +214,8 @@ class Saver:
 
     def _written(self, target: Path, snapshot: Snapshot, *, replace: bool) -> Committed:
         self.buffers.landed()
+        if replace:
+            self._held()
         return checkpoint.commit(target, snapshot, replace=replace, disk=self._disk)
 
     async def _failed(self, error: Exception, kind: str, failed: Failed) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import textwrap
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtrain.disk import LOCAL
+from streamtrain.disk import LOCAL, LocalDisk
 from streamtrain.errors import DataError, EnvironmentProblem
 from streamtrain.run_folder import LOCK, RunFolder
 from tests.disks import RefusingDisk
@@ -95,6 +97,68 @@ def test_locking_and_releasing_twice_does_nothing(tmp_path: Path) -> None:
     assert (tmp_path / LOCK).read_text() == ""
 
 
+def test_a_lock_that_somebody_removes_lets_nobody_in(tmp_path: Path) -> None:
+    with held(tmp_path) as holder:
+        (tmp_path / LOCK).unlink()
+        with pytest.raises(EnvironmentProblem, match=r"in use by another process, whose \.lock somebody has removed"):
+            RunFolder(tmp_path).lock()
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path):
+            pass
+
+
+def test_a_folder_that_is_moved_removed_or_replaced_is_noticed_and_a_lock_file_that_is_removed_is_no_matter(
+    tmp_path: Path,
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with RunFolder(run) as folder:
+        folder.check()
+        (run / LOCK).unlink()
+        folder.check()
+        run.rename(elsewhere)
+        with pytest.raises(EnvironmentProblem, match=f"the run folder {run} was moved or removed"):
+            folder.check()
+        with RunFolder(run), pytest.raises(EnvironmentProblem, match="was moved or removed"):
+            folder.check()
+    with RunFolder(elsewhere):
+        pass
+
+
+def test_where_folders_can_t_be_locked_the_file_in_it_is(tmp_path: Path) -> None:
+    class Nfs(LocalDisk):
+        def lock(self, fd: int) -> None:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            super().lock(fd)
+
+    with RunFolder(tmp_path, disk=Nfs()) as folder:
+        folder.check()
+        with pytest.raises(EnvironmentProblem, match="is in use by this very process"):
+            RunFolder(tmp_path, disk=Nfs()).lock()
+        (tmp_path / LOCK).write_text("of another run")
+        with pytest.raises(EnvironmentProblem, match="was moved or removed"):
+            folder.check()
+
+
+def test_what_a_life_left_that_ended_in_a_replacement_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".error.json.tmp", ".metrics.csv.tmp", "mine.tmp", ".hidden"):
+        (tmp_path / name).write_text("{")
+    with RunFolder(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".hidden", LOCK, "mine.tmp"]
+
+
+def test_a_file_that_finds_no_room_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    class Full(LocalDisk):
+        def write(self, fd: int, data: memoryview) -> int:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    with RunFolder(tmp_path):
+        with pytest.raises(EnvironmentProblem, match=r"error\.json can't be written: File too large"):
+            RunFolder(tmp_path, disk=Full()).write_error(ValueError("no"))
+        assert os.listdir(tmp_path) == [LOCK]
+
+
 def test_nothing_is_made_before_the_lock(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
@@ -127,7 +191,7 @@ def test_a_folder_that_cannot_be_made_is_refused_with_the_path(tmp_path: Path, n
         RunFolder(path).lock()
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(5))
 def test_whatever_the_disk_refuses_is_said_with_path_and_cause_and_leaves_nothing_open(tmp_path: Path, at: int) -> None:
     open_before = len(os.listdir("/proc/self/fd"))
     folder = RunFolder(tmp_path / "run", disk=RefusingDisk(LOCAL, at))

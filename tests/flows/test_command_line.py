@@ -59,6 +59,11 @@ class Raises:
     def on_log(self, event):
         raise ValueError("no")
 
+class Moves:
+    def on_log(self, event):
+        if event.step == 6 and os.path.isdir("run"):
+            os.rename("run", "moved")
+
 class Kill:
     def __init__(self, signum, at):
         self.signum, self.at, self.done = signum, at, False
@@ -212,6 +217,21 @@ def test_a_signal_before_training_ends_it_with_nothing_written(
     assert main([*FIT, "--run-dir", "run"]) == code
     assert capsys.readouterr().err == f"error: ended by {signum.name}\nhint: The same command starts over.\n"
     assert not (place / "run").exists()
+
+
+def test_a_run_whose_folder_is_moved_ends_before_it_is_torn_in_two_and_goes_on_where_it_lies(
+    place: Path, capsys: Capture
+) -> None:
+    (place / "c.toml").write_text(
+        '[[callbacks]]\nname = "flow_nets:Moves"\n[[callbacks]]\nname = "ModelCheckpoint"\nevery = "2steps"\n'
+    )
+    command = ["fit", "c.toml", *FIT[1:], "--max-steps", "60", "-q"]
+    assert main([*command, "--run-dir", "run"]) == 5
+    assert f"error: the run folder {place / 'run'} was moved or removed while the run was" in capsys.readouterr().err
+    assert not (place / "run").exists()
+    assert main([*command, "--run-dir", "moved", "--resume", "auto"]) == 0
+    assert steps(place / "moved") == list(range(1, 61))
+    assert newest(place / "moved") == 60
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
