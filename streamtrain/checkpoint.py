@@ -36,7 +36,17 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
 _STALE = re.compile(r"\.(tmp|old)-(.+)-[0-9a-f]{8}")
 """Half-made or discarded folders: `tmp` may always go; `old` was the target until its successor took the name."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CAUSES = {
+    errno.ENOSPC: ("the disk is full", "make room, or move the run folder to another disk"),
+    errno.EDQUOT: ("the quota is used up", "make room, have the quota raised, or move the run folder to another disk"),
+    errno.EFBIG: (
+        "a file would be larger than is allowed",
+        "raise the limit of this process (ulimit -f), or move the run folder to a disk that takes larger files",
+    ),
+    errno.EMFILE: ("too many files are open", "raise the limit of this process (ulimit -n), or open fewer stores"),
+    errno.ENFILE: ("too many files are open on this machine", "close some, or raise fs.file-max"),
+}
+"""What to say of a refusal, and what to do, where that is not the disk's fault alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,16 +248,21 @@ def prune(checkpoints: Path, keep: Collection[str], *, disk: Disk = LOCAL) -> li
     return [path.name for path in removed]
 
 
-def sweep(checkpoints: Path, *, disk: Disk = LOCAL) -> list[str]:
-    """Remove what commits and prunes that died left behind; the names removed.
+def sweep(checkpoints: Path, *, of: str | None = None, disk: Disk = LOCAL) -> list[str]:
+    """Remove what commits and prunes that died left behind, or those alone of the checkpoint named `of`; the names
+    removed.
 
     A folder that was being replaced gets its name back if its successor did not arrive. A commit under way in another
     process or thread is left alone. Never raises: what can't be removed is said in the log.
     """
     try:
-        names = [name for name in sorted(disk.names(checkpoints)) if _STALE.fullmatch(name)]
-        stale = [checkpoints / name for name in names if not _in_use(checkpoints / name, disk)]
-        stale = [path for path in stale if not _given_back(path, disk)]
+        names = [
+            name
+            for name in sorted(disk.names(checkpoints))
+            if (stale := _STALE.fullmatch(name)) and of in (None, stale[2])
+        ]
+        left = [checkpoints / name for name in names if not _in_use(checkpoints / name, disk)]
+        left = [path for path in left if not _given_back(path, disk)]
         if names:
             sync_folder(checkpoints, disk)  # the names as they are may not be durable, and what has none goes
     except (FileNotFoundError, NotADirectoryError):
@@ -255,7 +270,7 @@ def sweep(checkpoints: Path, *, disk: Disk = LOCAL) -> list[str]:
     except OSError as error:
         logger.warning("can't clear up in %s: %s", checkpoints, error)
         return []
-    return [path.name for path in stale if _removed(path, disk)]
+    return [path.name for path in left if _removed(path, disk)]
 
 
 def _given_back(path: Path, disk: Disk) -> bool:
@@ -437,11 +452,12 @@ def _refuse(error: OSError, folder: Path, needed: int, disk: Disk) -> NoReturn:
         free = f"{disk.free(_existing(folder.parent, disk)):,} bytes are free"
     except OSError:
         free = "how many are free can't be told"
-    cause = "the disk is full" if error.errno in _NO_SPACE else "the disk refuses"
+    known = ("the disk refuses", "make room, or move the run folder to another disk")
+    cause, hint = _CAUSES.get(error.errno or 0, known)
     raise EnvironmentProblem(
         f"{cause}: checkpoint {folder} needs {needed:,} bytes, {free} ({error.strerror or error}); "
         "the checkpoints before it are untouched",
-        hint="make room, or move the run folder to another disk",
+        hint=hint,
     ) from error
 
 

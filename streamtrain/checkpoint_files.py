@@ -20,6 +20,7 @@ from torch import Tensor
 
 from streamtrain import tensor_file
 from streamtrain.disk import LOOK, NEW, Disk
+from streamtrain.errors import EnvironmentProblem
 from streamtrain.state import Json, Snapshot, encode
 
 FORMAT = 1
@@ -126,7 +127,7 @@ class Verified:
     def __init__(self, path: Path, disk: Disk, *, deep: bool = True, cold: bool = False) -> None:
         """Open all files and verify them; without `deep` their sizes only. `cold`: as the medium has them, not memory.
 
-        Raises Damaged.
+        Raises Damaged; EnvironmentProblem if this process may open no more files.
         """
         self._disk, self._cold = disk, cold
         with ExitStack() as stack:
@@ -162,6 +163,14 @@ class Verified:
             missing = _is(stat.S_ISDIR, path, self._disk)
             raise Damaged(name, "it is missing" if missing else "there is no such folder") from None
         except OSError as error:
+            if error.errno in (
+                errno.EMFILE,
+                errno.ENFILE,
+            ):  # tells nothing of the file: no reason to go back to an older
+                raise EnvironmentProblem(
+                    f"{path / name} can't be opened: {error.strerror}",
+                    hint="raise the limit of open files (ulimit -n), or open fewer stores",
+                ) from error
             raise Damaged(name, f"it can't be opened: {error.strerror}") from error
         stack.callback(self._disk.close, fd)
         if not stat.S_ISREG(self._about(fd, name).st_mode):

@@ -34,4 +34,5 @@ def bring_in(file: Path, out: Path, *, model: str | None, partial: bool) -> Path
         assembly.make_importable(os.getcwd())
         made = assembly.model(resolve(said), said)
         weights = dict(begin_with(weights, made, file, partial=partial).taken)
+    checkpoint.sweep(target.parent, of=target.name)  # what the same command left when it was killed
     return checkpoint.commit(target, foreign.as_snapshot(weights, file)).path

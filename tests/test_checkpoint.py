@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from streamtrain import checkpoint
 from streamtrain.checkpoint_files import FILES, MANIFEST, MODEL, OPTIMIZER, STATE
+from streamtrain.disk import LocalDisk
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.state import Snapshot
 from tests import warm
@@ -353,6 +355,48 @@ def test_sweeping_takes_leftovers_but_no_living_commit(tmp_path: Path) -> None:
     assert checkpoint.sweep(tmp_path) == [living.name]
     assert os.listdir(tmp_path) == ["step-000000001"]
     assert checkpoint.sweep(tmp_path / "absent") == []
+
+
+def test_sweeping_after_one_checkpoint_leaves_those_of_others(tmp_path: Path) -> None:
+    mine, other = tmp_path / ".tmp-mine-0123abcd", tmp_path / ".tmp-mine2-0123abcd"
+    for left in (mine, other):
+        left.mkdir()
+        (left / MODEL).write_bytes(b"half")
+    assert checkpoint.sweep(tmp_path, of="mine") == [mine.name]
+    assert os.listdir(tmp_path) == [other.name]
+
+
+def test_a_process_that_may_open_no_more_files_takes_no_checkpoint_for_damaged(tmp_path: Path) -> None:
+    class Spent(LocalDisk):
+        def open(self, path: Path, flags: int) -> int:
+            if path.parent.name == "step-000000002" and path.name != MANIFEST:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().open(path, flags)
+
+    put(tmp_path, 1, 2)
+    with pytest.raises(EnvironmentProblem, match="can't be opened: Too many open files") as caught:
+        checkpoint.read_newest(tmp_path, disk=Spent())
+    assert "ulimit -n" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "hint"),
+    [
+        (errno.ENOSPC, "the disk is full", "make room"),
+        (errno.EDQUOT, "the quota is used up", "quota"),
+        (errno.EFBIG, "a file would be larger than is allowed", "ulimit -f"),
+        (errno.EMFILE, "too many files are open", "ulimit -n"),
+        (errno.EROFS, "the disk refuses", "another disk"),
+    ],
+)
+def test_what_refuses_a_checkpoint_is_told_from_a_full_disk(tmp_path: Path, code: int, cause: str, hint: str) -> None:
+    class Refusing(LocalDisk):
+        def write(self, fd: int, data: memoryview) -> int:
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(EnvironmentProblem, match=f"^{cause}: checkpoint ") as caught:
+        checkpoint.commit(tmp_path / "step-000000001", snapshot(1), disk=Refusing())
+    assert hint in caught.value.hint
 
 
 def test_a_checkpoint_whose_successor_did_not_arrive_gets_its_name_back(

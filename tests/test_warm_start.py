@@ -169,6 +169,14 @@ def test_a_foreign_file_is_brought_in_and_begun_with(place: Path, capsys: Captur
     assert main([*FIT, "run", "--model-weights", "elsewhere", "--lr", "0", "--resume", "auto"]) == 0
 
 
+def test_what_a_kill_left_of_an_import_goes_when_it_is_done_again(place: Path) -> None:
+    left = place / ".tmp-w-0123abcd"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert main(["import-pt", "net.ckpt", "w"]) == 0
+    assert not left.exists()
+
+
 def test_a_part_fits_another_head(place: Path, capsys: Capture) -> None:
     assert main(["import-pt", "net.ckpt", "w"]) == 0
     wider = ["x" if word == "y" else word for word in FIT] + ["run", "--set", "model.args={outputs = 4}"]
