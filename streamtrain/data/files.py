@@ -37,6 +37,9 @@ MADV_POPULATE_READ = 22
 TICK = 10_000_000
 """Nanoseconds within which kernels before Linux 6.13 may date two changes alike (4 ms with most): what a file was just
 before the opening can't be told from what it becomes just after it by size and time."""
+AHEAD = 1_000_000_000
+"""Nanoseconds by which a file may be younger than now, and still count as written just now: clocks are put right in
+small steps."""
 SPARE_DESCRIPTORS = 256
 LARGE_CHUNK = 4 << 20
 """Chunks of this size cost no more by a map that is made anew each time than by pread; small ones cost twice as much
@@ -160,16 +163,23 @@ class StoreFiles:
         if not self._written_since(status):
             return
         text = written_since(self.opened_at, status)
-        if self._near:
+        set_back = self._written_by(status) > time.time_ns() + AHEAD  # nobody has written it by the clock as it is now
+        if self._near and not set_back:
             raise ValueError(text)
         if not self._said:  # the clock of another machine may be ahead of ours
             self._said = True
+            if set_back and self._near:
+                text += ", by a clock that was set back since, or never set"
             logger.warning("%s: %s: %s; so may others be, and it is read all the same", self.root, key, text)
 
     def _written_since(self, status: os.stat_result) -> bool:
         """Whether this content is younger than the opening; not so a file whose content was dated into the future
         before, nor one that only changed its owner, mode or name."""
-        return min(status.st_mtime_ns, status.st_ctime_ns) >= self.opened_at
+        return self._written_by(status) >= self.opened_at
+
+    def _written_by(self, status: os.stat_result) -> int:
+        """The latest that this content can have been written, in ns."""
+        return min(status.st_mtime_ns, status.st_ctime_ns)
 
     @cached_property
     def _near(self) -> bool:

@@ -563,6 +563,24 @@ def test_a_chunk_written_since_the_opening_is_noticed_though_it_was_never_read(o
     assert np.array_equal(read(lane, (2, 0)), data[4:6])
 
 
+def test_a_clock_that_was_set_back_makes_no_file_one_that_was_written_since_which_is_said_once(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, now = raw(tmp_path / "s"), time.time_ns()
+    for file in (tmp_path / "s/x/c").glob("*/*"):
+        os.utime(file)
+    monkeypatch.setattr(time, "time_ns", lambda: now - 10 * 86400 * 10**9)
+    lane = opened()
+    for chunk in range(4):
+        assert np.array_equal(read(lane, (chunk, 0)), data[2 * chunk : 2 * chunk + 2])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "by a clock that was set back since, or never set; so may others be, and it is read all the same" in said
+    path = tmp_path / "s/x/c/1/0"
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"chunk 1\.0 .*it changed during the run: \d+ bytes of"):
+        read(lane, (1, 0))
+
+
 def test_an_array_replaced_by_another_is_noticed_by_its_metadata(opened: Opened, tmp_path: Path) -> None:
     raw(tmp_path / "s")
     lane = opened()
