@@ -43,6 +43,10 @@ _CAUSES = {
         "a file would be larger than is allowed",
         "raise the limit of this process (ulimit -f), or move the run folder to a disk that takes larger files",
     ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        ("nothing may be written there", "mend the permissions, or move the run folder to where it may be written"),
+    ),
     errno.EMFILE: ("too many files are open", "raise the limit of this process (ulimit -n), or open fewer stores"),
     errno.ENFILE: ("too many files are open on this machine", "close some, or raise fs.file-max"),
 }

@@ -110,10 +110,11 @@ def capture(
 
 
 def untouched() -> bool:
-    """Whether this is the main thread and SIGINT and SIGTERM still do what Python starts with."""
+    """Whether this is the main thread and SIGINT and SIGTERM still do what Python starts with: SIGINT nothing in what a
+    shell script starts in the background."""
     return (
         threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
 

@@ -22,6 +22,8 @@ class StatusFile:
         self._files, self._folder = files, folder
         self._task: asyncio.Task[None] | None = None
         self._last: dict[str, Any] | None = None
+        self._refused = False
+        """Whether the last one could not be written, which is said when it begins."""
 
     def write(self, status: dict[str, Any]) -> None:
         """Have this written soon; what still waits then is left out."""
@@ -38,8 +40,11 @@ class StatusFile:
             self._last = None
             try:
                 await self._files(write)
+                self._refused = False
             except StreamtrainError as error:
-                logger.warning("%s", error)
+                if not self._refused:
+                    logger.warning("%s; it is old until it can be", error)
+                self._refused = True
 
     async def written(self) -> None:
         """Wait for the last one."""

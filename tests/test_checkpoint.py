@@ -386,7 +386,8 @@ def test_a_process_that_may_open_no_more_files_takes_no_checkpoint_for_damaged(t
         (errno.EDQUOT, "the quota is used up", "quota"),
         (errno.EFBIG, "a file would be larger than is allowed", "ulimit -f"),
         (errno.EMFILE, "too many files are open", "ulimit -n"),
-        (errno.EROFS, "the disk refuses", "another disk"),
+        (errno.EROFS, "nothing may be written there", "permissions"),
+        (errno.EIO, "the disk refuses", "another disk"),
     ],
 )
 def test_what_refuses_a_checkpoint_is_told_from_a_full_disk(tmp_path: Path, code: int, cause: str, hint: str) -> None:

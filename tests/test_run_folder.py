@@ -19,7 +19,9 @@ import pytest
 
 from streamtrain.disk import LOCAL, LocalDisk
 from streamtrain.errors import DataError, EnvironmentProblem
+from streamtrain.file_thread import file_thread
 from streamtrain.run_folder import LOCK, RunFolder
+from streamtrain.status_file import StatusFile
 from tests.disks import RefusingDisk
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +159,27 @@ def test_a_file_that_finds_no_room_leaves_nothing_beside_it(tmp_path: Path) -> N
         with pytest.raises(EnvironmentProblem, match=r"error\.json can't be written: File too large"):
             RunFolder(tmp_path, disk=Full()).write_error(ValueError("no"))
         assert os.listdir(tmp_path) == [LOCK]
+
+
+async def test_a_status_that_can_t_be_written_is_said_when_that_begins_and_not_each_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Disk(LocalDisk):
+        broken = True
+
+        def open(self, path: Path, flags: int) -> int:
+            if self.broken:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return super().open(path, flags)
+
+    disk = Disk()
+    async with file_thread() as files:
+        status = StatusFile(files, RunFolder(tmp_path, disk=disk))
+        for disk.broken, said in ((True, 1), (True, 1), (False, 1), (True, 2)):
+            status.write({"step": 1})
+            await status.written()
+            assert caplog.text.count("status.json can't be written") == said
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 1
 
 
 def test_nothing_is_made_before_the_lock(tmp_path: Path) -> None:

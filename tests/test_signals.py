@@ -142,6 +142,17 @@ def test_off_the_main_thread_nothing_is_changed() -> None:
 
 
 @pytest.mark.usefixtures("_handlers")
+def test_what_a_shell_script_starts_in_the_background_has_untouched_handlers() -> None:
+    """It ignores SIGINT for that, which nobody has chosen: a SIGTERM would end it unsaved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert untouched()
+    with capture(lambda number: None):
+        assert not signals.untouched()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("_handlers")
 def test_whether_handlers_are_untouched_is_told() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
