@@ -12,7 +12,7 @@ from contextlib import suppress
 from cyclopts import CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError, named
+from streamtrain.errors import NO_THREAD, ConfigError, EnvironmentProblem, StreamtrainError, named
 from streamtrain.spelling import nearest
 
 
@@ -77,6 +77,11 @@ def _known(error: BaseException) -> StreamtrainError | None:
     """The machine's own refusals, which can come from anywhere."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return EnvironmentProblem(f"out of memory: {error}", hint="Lower batch_size, or memory.")
+    if (isinstance(error, RuntimeError) and str(error) == NO_THREAD) or (
+        isinstance(error, ImportError) and "failed to map segment" in str(error)
+    ):
+        hint = "Raise the limits of this process (ulimit -v, -u), or free memory."
+        return EnvironmentProblem(f"the machine refuses: {error}", hint=hint)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return EnvironmentProblem(f"{where}{error.strerror or str(error) or type(error).__name__}")

@@ -11,6 +11,9 @@ StreamtrainError
 
 from __future__ import annotations
 
+NO_THREAD = "can't start new thread"
+"""What Python's RuntimeError says where a process may have no more threads, or no memory for their stacks."""
+
 
 class StreamtrainError(Exception):
     """Base of all errors raised on purpose. `str(error)` is one line: what, where, why."""

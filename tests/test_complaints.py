@@ -26,6 +26,12 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError("12 GiB"), 5, "out of memory: 12 GiB"),
         (OutOfMemoryError("CUDA"), 5, "out of memory: CUDA"),
         (TimeoutError(), 5, "TimeoutError"),
+        (RuntimeError("can't start new thread"), 5, "the machine refuses: can't start new thread"),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            5,
+            "the machine refuses: libtorch_cpu.so: failed to map segment from shared object",
+        ),
         (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero"),
     ],
 )

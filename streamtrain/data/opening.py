@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ from streamtrain.data.remote_zarr import RemoteZarrReader
 from streamtrain.data.zarr_bytes import StoreBytes
 from streamtrain.data.zarr_codecs import within_bounds
 from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
-from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
+from streamtrain.errors import NO_THREAD, ConfigError, DataError, EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
 
@@ -360,8 +361,21 @@ async def _copied(where: Located) -> zarr.AsyncGroup | None:
         raise _unusable(where, CONSOLIDATED, error, "restore the file from its source") from error
 
 
-def _unusable(where: Located, name: str, error: Exception, hint: str) -> DataError:
+def _of_the_process(error: Exception) -> bool:
+    """Whether that is a limit of this process, which tells nothing of a store; memory is none, for metadata that lie
+    ask for any amount."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return isinstance(error, RuntimeError) and str(error) == NO_THREAD
+
+
+def _unusable(where: Located, name: str, error: Exception, hint: str) -> StreamtrainError:
     cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if _of_the_process(error):
+        return EnvironmentProblem(
+            f"{where.name} can't be opened: {cause}",
+            hint="raise the limits of this process (ulimit -n, -u, -v): nothing is known to be wrong with the data",
+        )
     if "data type" in cause:
         hint = f"zarr {zarr.__version__} knows no such data type; a package may add it, or convert the data to another"
     elif type(error).__name__ == "UnknownCodecError":

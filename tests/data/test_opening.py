@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -29,7 +30,7 @@ from streamtrain.data.passes import ZarrPass
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.stream import ZarrStream
 from streamtrain.data.zarr_lane import ZarrLoop, ZarrReader
-from streamtrain.errors import ConfigError, DataError
+from streamtrain.errors import ConfigError, DataError, EnvironmentProblem
 
 ARRAYS: dict[str, dict[str, Any]] = {
     "plain": {"chunks": (3, 4), "dtype": "f4"},
@@ -195,3 +196,18 @@ async def test_damaged_metadata_beside_a_copy_of_them_are_named(damaged: str, tm
     (tmp_path / "x" / damaged).write_text('{"a": 1,}')
     with pytest.raises(DataError, match=r"/x.*(Expecting property name|Illegal trailing comma)"):
         await ZarrStream(tmp_path, inputs="x", batch_size=2).open()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "Too many open files")], ids=str
+)
+async def test_a_process_at_its_limits_says_so_and_nothing_of_the_data(
+    error: Exception, stores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("streamtrain.data.opening.zarr_api.open", refuse)
+    with pytest.raises(EnvironmentProblem, match=f"can't be opened: {type(error).__name__}: ") as caught:
+        await ZarrStream(stores / "old", batch_size=2).open()
+    assert "ulimit" in caught.value.hint
