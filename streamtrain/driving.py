@@ -77,6 +77,8 @@ class Driver:
         """Counted, and not given back yet."""
         self._batches: Supply | None = None
         """Of the epoch under way."""
+        self._dropped = False
+        """Batches of it were taken, and are to be taken again."""
         self.waiting: float | None = None
         """Since when a batch is waited for, on `time.monotonic`'s clock."""
         self.waited = 0.0
@@ -96,7 +98,8 @@ class Driver:
             life.resumed = False
         elif not progress.batch:
             life.own_rng = own_rng.capture(self._stream)
-        self._batches = source = supply(self._stream, limit=limit, runner=self._pull)
+        self._batches, self._dropped = supply(self._stream, limit=limit, runner=self._pull), False
+        source = self._batches
         try:
             if self._stream.pulls_inside:
                 if progress.batch and life.epoch_rng is not None:
@@ -114,7 +117,7 @@ class Driver:
             try:
                 await self.landed()
             finally:
-                if source.finished_nowait():
+                if source.finished_nowait() and not (self._dropped or self._life.step.partial):
                     life.own_rng = own_rng.capture(self._stream)  # the next epoch begins with it
                 if life.before_ahead is not None:
                     life.rng.state, life.before_ahead = life.before_ahead, None
@@ -248,6 +251,7 @@ class Driver:
         report = over.result()
         if report is not None:
             self._count(report)
+            self._dropped = self._dropped or report.error is not None
         return report
 
     def _count(self, report: Report) -> None:
@@ -291,6 +295,7 @@ class Driver:
         step, rng = self._life.step, self._life.rng
         if not step.partial:
             return
+        self._dropped = True
 
         def job() -> None:
             with rng.swapped_in():

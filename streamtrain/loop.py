@@ -132,8 +132,8 @@ class Wheel:
                     if self._due() and not await self._finished(batches):
                         await self._between()
                     await self._obey_requests()
+            ended = batches.finished_nowait() and not self._step.partial  # else its last group is still to be trained
             await driver.leave_partial()
-            ended = batches.finished_nowait()
         if ended:
             await self._end_epoch()
         return None
@@ -355,13 +355,14 @@ class Wheel:
 
     async def _finish(self, reason: str, detail: str) -> None:
         await self._obey_requests()
-        if not self._progress.owes and reason == "early_stopping":
-            self._life.ended = (reason, detail)
+        if self._stop is not None and self._stop[0] == "early_stopping" and not self._progress.owes:
+            self._life.ended = self._stop  # though a stop came at the same step
         if self._life.switch is not None:
             await self._thread.run(self._life.switch.judge)
         over = reason in ("completed", "early_stopping", "max_time")
         metrics = self._life.metrics
-        if over:  # before the save, which keeps what a kill would take from the file
+        whole = over or self._life.ended is not None or self._plan.reached(self._progress) != ("", "")
+        if whole:  # before the save, which keeps what a kill would take from the file
             metrics = await self._keeper.attend(self._teller.last_line())
         await self._keeper.save_at_end()
         self._keeper.check()

@@ -36,12 +36,17 @@ class Teller:
         self._status, self._notes = status, notes
         self._base, self._born = life.progress.time, time.monotonic()
         self._status_when = self._born
-        self._first_step = life.progress.step
+        self._began_at = self._at()
         self._telling: Report | None = None
         """The burst whose lines are being told."""
         self._unseen = False
         self._refused: set[str] = set()
         """Names of numbers that were left though the run has them already, and that was said."""
+
+    def _at(self) -> tuple[int, int, str]:
+        """How far the run is; an epoch's end is made in a life of its own where an error came before it."""
+        progress = self._life.progress
+        return progress.step, progress.epoch, progress.owes
 
     def elapsed(self) -> float:
         """Seconds of training over the run's life; kept in the progress too."""
@@ -183,7 +188,7 @@ class Teller:
         life, progress = self._life, self._life.progress
         means = life.step.tally.window.compute()
         read = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
-        if progress.step > self._first_step and means:
+        if means and self._began_at != self._at():  # else the line is there
             read = {**read, **self._left_beside({**means, **read})}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values={**means, **read})

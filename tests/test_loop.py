@@ -6,26 +6,28 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
-from streamtrain.errors import DataError, EnvironmentProblem
+from streamtrain.early_stopping import EarlyStopping
+from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, UserCodeError
 from streamtrain.events import EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
+from streamtrain.progress import FitResult
 from streamtrain.saving import Saver
 from streamtrain.state import Snapshot
 from streamtrain.trainer import Trainer
-from tests.engine import AtStep, Recorder, Samples, bare_loop, lines, network, pairs, same
+from tests.engine import AtStep, Recorder, Samples, bare_loop, lines, network, pairs, same, samples
 
 T = TypeVar("T")
 
@@ -281,6 +283,93 @@ async def test_a_validation_that_an_error_came_before_is_made_by_the_next_life(t
         await fit(tmp_path / "cut", cut)
     await fit(tmp_path / "cut", Samples(known=False))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+class Drawn:
+    """Seven batches in an order drawn by a generator of its own; `at_last` is called when the last one is asked for."""
+
+    def __init__(self, at_last: Callable[[], object] = lambda: None) -> None:
+        self.generator, self._at_last = torch.Generator().manual_seed(3), at_last
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs, targets = samples(28)
+        for number, batch in enumerate(torch.randperm(7, generator=self.generator).tolist(), start=1):
+            if number == 7:
+                self._at_last()
+            yield inputs[4 * batch :][:4], targets[4 * batch :][:4]
+
+
+@pytest.mark.parametrize("ends", ["stop", "error"])
+async def test_a_short_last_group_before_which_a_fit_has_ended_is_trained_by_the_next_life(
+    tmp_path: Path, ends: str
+) -> None:
+    async def fit(source: Drawn, fitted: Trainer) -> None:
+        await fitted.fit(source, validation=Samples(30, seed=3), max_epochs=2, resume="auto")
+
+    def made(folder: str) -> Trainer:
+        return trainer(run_dir=tmp_path / folder, accumulate_grad_batches=2, log_every=1)
+
+    whole, cut = made("whole"), made("cut")
+    await fit(Drawn(), whole)
+    if ends == "stop":
+        await fit(Drawn(cut.stop), cut)
+    else:
+
+        class Gap(Drawn):
+            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+                for number, (inputs, targets) in enumerate(super().__iter__(), start=1):
+                    yield inputs, targets * math.nan if number == 7 else targets
+
+        with pytest.raises(NonFiniteError, match="step 4"):
+            await fit(Gap(), cut)
+    assert (cut.state.step, cut.state.epoch, cut.state.samples) == (3, 0, 24)
+    again = made("cut")
+    await fit(Drawn(), again)
+    assert same(again.model, whole.model)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+async def test_a_rule_that_has_ended_the_run_is_heard_by_the_next_life_though_a_stop_came_just_then(
+    tmp_path: Path,
+) -> None:
+    async def fit(folder: str, *callbacks: Callback) -> tuple[Trainer, FitResult]:
+        rule = EarlyStopping(condition=lambda metrics: True, restore_best=False)
+        fitted = trainer(run_dir=tmp_path / folder, callbacks=[rule, *callbacks])
+        stops.append(fitted.stop)
+        return fitted, await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=4, resume="auto")
+
+    class Stops(Callback):
+        async def on_validation_end(self, event: ValidationEnd) -> None:
+            if not event.sanity:
+                stops[-1]()
+
+    stops: list[Callable[[], None]] = []
+    whole, _ = await fit("whole")
+    _, cut = await fit("cut", Stops())
+    assert (cut.reason, cut.step) == ("stopped", 13)
+    again, result = await fit("cut")
+    assert (result.reason, result.step) == ("early_stopping", 13)
+    assert same(again.model, whole.model)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+async def test_the_line_of_the_last_step_is_written_by_the_life_that_ends_the_run(tmp_path: Path) -> None:
+    async def fit(folder: Path, *callbacks: Callback) -> None:
+        fitted = trainer(run_dir=folder, callbacks=list(callbacks))
+        await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=2, resume="auto")
+
+    await fit(tmp_path / "whole")
+    with pytest.raises(UserCodeError):
+        await fit(tmp_path / "cut", AtStep(26, lambda: 1 / 0))
+    await fit(tmp_path / "cut")
+    assert lines(tmp_path / "cut")[-1]["split"] == "train"
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    heard = Recorder()
+    await fit(tmp_path / "cut", heard)
+    assert heard.events("on_log") == []
 
 
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "in-process"])
