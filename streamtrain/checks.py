@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from streamtrain.callbacks.defaults import watched
+from streamtrain.callbacks.defaults import directions, watched
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.data.source import Stream
 from streamtrain.dotted import is_path
@@ -51,6 +51,7 @@ class Checks:
                 "there are several ModelCheckpoints: a run's folder has one rule for when to save and what stays",
                 hint="Give one: every=, save_top_k= of monitor=, and keep_last= go together.",
             )
+        self._directions()
         for callback in self._callbacks:
             self._watched(type(callback).__name__, watched(callback))
         if any(stream is train for stream in self._validation.values()):
@@ -79,6 +80,18 @@ class Checks:
                     "the weights of the best %s into the model: ModelCheckpoint(monitor=%r) means the same by both",
                     *(rule.monitor, type(callback).__name__, monitor, monitor),
                 )
+
+    def _directions(self) -> None:
+        """What is better has one meaning in a run: what one rule keeps as the best another one restores."""
+        known: dict[str, tuple[str, str]] = {}
+        for callback in self._callbacks:
+            for monitor, way in directions(callback).items():
+                who, other = known.setdefault(monitor, (type(callback).__name__, way))
+                if way != other:
+                    raise ConfigError(
+                        f"{monitor}: {who} has mode {other!r}, and {type(callback).__name__} {way!r}",
+                        hint=f"Give both the same: monitor={monitor!r}, mode='max' where more is better.",
+                    )
 
     def _learned_losses(self) -> None:
         """A loss that wants to learn, and neither is a part of the model nor in an optimizer of the user's own."""

@@ -175,6 +175,11 @@ class EarlyStopping(Callback):
         )
 
     @property
+    def directions(self) -> dict[str, str]:
+        """Of each monitor, whether less (`"min"`) or more (`"max"`) is better."""
+        return {name: rule.mode for name, rule in self.rules.items()}
+
+    @property
     def gives_up(self) -> bool:
         """Whether it has ended the fit, by the patience that it has now."""
         return self._met or self._combine(rule.exhausted for rule in self.rules.values())

@@ -1481,6 +1481,35 @@ async def test_more_is_refused_before_anything_is_written(tmp_path: Path, monkey
     assert not run.exists()
 
 
+async def test_rules_that_disagree_on_what_is_better_are_refused(tmp_path: Path) -> None:
+    stops, saves = EarlyStopping("val_score", mode="max"), ModelCheckpoint(monitor="val_score")
+    fitted = trainer(run_dir=tmp_path / "a", metrics={"score": "r2"}, callbacks=[stops, saves])
+    with pytest.raises(ConfigError, match="val_score: EarlyStopping has mode 'max', and ModelCheckpoint 'min'") as told:
+        await fitted.fit(Samples(), validation=Samples(20))
+    assert "mode='max'" in told.value.hint
+    agree = [stops, ModelCheckpoint(monitor="val_score", mode="max")]
+    fitted = trainer(run_dir=tmp_path / "b", metrics={"score": "r2"}, callbacks=agree)
+    result = await fitted.fit(Samples(), validation=Samples(20))
+    assert result.best is not None
+    assert result.best.monitor == "val_score"
+
+
+def test_methods_that_look_like_hooks_and_are_none_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Foreign:
+        on_device = "cpu"
+
+        def on_epoch_end(self, event: Any) -> None: ...
+        def on_train_batch_end(self, *given: Any) -> None: ...
+        def on_something(self) -> None: ...
+
+    trainer(callbacks=[Foreign()])
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "callback Foreign: nothing calls its on_something",
+        "callback Foreign: nothing calls its on_train_batch_end; did you mean on_batch_end?",
+    ]
+
+
 PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from streamtrain.callbacks.media_folder import MediaFolder
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.progress_bar import ProgressBar, on_terminal
 from streamtrain.errors import ConfigError
+from streamtrain.spelling import nearest
+
+logger = logging.getLogger(__name__)
 
 WITH_A_FOLDER = (ModelCheckpoint, JSONLogger, CSVLogger, EventLog)
 
@@ -36,6 +40,7 @@ def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[obj
                 f"{callback!r:.80} is no callback",
                 hint=made or f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
             )
+        _say_uncalled(callback)
     if on_terminal(sys.stderr) and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(ProgressBar())
     if dev:
@@ -45,6 +50,22 @@ def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[obj
         if not any("on_media" in hooks_of(callback) for callback in callbacks):
             callbacks.append(MediaFolder())
     return callbacks
+
+
+def _say_uncalled(callback: object) -> None:
+    """Say which methods look like hooks and are none: misspelled, or those of another trainer."""
+    own = {name for name in dir(type(callback)) if name.startswith("on_") and callable(getattr(callback, name, None))}
+    for name in sorted(own.difference(HOOKS)):
+        plain = name.removeprefix("on_").removeprefix("train_").replace("step", "batch")
+        near = nearest(plain, [hook.removeprefix("on_") for hook in HOOKS])
+        meant = f"; did you mean on_{near}?" if near else ""
+        logger.warning("callback %s: nothing calls its %s%s", type(callback).__name__, name, meant)
+
+
+def directions(callback: object) -> Mapping[str, str]:
+    """Of the names by which a callback tells better from worse, which way that is: `"min"` or `"max"`."""
+    found = getattr(callback, "directions", None)
+    return found if isinstance(found, Mapping) else {}
 
 
 def watched(callback: object) -> Sequence[str]:

@@ -192,6 +192,11 @@ class ModelCheckpoint(Callback):
         """Whether what it monitors has a best checkpoint."""
         return self._best.k != 0
 
+    @property
+    def directions(self) -> dict[str, str]:
+        """Of its monitor, whether less (`"min"`) or more (`"max"`) is better."""
+        return {self.monitor: self.mode}
+
     async def on_validation_end(self, event: ValidationEnd) -> Verdict | None:
         """Asked after each validation, but the sanity check's."""
         if event.sanity or not self.monitor.startswith("val_"):
