@@ -77,8 +77,6 @@ class Driver:
         """Counted, and not given back yet."""
         self._batches: Supply | None = None
         """Of the epoch under way."""
-        self._dropped = False
-        """Batches of it were taken, and are to be taken again."""
         self.waiting: float | None = None
         """Since when a batch is waited for, on `time.monotonic`'s clock."""
         self.waited = 0.0
@@ -98,8 +96,7 @@ class Driver:
             life.resumed = False
         elif not progress.batch:
             life.own_rng = own_rng.capture(self._stream)
-        self._batches, self._dropped = supply(self._stream, limit=limit, runner=self._pull), False
-        source = self._batches
+        self._batches = source = supply(self._stream, limit=limit, runner=self._pull)
         try:
             if self._stream.pulls_inside:
                 if progress.batch and life.epoch_rng is not None:
@@ -117,11 +114,14 @@ class Driver:
             try:
                 await self.landed()
             finally:
-                if source.finished_nowait() and not (self._dropped or self._life.step.partial):
-                    life.own_rng = own_rng.capture(self._stream)  # the next epoch begins with it
                 if life.before_ahead is not None:
                     life.rng.state, life.before_ahead = life.before_ahead, None
                 await source.aclose()
+
+    def ended(self) -> None:
+        """All of the epoch is trained, and no life will ask for its batches again: the next epoch begins with the
+        generators as they are now."""
+        self._life.own_rng = own_rng.capture(self._stream)
 
     def _hire(self) -> None:
         with self._life.rng.swapped_in(keep=False):
@@ -251,7 +251,6 @@ class Driver:
         report = over.result()
         if report is not None:
             self._count(report)
-            self._dropped = self._dropped or report.error is not None
         return report
 
     def _count(self, report: Report) -> None:
@@ -295,7 +294,6 @@ class Driver:
         step, rng = self._life.step, self._life.rng
         if not step.partial:
             return
-        self._dropped = True
 
         def job() -> None:
             with rng.swapped_in():

@@ -6,6 +6,7 @@ life that goes on has the rates of one that never stopped.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -182,7 +183,7 @@ class ScheduledLearningRate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._bases = [float(base) for base in state["bases"]]
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.load_state_dict(copy.deepcopy(state["schedule"]))
         self._held = {key: state[key] for key in ("t", "rates", "form")}
         if state["form"] == self._form():
             self._t, self._rates = state["t"], [float(rate) for rate in state["rates"]]
@@ -284,6 +285,6 @@ class TorchLearningRate:
         return own if self._factor == 1.0 else own | scaled
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))  # torch's CyclicLR takes it apart
         self._done, self._firsts = int(state["done"]), [float(first) for first in state["firsts"]]
         self._factor, self._own = float(state.get("factor", 1.0)), [float(own) for own in state.get("own", ())]

@@ -169,6 +169,7 @@ class Wheel:
             self._life.metrics.update(means)
             progress.verdicts = await self._keeper.ask("on_epoch_end", EpochEnd, metrics=means)
             progress.owes = "epoch"
+            self._driver.ended()
         verdicts = progress.verdicts
         if self._plan.validation_due(progress, epoch_end=True):
             try:

@@ -332,6 +332,38 @@ async def test_a_short_last_group_before_which_a_fit_has_ended_is_trained_by_the
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("hook", ["on_batch_end", "on_epoch_end", "on_validation_end"])
+async def test_a_source_with_a_generator_of_its_own_goes_on_exactly_after_an_error_at_the_end_of_an_epoch(
+    tmp_path: Path, hook: str
+) -> None:
+    class Fails(Callback):
+        decides = True
+
+        async def on_batch_end(self, event: Any) -> None:
+            if hook == "on_batch_end" and event.step == 7:
+                raise ValueError(hook)
+
+        async def on_epoch_end(self, event: EpochEnd) -> None:
+            if hook == "on_epoch_end":
+                raise ValueError(hook)
+
+        async def on_validation_end(self, event: ValidationEnd) -> None:
+            if hook == "on_validation_end" and not event.sanity:
+                raise ValueError(hook)
+
+    async def fit(folder: str, *callbacks: Callback) -> Trainer:
+        fitted = trainer(run_dir=tmp_path / folder, log_every=1, callbacks=list(callbacks))
+        await fitted.fit(Drawn(), validation=Samples(30, seed=3), max_epochs=3, resume="auto")
+        return fitted
+
+    whole = await fit("whole")
+    with pytest.raises(UserCodeError, match=hook):
+        await fit("cut", Fails())
+    again = await fit("cut")
+    assert same(again.model, whole.model)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
 async def test_a_rule_that_has_ended_the_run_is_heard_by_the_next_life_though_a_stop_came_just_then(
     tmp_path: Path,
 ) -> None:

@@ -90,6 +90,43 @@ async def test_a_schedule_goes_on_in_proportion(tmp_path: Path) -> None:
     assert [2 * rate for rate in rates[0]] == pytest.approx(rates[1], rel=1e-12)
 
 
+TORCHS = torch.optim.lr_scheduler
+CYCLE: dict[str, Any] = {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keywords"),
+    [
+        (TORCHS.ConstantLR, {"total_iters": 4}),
+        (TORCHS.CosineAnnealingLR, {"T_max": 10}),
+        (TORCHS.CosineAnnealingWarmRestarts, {"T_0": 4}),
+        (TORCHS.CyclicLR, {**CYCLE, "cycle_momentum": False}),
+        (TORCHS.CyclicLR, {**CYCLE, "scale_fn": lambda x: 1 / (5 ** (x * 0.0001)), "cycle_momentum": False}),
+        (TORCHS.ExponentialLR, {"gamma": 0.9}),
+        (TORCHS.LambdaLR, {"lr_lambda": lambda step: 0.9**step}),
+        (TORCHS.LinearLR, {"total_iters": 4}),
+        (TORCHS.MultiplicativeLR, {"lr_lambda": lambda step: 0.9}),
+        (TORCHS.MultiStepLR, {"milestones": [2, 7]}),
+        (TORCHS.OneCycleLR, {"max_lr": 1e-2, "total_steps": 20}),
+        (TORCHS.PolynomialLR, {"total_iters": 9}),
+        (TORCHS.StepLR, {"step_size": 3}),
+        (lambda opt: TORCHS.ChainedScheduler([TORCHS.StepLR(opt, 3), TORCHS.CyclicLR(opt, **CYCLE)]), None),
+        (lambda opt: TORCHS.SequentialLR(opt, [TORCHS.ConstantLR(opt), TORCHS.CyclicLR(opt, **CYCLE)], [3]), None),
+    ],
+)
+async def test_each_of_torchs_schedules_goes_on_where_it_was(tmp_path: Path, kind: Any, keywords: Any) -> None:
+    async def fit(folder: str, *steps: int) -> Trainer:
+        for number in steps:
+            scheduler = kind if keywords is None else {"name": kind, **keywords}
+            fitted = trainer(tmp_path / folder, optimizer="adamw", scheduler=scheduler)
+            await fitted.fit(Samples(), max_steps=number, resume="auto")
+        return fitted
+
+    whole, cut = await fit("whole", 13), await fit("cut", 5, 13)
+    assert same(cut.model, whole.model)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
 async def test_rates_of_groups_in_no_one_proportion_are_refused(tmp_path: Path) -> None:
     rules = {"name": "adamw", "rules": [["bias$", {"lr": 4e-3}]]}
     await trainer(tmp_path, optimizer=rules, lr=2e-3).fit(Samples(), max_steps=3)
