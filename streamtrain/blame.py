@@ -131,21 +131,28 @@ def _uncompiled(error: BaseException, where: str) -> StreamtrainError:
 
 
 def non_finite(
-    batch: Batch | None, indices: Sequence[Any], losses: Sequence[float], step: int, *, scale: float | None = None
+    batch: Batch | None,
+    indices: Sequence[Any],
+    losses: Sequence[float],
+    step: int,
+    *,
+    at: int = -1,
+    scale: float | None = None,
 ) -> StreamtrainError:
     """The error for an update that was not made; a DataError where the batch itself holds what is not finite.
 
-    `batch`, `indices`, `losses`: the group's last batch, the sample numbers of each, and the loss of each. The data are
+    `batch`, `at`: one batch of the group (its last), and which one; `indices`, `losses`: of each. The data are
     looked at only here, for NaN in them is no fault by itself: that of masked values, which a loss leaves out, is said
     to be what it may be. Where another batch of the group has the bad loss, this one is not blamed. `scale`: of fp16's
     loss, where there is one.
     """
     bad_losses = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-    if batch is not None and (not bad_losses or bad_losses[-1] == len(losses) - 1):
-        infinite = bool(bad_losses) and math.isinf(losses[-1])
+    looked = batch is not None and (not bad_losses or at % len(losses) in bad_losses)
+    if batch is not None and looked:
+        infinite = bool(bad_losses) and math.isinf(losses[at])
         found = [told for name, tensor in _tensors(batch) if (told := _bad(batch, name, tensor, infinite=infinite))]
         if found:
-            what = "a gradient is not finite" if not bad_losses else f"the loss is {losses[-1]}"
+            what = "a gradient is not finite" if not bad_losses else f"the loss is {losses[at]}"
             return DataError(
                 f"step {step}: {'; '.join(found)}; {what}; the weights are those of step {step - 1}",
                 hint="Mend the data, filter it in a transform, or give nonfinite='skip'. If these values are masked: "
@@ -158,9 +165,10 @@ def non_finite(
     bad_loss = next((loss for loss in losses if loss != loss or abs(loss) == float("inf")), None)
     down = "" if scale is None else f", though the loss's scale is down to {scale:g}"
     what = f"a gradient is not finite{down}" if bad_loss is None else f"the loss is {bad_loss}"
+    gone = "Look for NaN in the data of these rows, whose batch is gone. " if bad_losses and not looked else ""
     return NonFiniteError(
         f"step {step}{shown}: {what}; the weights are those of step {step - 1}, the last good one",
-        hint="Lower the learning rate, give gradient_clip_norm, or nonfinite='skip'.",
+        hint=f"{gone if rows else ''}Lower the learning rate, give gradient_clip_norm, or nonfinite='skip'.",
     )
 
 

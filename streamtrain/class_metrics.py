@@ -14,6 +14,7 @@ is found only when the value is computed: a DataError (the two accuracies count 
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.means import Mean
 from streamtrain.regression_metrics import check_nan, no_tensors
+
+logger = logging.getLogger(__name__)
 
 AVERAGES = ("auto", "binary", "macro", "micro", "weighted")
 
@@ -74,6 +77,37 @@ class _Counted:
         return mask
 
 
+class _Yes:
+    """The range of the scores of a yes: where all are from 0 to 1 they are probabilities, which 0 does not part."""
+
+    def __init__(self, who: str, threshold: float) -> None:
+        self._who, self._threshold = who, threshold
+        self._least: Tensor | None = None
+        self._most: Tensor | None = None
+        self._said = False
+
+    def take(self, scores: Tensor) -> None:
+        """Scores of one batch, of any shape; asks nothing of the device."""
+        if self._threshold or self._said or not scores.is_floating_point() or not scores.numel():
+            return
+        least, most = scores.detach().aminmax()
+        if self._least is None or self._most is None or self._least.device != least.device:
+            self._least, self._most = least, most
+        else:
+            self._least, self._most = torch.minimum(self._least, least), torch.maximum(self._most, most)
+
+    def say(self) -> None:
+        """Say once that they are probabilities, if they look so."""
+        if self._least is not None and self._most is not None and self._least >= 0 and self._most <= 1:
+            self._said = True
+            logger.warning(
+                "%s: all scores of a yes are from 0 to 1, and all above 0 count as yes, as of logits: if they are "
+                "probabilities, give threshold=0.5",
+                self._who,
+            )
+        self._least = self._most = None
+
+
 class Accuracy(Mean):
     """The share of right answers, from 0 to 1.
 
@@ -84,17 +118,24 @@ class Accuracy(Mean):
 
     def __init__(self, *, threshold: float = 0.0, ignore_index: int | None = None, nan: str = "propagate") -> None:
         super().__init__()
-        self._threshold = threshold
+        self._threshold, self._yes = threshold, _Yes("Accuracy", threshold)
         self._counted = _Counted("Accuracy", ignore_index=ignore_index, nan=nan)
 
     def update(self, outputs: Tensor, targets: object = None) -> None:
         """Count the right answers of one batch; ConfigError where the shapes do not fit together."""
-        given, true, *_ = answers("Accuracy", outputs, targets, self._threshold)
+        given, true, _, yes_or_no = answers("Accuracy", outputs, targets, self._threshold)
+        if yes_or_no:
+            self._yes.take(outputs)
         right, mask = given == true, self._counted.of(true)
         if mask is None:
             self.add(right.sum(), right.numel())
         else:
             self.add((right & mask).sum(), mask.sum())
+
+    def compute(self) -> float:
+        """From 0 to 1; nan over nothing."""
+        self._yes.say()
+        return super().compute()
 
 
 class TopKAccuracy(Mean):
@@ -140,7 +181,7 @@ class _Counts:
         self._who = type(self).__name__
         if classes is not None and (type(classes) is not int or classes < 2):
             raise ConfigError(f"{self._who}: classes must be an integer of at least 2, not {classes!r}")
-        self._classes, self._threshold = classes, threshold
+        self._classes, self._threshold, self._yes = classes, threshold, _Yes(self._who, threshold)
         self._counted = _Counted(self._who, ignore_index=ignore_index, nan=nan)
         self._counts: Tensor | None = None
         self._odd: Tensor | int = 0
@@ -149,6 +190,8 @@ class _Counts:
     def update(self, outputs: Tensor, targets: object = None) -> None:
         """Count one batch; ConfigError where the shapes do not fit together, or to the classes before."""
         given, true, classes, self._yes_or_no = answers(self._who, outputs, targets, self._threshold)
+        if self._yes_or_no:
+            self._yes.take(outputs)
         classes = classes or self._classes or 0
         if not classes:
             raise ConfigError(f"{self._who}: nobody knows how many classes there are", hint="give classes=")
@@ -175,6 +218,7 @@ class _Counts:
 
     def _checked(self) -> Tensor | None:
         """The counts, in memory; None over nothing. Raises DataError if anything that was counted is no class."""
+        self._yes.say()
         counts = None if self._counts is None else self._counts.cpu()
         if counts is not None and int(self._odd):
             raise DataError(

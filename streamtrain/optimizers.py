@@ -52,8 +52,8 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec = "adamw", lr: float =
 
     `spec`: a name (sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, nadam, radam, adadelta, adamax, adafactor,
     muon, asgd, rprop); a path ("package.module.Class"); a dict {"name": ..., "lr": ..., ...} of a name, a path, a class
-    or a callable, with its keywords; an Optimizer; a class of optimizers (given `lr` too); or a callable, given the
-    model if its first parameter is named `model` or `module`, else the list of parameters.
+    or a callable, with its keywords; an Optimizer; a class of optimizers (given `lr` too); or a callable. A class or
+    callable is given the model if its first parameter is named `model` or `module`, else the list of parameters.
 
     The dict's other keys: `rules` [(regex, {"lr": ..., ...}), ...], where a parameter follows the first rule whose
     regex is found in its name; `no_decay` (True: no weight decay for biases and norms; or a list of regexes; a rule's
@@ -201,7 +201,8 @@ def _called(make: Callable[..., Any], model: nn.Module, table: dict[str, Any], l
     if ("lr" in _known(make) or _open(make)) and (is_class or not (alone or plain)):
         table.setdefault("lr", lr)
     options = _options(make, table, "optimizer")
-    if not is_class and not plain and {"model", "module"} & set(_parameters(make)):
+    first = next(iter(_parameters(make)), "")
+    if {first} & _MODEL if is_class else not plain and _MODEL & set(_parameters(make)):
         if wanted != Wanted():
             raise ConfigError(
                 f"optimizer: {name} is given the model, and groups its parameters itself",
@@ -213,6 +214,9 @@ def _called(make: Callable[..., Any], model: nn.Module, table: dict[str, Any], l
     _check_decays(make, wanted, name)
     groups = [_laid_out(group, lr) for group in grouped(model, wanted, functools.partial(_options, make))]
     return _made(make, name, _unnamed(groups), options)
+
+
+_MODEL = frozenset({"model", "module"})
 
 
 def _parameters(kind: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -238,6 +242,11 @@ def _of_this_model(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError("the optimizer holds no parameter of this model", hint="Was the model copied or rebuilt?")
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ConfigError(
+            f"{type(optimizer).__name__} has no 'lr' in its groups, which the log, schedules and checkpoints go by",
+            hint="Give it one from a callable: for group in optimizer.param_groups: group.setdefault('lr', 1.0).",
+        )
     step = list(_parameters(type(optimizer).step).values())[
         1:
     ]  # of the class: torch's schedulers wrap the object's own

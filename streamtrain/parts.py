@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -74,7 +74,7 @@ class Parts:
         loss: Losses | None,
         options: Options,
         *,
-        loss_weights: Mapping[Any, float] | None = None,
+        loss_weights: Mapping[Any, float] | Sequence[float] | None = None,
         optimizer: OptimizerSpec,
         lr: float,
         scheduler: SchedulerSpec,

@@ -7,7 +7,7 @@ and the writing of one burst goes on beside the computing of the next.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,13 +41,17 @@ Rows = tuple[NDArray[np.int64] | None, Arrays, int]
 """Numbers of samples, their outputs by name, and how many they are."""
 
 
-class Predictions(AsyncGenerator[Any, None]):
-    """`async for outputs in predictions`; or, where they are written, `path = await predictions`."""
+class Predictions(AsyncGenerator[Any, None], Coroutine[Any, Any, Path]):
+    """`async for outputs in predictions`; or, where they are written, `path = await predictions`.
+
+    It is a coroutine too, so that `asyncio.run` and `asyncio.create_task` take it.
+    """
 
     def __init__(self, make: Callable[[bool], AsyncGenerator[Any, None]], out: Path | None) -> None:
         """`make`: begins the prediction; it is told whether somebody takes the outputs."""
         self._make, self._out = make, out
         self._begun: AsyncGenerator[Any, None] | None = None
+        self._awaited: Coroutine[Any, Any, Path] | None = None
 
     @property
     def _outputs(self) -> AsyncGenerator[Any, None]:
@@ -70,6 +74,30 @@ class Predictions(AsyncGenerator[Any, None]):
             async for _ in outputs:
                 pass
         return self._out
+
+    @property
+    def _writing(self) -> Coroutine[Any, Any, Path]:
+        if self._awaited is None:
+            self._awaited = self._all()
+        return self._awaited
+
+    def send(self, value: Any) -> Any:
+        """As a coroutine has it."""
+        return self._writing.send(value)
+
+    def throw(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> Any:
+        """As a coroutine has it."""
+        return self._writing.throw(typ, val, tb)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """As a coroutine has it."""
+        if self._awaited is not None:
+            self._awaited.close()
 
     async def __anext__(self) -> Any:
         return await self._outputs.__anext__()

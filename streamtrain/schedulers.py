@@ -202,7 +202,11 @@ def _called(optimizer: Optimizer, make: Callable[..., Any], table: dict[str, Any
     try:
         made = bound(optimizer)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"scheduler: {_called_name(make)}: {error}") from error
+        raise ConfigError(
+            f"scheduler: {_called_name(make)}: {error}",
+            hint="Its keywords stand beside its name, {'name': ..., 'step_size': 3}; a function that gives a factor "
+            "has a parameter named progress, or t.",
+        ) from error
     if isinstance(made, Scheduler):
         return ScheduledLearningRate(optimizer, _given(made, ours, run))
     return _torch(optimizer, made, ours, run)

@@ -8,6 +8,7 @@ epochs or files, and runs on the train thread.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -118,6 +119,8 @@ class TrainStep:
         self._found = torch.zeros((), device=device)
         self._epoch = 0
         self._kernel_skips = device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._looks = accumulate > 1 and device.type == "cpu"
+        """Each loss of a group is looked at as it comes, while its batch is there; elsewhere that would wait."""
         self._flags = Flags(device, lasting=not skip)
         self._rates: Rates | None = None
         self._scale: dict[str, Any] = {}
@@ -130,6 +133,8 @@ class TrainStep:
         self._divisor = accumulate
         self._indices: list[Any] = []
         self._batch: Batch | None = None
+        self._suspect: tuple[int, Batch] | None = None
+        """The first batch of it whose loss is not finite."""
         self._loss: Any = None
         self._running: int | None = None
         """The thread that makes updates just now."""
@@ -306,6 +311,8 @@ class TrainStep:
             with self._autocast():
                 loss, _, _, logged = self._compute(batch)
         self._loss = loss
+        if self._looks and self._suspect is None and not math.isfinite(loss.item()):
+            self._suspect = self._group, batch  # kept for its data to be looked at, should the update be refused
         tally = self.tally
         if self._divisor > 1 or self.scaler is not None:
             self._scaled(loss, samples).backward()
@@ -411,7 +418,7 @@ class TrainStep:
     def _begin_group(self) -> None:
         self._group = 0
         self._indices.clear()
-        self._batch = None
+        self._batch = self._suspect = None
 
     def _weigh(self, gradients: list[Tensor]) -> None:
         """Bring the gradients of a short group to the mean over its samples; over its batches, as of a whole group,
@@ -476,7 +483,8 @@ class TrainStep:
     def _refuse(self, report: Report) -> None:
         """Not make this update: leave all as it was, and say so."""
         losses = [float(loss) for loss in self.tally.losses[-self._group :]]
-        problem = non_finite(self._batch, self._indices, losses, self.step + 1)
+        at, batch = (len(losses) - 1, self._batch) if self._suspect is None else self._suspect
+        problem = non_finite(batch, self._indices, losses, self.step + 1, at=at)
         back = self._rollback is not None and not isinstance(problem, DataError)  # good weights meet bad data
         if not self._skip and self._rollback is None:
             raise problem

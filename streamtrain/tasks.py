@@ -58,13 +58,19 @@ def _instead(word: str, known: list[str], other: str) -> str:
 class TaskLosses:
     """The weighted sum of a loss for each output: what `loss={"a": ..., "b": ...}` comes to.
 
-    `weights` by the same names, 1 where none is given; a loss of weight 0 is logged and not learned from. Each loss is
-    logged as `loss_<name>`, before its weight.
+    `weights` by the same names (a list: by number), 1 where none is given; a loss of weight 0 is logged and not
+    learned from. Each loss is logged as `loss_<name>`, before its weight.
     """
 
-    def __init__(self, losses: Mapping[str, Function], weights: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, losses: Mapping[str, Function], weights: Mapping[str, Any] | Sequence[Any] | None = None
+    ) -> None:
         self.losses = dict(losses)
         self.weights = dict.fromkeys(self.losses, 1.0)
+        if isinstance(weights, list | tuple):
+            weights = {str(number): weight for number, weight in enumerate(weights)}
+        if weights is not None and not isinstance(weights, Mapping):
+            raise ConfigError(f"loss_weights must be a dict by the losses' names, not {weights!r:.80}")
         for name, weight in (weights or {}).items():
             if str(name) not in self.losses:
                 hint = _instead(str(name), list(self.losses), f"The losses are {', '.join(self.losses)}.")
@@ -139,14 +145,14 @@ class TaskMetric:
         self.metric.load_state_dict(state)
 
 
-def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function | None:
+def as_loss(loss: Any, weights: Mapping[Any, float] | Sequence[float] | None = None) -> Function | None:
     """A loss that is a function of (outputs, targets), or goes by a short name, or one for each output with weights.
 
     Raises ConfigError.
     """
     if isinstance(loss, Mapping | list | tuple):
         named = loss.items() if isinstance(loss, Mapping) else enumerate(loss)
-        losses = {str(name): one for name, given in named if (one := as_loss(given)) is not None}
+        losses = {str(name): one for name, given in named if (one := _of_output(str(name), given)) is not None}
         if not losses:
             raise ConfigError("loss names no loss", hint='Give one for each output: loss={"a": "mse", "b": "mae"}.')
         return TaskLosses(losses, weights)
@@ -164,6 +170,13 @@ def as_loss(loss: Any, weights: Mapping[Any, float] | None = None) -> Function |
         f"loss must be a function of (outputs, targets), not {loss!r}",
         hint=f"Give an object such as nn.MSELoss(), or one of {', '.join(LOSSES)}.",
     )
+
+
+def _of_output(name: str, loss: Any) -> Function | None:
+    try:
+        return as_loss(loss)
+    except ConfigError as error:
+        raise ConfigError(f"the loss of the output {name!r}: {error}", hint=error.hint) from error
 
 
 def modules_of(loss: Any) -> dict[str, nn.Module]:

@@ -125,7 +125,7 @@ class Trainer:
         metrics: Mapping[str, Any] | None = None,
         callbacks: Sequence[object] = (),
         run_dir: str | os.PathLike[str] | None = None,
-        loss_weights: Mapping[Any, float] | None = None,
+        loss_weights: Mapping[Any, float] | Sequence[float] | None = None,
         step: Callable[..., Any] | None = None,
         precision: str = "32",
         accumulate_grad_batches: int = 1,

@@ -45,6 +45,20 @@ def test_the_last_batch_is_not_blamed_for_another_ones_loss() -> None:
     assert "step 7, rows 4, 5, 6, 7: the loss is nan" in text
 
 
+def test_what_could_not_be_looked_at_is_said() -> None:
+    gone = "Look for NaN in the data of these rows, whose batch is gone."
+    assert gone in str(getattr(non_finite(None, [torch.arange(4)], [NAN], 7), "hint", ""))
+    assert gone not in str(getattr(non_finite(None, [torch.arange(4)], [0.5], 7), "hint", ""))
+    assert gone not in str(getattr(non_finite(batch(), [torch.arange(4)], [NAN], 7), "hint", ""))
+
+
+def test_a_batch_is_blamed_for_its_own_loss_wherever_in_the_group_it_is() -> None:
+    error = non_finite(batch(targets=[(2, 0)]), [None] * 3, [0.5, NAN, 0.25], 7, at=1)
+    assert isinstance(error, DataError)
+    assert "targets hold nan at row 12, column 0; the loss is nan" in str(error)
+    assert isinstance(non_finite(batch(targets=[(2, 0)]), [None] * 3, [0.5, 0.5, NAN], 7, at=1), NonFiniteError)
+
+
 def test_nan_in_the_data_makes_no_infinite_loss() -> None:
     assert told(batch(targets=[(2, 0)]), [None], [INF], 7)[0] is NonFiniteError
     held = batch()
@@ -78,6 +92,22 @@ async def test_masked_nan_is_trained_on_without_a_word() -> None:
         optimizer.zero_grad()
     assert same(fitted.model, model)
     assert result.step == 13
+
+
+async def test_nan_in_any_batch_of_a_group_is_found_and_is_no_reason_to_go_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fit(**options: Any) -> Any:
+        stream = Samples()
+        stream.targets[int(next(iter(Samples().batches(0))).index[3])] = NAN
+        fitted = Trainer(network(), nn.MSELoss(), seed=5, device="cpu", accumulate_grad_batches=4, **options)
+        return fitted.fit(stream)
+
+    with pytest.raises(DataError, match="step 1: targets hold nan at row"):
+        await fit()
+    assert (await fit(nonfinite="rollback")).step == 4
+    assert "targets hold nan" in caplog.text
+    assert "back to the weights" not in caplog.text
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -59,6 +59,27 @@ def whole(batches: Any) -> tuple[Any, Any]:
     return scores.argmax(1), np.concatenate([true for _, true in batches])
 
 
+@pytest.mark.parametrize("kind", [Accuracy, *COUNTS])
+def test_probabilities_where_logits_are_meant_are_said_once(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logits, yes = torch.tensor([-2.0, 0.5, 3.0]), torch.tensor([0, 1, 1])
+    for metric, batches in [
+        (kind(), [(logits, yes), (logits.sigmoid(), yes)]),
+        (kind(threshold=0.5), [(logits.sigmoid(), yes)]),
+        (kind(), [(logits > 0, yes)]),
+        (kind(), [(torch.softmax(torch.ones(3, 2), 1), yes)]),
+    ]:
+        fed(metric, batches).compute()
+    assert not caplog.records
+    wrong = kind()
+    for _ in range(2):
+        wrong.reset()
+        fed(wrong, [(torch.zeros(0), torch.zeros(0)), (logits.sigmoid()[:, None], yes)]).compute()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{kind.__name__}: all scores of a yes are from 0 to 1, and all above 0 count as yes, as of logits: if they "
+        "are probabilities, give threshold=0.5"
+    ]
+
+
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
 @pytest.mark.parametrize("kind", RATIOS)
 @given(sizes=sizes, seed=st.integers(0, 99))

@@ -20,7 +20,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.early_stopping import EarlyStopping
-from streamtrain.errors import DataError, EnvironmentProblem, NonFiniteError, UserCodeError
+from streamtrain.errors import DataError, EnvironmentProblem, UserCodeError
 from streamtrain.events import EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
@@ -323,7 +323,7 @@ async def test_a_short_last_group_before_which_a_fit_has_ended_is_trained_by_the
                 for number, (inputs, targets) in enumerate(super().__iter__(), start=1):
                     yield inputs, targets * math.nan if number == 7 else targets
 
-        with pytest.raises(NonFiniteError, match="step 4"):
+        with pytest.raises(DataError, match="step 4"):
             await fit(Gap(), cut)
     assert (cut.state.step, cut.state.epoch, cut.state.samples) == (3, 0, 24)
     again = made("cut")

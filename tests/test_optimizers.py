@@ -515,3 +515,28 @@ def test_a_signature_tells_what_must_not_change() -> None:
     assert all(of(spec) != of("adamw") for spec in changed)
     assert of("adamw")["groups"][0]["fused"] is True
     assert of("adamw")["groups"][0]["parameters"] == 5
+
+
+def test_a_class_that_asks_for_the_model_is_given_it() -> None:
+    class OfModel(torch.optim.SGD):
+        def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
+            super().__init__(model.named_parameters(), lr=lr, weight_decay=weight_decay)
+
+    made = build_optimizer(of := model(), {"name": OfModel, "weight_decay": 0.5}, lr=0.25)
+    assert isinstance(made, OfModel)
+    assert (made.param_groups[0]["lr"], made.param_groups[0]["weight_decay"]) == (0.25, 0.5)
+    assert len(made.param_groups[0]["params"]) == len(list(of.parameters()))
+    with pytest.raises(ConfigError, match="OfModel is given the model, and groups its parameters itself"):
+        build_optimizer(of, {"name": OfModel, "no_decay": True})
+
+
+def test_an_optimizer_without_a_rate_is_refused_with_what_to_do() -> None:
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"most": 1.0})
+
+        def step(self, closure: Any = None) -> Any: ...
+
+    with pytest.raises(ConfigError, match="Rateless has no 'lr' in its groups") as told:
+        build_optimizer(model(), Rateless)
+    assert "group.setdefault('lr', 1.0)" in told.value.hint

@@ -56,6 +56,23 @@ async def test_awaited_it_writes_and_iterated_it_gives_each_batch_too(tmp_path: 
         np.testing.assert_array_equal(await made(values, tmp_path / name), field)
 
 
+def test_asyncio_takes_it_as_a_coroutine(tmp_path: Path) -> None:
+    field = climate(tmp_path / "s")
+    trainer = Trainer(Same(), loss="mse")
+    assert asyncio.run(trainer.predict(stream(tmp_path / "s"), out=tmp_path / "p")) == tmp_path / "p"
+    np.testing.assert_array_equal(values(tmp_path / "p"), field)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(trainer.predict(stream(tmp_path / "s"), out=tmp_path / "q"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert not (tmp_path / "q").exists()
+
+
 async def test_awaited_without_a_place_it_says_so() -> None:
     with pytest.raises(ConfigError, match=r"await predict\(stream\) needs a place to write to"):
         await Trainer(network(), loss="mse").predict(Samples())

@@ -638,6 +638,12 @@ def test_what_cannot_work_is_refused(spec: Any, message: str, hint: str) -> None
     assert caught.value.hint.startswith(hint)
 
 
+def test_a_function_of_no_known_argument_is_refused_with_what_it_is_called_with() -> None:
+    with pytest.raises(ConfigError, match="<lambda>: unsupported operand") as caught:
+        build_scheduler(optimizer(), lambda p: 1 - p)
+    assert "a parameter named progress, or t" in caught.value.hint
+
+
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="belongs to another optimizer"):
         build_scheduler(optimizer(), {"name": StepLR(optimizer(), 1)})

@@ -47,13 +47,13 @@ def is_stream(source: object) -> bool:
 def _refuse_samples(source: Any) -> None:
     """Raise ConfigError for what gives samples, not batches: a table of them, as an array or as torch's dataset."""
     kinds = {(kind.__module__, kind.__name__) for kind in type(source).__mro__}  # no torch here
-    dataset = ("torch.utils.data.dataset", "TensorDataset") in kinds
+    dataset = ("torch.utils.data.dataset", "Dataset") in kinds and not hasattr(source, "__iter__")
     array = ("torch", "Tensor") in kinds or isinstance(source, np.ndarray)
     if dataset or (array and source.ndim < 3):
-        raise ConfigError(
-            f"a {type(source).__name__} gives samples, not batches",
-            hint=f"Give a DataLoader({'dataset' if dataset else 'TensorDataset(x, y)'}, batch_size=..., shuffle=True).",
-        )
+        hint = f"Give a DataLoader({'dataset' if dataset else 'TensorDataset(x, y)'}, batch_size=..., shuffle=True)."
+        if dataset:
+            hint = f"{hint[:-1]}, or with batch_size=None where it gives batches."
+        raise ConfigError(f"a {type(source).__name__} gives samples, not batches", hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
