@@ -5,7 +5,7 @@ Its law: training, validation and `predict` compute by what stands here, and not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +42,7 @@ class Objective:
         loss: Losses | None,
         options: Options,
         *,
-        weights: Mapping[Any, float] | None,
+        weights: Mapping[Any, float] | Sequence[float] | None,
         metrics: Mapping[str, Any],
         steps: UserSteps,
         manual: ManualUpdates | None,

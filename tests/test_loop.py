@@ -240,7 +240,7 @@ class Partial(asyncio.Event):
         self.trainer = trainer
 
     async def wait(self) -> Literal[True]:
-        while self.trainer._run.life is None or not self.trainer._lasting.step.partial:  # noqa: ASYNC110
+        while self.trainer._run.life is None or not self.trainer._run.life.step.partial:  # noqa: ASYNC110
             await asyncio.sleep(0)
         self.set()
         return True

@@ -305,8 +305,8 @@ def test_what_gives_no_batches_is_refused_with_what_to_give() -> None:
     dataset = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4))
     with pytest.raises(ConfigError, match="a TensorDataset gives samples, not batches") as told:
         from_iterable(dataset)
-    assert "DataLoader(dataset, batch_size=...)" in told.value.hint
+    assert "DataLoader(dataset, batch_size=..., shuffle=True), or with batch_size=None" in told.value.hint
     with pytest.raises(ConfigError, match="a str is no series of batches") as told:
         from_iterable("era5.zarr")
-    assert told.value.hint == "Give a ZarrStream of it."
+    assert "ZarrStream(" in told.value.hint
     from_iterable(torch.utils.data.DataLoader(dataset, batch_size=2))
