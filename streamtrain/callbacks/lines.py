@@ -187,10 +187,15 @@ class LineFile:
 
 
 def rewrite(path: Path, edit: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
-    """Replace a file by what `edit` makes of its lines; whoever reads meanwhile sees the old or the new one, whole."""
+    """Replace a file by what `edit` makes of its lines; whoever reads meanwhile sees the old or the new one, whole.
+
+    So does a machine whose power goes: some file systems know the new name before what stands under it.
+    """
     temp = path.with_name(f".{path.name}.tmp")
     with open(path, "rb") as old, open(temp, "wb") as new:
         new.writelines(edit(old))
+        new.flush()
+        os.fsync(new.fileno())
     os.replace(temp, path)
 
 

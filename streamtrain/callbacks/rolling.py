@@ -91,6 +91,9 @@ def prune(path: Path, keep_of: Callable[[Path], Keep], *, head: int) -> list[byt
                     stay += 1
                 else:
                     dropped += 1
+            if dropped and stay > head:
+                new.flush()
+                os.fsync(new.fileno())
         if stay <= head:
             part.unlink()
             temp.unlink()

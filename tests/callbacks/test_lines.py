@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -209,6 +210,27 @@ def test_cutting_keeps_what_is_wanted_and_adds_what_is_missing(
     cut(path, lambda line: int(line) in wanted, [f"{number}\n" for number in missing])
     kept = [number for number in there if number in wanted]
     assert [int(line) for line in path.read_text().split()] == kept + [n for n in missing if n not in kept]
+
+
+def test_a_replaced_file_is_on_the_medium_before_it_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "x", list[str]()
+    path.write_text("a\nb\n")
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"{os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}, {os.fstat(descriptor).st_size}")
+        sync(descriptor)
+
+    def replaced(old: Path, new: Path) -> None:
+        done.append(f"{old.name} -> {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    cut(path, lambda line: line == b"a\n")
+    assert done == [".x.tmp, 2", ".x.tmp -> x"]
 
 
 def test_a_rewriting_that_fails_leaves_the_file(tmp_path: Path) -> None:
