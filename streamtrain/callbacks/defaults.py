@@ -26,7 +26,7 @@ WITH_A_FOLDER = (ModelCheckpoint, JSONLogger, CSVLogger, EventLog)
 def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[object]:
     """These callbacks, and the defaults that none of them replaces; `dev`: a run of which nothing is kept.
 
-    Raises ConfigError for what is no callback.
+    Raises ConfigError for what is no callback, and for two that write the same file.
     """
     if not isinstance(given, Iterable) or isinstance(given, str | Mapping):
         raise ConfigError(
@@ -41,6 +41,7 @@ def with_defaults(given: object, run_dir: Path | None, *, dev: bool) -> list[obj
                 hint=made or f"Give an object with at least one of {', '.join(HOOKS[:4])}, ...",
             )
         _say_uncalled(callback)
+    _apart(callbacks)
     if on_terminal(sys.stderr) and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(ProgressBar())
     if dev:
@@ -66,6 +67,19 @@ def directions(callback: object) -> Mapping[str, str]:
     """Of the names by which a callback tells better from worse, which way that is: `"min"` or `"max"`."""
     found = getattr(callback, "directions", None)
     return found if isinstance(found, Mapping) else {}
+
+
+def _apart(callbacks: Iterable[object]) -> None:
+    """Two that write one file would leave each line there twice, and cut off each other's."""
+    seen: dict[str, object] = {}
+    for callback in callbacks:
+        place = getattr(callback, "writes", "")
+        if place and place in seen:
+            raise ConfigError(
+                f"two callbacks write {place}: {type(seen[place]).__name__} and {type(callback).__name__}",
+                hint="Give one of them.",
+            )
+        seen[place] = callback
 
 
 def watched(callback: object) -> Sequence[str]:

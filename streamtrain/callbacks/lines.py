@@ -231,6 +231,11 @@ class LineLog(Callback):
         self._file: LineFile | None = None
         self._missing: list[str] = []
 
+    @property
+    def writes(self) -> str:
+        """The file, which is no other callback's too."""
+        return self.file_name
+
     def prepare(self, path: Path, step: int) -> None:
         """Bring the file of an earlier life to where `step` left it; runs in the thread."""
         raise NotImplementedError

@@ -76,7 +76,7 @@ class MLflowLogger(Callback):
             ) from refusals[0]
         if refusals:
             logger.info("mlflow takes no folder: the run goes to %s (%s)", place, _first_line(refusals[0]))
-        journal = None if event.run_dir is None else folder / ".mlflow-lines"
+        journal = None if event.run_dir is None else folder / f".mlflow-lines-{self._id}"
         self._once.begin(event.step, journal, key=self._id)
 
     def _opened(self, uri: str, folder: Path, event: TrainBegin) -> Any:

@@ -70,8 +70,8 @@ class RemoteLogger(Callback):
     ) -> None:
         self._where = _named(url)
         self._url, authorization = _without_user(url)
-        self._digest = hashlib.sha256(self._url.encode()).hexdigest()[:8]
-        self.state_key = f"{self._where} {self._digest}"
+        digest = hashlib.sha256(self._url.encode()).hexdigest()[:8]
+        self.state_key, self.writes = f"{self._where} {digest}", f"remote-{digest}.jsonl"
         self._headers = {**authorization, **{str(name): str(value) for name, value in (headers or {}).items()}}
         self._memory, self._disk = count(memory, "RemoteLogger: memory"), count(disk, "RemoteLogger: disk")
         every = at_least(every, 0.0, "RemoteLogger: every")
@@ -86,7 +86,7 @@ class RemoteLogger(Callback):
         """Start to send, first what earlier lives left."""
         if not (event.step and self._run):
             self._run, self._missing = uuid.uuid4().hex, []
-        path = None if event.run_dir is None else Path(event.run_dir, f"remote-{self._digest}.jsonl")
+        path = None if event.run_dir is None else Path(event.run_dir, self.writes)
         missing, self._missing = self._missing, []
         self._sender = Sender(Spool(path, memory=self._memory, disk=self._disk), self._post, self._where, self._pace)
         for line in missing:

@@ -53,6 +53,7 @@ class TensorBoard(Callback):
         self.needs_folder = log_dir is None
         self._given = None if log_dir is None else Path(os.path.abspath(log_dir))
         self.state_key = "" if log_dir is None else os.fspath(log_dir)
+        self.writes = "tensorboard/" if self._given is None else str(self._given)
         self._every = None if histograms_every is None else count(histograms_every, "TensorBoard: histograms_every")
         self._graph = flag(graph, "TensorBoard: graph")
         self._once = Once()

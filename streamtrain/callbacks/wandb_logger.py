@@ -26,8 +26,8 @@ from streamtrain.options import one_of
 
 logger = logging.getLogger(__name__)
 
-ROWS = ".wandb-rows"
-"""Notes of an online run, in the run's folder (streamtrain.callbacks.wandb_rows)."""
+ROWS = ".wandb-rows-%s"
+"""Notes of the online run of that id, in our run's folder (streamtrain.callbacks.wandb_rows)."""
 
 
 class WandbLogger(Callback):
@@ -37,7 +37,7 @@ class WandbLogger(Callback):
     WANDB_MODE says, else online. The run's id is kept in checkpoints, so that a fit which goes on continues its run; a
     fresh start is a new one. Each line stands there once: what a `kill -9` took with it, for wandb holds lines back for
     a while, the next life logs again, from `metrics.jsonl` (but no media or resources), and no line that is there
-    (media may stand twice). Online the server says how many rows of the run it has, and `.wandb-rows` in the run's
+    (media may stand twice). Online the server says how many rows of the run it has, and `.wandb-rows-<id>` in the run's
     folder which lines they are; where that file is gone, or says too little, a warning tells what can't be held.
 
     Offline each life has a folder of its own. `wandb sync` of wandb 0.31 and later appends folder after folder to one
@@ -109,7 +109,7 @@ class WandbLogger(Callback):
         if event.run_dir is None or mode == "disabled":
             return
         if not self._folder:
-            self._rows = Rows(Path(event.run_dir, ROWS), self._id)
+            self._rows = Rows(Path(event.run_dir, ROWS % self._id), self._id)
         if again:
             self._go_on(event, ended, before, (last["step"], [kind_of(names) for _, names in last["there"]]))
         elif self._rows is not None:
@@ -152,7 +152,7 @@ class WandbLogger(Callback):
         if not ended:
             logger.warning("a process of wandb still writes in %s: lines may stand there twice", folder_of(folder))
         known = self._left(folder_of(folder), before, ended)
-        known = self._arrived(folder / ROWS, event.step, before, known) and known
+        known = self._arrived(folder / (ROWS % self._id), event.step, before, known) and known
         last = (last[0], last[1] if known else [])
         count = 0
         for row in missing(folder / "metrics.jsonl", event.step, self._there, last):

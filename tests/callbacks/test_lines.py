@@ -14,8 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtrain.callbacks import lines
+from streamtrain.callbacks.csv_logger import CSVLogger
+from streamtrain.callbacks.defaults import with_defaults
+from streamtrain.callbacks.json_logger import JSONLogger
 from streamtrain.callbacks.lines import LineFile, cut, rewrite
-from streamtrain.errors import EnvironmentProblem, StreamtrainError
+from streamtrain.callbacks.remote_logger import RemoteLogger
+from streamtrain.callbacks.tensorboard import TensorBoard
+from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError
 
 
 def nothing(path: Path) -> None:
@@ -242,3 +247,24 @@ def test_a_rewriting_that_fails_leaves_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no more"):
         rewrite(tmp_path / "x", half)
     assert (tmp_path / "x").read_text() == "a\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("pair", "place"),
+    [
+        ([CSVLogger(), CSVLogger(part="4KiB")], "metrics.csv"),
+        ([JSONLogger(), JSONLogger()], "metrics.jsonl"),
+        ([TensorBoard(), TensorBoard(graph=True)], "tensorboard/"),
+        ([RemoteLogger("http://host/a"), RemoteLogger("http://host/a", batch=3)], "remote-.*jsonl"),
+    ],
+    ids=["csv", "jsonl", "tensorboard", "remote"],
+)
+def test_two_that_write_one_file_are_refused(pair: list[object], place: str, tmp_path: Path) -> None:
+    """Each line stood there twice, and after a resume each cut off the other's."""
+    with pytest.raises(ConfigError, match=f"two callbacks write {place}: {type(pair[0]).__name__} and"):
+        with_defaults(pair, tmp_path, dev=False)
+
+
+def test_two_that_write_two_files_are_not(tmp_path: Path) -> None:
+    pair = [TensorBoard(), TensorBoard(log_dir=tmp_path), RemoteLogger("http://host/a"), RemoteLogger("http://host/b")]
+    assert with_defaults(pair, tmp_path, dev=False)[:4] == pair

@@ -228,13 +228,31 @@ async def test_where_the_notes_are_gone_that_is_said_and_nothing_is_logged_again
     await fit(tmp_path, 10, WandbLogger())
     (rows,) = wandb.server.values()
     del rows[3:]
-    (tmp_path / ".wandb-rows").unlink()
+    (tmp_path / f".wandb-rows-{next(iter(wandb.server))}").unlink()
     await fit(tmp_path, 12, WandbLogger())
     assert "is gone: lines after step 10 may stand twice" in caplog.text
     del rows[3:]  # that nothing before is known stays so
     uncommitted(tmp_path, 12)
     await fit(tmp_path, 12, WandbLogger())
     assert [row["step"] for row in rows[3:] if "loss" in row] == [12]
+
+
+async def test_two_runs_of_theirs_have_notes_of_their_own(tmp_path: Path, wandb: Wandb) -> None:
+    for steps in (10, 12):
+        trainer = Trainer(
+            network(),
+            nn.MSELoss(),
+            callbacks=[WandbLogger("a"), WandbLogger("b")],
+            run_dir=tmp_path,
+            log_every=2,
+            seed=0,
+            device="cpu",
+        )
+        await trainer.fit(Samples(80), max_steps=steps, max_epochs=9, resume="auto")
+        for number, rows in enumerate(wandb.server.values()):
+            if steps == 10:
+                del rows[number:]
+    assert list(wandb.server.values()) == [told(tmp_path)] * 2
 
 
 async def test_rows_that_nobody_noted_are_said(tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,7 @@ class Dies(Callback):
 
     def __init__(self, folder: Path, at: int, which: str) -> None:
         self.folder, self.at, self.which = folder, at, which
-        self.written = ".mlflow-lines" if which.startswith("mlflow") else "metrics.jsonl"
+        self.written = ".mlflow-lines-*" if which.startswith("mlflow") else "metrics.jsonl"
 
     async def on_log(self, event: Log) -> None:
         if event.step == self.at and event.split == "train":
@@ -60,8 +60,7 @@ class Dies(Callback):
             with urllib.request.urlopen(f"{os.environ['WANDB_BASE_URL']}/state") as answer:
                 state = json.load(answer)
             return bool(state["full"] if self.which == "online-cut" else state["step"] >= self.at)
-        path = self.folder / self.written
-        text = path.read_text() if path.exists() else ""
+        text = "".join(path.read_text() for path in self.folder.glob(self.written))
         if self.which.startswith("mlflow"):  # the last steps alone
             return bool(text) and max(json.loads(text)["reached"].values()) >= self.at
         return re.search(rf"\D{self.at}\D", text) is not None
