@@ -43,7 +43,8 @@ class Checks:
         if self._parts.objective.lossless:
             raise ConfigError(
                 "there is no loss",
-                hint="Give loss=, step=, override training_step, or a model that takes `labels` and returns its loss.",
+                hint="Give loss= (--loss mse), step=, override training_step, or a model that takes `labels` and "
+                "returns its loss.",
             )
         self._learned_losses()
         if sum(isinstance(callback, ModelCheckpoint) for callback in self._callbacks) > 1:

@@ -124,7 +124,10 @@ def _read(checkpoints: Path, resume: Resume, disk: Disk) -> tuple[Path, Snapshot
 def _best(checkpoints: Path, disk: Disk) -> tuple[Path, Snapshot]:
     newest = checkpoint.read_newest(checkpoints, disk=disk)
     if newest is None:
-        raise CheckpointError(f"resume='best': there is no checkpoint in {checkpoints}")
+        raise CheckpointError(
+            f"resume='best': there is no checkpoint in {checkpoints}",
+            hint="Give 'auto', which starts fresh where there is none.",
+        )
     path, snapshot = newest
     name = _named_best(snapshot, path)
     if name is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from streamtrain.early_stopping import EarlyStopping
-from streamtrain.errors import ConfigError
+from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
 
@@ -82,6 +83,7 @@ ROWS = torch.zeros(8, 4)
         (lambda: trainer().fit(Samples(), max_time="2 days"), "must be a time above 0.*, not '2 days'", "minute, h"),
         (lambda: trainer().fit(Samples(), resume="auto"), "needs a run_dir", "run_dir="),
         (lambda: trainer(run_dir="x").fit(Samples(), resume=""), "not ''", "'auto' goes on"),
+        (lambda: trainer(loss=None).fit(Samples()), "there is no loss", "--loss mse"),
         (lambda: trainer(loss={"a": "mse"}).fit(Samples()), "outputs 'a', .* one tensor of shape", "loss='mse'"),
         (lambda: trainer(loss={"name": "mse"}).fit(Samples()), "outputs 'name', .* one tensor", "Give the loss itself"),
     ],
@@ -90,3 +92,9 @@ async def test_what_a_fit_cannot_take_is_told_what_to_give(fit: Callable[[], Any
     with pytest.raises(ConfigError, match=told) as caught:
         await fit()
     assert hint in caught.value.hint
+
+
+async def test_a_best_where_there_is_no_checkpoint_is_told_how_to_begin(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="resume='best': there is no checkpoint in") as caught:
+        await trainer(run_dir=tmp_path).fit(Samples(), resume="best")
+    assert "'auto', which starts fresh" in caught.value.hint
