@@ -517,11 +517,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_full_disk_ends_with_5_and_the_last_checkpoint_stands(place: Path) -> None:
+def test_a_limit_of_files_ends_with_5_and_the_last_checkpoint_stands(place: Path) -> None:
     assert main([*FIT, "-q", "--model", "bad_nets:Wide"]) == 0
     done = warm.run(["-c", LIMITED, *RESUME, "auto", "-q", "--model", "bad_nets:Wide"])
     assert done.returncode == 5, done.stderr
-    assert re.search("(?m)^error: the disk is full: .* needs [0-9,]+ bytes, [0-9,]+ bytes are free", done.stderr)
+    told = "(?m)^error: a file would be larger than is allowed: .* needs [0-9,]+ bytes, [0-9,]+ bytes are free"
+    assert re.search(told, done.stderr)
+    assert "ulimit -f" in done.stderr
     assert "training goes on (failed saves in a row: 1 of 3)" in done.stderr
     assert "Traceback" not in done.stderr
     assert main(["checkpoints", "run"]) == 0
