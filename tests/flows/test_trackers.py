@@ -94,9 +94,13 @@ async def fit(folder: Path, which: str, *callbacks: object, steps: int = STEPS) 
 def life(folder: Path, which: str, at: int, steps: int) -> subprocess.CompletedProcess[str]:
     """A life in a process of its own, which dies at a step; 0: at none."""
     command = [sys.executable, "-m", "tests.flows.test_trackers", str(folder), which, str(at), str(steps)]
-    soon = {"wandb-kept": "TRANSACTION_LOG_FLUSH", "online-arrived": "FILE_STREAM_TRANSMIT"}
-    soon["online-cut"] = soon["online-arrived"]
-    early = {f"WANDB__{soon[which]}_INTERVAL": "0.02"} if which in soon else {}
+    pace = {
+        "wandb-kept": {"WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.02"},
+        "online-arrived": {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.02"},
+        "online-cut": {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.02"},
+        "online-lost": {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1000"},
+    }
+    early = pace.get(which, {})
     told = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | early
     return subprocess.run(command, check=False, timeout=110, capture_output=True, text=True, env=told)
 
