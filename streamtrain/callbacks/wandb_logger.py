@@ -44,8 +44,9 @@ class WandbLogger(Callback):
     run; that of older ones lets each replace the one before, but with `--append`. Files that a kill left torn or empty,
     at which it would give up, are cut to what is whole, or put aside. A run may go on in the other mode: then the
     folders of its offline lives are still to be synced, and what a kill took from one that was online is not known
-    offline, which is said. The
-    configuration is the trainer's. What the program prints is not captured. Needs wandb (`pip install
+    offline, which is said.
+
+    The configuration is the trainer's. What the program prints is not captured. Needs wandb (`pip install
     'streamtrain[wandb]'`): ConfigError without; where a run can't be begun (no login, no network), EnvironmentProblem.
     """
 
