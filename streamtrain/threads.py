@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from streamtrain.ending import to_its_end
+from streamtrain.malloc import keep_freed
 from streamtrain.openmp import give_up_pool
 
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class TrainThread:
         return await self.submit(fn)
 
     def _work(self) -> None:
+        keep_freed()
         while (job := self._jobs.get()) is not None:
             self.since = time.monotonic()
             job.run()

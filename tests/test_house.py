@@ -37,8 +37,8 @@ data.crews data.pulling data.handing data.loader
 data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
 outside_changes unkept expanded untrained averaging compiling freezing recomputing media options progress rng openmp
-ending threads watchdog file_thread under_training grace signals control disk tensors device tensor_file state buffers
-foreign warm_start optimizer_state rollback switching checkpoint_files checkpoint run_folder status_file
+malloc ending threads watchdog file_thread under_training grace signals control disk tensors device tensor_file state
+buffers foreign warm_start optimizer_state rollback switching checkpoint_files checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 own_rng overfitting streams blame outcome supply tally running_statistics flagged step manual refusing
 callbacks.base callbacks.naming callbacks.bus early_stopping evaluation prediction taking_up differences learned life

@@ -112,7 +112,7 @@ BAD = {
 }
 ONLY_IN_A_FIT = {
     "callback": at("state", "callbacks", "Counting", "seen", value="many"),
-    "a later callback": at("state", "callbacks", "EarlyStopping", value={}),
+    "a later callback": at("state", "callbacks", "EarlyStopping['loss']", value={}),
     "stream": at("state", "stream", "seed", value=1),
 }
 
