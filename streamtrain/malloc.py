@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import torch
 
-LARGEST = (32 << 20) - (64 << 10)
-"""Bytes of a block that moves the threshold, to twice as much; a little less than the most that it follows."""
+BLOCK = 4 << 20
+"""Bytes of a block that moves the threshold, to twice as much. More is kept for larger models by themselves: each of
+their tensors that is mapped and freed moves it on, up to 64 MiB. All heaps of the process keep as much, which counts as
+memory of the fit, so that it is not more than that from the beginning."""
 
 
 def keep_freed() -> None:
-    """Let the threshold rise to the most that it rises to by itself, by a block that is mapped, left untouched and
-    freed: no page of it is ever there. A host that has set the threshold itself (`MALLOC_TRIM_THRESHOLD_`, `mallopt`)
-    keeps it, and other allocators take no notice."""
-    torch.empty(LARGEST, dtype=torch.uint8, device="cpu")
+    """Let the threshold rise by a block that is mapped, left untouched and freed: no page of it is ever there. A host
+    that has set the threshold itself (`MALLOC_TRIM_THRESHOLD_`, `mallopt`) keeps it, and other allocators take no
+    notice."""
+    torch.empty(BLOCK, dtype=torch.uint8, device="cpu")

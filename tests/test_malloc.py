@@ -50,4 +50,4 @@ def test_the_block_that_does_it_takes_no_memory() -> None:
         "print(use(resource.RUSAGE_SELF).ru_minflt - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 1000  # of 81,760 pages
+    assert int(done.stdout) < 1000  # of 10,240 pages
