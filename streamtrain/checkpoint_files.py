@@ -163,10 +163,7 @@ class Verified:
             missing = _is(stat.S_ISDIR, path, self._disk)
             raise Damaged(name, "it is missing" if missing else "there is no such folder") from None
         except OSError as error:
-            if error.errno in (
-                errno.EMFILE,
-                errno.ENFILE,
-            ):  # tells nothing of the file: no reason to go back to an older
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # tells nothing of the file: no reason to take an older one
                 raise EnvironmentProblem(
                     f"{path / name} can't be opened: {error.strerror}",
                     hint="raise the limit of open files (ulimit -n), or open fewer stores",

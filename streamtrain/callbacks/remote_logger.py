@@ -139,7 +139,8 @@ def _answered(error: urllib.error.HTTPError) -> NoReturn:
     text = f"{error.code} {error.reason}: {said}"
     if error.code in LINES:
         raise Refused(text, large=error.code == LARGE)
-    raise Away(text, after=asked(error.headers), human=error.code < 500 and error.code not in LATER)
+    passes = error.code >= 500 or error.code in LATER
+    raise Away(text, after=asked(error.headers), human="" if passes else str(error.code))
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -27,12 +27,12 @@ ASKED = 3600.0
 class Away(Exception):
     """The service did not take a batch now, but may later."""
 
-    def __init__(self, reason: str, *, after: float | None = None, human: bool = False) -> None:
+    def __init__(self, reason: str, *, after: float | None = None, human: str = "") -> None:
         super().__init__(reason)
         self.after = after
         """Seconds for which it asked to be left alone."""
         self.human = human
-        """Whether that takes somebody: another token, another address."""
+        """The answer, where somebody has to see to it first: another token, another address."""
 
 
 class Refused(Exception):
@@ -145,12 +145,8 @@ class Sender:
 
     def _wait(self, error: Away) -> None:
         if error.human:
-            self._say(
-                f"human {error}"[:9],
-                "%s takes no lines of the log until that is seen to; they wait: %s",
-                self._where,
-                error,
-            )
+            text = "%s takes no lines of the log until that is seen to; they wait: %s"
+            self._say(f"human {error.human}", text, self._where, error)
         elif not self._tries:
             self._say("away", "%s takes no lines of the log now; they wait: %s", self._where, error)
         pause = min(self._pace.pause * 2.0 ** min(self._tries, 30), LONGEST)
