@@ -78,13 +78,17 @@ class _Counted:
 
 
 class _Yes:
-    """The range of the scores of a yes: where all are from 0 to 1 they are probabilities, which 0 does not part."""
+    """The range of the scores of a yes: where all are from 0 to 1 they are probabilities, which 0 does not part.
+
+    The logits of a network that has learned nothing yet may lie there too, close together: of those it is said only if
+    they do so once more.
+    """
 
     def __init__(self, who: str, threshold: float) -> None:
         self._who, self._threshold = who, threshold
         self._least: Tensor | None = None
         self._most: Tensor | None = None
-        self._said = False
+        self._said = self._before = False
 
     def take(self, scores: Tensor) -> None:
         """Scores of one batch, of any shape; asks nothing of the device."""
@@ -98,14 +102,17 @@ class _Yes:
 
     def say(self) -> None:
         """Say once that they are probabilities, if they look so."""
-        if self._least is not None and self._most is not None and self._least >= 0 and self._most <= 1:
+        if self._least is None or self._most is None:
+            return
+        within = bool(self._least >= 0 and self._most <= 1)
+        if within and (self._before or self._most - self._least > 0.5):
             self._said = True
             logger.warning(
                 "%s: all scores of a yes are from 0 to 1, and all above 0 count as yes, as of logits: if they are "
                 "probabilities, give threshold=0.5",
                 self._who,
             )
-        self._least = self._most = None
+        self._before, self._least, self._most = within, None, None
 
 
 class Accuracy(Mean):

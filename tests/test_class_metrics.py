@@ -80,6 +80,21 @@ def test_probabilities_where_logits_are_meant_are_said_once(kind: Any, caplog: p
     ]
 
 
+@pytest.mark.parametrize("kind", [Accuracy, *COUNTS])
+def test_logits_of_a_network_that_has_learned_nothing_are_not_called_probabilities(
+    kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    close, yes = torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0, 1, 1])
+    learns, never = kind(), kind()
+    for metric, scores in [(learns, close), (learns, 10 * close - 3), (learns, close), (never, close)]:
+        metric.reset()
+        fed(metric, [(scores, yes)]).compute()
+    assert not caplog.records
+    never.reset()
+    fed(never, [(close, yes)]).compute()
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
 @pytest.mark.parametrize("kind", RATIOS)
 @given(sizes=sizes, seed=st.integers(0, 99))

@@ -60,8 +60,9 @@ def test_it_learns_draws_and_says_where_to_look(out: Path, capsys: pytest.Captur
     with Image.open(out / "plots" / "world.png") as picture:
         assert picture.size == (2 * 720 + 12, 360 + 24)
     assert {path.name for path in (out / "plots").iterdir()} == {"world-000040.png", "world-000080.png", "world.png"}
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     assert f"{out}/plots/world.png" in shown
+    assert "warning" not in told
     assert "finished: 80 steps" in shown
     assert demonstrate(out) == 0
     assert "finished: 80 steps" in capsys.readouterr().out
