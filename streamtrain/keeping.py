@@ -234,10 +234,10 @@ class Keeper:
     async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
         """What the deciders answer; a checkpoint made meanwhile, or after an error in it, is of before, and the life
         that goes on, from it or in this process, tells and asks all again."""
-        late = self._before = await self._settled()
-        asked = self._life.asked = self._life.states(self._stateful().difference(late))
-        for name, mark in late.items():
-            mark.add_done_callback(partial(_put_down, asked, name))
+        asked: dict[str, Tree] = {}
+        late = self._before = await self._settled(into=asked)
+        asked |= self._life.states(self._stateful().difference(late))
+        self._life.asked = asked
         answers = await self.attend(self._teller.ask(hook, kind, **fields))
         self._life.asked, self._before = {}, {}
         return answers
@@ -265,18 +265,21 @@ class Keeper:
             await asyncio.wait([told])
         return told.result()
 
-    async def _settled(self, seconds: float = _PATIENCE) -> dict[str, asyncio.Future[Tree | None]]:
+    async def _settled(
+        self, seconds: float = _PATIENCE, *, into: dict[str, Tree] | None = None
+    ) -> dict[str, asyncio.Future[Tree | None]]:
         """Let callbacks that have a state take in what was told. One that lags is not waited for long: its state comes
-        once it has, copied before it is given anything more; where one of before is to be kept, that."""
-        marks = self._bus.mark(has_state, self._taken)
+        once it has, copied (`into` too) before it is given anything more; where one of before is to be kept, that."""
+        marks = self._bus.mark(has_state, partial(self._taken, into={} if into is None else into))
         if marks:
             await asyncio.wait(marks.values(), timeout=seconds)
         return {name: self._before.get(name, mark) for name, mark in marks.items() if not mark.done()}
 
-    async def _taken(self, callback: object) -> Tree:
+    async def _taken(self, callback: object, *, into: dict[str, Tree]) -> Tree:
         """A copy of one callback's state."""
         names = [name for name, each in self._life.callbacks.items() if each is callback]
         states = await self._thread.run(lambda: self._life.states(names))
+        into |= states
         return states[names[0]]
 
     def _stateful(self) -> set[str]:
@@ -411,12 +414,6 @@ class Keeper:
         rule = None if self.saver is None else self.saver.rule
         others = [callback for callback in self._life.callbacks.values() if callback is not rule]
         return any(getattr(other, "decides", False) and getattr(other, "restore_best", True) for other in others)
-
-
-def _put_down(states: dict[str, Tree], name: str, mark: asyncio.Future[Tree | None]) -> None:
-    """A state that has come; none has where the callback was left behind, or its `state_dict` raised."""
-    if not mark.cancelled() and mark.exception() is None and (state := mark.result()) is not None:
-        states[name] = state
 
 
 def _at_once(requests: Sequence[Save]) -> list[Save]:

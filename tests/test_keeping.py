@@ -183,6 +183,24 @@ async def test_a_life_that_goes_on_from_a_failed_question_tells_those_that_lagge
     assert again.counts == {"batches": 30, "epochs": 2, "lines": 30}
 
 
+async def test_a_state_of_before_is_put_down_before_its_callback_is_given_anything_more(tmp_path: Path) -> None:
+    class Looks(Lagging):
+        seen: object = None
+
+        async def on_epoch_end(self, event: EpochEnd) -> None:
+            await super().on_epoch_end(event)
+            life = trainer._run.life
+            assert life is not None
+            self.seen = self.seen or life.state()["callbacks"]["Looks"]  # as a save at this very moment would
+
+    looks = Looks()
+    opening = Opening(looks.gate, 13, "on_epoch_end", ValueError("not now"))
+    trainer = fitted(tmp_path, looks, opening)
+    with pytest.raises(UserCodeError, match="not now"):
+        await trainer.fit(Samples(), max_steps=30)
+    assert looks.seen == {"batches": 13, "epochs": 0, "lines": 13}
+
+
 async def test_a_save_waits_only_so_long_for_a_callback_that_lags_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
