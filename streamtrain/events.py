@@ -103,10 +103,11 @@ class EpochBegin(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochEnd(Event):
-    """`on_epoch_end`: after the epoch's last update and before its validation."""
+    """`on_epoch_end`: after the epoch's last update and its validation, before the learning rate's step."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The epoch's training means, by name: `loss` and what `step=` returned."""
+    """The epoch's training means, by name: `loss` and what `step=` returned; and what a validation in it or at its end
+    found last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

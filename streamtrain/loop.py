@@ -9,7 +9,7 @@
             tell the batches and the lines of the log (on an accelerator the next burst runs meanwhile)
             unless the epoch has ended: validate and save if it is time
             do what was asked for: learning rate, saves, pause
-        if it ended: tell its means, validate, ask the deciders, step the learning rate, stop or save as they say
+        if it ended: validate, tell its means, step the learning rate, stop or save as the deciders say
     save; load the best weights if that is wanted; tell that training ended
 
 Its law: between two awaits the counts, the position and the weights belong to the same finished update.
@@ -116,7 +116,7 @@ class Wheel:
             self._stream.set_epoch(1)  # a resumed pass would go on behind the last of the first batches
         self._stream.set_epoch(self._plan.stream_epoch(progress.epoch))
         await self._emit("on_epoch_begin", EpochBegin)
-        if progress.owes == "epoch":
+        if progress.owes.startswith("epoch"):
             return await self._end_epoch()
         if progress.owes == "validation":
             await self._validate_now()
@@ -161,22 +161,26 @@ class Wheel:
 
     async def _end_epoch(self) -> None:
         """Metrics, validation, callbacks, learning rate, early stopping: in this order."""
-        progress = self._progress
+        progress, metrics = self._progress, self._life.metrics
         if not progress.batch:
             raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
-        if progress.owes != "epoch":
-            means = self._step.tally.epoch.compute()
-            self._life.metrics.update(means)
-            progress.verdicts = await self._keeper.ask("on_epoch_end", EpochEnd, metrics=means)
+        means = self._step.tally.epoch.compute()
+        if not progress.owes:
+            metrics.update(means)
             progress.owes = "epoch"
             self._driver.ended()
-        verdicts = progress.verdicts
-        if self._plan.validation_due(progress, epoch_end=True):
-            try:
-                verdicts = verdicts + await self._validate()
-            except Stopped:
-                return
-        self._life.lr.after_epoch(self._life.metrics, validated=self._plan.validated(progress))
+        if progress.owes == "epoch":
+            if self._plan.validation_due(progress, epoch_end=True):
+                try:
+                    progress.verdicts = await self._validate()
+                except Stopped:
+                    return
+            progress.owes = "epoch_end"
+        validated = self._plan.validated(progress)
+        found = {name: value for name, value in metrics.items() if validated and name.startswith("val_")}
+        told = await self._keeper.ask("on_epoch_end", EpochEnd, metrics=means | found)
+        verdicts = progress.verdicts + told
+        self._life.lr.after_epoch(metrics, validated=validated)
         ended, progress.owes, progress.verdicts = progress.epoch, "", []
         progress.epoch, progress.batch = ended + 1, 0
         self._step.tally.epoch.reset()

@@ -61,9 +61,10 @@ class Progress:
     time: float = 0.0
     """Seconds for which fits of this run were going on, pauses included."""
     owes: str = ""
-    """What was cut short after the last update: `validation`, `epoch` (its end, but for the news), or nothing."""
+    """What was cut short after the last update: `validation`, `epoch` (its end, validation and all), `epoch_end` (the
+    same, but for the validation), or nothing."""
     verdicts: list[Verdict] = field(default_factory=list)
-    """What the deciders said of an epoch whose end is still owed: obeyed once its validation is made."""
+    """What the deciders said of the validation of an epoch whose end is still owed: obeyed once that is made."""
     best: Best | None = None
     bests: dict[str, Best] = field(default_factory=dict)
     """The best by monitor, where several are watched."""

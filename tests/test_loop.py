@@ -199,12 +199,24 @@ async def test_validations_fall_on_their_steps(tmp_path: Path) -> None:
     assert [event.epoch for event in recorder.events("on_validation_end")] == [0, 0, 0, 1, 1, 1]
 
 
-async def test_a_validation_at_the_last_step_of_an_epoch_comes_after_its_end() -> None:
+async def test_a_validation_at_the_last_step_of_an_epoch_comes_before_its_end() -> None:
     recorder = Recorder()
     fitted = trainer(validate_every="13steps", callbacks=[recorder], sanity_batches=0)
     await fitted.fit(Samples(), validation=Samples(20), max_epochs=2)
     order = [hook for hook, _ in recorder.told if hook in ("on_epoch_end", "on_validation_end")]
-    assert order == ["on_epoch_end", "on_validation_end"] * 2
+    assert order == ["on_validation_end", "on_epoch_end"] * 2
+
+
+@pytest.mark.parametrize(("every", "known"), [("1epoch", [True] * 4), ("2epochs", [False, True] * 2)])
+async def test_the_end_of_an_epoch_tells_what_a_validation_of_this_epoch_found(every: str, known: list[bool]) -> None:
+    recorder = Recorder()
+    fitted = trainer(validate_every=every, callbacks=[recorder])
+    await fitted.fit(Samples(), validation=Samples(20), max_epochs=4)
+    ends = recorder.events("on_epoch_end")
+    assert ["val_loss" in event.metrics for event in ends] == known
+    found = {event.step: event.metrics["val_loss"] for event in recorder.events("on_validation_end")}
+    assert all(event.metrics.get("val_loss", found.get(event.step)) == found.get(event.step) for event in ends)
+    assert all(event.metrics["loss"] > 0 for event in ends)
 
 
 async def test_validation_every_second_epoch() -> None:
@@ -405,31 +417,33 @@ async def test_the_line_of_the_last_step_is_written_by_the_life_that_ends_the_ru
 
 
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "in-process"])
-async def test_what_was_decided_at_an_epochs_end_outlives_a_validation_cut_short(tmp_path: Path, resumed: bool) -> None:
+async def test_what_was_decided_at_a_validation_outlives_an_error_at_its_epochs_end(
+    tmp_path: Path, resumed: bool
+) -> None:
     class Decides(Callback):
         decides = True
-        asked = 0
+        asked = ended = 0
 
-        async def on_epoch_end(self, event: EpochEnd) -> Verdict:
+        async def on_validation_end(self, event: ValidationEnd) -> Verdict:
             self.asked += 1
-            return Verdict(stop=True, detail="enough", lr_factor=0.5, save="best", monitor="loss", value=math.nan)
+            return Verdict(stop=True, detail="enough", lr_factor=0.5, save="best", monitor="val_loss", value=math.nan)
 
-        async def on_validation_begin(self, event: Any) -> None:
-            if self.asked == 1:
-                fitted.stop()
-                stream.gates[16].set()
+        async def on_epoch_end(self, event: EpochEnd) -> None:
+            self.ended += 1
+            if self.ended == 1:
+                raise ValueError("not now")
 
-    train, stream, decides = Samples(), Samples(40), Decides()
-    stream.gates[16] = asyncio.Event()
+    train, decides = Samples(), Decides()
     fitted = trainer(run_dir=tmp_path, sanity_batches=0, callbacks=[decides])
-    cut = await fitted.fit(train, validation=stream, max_epochs=9)
-    assert (cut.reason, cut.epoch, decides.asked) == ("stopped", 0, 1)
-    decides.asked = 2
+    with pytest.raises(UserCodeError, match="not now"):
+        await fitted.fit(train, validation=Samples(40), max_epochs=9)
+    assert (fitted.state.epoch, fitted.state.owes, decides.asked) == (0, "epoch_end", 1)
     again = trainer(run_dir=tmp_path, callbacks=[decides]) if resumed else fitted
     resume = "auto" if resumed else None
     result = await again.fit(train, validation=Samples(40), max_epochs=9, resume=resume)
-    assert (result.reason, result.detail, result.step, decides.asked) == ("early_stopping", "enough", 13, 2)
-    best = again.state.bests["loss"]
+    assert (result.reason, result.detail, result.step) == ("early_stopping", "enough", 13)
+    assert (decides.asked, decides.ended) == (1, 2)
+    best = again.state.bests["val_loss"]
     assert (best.epoch, best.step) == (0, 13)
     assert again.optimizer is not None
     assert again.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)

@@ -452,7 +452,7 @@ async def test_the_order_of_an_epoch(tmp_path: Path) -> None:
     fitted = trainer(callbacks=[recorder, Decider()], run_dir=tmp_path)
     await fitted.fit(Samples(), validation=Samples(20), max_epochs=2)
     hooks = [hook for hook, _ in recorder.told if not hook.startswith("on_batch") and hook != "on_checkpoint"]
-    epoch = ["on_epoch_begin", "on_log", "on_log", "on_epoch_end", "on_validation_begin", "on_log", "on_validation_end"]
+    epoch = ["on_epoch_begin", "on_log", "on_log", "on_validation_begin", "on_log", "on_validation_end", "on_epoch_end"]
     second = ["on_epoch_begin", "on_log", "on_log", "on_log", *epoch[3:]]
     begin = ["on_train_begin", "on_validation_begin", "on_validation_end"]
     assert hooks == [*begin, *epoch, *second, "on_log", "on_train_end"]
