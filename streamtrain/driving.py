@@ -1,4 +1,4 @@
-"""Bursts driven over an epoch's batches; where they run elsewhere, each is handed over before the last one is told.
+"""Bursts driven over an epoch's batches, each handed over before the last one is told.
 
 Its law: whatever interrupts, a burst that began is waited for and counted; and nobody saves, validates or changes
 anything while there is one ahead.
@@ -28,10 +28,6 @@ from streamtrain.supply import Supply, supply
 from streamtrain.tally import Report
 from streamtrain.threads import TrainThread
 
-ALONE = frozenset({"cpu"})
-"""Devices on which bursts have the loop's word between them: what it does meanwhile would take their cores, and the
-interpreter's lock (`python -m tests.bench overhead` has both ways)."""
-
 
 class _Row:
     """Bursts of an epoch that follow each other without a word from the event loop; counted on the train thread."""
@@ -60,12 +56,11 @@ class Driver:
         thread: TrainThread,
         *,
         door: Door,
-        device: torch.device,
         deterministic: bool,
         gone: asyncio.Future[None],
     ) -> None:
         assert life.stream is not None
-        self._door, self._overlaps = door, device.type not in ALONE
+        self._door = door
         self._life, self._plan, self._thread, self._stream = life, plan, thread, life.stream
         self._kernels = _deterministic if deterministic else contextlib.nullcontext
         self.gone = gone
@@ -164,9 +159,8 @@ class Driver:
         None: it was not to begin any more.
 
         Where nothing is ahead one is begun; `most()`: updates that it and those behind it may make together. The first
-        is alone, and ends what follows if it found no more batches; else, where they run beside the loop's work, two
-        are always ahead, until `wanted()` says, once one is counted, that something is to be done when none is under
-        way.
+        is alone, and ends what follows if it found no more batches; else two are always ahead, until `wanted()` says,
+        once one is counted, that something is to be done when none is under way.
         """
         if not self.ahead:
             updates = most()
@@ -175,7 +169,7 @@ class Driver:
         row = self._row
         assert row is not None
         report = self._untold.popleft() if self._untold else await self._next()
-        row.over = row.over or not self._overlaps or wanted()
+        row.over = row.over or wanted()
         while len(self._flying) < 2 and not row.over:
             self._hand_over(row)
         return report

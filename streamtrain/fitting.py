@@ -331,7 +331,6 @@ class Fit:
             plan,
             thread,
             door=run.control,
-            device=options.device,
             deterministic=options.deterministic,
             gone=self._gone,
         )

@@ -6,7 +6,7 @@
         go to the epoch's order; tell that it begins
         while the epoch has batches:
             run a burst of updates on the train thread, to the nearest of 20 ms, the next save or validation, the end
-            tell the batches and the lines of the log (on an accelerator the next burst runs meanwhile)
+            tell the batches and the lines of the log (the next burst runs meanwhile)
             unless the epoch has ended: validate and save if it is time
             do what was asked for: learning rate, saves, pause
         if it ended: validate, tell its means, step the learning rate, stop or save as the deciders say

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamtrain import checkpoint, driving
+from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.data.iterable import IterableStream, from_iterable
 from streamtrain.driving import Driver
@@ -25,12 +25,6 @@ from streamtrain.trainer import Trainer
 from tests.engine import Samples, lines, network, pairs
 
 BOUND = 20.0
-
-
-@pytest.fixture(autouse=True)
-def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bursts that follow each other are the same computation on a CPU."""
-    monkeypatch.setattr(driving, "ALONE", frozenset())
 
 
 def pulled() -> IterableStream:

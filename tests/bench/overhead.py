@@ -82,12 +82,11 @@ def _slopes(
     yield Measure(name="  its thread's processor time", values=ratios(every.cpu, fused.cpu), at_most=bars[1])
     print(f"  beside the default ones: {', '.join(LOCAL)}", flush=True)
     yield Measure(name=f"{name}: fit over a bare loop, torch's default", values=fit / default, at_most=1.0)
-    yield Measure(name=f"{name}: with bursts that follow each other", values=ways["ahead"] / fused)
     if theirs:
         yield Measure(name=f"{name}: Lightning over a bare loop", values=ratios(theirs, fused.seconds))
     for each, way in (("fit", fit), ("bare loop, fused", fused), ("bare loop, torch's default", default)):
         yield Measure(name=f"  {each}", values=tuple(1e6 * one for one in way.seconds), unit=" us a step")
-    gaps = tuple(one for way in (fit, every, ways["ahead"]) for one in way.gaps)
+    gaps = tuple(one for way in (fit, every) for one in way.gaps)
     yield Measure(name="  steps missing or twice in metrics.jsonl", values=gaps, at_most=0)
 
 

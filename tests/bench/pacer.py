@@ -13,28 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import streamtrain
-from streamtrain import driving
 from tests.bench.loops import Pace, Size, bare, fitted, missing
 
 LOCAL = ("TensorBoard", "LearningRateMonitor", "ResourceMonitor", "Plots")
 """The callbacks that we ship and that need nobody else, beside the default ones; a Profiler is for a few steps."""
-WAYS = ("fit", "fused", "default", "all", "ahead")
-"""`ahead`: each burst begins before the last one is told, as on an accelerator, where the loop's work takes no core."""
+WAYS = ("fit", "fused", "default", "all")
 
 
 def main() -> None:
     """Serve until nothing comes in any more."""
     way, *shape = sys.argv[1:6]
     size, folder = Size(*map(int, shape)), Path(sys.argv[6])
-    if way == "ahead":
-        driving.ALONE = frozenset()
     bare(size, size.batches(100), fused=True)  # warm
     print(flush=True)
     for number, line in enumerate(sys.stdin):
         paces = [Pace(size.batches(steps)) for steps in (int(line), 2 * int(line))]
         seconds, gaps = [], 0
         for pace in paces:
-            if way in ("fit", "all", "ahead"):
+            if way in ("fit", "all"):
                 run_dir = folder / f"{way}-{number}-{len(pace)}"
                 seconds.append(asyncio.run(fitted(size, pace, run_dir, local_callbacks if way == "all" else list)))
                 gaps += missing(run_dir, len(pace))

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain import checkpoint, driving
+from streamtrain import checkpoint
 from streamtrain import state as trees
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
@@ -260,13 +260,11 @@ def fits(how: How, way: str) -> bool:
 
 @pytest.mark.timeout(600)
 @settings(max_examples=6, deadline=None)
-@given(how=HOWS, ends=ENDS, last=LIVES, alone=st.sampled_from([driving.ALONE, frozenset()]))
+@given(how=HOWS, ends=ENDS, last=LIVES)
 def test_a_run_that_was_ended_is_the_undisturbed_one(
-    store: Path, how: How, ends: list[tuple[str, int, With]], last: With, alone: frozenset[str]
+    store: Path, how: How, ends: list[tuple[str, int, With]], last: With
 ) -> None:
-    """Also where bursts follow each other without a word of the loop's, as on an accelerator."""
-    with tempfile.TemporaryDirectory() as room, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driving, "ALONE", alone)
+    with tempfile.TemporaryDirectory() as room:
         whole, broken = Path(room, "whole"), Path(room, "broken")
         run(lambda: fitted(store, made(whole, how, With()), how, With()))
         for way, step, life in ends:
