@@ -2,7 +2,8 @@
 
 All have AdamW with the same settings; no task ticks beside them. Against torch's default kernels (which `fit` does not
 take: fused ones are several times faster) it must be no slower at all. Each way lives in a process of its own, as a
-user's does, and they take turns: libgomp keeps a pool for each thread that ever ran parallel operators, and once all
+user's does, and they take turns; each round has new processes, since one keeps the luck of its pages for its whole
+life, a twentieth either way. libgomp keeps a pool for each thread that ever ran parallel operators, and once all
 pools of a process together have more threads than there are cores it stops spinning and sleeps, so that one way would
 pay for what another left behind. Lightning does the same steps, in an environment of its own.
 """
@@ -22,6 +23,8 @@ from tests.bench.loops import LR, Size, near
 from tests.bench.measure import Measure, Options, ratios
 from tests.bench.pacer import LOCAL, WAYS
 
+TURNS = 3
+"""Of the processes of one round."""
 LIGHTNING = ["torch==2.13.0", "numpy", "lightning>=2.5,<3"]
 
 
@@ -33,23 +36,29 @@ def run(options: Options) -> Iterator[Measure]:
 
 
 class _Way:
-    """A process that makes steps when it is told to."""
+    """Processes that make steps when they are told to, one at a time."""
 
-    def __init__(self, name: str, size: Size, folder: Path, stack: ExitStack) -> None:
+    _told: IO[str]
+    _says: IO[str]
+
+    def __init__(self, name: str, size: Size) -> None:
         shape = map(str, (size.batch, size.columns, size.width, size.layers))
-        command = [sys.executable, "-m", "tests.bench.pacer", name, *shape, str(folder)]
+        self._command = [sys.executable, "-m", "tests.bench.pacer", name, *shape]
+        self.seconds: list[float] = []
+        """A step, a value a turn."""
+        self.cpu: list[float] = []
+        """The same of its thread's processor time."""
+        self.gaps: list[float] = []
+
+    def begin(self, folder: Path, stack: ExitStack) -> None:
+        """A new process, until the stack is left."""
+        command = [*self._command, str(folder)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         stack.enter_context(process)  # closes its input, which ends it, and waits
         assert process.stdin is not None
         assert process.stdout is not None
-        self._told: IO[str] = process.stdin
-        self._says: IO[str] = process.stdout
+        self._told, self._says = process.stdin, process.stdout
         self._says.readline()  # it is warm
-        self.seconds: list[float] = []
-        """A step, a value a round."""
-        self.cpu: list[float] = []
-        """The same of its thread's processor time."""
-        self.gaps: list[float] = []
 
     def go(self, steps: int) -> None:
         """Have it make `steps` and twice as many."""
@@ -66,15 +75,19 @@ class _Way:
 def _slopes(
     options: Options, name: str, size: Size, *, steps: int, bars: tuple[float, float | None]
 ) -> Iterator[Measure]:
-    with options.room() as room, ExitStack() as stack:
-        ways = {each: _Way(each, size, room, stack) for each in WAYS}
+    with options.room() as room:
+        ways = {each: _Way(each, size) for each in WAYS}
         lightning = None if options.quick else _lightning_python()
         theirs: list[float] = []
         for number in range(options.rounds):
-            for each in ways if number % 2 else reversed(ways):  # rounds turn around: drift falls on all of them
-                ways[each].go(steps)
+            with ExitStack() as stack:
+                for each, way in ways.items():
+                    way.begin(room / f"{each}-{number}", stack)
+                for turn in range(TURNS):
+                    for each in ways if (number + turn) % 2 else reversed(ways):  # drift falls on all of them
+                        ways[each].go(steps)
             if lightning is not None:
-                theirs.append(_lightning(lightning, size, steps, room / f"lightning-{number}"))
+                theirs += [_lightning(lightning, size, steps, room / f"lightning-{number}")] * TURNS
     fit, fused, default, every = (ways[each] for each in ("fit", "fused", "default", "all"))
     yield Measure(name=f"{name}: fit over a bare loop", values=fit / fused, at_most=bars[0])
     yield Measure(name="  its thread's processor time", values=ratios(fit.cpu, fused.cpu), at_most=bars[0])
