@@ -251,11 +251,12 @@ def _parse_manifest(text: bytes) -> tuple[dict[str, dict[str, Any]], int | None]
     try:
         document = json.loads(text)
         version, digest = document["format"], document.pop("sha256", None)
+        own = hashlib.sha256(_canonical(document)).hexdigest()  # refuses numbers that no JSON has
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(MANIFEST, "it is no manifest") from None
     if type(version) is int and version > FORMAT:
         raise Damaged(MANIFEST, f"format {version} is newer than this streamtrain reads ({FORMAT}): update streamtrain")
-    if digest != hashlib.sha256(_canonical(document)).hexdigest():
+    if digest != own:
         raise Damaged(MANIFEST, "its own SHA-256 does not fit")
     if text != _canonical({**document, "sha256": digest}):
         raise Damaged(MANIFEST, "it was changed after it was written")

@@ -264,7 +264,20 @@ def test_a_manifest_that_fits_only_itself_is_refused(tmp_path: Path, more: dict[
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"3", b"[]", b"null", b"{}", b"[" * 100_000, b'{"format": []}', b"\xff"], ids=range(8)
+    "text",
+    [
+        b"",
+        b"3",
+        b"[]",
+        b"null",
+        b"{}",
+        b"[" * 100_000,
+        b'{"format": []}',
+        b"\xff",
+        b'{"format": NaN}',
+        b'{"format": 1, "step": 1e999}',
+    ],
+    ids=range(10),
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None:
     (path,) = put(tmp_path, 1)
