@@ -235,8 +235,8 @@ class Keeper:
         """What the deciders answer; a checkpoint made meanwhile, or after an error in it, is of before, and the life
         that goes on, from it or in this process, tells and asks all again."""
         asked: dict[str, Tree] = {}
-        late = self._before = await self._settled(into=asked)
-        asked |= self._life.states(self._stateful().difference(late))
+        self._before = self._bus.mark(has_state, partial(self._taken, into=asked))
+        asked |= self._life.states(self._stateful().difference(self._before))
         self._life.asked = asked
         answers = await self.attend(self._teller.ask(hook, kind, **fields))
         self._life.asked, self._before = {}, {}
@@ -265,18 +265,18 @@ class Keeper:
             await asyncio.wait([told])
         return told.result()
 
-    async def _settled(
-        self, seconds: float = _PATIENCE, *, into: dict[str, Tree] | None = None
-    ) -> dict[str, asyncio.Future[Tree | None]]:
+    async def _settled(self, seconds: float) -> dict[str, asyncio.Future[Tree | None]]:
         """Let callbacks that have a state take in what was told. One that lags is not waited for long: its state comes
-        once it has, copied (`into` too) before it is given anything more; where one of before is to be kept, that."""
-        marks = self._bus.mark(has_state, partial(self._taken, into={} if into is None else into))
-        if marks:
-            await asyncio.wait(marks.values(), timeout=seconds)
-        return {name: self._before.get(name, mark) for name, mark in marks.items() if not mark.done()}
+        once it has, copied before it is given anything more; where those of before are to be kept, of these alone."""
+        asking = self._before or self._life.asked
+        marks = self._before if asking else self._bus.mark(has_state, partial(self._taken, into={}))
+        late = [mark for mark in marks.values() if not mark.done()]
+        if late:
+            await asyncio.wait(late, timeout=seconds)
+        return {name: mark for name, mark in marks.items() if not mark.done()}
 
     async def _taken(self, callback: object, *, into: dict[str, Tree]) -> Tree:
-        """A copy of one callback's state."""
+        """A copy of one callback's state, put down before it is given anything more."""
         names = [name for name, each in self._life.callbacks.items() if each is callback]
         states = await self._thread.run(lambda: self._life.states(names))
         into |= states

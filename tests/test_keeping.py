@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Save
 from streamtrain.errors import UserCodeError
-from streamtrain.events import BatchEnd, EpochEnd, Event, Log
+from streamtrain.events import BatchEnd, EpochEnd, Event, Log, ValidationEnd
 from streamtrain.trainer import Trainer
 from tests.engine import AtStep, Recorder, Samples, network
 
@@ -199,6 +200,52 @@ async def test_a_state_of_before_is_put_down_before_its_callback_is_given_anythi
     with pytest.raises(UserCodeError, match="not now"):
         await trainer.fit(Samples(), max_steps=30)
     assert looks.seen == {"batches": 13, "epochs": 0, "lines": 13}
+
+
+@pytest.mark.parametrize("error", [ValueError("not now"), None], ids=["failed", "answered"])
+async def test_what_is_saved_while_deciders_are_asked_is_of_before_for_those_that_are_slow_then(
+    tmp_path: Path, error: Exception | None
+) -> None:
+    class Slow(Callback):
+        def __init__(self) -> None:
+            self.told: list[int] = []
+            self.gate = asyncio.Event()
+
+        async def on_batch_end(self, event: BatchEnd) -> None:
+            self.told += range(event.first_step, event.first_step + event.count)
+
+        async def on_validation_end(self, event: ValidationEnd) -> None:
+            await self.gate.wait()
+            self.told.append(event.step)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"told": list(self.told)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.told = list(state["told"])
+
+    class Saves(Callback):
+        decides = True
+
+        async def on_validation_end(self, event: ValidationEnd) -> None:
+            await trainer.save_checkpoint(kept)
+            if error is not None:
+                asyncio.get_running_loop().call_later(0.2, slow.gate.set)
+                raise error
+            slow.gate.set()
+
+    kept = tmp_path / "kept"
+    slow = Slow()
+    options: dict[str, Any] = {"seed": 5, "device": "cpu", "log_every": 1, "run_dir": tmp_path, "sanity_batches": 0}
+    rare = ModelCheckpoint(every="1000steps", save_top_k=0)
+    trainer = Trainer(network(), nn.MSELoss(), callbacks=[slow, Saves(), rare], **options)
+    with nullcontext() if error is None else pytest.raises(UserCodeError, match="not now"):
+        await trainer.fit(Samples(), Samples(20, seed=3), max_steps=13)
+    again = Slow()
+    again.gate.set()
+    other = Trainer(network(), nn.MSELoss(), callbacks=[again, rare], **options)
+    await other.fit(Samples(), Samples(20, seed=3), max_steps=13, resume="auto" if error is not None else kept)
+    assert again.told == [*range(1, 14), 13], "the end of the validation is told once"
 
 
 async def test_a_save_waits_only_so_long_for_a_callback_that_lags_and_says_so(
