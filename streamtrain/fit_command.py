@@ -25,7 +25,7 @@ from streamtrain.log_file import LogFile, logged
 from streamtrain.run_folder import RunFolder
 from streamtrain.said import Said, read
 from streamtrain.spelling import nearest, shown
-from streamtrain.watch import Watch
+from streamtrain.watch import HEAVY, Watch
 
 if TYPE_CHECKING:
     from streamtrain.data.stream import ZarrStream
@@ -59,6 +59,7 @@ def run(
     if config.trainer.run_dir is not None:
         refuse_other_run(config, config.trainer.run_dir)
     with logged(level, to_file=to_file) as log, Watch(config.trainer.grace) as watch:
+        watch.load(*HEAVY)
         begun = Begun(watch, config, log)
         job = assembly.build(config, said, callbacks=(begun, *_progress(config, quiet), *_profiler(config, profile)))
         begun.trainer = job.trainer

@@ -21,7 +21,7 @@ from streamtrain.config_tables import Config
 from streamtrain.errors import ConfigError
 from streamtrain.log_file import logged
 from streamtrain.said import Said, read
-from streamtrain.watch import Watch
+from streamtrain.watch import HEAVY, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def measure(
     with logged(level):
         config = measuring(run, command, typed)
         with Watch(config.trainer.grace) as watch:
+            watch.load(*HEAVY)
             job = assembly.build(config, run.said)
             work = _on(job, run, getattr(job.trainer, command))
             values: dict[str, float] = asyncio.run(watch.cancelling(work))
@@ -116,6 +117,7 @@ def predict(run: Run, out: str, typed: Iterable[tuple[str, str, object]], *, ove
     with logged(level):
         config = measuring(run, "predict", typed)
         with Watch(config.trainer.grace) as watch:
+            watch.load(*HEAVY)
             job = assembly.build(config, run.said)
             work = _on(job, run, lambda stream: job.trainer.predict(stream, out, overwrite=overwrite))
             written: Path = asyncio.run(watch.cancelling(work))

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+HEAVY = ("numpy", "torch", "zarr")
+"""What every command with a watch needs, and what takes long to load."""
 SAME = 0.2
 """Seconds within which a second SIGINT may be the first one again: timeout(1) signals its child, then their group."""
 HURRY = 1.5
@@ -46,6 +49,7 @@ class Watch:
         self.signum = 0
         """The first signal's number that asks for the end; 0 while there was none."""
         self._when = 0.0
+        self._loading = False
         self._trainer: Trainer | None = None
         self._work: tuple[asyncio.AbstractEventLoop, Callable[[], object]] | None = None
         """What a command does that has nothing to save: its loop, and what cancels it."""
@@ -75,6 +79,21 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        if isinstance(error, Exception) and self.signum and self._trainer is None:
+            # What was being imported when Interrupted was raised there has made another error of it.
+            raise Interrupted(self.signum) from error
+
+    def load(self, *modules: str) -> None:
+        """Import these, each to its end: an exception out of a handler within C++ that is being loaded aborts the
+        process. Raises Interrupted if a signal came meanwhile."""
+        for name in modules:
+            self._loading = True
+            try:
+                import_module(name)
+            finally:
+                self._loading = False
+            if self.signum:
+                raise Interrupted(self.signum)
 
     def begins(self, trainer: Trainer) -> None:
         """This trainer's `fit` begins; a signal that has come already is passed on. May be called again."""
@@ -86,6 +105,8 @@ class Watch:
         """Await what has nothing to save: a signal cancels it, and Interrupted is raised once it has unwound."""
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
         self._work = loop, task.cancel
+        if self.signum:  # whatever ran when it came has kept Interrupted to itself
+            task.cancel()
         try:
             return await task
         except asyncio.CancelledError:
@@ -108,10 +129,10 @@ class Watch:
         if self._work is not None:
             loop, cancel = self._work
             loop.call_soon_threadsafe(cancel)
-        elif self._trainer is None:
-            raise Interrupted(signum)
-        else:
+        elif self._trainer is not None:
             self._stop()
+        elif not self._loading:
+            raise Interrupted(signum)
 
     def _save(self, signum: int) -> None:
         self._rung(signum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal
 import socket
@@ -53,6 +54,61 @@ def test_before_training_a_signal_ends_the_command(signum: signal.Signals) -> No
     with pytest.raises(Interrupted) as caught, Watch(grace=60):
         signal.raise_signal(signum)
     assert caught.value.signum == signum
+
+
+def cut_off() -> None:
+    """As numpy, where its import is cut off and tried again."""
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Interrupted:
+        raise ImportError("cannot load module more than once per process") from None
+
+
+def test_what_a_signal_before_training_was_made_into_ends_the_command_as_that_signal() -> None:
+    with pytest.raises(Interrupted) as caught, Watch(grace=60):
+        cut_off()
+    assert caught.value.signum == signal.SIGTERM
+    assert isinstance(caught.value.__cause__, ImportError)
+
+
+def test_an_error_after_a_signal_in_training_is_that_error() -> None:
+    def command() -> None:
+        with Watch(grace=60) as watch:
+            watch.begins(trainer())
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("of its own")
+
+    with pytest.raises(ValueError, match="of its own"):
+        command()
+
+
+def test_what_is_being_loaded_is_loaded_to_its_end_before_a_signal_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n"
+    (tmp_path / "loaded_first.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    watch = Watch(grace=60)
+    with pytest.raises(Interrupted), watch:
+        watch.load("loaded_first", "loaded_never")
+    assert sys.modules.pop("loaded_first").whole
+
+
+def test_a_signal_that_something_kept_to_itself_ends_a_command_with_nothing_to_save() -> None:
+    done: list[int] = []
+
+    async def work() -> None:
+        done.append(1)
+
+    def command() -> None:
+        with Watch(grace=60) as watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            asyncio.run(watch.cancelling(work()))
+
+    with pytest.raises(Interrupted):
+        command()
+    assert not done
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
