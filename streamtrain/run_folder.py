@@ -243,7 +243,7 @@ def _holder(descriptor: int, disk: Disk) -> str:
     try:
         holder = json.loads(text[: disk.read(descriptor, memoryview(text), 0)])
         pid, since, host = int(holder["pid"]), str(holder["since"]), str(holder["host"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another process"
     if host != socket.gethostname():
         return f"process {pid} on {host} since {since}"
@@ -257,7 +257,7 @@ def _holder(descriptor: int, disk: Disk) -> str:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has such a number
         return False
     except PermissionError:
         return True

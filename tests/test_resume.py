@@ -206,7 +206,13 @@ async def test_steps_that_are_made_again_are_counted(tmp_path: Path, caplog: pyt
 
 @pytest.mark.parametrize(
     ("status", "log", "again"),
-    [(None, None, 0), ('{"step": 9}', None, 4), ("{", b'{"step": 7}\n{"st', 2), ('{"step": 2}', b'{"step": 8}\n', 3)],
+    [
+        (None, None, 0),
+        ('{"step": 9}', None, 4),
+        ("{", b'{"step": 7}\n{"st', 2),
+        ('{"step": 1e999}', b"[" * 9000 + b'\n{"step": 7}\n', 2),
+        ('{"step": 2}', b'{"step": 8}\n', 3),
+    ],
 )
 def test_what_was_reached_is_read_from_whatever_is_left(
     tmp_path: Path, status: str | None, log: bytes | None, again: int

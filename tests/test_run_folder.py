@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -192,10 +193,18 @@ def test_nothing_is_made_before_the_lock(tmp_path: Path) -> None:
 
 def test_a_damaged_lock_file_still_locks(tmp_path: Path) -> None:
     with RunFolder(tmp_path):
-        for text in ("", "{", "[]", '{"pid": "x"}', '{"pid": 1}'):
+        for text in ("", "{", "[]", '{"pid": "x"}', '{"pid": 1}', '{"pid": 1e999}', "[" * 4096):
             (tmp_path / LOCK).write_text(text)
             with pytest.raises(EnvironmentProblem, match="in use by another process"):
                 RunFolder(tmp_path).lock()
+
+
+def test_a_number_that_no_process_has_is_of_none(tmp_path: Path) -> None:
+    with RunFolder(tmp_path):
+        holder = {"pid": 10**30, "since": "today", "host": socket.gethostname()}
+        (tmp_path / LOCK).write_text(json.dumps(holder))
+        with pytest.raises(EnvironmentProblem, match=r"a child of process 10{30}, which itself has ended"):
+            RunFolder(tmp_path).lock()
 
 
 def test_a_holder_on_another_host_is_named(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Once:
         self._journal, self._key, self._reached = journal, key, {}
         if journal is None:
             return
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             kept = json.loads(journal.read_bytes())
             if step and kept["key"] == key:
                 self._reached = {str(kind): int(last) for kind, last in kept["reached"].items()}

@@ -52,7 +52,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
                 for line in file:
                     try:
                         row = json.loads(line)
-                    except ValueError:  # torn, or still being written
+                    except (ValueError, RecursionError):  # torn, or still being written
                         continue
                     if isinstance(row, dict):
                         yield row

@@ -104,7 +104,7 @@ class Rows:
                         rows[row] = step, kinds[number]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             logger.warning("%s is damaged: what stands there after the damage is not known (%r)", self._path, error)
         return None if head is None else (head, rows)
 

@@ -51,7 +51,20 @@ def test_a_fresh_start_and_another_run_hand_over_all(tmp_path: Path) -> None:
     assert life(tmp_path / "j", 2, range(3, 5), key="b") == [3, 4]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": "a"}', '{"key": "a", "reached": {"x": null}}', "\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"key": "a"}',
+        '{"key": "a", "reached": {"x": null}}',
+        '{"key": "a", "reached": {"x": 1e999}}',
+        "[" * 9000,
+        "\0",
+    ],
+    ids=range(8),
+)
 def test_a_journal_that_is_none_costs_no_more_than_lines_twice(tmp_path: Path, text: str) -> None:
     (tmp_path / "j").write_text(text)
     assert life(tmp_path / "j", 4, range(5, 7)) == [5, 6]

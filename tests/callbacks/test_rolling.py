@@ -121,7 +121,7 @@ def test_parts_are_read_by_their_numbers(tmp_path: Path) -> None:
     for name, step in (("m-000002.jsonl", 2), ("m-1000000.jsonl", 3), ("m-000001.jsonl", 1), ("m.jsonl", 4)):
         (tmp_path / name).write_text(f'{{"step": {step}}}\n')
     (tmp_path / "m-x.jsonl").write_text('{"step": 9}\n')
-    (tmp_path / "m.jsonl").write_text('{"step": 4}\nnonsense\n[1]\n{"step"')
+    (tmp_path / "m.jsonl").write_text('{"step": 4}\nnonsense\n[1]\n' + "[" * 9000 + '\n{"step"')
     assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [1, 2, 3, 4]
 
 
