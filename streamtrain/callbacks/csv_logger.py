@@ -17,6 +17,9 @@ from streamtrain.callbacks.lines import FIXED, MetricsLog, cut, rewrite
 from streamtrain.callbacks.rolling import older, prune
 from streamtrain.events import Log, TrainBegin
 
+_MOST = 18
+"""Digits of a step at most: Python refuses to read some thousands."""
+
 
 class CSVLogger(MetricsLog):
     """Writes `metrics.csv` in the run's folder: `step, epoch, samples, time, split`, then a column for each metric.
@@ -78,7 +81,7 @@ class CSVLogger(MetricsLog):
 
         def keep(line: bytes) -> bool:
             first = line.split(b",", 1)[0]
-            if not columns or not first.isdigit() or int(first) > step:
+            if not columns or not first.isdigit() or len(first) > _MOST or int(first) > step:
                 return bool(columns) and first == b"step"
             if int(first) == step:
                 cells = dict(zip(columns, next(csv.reader([line.decode(errors="replace")])), strict=False))

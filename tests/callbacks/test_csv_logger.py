@@ -73,7 +73,7 @@ async def test_names_may_hold_what_csv_uses_itself(tmp_path: Path) -> None:
     assert list(table(tmp_path)[0])[5:] == ['a,"b"', "two lines", "größe", "\\udc80"]
 
 
-@pytest.mark.parametrize("torn", ["", "3", "30,0,0,0.0,tra", '"', "\0\0"])
+@pytest.mark.parametrize("torn", ["", "3", "30,0,0,0.0,tra", '"', "\0\0", "9" * 5000 + ",0\n"], ids=range(6))
 async def test_a_resumed_table_has_each_step_once(tmp_path: Path, torn: str) -> None:
     await life(tmp_path, [log(10, loss=1.0), log(20, loss=1.0), log(30, loss=1.0, mae=1.0)])
     append(tmp_path / "metrics.csv", torn)
