@@ -402,3 +402,23 @@ def test_a_disk_that_refuses_to_set_aside_is_an_error_of_the_machine(tmp_path: P
     disk = RefusingDisk(LOCAL, 0, errno.EIO, kinds=frozenset({"rename"}))
     with pytest.raises(EnvironmentProblem, match=r"can't set newer checkpoints in .* aside: .*Input/output error"):
         resume.set_newer_aside(tmp_path, tmp_path / "step-1", 1, disk=disk)
+
+
+async def test_the_scale_of_half_precision_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Which is refused on a CPU, where it would be slow; the scaler is the same there."""
+
+    def made(folder: str) -> Trainer:
+        more: dict[str, Any] = {"seed": 5, "device": "cpu", "nonfinite": "skip", "run_dir": tmp_path / folder}
+        trainer = Trainer(network(), nn.MSELoss(), precision="bf16", **more)
+        for options in (trainer._options, trainer._parts.options):
+            object.__setattr__(options, "precision", "16")
+        return trainer
+
+    await (whole := made("whole")).fit(Samples(), max_steps=12)
+    await made("broken").fit(Samples(), max_steps=5)
+    newest = await asyncio.to_thread(checkpoint.newest_valid, tmp_path / "broken" / "checkpoints")
+    assert newest is not None
+    scaler = (await asyncio.to_thread(checkpoint.read, newest.path)).state["scaler"]
+    assert scaler["scale"] < 65536, "updates were left out, and it was lowered"
+    await (broken := made("broken")).fit(Samples(), max_steps=12, resume="auto")
+    assert same(whole.model, broken.model)

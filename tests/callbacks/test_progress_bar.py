@@ -91,6 +91,15 @@ def test_the_end_is_told_where_it_is_known(begin: TrainBegin, steps: int | None)
     assert Standing(begin=begin).steps == steps
 
 
+def test_the_time_left_goes_on_from_the_restored_step() -> None:
+    begin = TrainBegin(step=900, max_steps=1000)
+    standing = Standing(begin=begin, now=begin)
+    standing.look(0.0)
+    standing.now = batch(910)
+    standing.look(1.0)
+    assert standing.facts()[1:3] == ["step 910/1,000", "0:00:09 left"], "at the pace of this life"
+
+
 def test_after_the_last_epoch_no_further_one_is_shown() -> None:
     ended = Standing(begin=TrainBegin(max_epochs=2), now=TrainEnd(epoch=2, step=8))
     assert ended.facts()[0] == "epoch 2/2"
