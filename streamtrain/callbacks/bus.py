@@ -259,6 +259,8 @@ class _Mailbox:
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
+                    if not self._dismissed:
+                        self._say("cut", "callback %s: %s was cancelled before it had ended", self.name, letter.hook)
                     raise
                 self._fail(letter.hook, error)
             except Exception as error:

@@ -381,6 +381,24 @@ async def test_any_callable_attribute_is_a_hook() -> None:
     assert [event.step for event in seen] == [7]
 
 
+async def test_a_hook_that_is_cancelled_from_outside_is_said_to_be_cut_off_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Cut(Recorder):
+        async def on_log(self, event: Log) -> None:
+            asyncio.current_task().cancel()  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+            self.seen.append(event)
+
+    cut = Cut()
+    async with Bus([cut]) as bus:
+        for _ in range(2):
+            await bus.emit("on_log", Log())
+        await bus.emit("on_epoch_end", EpochEnd())
+    assert [type(event) for event in cut.seen] == [EpochEnd]
+    assert caplog.messages == ["callback Cut: on_log was cancelled before it had ended"]
+
+
 async def test_a_cancellation_that_is_meant_for_all_tasks_loses_nothing_that_is_told_later() -> None:
     """As by `asyncio.run` at its end, where a fit of another task saves what it has made, and tells it."""
     recorder, blocking = Recorder(), BlockingRecorder()
