@@ -273,6 +273,9 @@ class Fit:
         if last is not None:
             life.restores, life.weights = last.restores, last.weights
             life.restored, life.told_restored = last.restored, last.told_restored
+            life.metrics = last.metrics
+            if not last.line_told:
+                life.step.tally.window = last.step.tally.window
             life.step.take_over(last.step)
             life.ask_again(last)
         stream, position = run.position or (None, {})
@@ -286,7 +289,6 @@ class Fit:
             if last is not None:  # the order that a synchronous source drew, and the epoch's sums
                 life.epoch_rng, life.own_rng, life.resumed = last.epoch_rng, last.own_rng, True
                 life.step.tally.epoch = last.step.tally.epoch
-                life.metrics = last.metrics
         elif run.state.batch:
             logger.warning(
                 "another stream: epoch %d begins anew, with batches that may have been trained on", run.state.epoch

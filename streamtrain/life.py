@@ -74,6 +74,8 @@ class Life:
     """The last value of each metric."""
     validated: set[str] = field(default_factory=set)
     """The names of what this life's validations have logged."""
+    line_told: bool = False
+    """The log has a line of its last step, though none was due there: what comes later is another line's."""
     epoch_rng: RngState | None = None
     """Of a source whose order may depend on torch's generator: how that stood when the epoch began."""
     own_rng: dict[str, Any] = field(default_factory=dict)

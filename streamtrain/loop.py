@@ -83,7 +83,7 @@ class Wheel:
         self._progress, self._step, self._stream = life.progress, life.step, life.stream
         self._patience = patience
         self._stop: tuple[str, str] | None = None
-        self._interrupted = self._told_end = False
+        self._interrupted = self._told_line = self._told_end = False
         self._validated = life.progress.step
         """The last step whose validation within an epoch is made; before this life they are, or are owed."""
 
@@ -118,10 +118,9 @@ class Wheel:
         await self._emit("on_epoch_begin", EpochBegin)
         if progress.owes.startswith("epoch"):
             return await self._end_epoch()
-        if progress.owes == "validation":
-            await self._validate_now()
         updated = False
         async with driver.batches() as batches:
+            await self._make_up(batches)
             while driver.ahead or await self._ready(batches):
                 report = await driver.burst(self._most_updates, wanted=self._wanted)
                 if report is not None:
@@ -129,8 +128,8 @@ class Wheel:
                     updated = updated or report.updates > 0
                 if updated and not driver.ahead and not self._step.partial:  # else what is due waits
                     updated = False
-                    if self._due() and not await self._finished(batches):
-                        await self._between()
+                    if self._due():
+                        await self._after_due(batches)
                     await self._obey_requests()
             ended = batches.finished_nowait() and not self._step.partial  # else its last group is still to be trained
             await driver.leave_partial()
@@ -152,6 +151,25 @@ class Wheel:
         """Whether anything is to be done once no burst is under way."""
         return self._control.pending or self._control.paused or self._over() or self._due()
 
+    async def _make_up(self, batches: Supply) -> None:
+        """What the life before owes to its last update, unless that ended an epoch, where all waits for its end."""
+        progress = self._progress
+        if not progress.owes:
+            return
+        finished = await self._finished(batches)
+        if progress.owes == "validation" and not finished:
+            await self._validate_now()
+        elif progress.owes == "validation" or not (finished or self._stopping()):
+            progress.owes = ""
+
+    async def _after_due(self, batches: Supply) -> None:
+        """What is due after the last update; at an epoch's end it comes with that, and is owed until then."""
+        finished = await self._finished(batches)
+        if not finished:
+            await self._between()
+        if finished or (self._stopping() and self._plan.batches is None):  # a stop waits for no batch that would tell
+            self._owe_end()
+
     async def _between(self) -> None:
         """What is due after an update that does not end an epoch."""
         if self._plan.validation_due(self._progress):
@@ -165,7 +183,7 @@ class Wheel:
         if not progress.batch:
             raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
         means = self._step.tally.epoch.compute()
-        if not progress.owes:
+        if progress.owes in ("", "end"):
             metrics.update(means)
             progress.owes = "epoch"
             self._driver.ended()
@@ -322,6 +340,8 @@ class Wheel:
                 self._life.lr.scale(verdict.lr_factor)
             if verdict.stop and self._stop is None:
                 self._stop = (verdict.reason, verdict.detail)
+                if verdict.reason == "early_stopping":  # known to the saves of this step, and whatever comes next
+                    self._life.ended = self._stop
         await self._keeper.judge(verdicts, epoch)
 
     async def _obey_requests(self) -> None:
@@ -360,8 +380,6 @@ class Wheel:
 
     async def _finish(self, reason: str, detail: str) -> None:
         await self._obey_requests()
-        if self._stop is not None and self._stop[0] == "early_stopping" and not self._progress.owes:
-            self._life.ended = self._stop  # though a stop came at the same step
         if self._life.switch is not None:
             await self._thread.run(self._life.switch.judge)
         over = reason in ("completed", "early_stopping", "max_time")
@@ -369,6 +387,7 @@ class Wheel:
         whole = over or self._life.ended is not None or self._plan.reached(self._progress) != ("", "")
         if whole:  # before the save, which keeps what a kill would take from the file
             metrics = await self._keeper.attend(self._teller.last_line())
+            self._told_line = True
         await self._keeper.save_at_end()
         self._keeper.check()
         self._life.metrics = metrics  # behind the save, as a life that goes on has them too
@@ -410,6 +429,15 @@ class Wheel:
         within = progress.batch > 0 and (batches is None or progress.batch < batches)
         if within and not progress.owes and progress.step != self._validated and self._plan.validation_due(progress):
             progress.owes = "validation"
+        if not self._told_line:
+            self._owe_end()
+
+    def _owe_end(self) -> None:
+        """The last update that `max_steps` allows is made, and what comes with it, the epoch's end perhaps, is not."""
+        progress = self._progress
+        last = progress.batch > 0 and progress.step == self._plan.max_steps
+        if last and not progress.owes and self._life.ended is None:
+            progress.owes = "end"
 
 
 @contextlib.contextmanager

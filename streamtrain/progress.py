@@ -62,7 +62,8 @@ class Progress:
     """Seconds for which fits of this run were going on, pauses included."""
     owes: str = ""
     """What was cut short after the last update: `validation`, `epoch` (its end, validation and all), `epoch_end` (the
-    same, but for the validation), or nothing."""
+    same, but for the validation), `end` (what comes with the last update of `max_steps`: the line of the log, and an
+    epoch's end if it is one), or nothing."""
     verdicts: list[Verdict] = field(default_factory=list)
     """What the deciders said of the validation of an epoch whose end is still owed: obeyed once that is made."""
     best: Best | None = None

@@ -27,7 +27,7 @@ KEYS = frozenset(
     | {"metrics", "window", "means", "settings", "habits", "ended", "restores", "config", "average", "spikes", "kept"}
 )
 """What the state of this version holds."""
-OWES = ("", "validation", "epoch", "epoch_end")
+OWES = ("", "validation", "epoch", "epoch_end", "end")
 """What a run may owe to its next life."""
 
 

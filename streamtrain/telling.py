@@ -192,6 +192,7 @@ class Teller:
             read = {**read, **self._left_beside({**means, **read})}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values={**means, **read})
+            life.line_told = True
         return {**means, **life.metrics, **read}  # an epoch's means stand
 
     async def last_notes(self) -> None:

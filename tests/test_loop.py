@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import DataError, EnvironmentProblem, UserCodeError
-from streamtrain.events import EpochEnd, ValidationEnd, Verdict
+from streamtrain.events import CheckpointCommitted, EpochBegin, EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.saving import Saver
@@ -414,6 +415,140 @@ async def test_the_line_of_the_last_step_is_written_by_the_life_that_ends_the_ru
     heard = Recorder()
     await fit(tmp_path / "cut", heard)
     assert heard.events("on_log") == []
+
+
+class CopiesAtRequest(Callback):
+    """Copies the run's folder once a save that was asked for is there: what a kill would leave."""
+
+    def __init__(self, folder: Path, copy: Path) -> None:
+        self.folder, self.copy = folder, copy
+
+    def on_checkpoint(self, event: CheckpointCommitted) -> None:
+        if event.kind == "request":
+            shutil.copytree(self.folder, self.copy)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("every", ["1epoch", "13steps", "100steps"])
+@pytest.mark.parametrize("how", ["saved", "stopped", "failed"])
+async def test_the_end_of_an_epoch_that_comes_with_the_last_step_is_made_by_the_next_life(
+    tmp_path: Path, known: bool, every: str, how: str
+) -> None:
+    fits: list[Trainer] = []
+
+    async def fit(folder: str, *callbacks: Callback) -> FitResult:
+        fits.append(trainer(run_dir=tmp_path / folder, validate_every=every, log_every=3, callbacks=list(callbacks)))
+        return await fits[-1].fit(Samples(known=known), Samples(20, seed=3), max_steps=26, resume="auto")
+
+    class Fails(Callback):
+        def on_epoch_begin(self, event: EpochBegin) -> None:
+            if event.epoch == 1:
+                raise ValueError("not now")
+
+    whole = await fit("whole")
+    folder = "cut"
+    if how == "saved":
+        folder = "killed"
+        copies = CopiesAtRequest(tmp_path / "cut", tmp_path / folder)
+        await fit("cut", AtStep(26, lambda: fits[-1].request_checkpoint()), copies)
+    elif how == "stopped":
+        await fit("cut", AtStep(26, lambda: fits[-1].stop()))
+    else:
+        with pytest.raises(UserCodeError, match="not now"):
+            await fit("cut", Fails())
+    result = await fit(folder)
+    assert (result.reason, result.epoch, result.step) == (whole.reason, whole.epoch, whole.step) == ("completed", 2, 26)
+    assert result.metrics == whole.metrics
+    assert same(fits[-1].model, fits[0].model)
+    assert lines(tmp_path / folder) == lines(tmp_path / "whole")
+    heard = Recorder()
+    await fit(folder, heard)
+    assert [hook for hook, _ in heard.told] == ["on_train_begin", "on_train_end"]
+
+
+async def test_a_validation_owed_at_what_turns_out_to_be_an_epochs_last_step_is_made_once(tmp_path: Path) -> None:
+    async def fit(folder: str, *callbacks: Callback) -> Recorder:
+        heard = Recorder()
+        options: dict[str, Any] = {"validate_every": "13steps", "log_every": 1, "sanity_batches": 0}
+        fitted = trainer(run_dir=tmp_path / folder, callbacks=[heard, *callbacks], **options)
+        await fitted.fit(Samples(known=False), Samples(20, seed=3), max_epochs=2, resume="auto")
+        return heard
+
+    class Fails(Callback):
+        def on_epoch_begin(self, event: EpochBegin) -> None:
+            if event.epoch == 1:  # heard of once the burst of this epoch is over
+                raise ValueError("not now")
+
+    await fit("whole")
+    with pytest.raises(UserCodeError, match="not now"):
+        await fit("cut", Fails())
+    heard = await fit("cut")
+    assert [event.step for event in heard.events("on_validation_end")] == [26]
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+async def test_the_line_of_the_last_step_is_told_though_an_error_came_before_it(tmp_path: Path) -> None:
+    async def fit(folder: str, *callbacks: Callback) -> None:
+        fitted = trainer(run_dir=tmp_path / folder, callbacks=list(callbacks))
+        await fitted.fit(Samples(), max_steps=17, resume="auto")
+
+    class Fails(Callback):
+        def on_epoch_begin(self, event: EpochBegin) -> None:
+            if event.epoch == 1:
+                raise ValueError("not now")
+
+    await fit("whole")
+    with pytest.raises(UserCodeError, match="not now"):
+        await fit("cut", Fails())
+    await fit("cut")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+async def test_that_a_rule_has_ended_the_run_is_known_to_the_save_of_that_very_step(tmp_path: Path) -> None:
+    async def fit(folder: str, *callbacks: Callback) -> tuple[Trainer, FitResult]:
+        stops = EarlyStopping("loss", condition=lambda metrics: True, restore_best=False)
+        fitted = trainer(run_dir=tmp_path / folder, callbacks=[stops, *callbacks])
+        return fitted, await fitted.fit(Samples(), validation=Samples(30, seed=3), max_epochs=4, resume="auto")
+
+    class Refuses(Callback):
+        """Its state cannot be taken for the first save after the end of the epoch."""
+
+        decides, refuses = True, False
+
+        async def on_epoch_end(self, event: EpochEnd) -> None:
+            self.refuses = True
+
+        def state_dict(self) -> dict[str, Any]:
+            if self.refuses:
+                self.refuses = False
+                raise ValueError("not now")
+            return {}
+
+    def best() -> ModelCheckpoint:
+        return ModelCheckpoint(every="1000steps", monitor="loss")
+
+    whole, _ = await fit("whole", best())
+    with pytest.raises(UserCodeError, match="not now"):
+        await fit("cut", best(), Refuses())
+    again, result = await fit("cut", best())
+    assert (result.reason, result.step) == ("early_stopping", 13)
+    assert same(again.model, whole.model)
+
+
+@pytest.mark.parametrize("at", [8, 13])
+async def test_a_fit_that_goes_on_in_the_same_process_logs_what_an_undisturbed_one_does(
+    tmp_path: Path, at: int
+) -> None:
+    whole, cut = trainer(run_dir=tmp_path / "whole"), trainer(run_dir=tmp_path / "cut")
+    stopping, train, valid = AtStep(at, cut.stop), Samples(), Samples(30, seed=3)
+    train.gates[8 * at] = asyncio.Event()  # so that it stops there
+    once = await whole.fit(Samples(), validation=Samples(30, seed=3), max_epochs=2)
+    cut.callbacks.append(stopping)
+    assert (await cut.fit(train, validation=valid, max_epochs=2)).step == at
+    train.gates.clear()
+    assert (await cut.fit(train, validation=valid, max_epochs=2)).metrics == once.metrics
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert (await cut.fit(train, validation=valid, max_epochs=2)).metrics == once.metrics  # nothing is left to do
 
 
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "in-process"])
