@@ -9,7 +9,9 @@ grow with the samples. `update` runs on the train thread, asks nothing of the de
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
@@ -24,6 +26,8 @@ from streamtrain.means import FunctionMetric, Mean
 from streamtrain.ranking_metrics import AUROC
 from streamtrain.regression_metrics import R2, MeanAbsoluteError, MeanSquaredError, RootMeanSquaredError
 from streamtrain.spelling import nearest
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "AUROC",
@@ -80,7 +84,7 @@ def direction(name: str, mode: str = "auto") -> str:
     jaccard, kappa, kge, matthews, mcc, ndcg, nse, pearson, precision, psnr, r2, recall, reward, rouge, sensitivity,
     spearman, specificity or ssim, or is top, topk, top5, map or map50; else min, as where another part begins with
     loss, err, mae, mse, rmse, mape, smape, brier, crps, nll or perplexity. Parts are what other signs set apart, and
-    CapitalLetters within these too. Raises ConfigError for any other mode.
+    CapitalLetters within these too. That a name tells neither is said. Raises ConfigError for any other mode.
     """
     if mode in ("min", "max"):
         return mode
@@ -88,8 +92,18 @@ def direction(name: str, mode: str = "auto") -> str:
         raise ConfigError(f"mode={mode!r}: expected 'min', 'max' or 'auto'", hint="max where more is better")
     apart = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)
     parts = re.split(r"[^a-z0-9]+", f"{name} {apart}".lower())
-    rises = any(_RISING.fullmatch(part) for part in parts) and not any(part.startswith(_FALLING) for part in parts)
+    falls = any(part.startswith(_FALLING) for part in parts)
+    rises = any(_RISING.fullmatch(part) for part in parts) and not falls
+    if name and not (rises or falls):
+        _say_guessed(name)
     return "max" if rises else "min"
+
+
+@functools.cache
+def _say_guessed(name: str) -> None:
+    """Once for each name: of a score the worst would be kept as the best."""
+    message = "nothing in the name %r tells which way is better: less is taken to be; give mode='max' (or 'min')"
+    logger.warning(message, name)
 
 
 def no_such_monitor(who: str, monitor: str, metrics: Iterable[str]) -> ConfigError:

@@ -376,6 +376,17 @@ def test_the_better_way_is_told_from_the_name(name: str, way: str) -> None:
     assert direction(name, "max") == "max"
 
 
+def test_a_name_that_tells_no_way_is_said_once_unless_the_mode_is_given(caplog: pytest.LogCaptureFixture) -> None:
+    assert [direction("val_hail_score", "max"), direction("val_loss"), direction("val_hail_f1")] == [
+        "max",
+        "min",
+        "max",
+    ]
+    assert caplog.text == ""
+    assert [direction("val_hail_score") for _ in range(2)] == ["min", "min"]
+    assert caplog.text.count("nothing in the name 'val_hail_score' tells which way is better: less is taken to be") == 1
+
+
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="mode='up'"):
         direction("x", "up")
