@@ -43,6 +43,7 @@ BENCHES = {
     "mutations": "500 changed metadata, manifests, states and headers: our own error, or what is right, in bounds",
     "kills": "kill -9 at 200 instants, at least 60 within a save: weights and metrics of the undisturbed run",
     "trackers": "real wandb (offline) and mlflow, newest, in a .venv-trackers: each line once after kill -9",
+    "packages": "real schedulefree, pytorch-optimizer, torchao, bitsandbytes, torchmetrics, newest: 0 other than bare",
     "syscalls": "SIGKILL before every system call by which a save changes the disk (needs strace)",
     "dial": "block shuffle of data sorted by class: entropy of batches and loss after training, against a full shuffle",
     "shuffle": "whether shuffling is real",
