@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import DataError, EnvironmentProblem, UserCodeError
-from streamtrain.events import CheckpointCommitted, EpochBegin, EpochEnd, ValidationEnd, Verdict
+from streamtrain.events import BatchEnd, EpochBegin, EpochEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.saving import Saver
@@ -208,15 +207,28 @@ async def test_a_validation_at_the_last_step_of_an_epoch_comes_before_its_end() 
     assert order == ["on_validation_end", "on_epoch_end"] * 2
 
 
-@pytest.mark.parametrize(("every", "known"), [("1epoch", [True] * 4), ("2epochs", [False, True] * 2)])
-async def test_the_end_of_an_epoch_tells_what_a_validation_of_this_epoch_found(every: str, known: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("every", "accumulate", "known"),
+    [
+        ("1epoch", 1, [True] * 4),
+        ("2epochs", 1, [False, True] * 2),
+        ("7steps", 2, [True] * 4),
+        ("8steps", 2, [False, True, True, True]),  # the second epoch's first step
+        ("15steps", 2, [False, False, True, False]),
+    ],
+)
+async def test_the_end_of_an_epoch_tells_what_a_validation_of_this_epoch_found(
+    every: str, accumulate: int, known: list[bool]
+) -> None:
     recorder = Recorder()
-    fitted = trainer(validate_every=every, callbacks=[recorder])
+    fitted = trainer(validate_every=every, accumulate_grad_batches=accumulate, callbacks=[recorder])
     await fitted.fit(Samples(), validation=Samples(20), max_epochs=4)
     ends = recorder.events("on_epoch_end")
     assert ["val_loss" in event.metrics for event in ends] == known
     found = {event.step: event.metrics["val_loss"] for event in recorder.events("on_validation_end")}
-    assert all(event.metrics.get("val_loss", found.get(event.step)) == found.get(event.step) for event in ends)
+    for event in ends:
+        last = max((step for step in found if step <= event.step), default=None)
+        assert last is None or event.metrics.get("val_loss", found[last]) == found[last]
     assert all(event.metrics["loss"] > 0 for event in ends)
 
 
@@ -417,17 +429,6 @@ async def test_the_line_of_the_last_step_is_written_by_the_life_that_ends_the_ru
     assert heard.events("on_log") == []
 
 
-class CopiesAtRequest(Callback):
-    """Copies the run's folder once a save that was asked for is there: what a kill would leave."""
-
-    def __init__(self, folder: Path, copy: Path) -> None:
-        self.folder, self.copy = folder, copy
-
-    def on_checkpoint(self, event: CheckpointCommitted) -> None:
-        if event.kind == "request":
-            shutil.copytree(self.folder, self.copy)
-
-
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("every", ["1epoch", "13steps", "100steps"])
 @pytest.mark.parametrize("how", ["saved", "stopped", "failed"])
@@ -436,9 +437,14 @@ async def test_the_end_of_an_epoch_that_comes_with_the_last_step_is_made_by_the_
 ) -> None:
     fits: list[Trainer] = []
 
-    async def fit(folder: str, *callbacks: Callback) -> FitResult:
-        fits.append(trainer(run_dir=tmp_path / folder, validate_every=every, log_every=3, callbacks=list(callbacks)))
-        return await fits[-1].fit(Samples(known=known), Samples(20, seed=3), max_steps=26, resume="auto")
+    async def fit(folder: str, *callbacks: Callback, resume: Any = "auto") -> FitResult:
+        fits.append(trainer(run_dir=tmp_path / folder, validate_every=every, log_every=2, callbacks=list(callbacks)))
+        return await fits[-1].fit(Samples(known=known), Samples(20, seed=3), max_steps=26, resume=resume)
+
+    class Saves(Callback):
+        async def on_batch_end(self, event: BatchEnd) -> None:
+            if event.step == 26:
+                await fits[-1].save_checkpoint(tmp_path / "saved")
 
     class Fails(Callback):
         def on_epoch_begin(self, event: EpochBegin) -> None:
@@ -446,23 +452,23 @@ async def test_the_end_of_an_epoch_that_comes_with_the_last_step_is_made_by_the_
                 raise ValueError("not now")
 
     whole = await fit("whole")
-    folder = "cut"
-    if how == "saved":
-        folder = "killed"
-        copies = CopiesAtRequest(tmp_path / "cut", tmp_path / folder)
-        await fit("cut", AtStep(26, lambda: fits[-1].request_checkpoint()), copies)
+    if how == "saved":  # what a kill right after it would leave
+        await fit("saving", Saves())
     elif how == "stopped":
         await fit("cut", AtStep(26, lambda: fits[-1].stop()))
     else:
         with pytest.raises(UserCodeError, match="not now"):
             await fit("cut", Fails())
-    result = await fit(folder)
+    result = await fit("cut", resume=tmp_path / "saved" if how == "saved" else "auto")
     assert (result.reason, result.epoch, result.step) == (whole.reason, whole.epoch, whole.step) == ("completed", 2, 26)
     assert result.metrics == whole.metrics
     assert same(fits[-1].model, fits[0].model)
-    assert lines(tmp_path / folder) == lines(tmp_path / "whole")
+    told = lines(tmp_path / "whole")
+    if how == "saved":  # the other lines are in the first folder
+        told = [line for line in told if (line["step"], line["split"]) == (26, "val")]
+    assert lines(tmp_path / "cut") == told
     heard = Recorder()
-    await fit(folder, heard)
+    await fit("cut", heard)
     assert [hook for hook, _ in heard.told] == ["on_train_begin", "on_train_end"]
 
 

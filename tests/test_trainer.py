@@ -38,7 +38,7 @@ from streamtrain.errors import (
     NonFiniteError,
     UserCodeError,
 )
-from streamtrain.events import BatchEnd, Event, TrainEnd, ValidationEnd, Verdict
+from streamtrain.events import BatchEnd, EpochEnd, Event, TrainEnd, ValidationEnd, Verdict
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.schedulers import build_scheduler, get_lr
@@ -459,6 +459,27 @@ async def test_the_order_of_an_epoch(tmp_path: Path) -> None:
     assert told == [True, False, False]
     counts = [event.count for event in recorder.events("on_batch_end")]
     assert sum(counts) == 26
+
+
+def test_callbacks_hear_of_an_epochs_end_before_the_learning_rate_and_verdicts_come_behind_it(
+    tmp_path: Path,
+) -> None:
+    rates: list[float] = []
+
+    class Halves(Callback):
+        decides = True
+
+        async def on_epoch_end(self, event: EpochEnd) -> Verdict:
+            rates.append(await event.on_train_thread(lambda model, optimizer: optimizer.param_groups[0]["lr"]))
+            return Verdict(lr_factor=0.5)
+
+    scheduler = {"name": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.1, "interval": "epoch"}
+    saves = ModelCheckpoint(every="1epoch", keep_last=-1)
+    fitted = trainer(callbacks=[Halves(), saves], scheduler=scheduler, run_dir=tmp_path)
+    asyncio.run(fitted.fit(Samples(), max_epochs=2))
+    assert rates == pytest.approx([1e-3, 5e-5])
+    factors = [checkpoint.read(tmp_path / "checkpoints" / f"step-{step:09d}").state["scheduler"] for step in (13, 26)]
+    assert [state["factor"] for state in factors] == [0.5, 0.25]  # a save at an epoch's end is of after all of it
 
 
 # --- cancellation and stops ---
@@ -1107,6 +1128,38 @@ async def test_an_iterator_that_a_fit_has_begun_is_refused_by_the_next() -> None
 async def test_bfloat16_trains() -> None:
     result = await trainer(precision="bf16").fit(Samples(), max_epochs=3)
     assert result.metrics["loss"] < 5
+
+
+async def test_a_transform_on_the_device_is_made_of_each_batch_trained_validated_and_predicted() -> None:
+    def tenfold(batch: Batch) -> Batch:
+        return replace(batch, inputs=10 * batch.inputs)
+
+    model, stream, valid = network(dropout=0.0), Samples(), Samples(40, seed=3)
+    fitted = trainer(device_transform=tenfold, model=model)
+    found = (await fitted.fit(stream, valid)).metrics["val_loss"]
+    bare = bare_loop(network(dropout=0.0), [[(10 * x, y) for x, y in pairs(Samples(), 1)[0]]], seed=SEED)
+    assert same(model, bare)
+    with torch.no_grad():
+        bare.eval()
+        outputs = [bare(10 * batch.inputs) for batch in valid.batches(0)]
+    losses = [
+        nn.functional.mse_loss(made, batch.targets).item() * len(batch)
+        for made, batch in zip(outputs, valid.batches(0), strict=True)
+    ]
+    assert found == pytest.approx(sum(losses) / 40, rel=1e-6)
+    assert torch.equal(torch.cat([made async for made in fitted.predict(Samples(40, seed=3))]), torch.cat(outputs))
+
+
+async def test_validation_computes_in_the_precision_of_the_training() -> None:
+    fitted = trainer(precision="bf16")
+    stream = Samples(40, seed=3)
+    found = (await fitted.validate(stream))["val_loss"]
+    model, total = fitted.model.eval(), {True: 0.0, False: 0.0}
+    for batch in stream.batches(0):
+        for half in total:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                total[half] += nn.functional.mse_loss(model(batch.inputs), batch.targets).item() * len(batch)
+    assert found == pytest.approx(total[True] / 40, rel=1e-6) != pytest.approx(total[False] / 40, rel=1e-6)
 
 
 def test_making_the_first_trainer_imports_nothing_where_a_loop_may_run() -> None:

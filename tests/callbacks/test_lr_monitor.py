@@ -55,6 +55,11 @@ def test_groups_of_one_name_each_have_their_rate() -> None:
     assert values == {"lr_all others_0": 0.1, "lr_rule 'bias'": 0.2, "lr_all others_2": 0.3}
 
 
+def test_the_momentum_of_an_optimizer_with_betas_is_the_first_of_them() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.1, betas=(0.8, 0.9))
+    assert LearningRateMonitor().gauge(optimizer, 0) == {"lr_0": 0.1, "momentum_0": 0.8}
+
+
 async def test_by_epoch_the_first_line_of_each_has_them_in_any_life(tmp_path: Path) -> None:
     whole = await fit(tmp_path / "whole", 24, interval="epoch")
     await fit(tmp_path / "parts", 12, interval="epoch")

@@ -63,6 +63,15 @@ def told(folder: Path, plots: Plots, events: list[Log]) -> Plots:
     return plots
 
 
+def test_the_throughput_is_that_of_the_samples_since_the_line_before(tmp_path: Path) -> None:
+    lines = [(10, 2.0, 80), (20, 4.0, 160), (30, 5.0, 320)]  # step, time, samples
+    events = [Log(step=step, time=time, samples=samples, values={"loss": 1.0}) for step, time, samples in lines]
+    between = Log(step=25, time=4.5, samples=200, split="val", values={"val_loss": 1.0})
+    plots = told(tmp_path, Plots(), [*events[:2], between, events[2]])
+    (series,) = plots._series["throughput"].values()
+    assert tuple(map(list, series.points)) == ([20, 30], [40.0, 160.0])
+
+
 def test_of_the_past_only_what_lies_before_the_checkpoint_is_read(tmp_path: Path) -> None:
     rows = [{"step": step, "samples": step, "time": 1.0 * step, "split": "train", "loss": 0.5} for step in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
