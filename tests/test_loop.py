@@ -232,6 +232,22 @@ async def test_the_end_of_an_epoch_tells_what_a_validation_of_this_epoch_found(
     assert all(event.metrics["loss"] > 0 for event in ends)
 
 
+async def test_each_of_several_validation_streams_has_its_values_in_the_line_the_hooks_and_the_result(
+    tmp_path: Path,
+) -> None:
+    recorder, streams = Recorder(), {"early": Samples(20, seed=2), "late": Samples(30, seed=3)}
+    fitted = trainer(run_dir=tmp_path, callbacks=[recorder], metrics={"mae": MeanAbsoluteError()}, sanity_batches=0)
+    result = await fitted.fit(Samples(), validation=streams)
+    own = {}
+    for name, stream in {"early": Samples(20, seed=2), "late": Samples(30, seed=3)}.items():
+        own |= {f"val_{name}_{each[4:]}": value for each, value in (await fitted.validate(stream)).items()}
+    assert set(own) == {"val_early_loss", "val_early_mae", "val_late_loss", "val_late_mae"}
+    (line,) = (row for row in lines(tmp_path) if row["split"] == "val" and "val_early_loss" in row)
+    (validated,), (ended,) = recorder.events("on_validation_end"), recorder.events("on_epoch_end")
+    for told in (line, validated.metrics, ended.metrics, result.metrics):
+        assert {name: value for name, value in told.items() if name.startswith("val_")} == own
+
+
 async def test_validation_every_second_epoch() -> None:
     recorder = Recorder()
     fitted = trainer(validate_every="2epochs", callbacks=[recorder], sanity_batches=0)
@@ -422,7 +438,8 @@ async def test_the_line_of_the_last_step_is_written_by_the_life_that_ends_the_ru
     with pytest.raises(UserCodeError):
         await fit(tmp_path / "cut", AtStep(26, lambda: 1 / 0))
     await fit(tmp_path / "cut")
-    assert lines(tmp_path / "cut")[-1]["split"] == "train"
+    last = lines(tmp_path / "cut")[-1]
+    assert (last["split"], last["step"], last["epoch"]) == ("train", 26, 1)  # of the epoch that it ended
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     heard = Recorder()
     await fit(tmp_path / "cut", heard)
