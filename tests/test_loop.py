@@ -238,7 +238,7 @@ async def test_each_of_several_validation_streams_has_its_values_in_the_line_the
     recorder, streams = Recorder(), {"early": Samples(20, seed=2), "late": Samples(30, seed=3)}
     fitted = trainer(run_dir=tmp_path, callbacks=[recorder], metrics={"mae": MeanAbsoluteError()}, sanity_batches=0)
     result = await fitted.fit(Samples(), validation=streams)
-    own = {}
+    own: dict[str, float] = {}
     for name, stream in {"early": Samples(20, seed=2), "late": Samples(30, seed=3)}.items():
         own |= {f"val_{name}_{each[4:]}": value for each, value in (await fitted.validate(stream)).items()}
     assert set(own) == {"val_early_loss", "val_early_mae", "val_late_loss", "val_late_mae"}
