@@ -227,10 +227,11 @@ class Driver:
         return report
 
     def _batches_of(self, updates: int | None) -> int:
-        """About how many batches a burst takes."""
+        """About how many batches a burst takes; never none, where the one under way has just made the last update that
+        they may make together: nothing more would be fetched, and what comes after waits for it."""
         each = self._life.step.seconds
-        predicted = max(1, round(BURST / each)) if each else 1
-        return (predicted if updates is None else min(predicted, updates)) * self._life.step.accumulate
+        predicted = round(BURST / each) if each else 1
+        return max(1, predicted if updates is None else min(predicted, updates)) * self._life.step.accumulate
 
     async def _next(self) -> Report | None:
         """Wait for the burst under way, and count it."""

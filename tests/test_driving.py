@@ -168,6 +168,26 @@ def test_a_supply_knows_that_no_burst_runs_whoever_waited_for_the_last_one(monke
     assert not any(running)
 
 
+def test_a_burst_behind_one_that_has_just_made_the_last_update_still_has_batches_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the pump finds no room for any, and the fit waits for ever."""
+    wanted: list[int] = []
+    hand_over = Driver._hand_over
+
+    def reached(driver: Driver, row: Any) -> None:
+        if row.begun:
+            row.until, row.over = driver._life.step.step, True
+        hand_over(driver, row)
+        assert isinstance(driver._batches, Pumped)
+        wanted.append(driver._batches._batches)
+
+    monkeypatch.setattr(Driver, "_hand_over", reached)
+    asyncio.run(trainer(network()).fit(Samples(8 * 2100), max_steps=300))
+    assert len(wanted) > 3
+    assert min(wanted) == 1
+
+
 @pytest.mark.parametrize("log_every", [1, 7])
 def test_where_a_callback_raises_all_lines_up_to_what_is_saved_are_in_the_log(tmp_path: Path, log_every: int) -> None:
     model = Counted()
