@@ -24,7 +24,7 @@ from streamtrain.control import Control, Save
 from streamtrain.disk import LOCAL, Disk
 from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.evaluation import Stopped
-from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Verdict
+from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Log, Verdict
 from streamtrain.file_thread import Files
 from streamtrain.grace import lost
 from streamtrain.life import Life, has_state
@@ -122,8 +122,8 @@ class Keeper:
             logger.warning(message, self._life.progress.step)
         self._joined += 1
 
-    async def judge(self, verdicts: list[Verdict], epoch: int) -> None:
-        """Keep what the deciders want kept of this very step, of `epoch`."""
+    async def judge(self, verdicts: list[Verdict], epoch: int) -> str:
+        """Take in what the deciders want kept of this very step, of `epoch`: as what it is to be saved, if it is."""
         kind = ""
         for verdict in verdicts:
             if verdict.restore:
@@ -132,8 +132,7 @@ class Keeper:
                 kind = verdict.save
             if verdict.save == "best" and verdict.value is not None:
                 await self._offer(verdict.monitor, verdict.value, epoch, in_memory=verdict.restore)
-        if kind:
-            await self.save(kind)
+        return kind
 
     async def _offer(self, monitor: str, value: float, epoch: int, *, in_memory: bool) -> None:
         """A new best; where there is a folder it is named once its save is committed: until then the old one stands."""
@@ -231,16 +230,25 @@ class Keeper:
         copier = fresh if self.saver is None else self.saver.buffers.copies
         return await self._thread.run(lambda: self._life.snapshot(state, copier))
 
-    async def ask(self, hook: str, kind: type[Event], /, **fields: Any) -> list[Verdict]:
-        """What the deciders answer; a checkpoint made meanwhile, or after an error in it, is of before, and the life
-        that goes on, from it or in this process, tells and asks all again."""
+    async def ask(
+        self, hook: str, kind: type[Event], /, *, line: Mapping[str, float] | None = None, **fields: Any
+    ) -> list[Verdict]:
+        """What the deciders answer, and the line of a validation before; a checkpoint made meanwhile, or after an error
+        in it, is of before, and the life that goes on, from it or in this process, tells and asks all again."""
         asked: dict[str, Tree] = {}
-        self._before = self._bus.mark(has_state, partial(self._taken, into=asked))
-        asked |= self._life.states(self._stateful().difference(self._before))
+        self._before = self._bus.mark(_told_again, partial(self._taken, into=asked))
+        asked |= self._life.states(self._names(_told_again).difference(self._before))
         self._life.asked = asked
-        answers = await self.attend(self._teller.ask(hook, kind, **fields))
+        answers = await self.attend(self._answers(hook, kind, line, **fields))
         self._life.asked, self._before = {}, {}
         return answers
+
+    async def _answers(
+        self, hook: str, kind: type[Event], line: Mapping[str, float] | None, /, **fields: Any
+    ) -> list[Verdict]:
+        if line is not None:
+            await self._teller.emit("on_log", Log, split="val", values=line)
+        return await self._teller.ask(hook, kind, **fields)
 
     async def attend(self, telling: Coroutine[Any, Any, T], *, unless: Callable[[], bool] = lambda: False) -> T:
         """Wait for callbacks; a save for which one of their hooks waits is made meanwhile, else both wait for ever.
@@ -267,9 +275,11 @@ class Keeper:
 
     async def _settled(self, seconds: float) -> dict[str, asyncio.Future[Tree | None]]:
         """Let callbacks that have a state take in what was told. One that lags is not waited for long: its state comes
-        once it has, copied before it is given anything more; where those of before are to be kept, of these alone."""
-        asking = self._before or self._life.asked
-        marks = self._before if asking else self._bus.mark(has_state, partial(self._taken, into={}))
+        once it has, copied before it is given anything more; where those of before are to be kept, these, and of now
+        what those write that write lines."""
+        asking = bool(self._before or self._life.asked)
+        marked = _writes_lines if asking else has_state
+        marks = self._before | self._bus.mark(marked, partial(self._taken, into={}))
         late = [mark for mark in marks.values() if not mark.done()]
         if late:
             await asyncio.wait(late, timeout=seconds)
@@ -282,9 +292,9 @@ class Keeper:
         into |= states
         return states[names[0]]
 
-    def _stateful(self) -> set[str]:
-        """The names of the callbacks that have a state."""
-        return {name for name, callback in self._life.callbacks.items() if has_state(callback)}
+    def _names(self, only: Callable[[object], bool]) -> set[str]:
+        """The names of the callbacks that `only` picks."""
+        return {name for name, callback in self._life.callbacks.items() if only(callback)}
 
     async def _complete(self, snapshot: Snapshot, late: Mapping[str, asyncio.Future[Tree | None]]) -> None:
         """Have the states of those that lag in a snapshot, as they are once they have taken in what was told before."""
@@ -414,6 +424,16 @@ class Keeper:
         rule = None if self.saver is None else self.saver.rule
         others = [callback for callback in self._life.callbacks.values() if callback is not rule]
         return any(getattr(other, "decides", False) and getattr(other, "restore_best", True) for other in others)
+
+
+def _writes_lines(callback: object) -> bool:
+    """Whether a callback has a state that tells which lines are written: they are, whatever is told again."""
+    return has_state(callback) and bool(getattr(callback, "writes_lines", False))
+
+
+def _told_again(callback: object) -> bool:
+    """Whether a callback has the state of before where a life tells again what the one before told."""
+    return has_state(callback) and not _writes_lines(callback)
 
 
 def _at_once(requests: Sequence[Save]) -> list[Save]:

@@ -35,7 +35,6 @@ from streamtrain.events import (
     Event,
     ExceptionRaised,
     Interrupt,
-    Log,
     TrainBegin,
     TrainEnd,
     ValidationBegin,
@@ -53,6 +52,8 @@ from streamtrain.threads import TrainThread
 
 logger = logging.getLogger(__name__)
 
+OVER = ("completed", "early_stopping", "max_time")
+"""The reasons for which a run ends that is not to go on."""
 NOTES = 5.0
 """Seconds after which what callbacks leave for the log is told, where no batch comes."""
 
@@ -84,6 +85,8 @@ class Wheel:
         self._patience = patience
         self._stop: tuple[str, str] | None = None
         self._interrupted = self._told_line = self._told_end = False
+        self._last: dict[str, float] = {}
+        """The metrics with those of the last line, where that is told."""
         self._validated = life.progress.step
         """The last step whose validation within an epoch is made; before this life they are, or are owed."""
 
@@ -175,6 +178,7 @@ class Wheel:
         if self._plan.validation_due(self._progress):
             await self._validate_now()
         if not self._progress.owes:
+            await self._tell_last_line()
             await self._keeper.save_if_due(self._progress.epoch)
 
     async def _end_epoch(self) -> None:
@@ -318,10 +322,11 @@ class Wheel:
         if not sanity:
             self._life.metrics.update(values)
             self._life.validated.update(values)
-            await self._emit("on_log", Log, split="val", values=values)
+            if self._teller.noted:
+                await self._keeper.attend(self._teller.take_notes())
         metrics = {**self._step.tally.epoch.compute(), **values}
         told = {"metrics": metrics, "tables": tables, "sanity": sanity}
-        return await self._keeper.ask("on_validation_end", ValidationEnd, **told)
+        return await self._keeper.ask("on_validation_end", ValidationEnd, line=None if sanity else values, **told)
 
     async def _validate_now(self) -> None:
         """A validation within an epoch, and what follows from it."""
@@ -342,7 +347,10 @@ class Wheel:
                 self._stop = (verdict.reason, verdict.detail)
                 if verdict.reason == "early_stopping":  # known to the saves of this step, and whatever comes next
                     self._life.ended = self._stop
-        await self._keeper.judge(verdicts, epoch)
+        kind = await self._keeper.judge(verdicts, epoch)
+        await self._tell_last_line()
+        if kind:
+            await self._keeper.save(kind)
 
     async def _obey_requests(self) -> None:
         """Do what was asked for since the last time; wait here while paused, until `max_time` at most."""
@@ -382,15 +390,14 @@ class Wheel:
         await self._obey_requests()
         if self._life.switch is not None:
             await self._thread.run(self._life.switch.judge)
-        over = reason in ("completed", "early_stopping", "max_time")
-        metrics = self._life.metrics
-        whole = over or self._life.ended is not None or self._plan.reached(self._progress) != ("", "")
-        if whole:  # before the save, which keeps what a kill would take from the file
-            metrics = await self._keeper.attend(self._teller.last_line())
-            self._told_line = True
+        over = reason in OVER
+        await self._tell_last_line()
         await self._keeper.save_at_end()
         self._keeper.check()
-        self._life.metrics = metrics  # behind the save, as a life that goes on has them too
+        self._life.metrics = {
+            **self._life.metrics,
+            **self._last,
+        }  # behind the save, as a life that goes on has them too
         if self._progress.batch:  # of the epoch in which it ended
             self._life.metrics.update(self._step.tally.epoch.compute())
         if over:
@@ -401,6 +408,14 @@ class Wheel:
         self._told_end = True
         await self._emit("on_train_end", TrainEnd, reason=reason, detail=detail, metrics=metrics)
         await self._keeper.attend(self._teller.heard())
+
+    async def _tell_last_line(self) -> None:
+        """Once training is over: before the save of its last step, which keeps what a kill would take from the file,
+        and of which no life makes another."""
+        over = self._ending()[0] in OVER or self._life.ended is not None
+        if not self._told_line and (over or self._plan.reached(self._progress) != ("", "")):
+            self._last = await self._keeper.attend(self._teller.last_line())
+            self._told_line = True
 
     async def _fail(self, error: BaseException) -> None:
         """Save what is finished, and tell; whatever goes wrong here is logged, since `error` is what the user gets."""

@@ -37,6 +37,9 @@ class Callback:
     """
 
     decides: bool = False
+    writes_lines: bool = False
+    """Whether its state tells which lines are written somewhere: it is kept as it is now, also where an error has the
+    next life tell a validation again, line and all, for which others get their states of before."""
     state_key: str = ""
     """What tells this one from others of its class, whatever their order, in checkpoints and messages: what it watches,
     or where it writes. Of several with a state a class should have one, which stays the same from life to life."""

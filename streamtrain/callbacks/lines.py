@@ -225,6 +225,7 @@ class LineLog(Callback):
     file_name: str
     headed = False
     """Whether the first line names the columns."""
+    writes_lines = True
 
     def __init__(self, *, part: str | int = "64MiB") -> None:
         self._most = part_bytes(part, f"{type(self).__name__}: part")

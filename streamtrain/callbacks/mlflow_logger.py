@@ -41,6 +41,8 @@ class MLflowLogger(Callback):
     EnvironmentProblem where it begins no run.
     """
 
+    writes_lines = True
+
     def __init__(self, experiment: str = "streamtrain", *, uri: str | None = None, name: str | None = None) -> None:
         find("MLflowLogger", "mlflow", extra="mlflow")
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None

@@ -56,6 +56,8 @@ class RemoteLogger(Callback):
     step once, after a resume too. The header `Idempotency-Key` is the batch's.
     """
 
+    writes_lines = True
+
     def __init__(
         self,
         url: str,

@@ -46,6 +46,8 @@ class TensorBoard(Callback):
     Needs the package tensorboard, or tensorboardX (`pip install 'streamtrain[tensorboard]'`): ConfigError without.
     """
 
+    writes_lines = True
+
     def __init__(
         self, *, log_dir: str | os.PathLike[str] | None = None, histograms_every: int | None = None, graph: bool = False
     ) -> None:
@@ -76,7 +78,7 @@ class TensorBoard(Callback):
         again = event.step + 1 if event.step else 0 if folder.is_dir() else None
         self._folder = folder
         module = load("torch.utils.tensorboard" if self._package == "tensorboard" else "tensorboardX")
-        self._open = lambda again: module.SummaryWriter(str(folder), purge_step=again)
+        self._open = lambda again: _behind(folder, lambda: module.SummaryWriter(str(folder), purge_step=again))
         self._writer, self._numbers = self._open(again), 0
         if self._every is not None:
             self._due = event.step // self._every * self._every + self._every
@@ -203,6 +205,25 @@ class TensorBoard(Callback):
         # A bucket is known by its upper limit: an empty first one tells where the second begins.
         buckets = {"bucket_limits": edges, "bucket_counts": [0, *counts]}
         self._writer.add_histogram_raw(name, **ends, **sums, **buckets, global_step=step, walltime=wall)
+
+
+def _behind(folder: Path, begin: Callable[[], Any]) -> Any:
+    """A writer whose file TensorBoard reads behind those that are there. It goes by their names, in which the files of
+    one second have numbers without zeros in front: one whose number has a digit more is begun in the next second."""
+    while True:
+        before = set(_names(folder))
+        writer = begin()
+        own = next((name for name in _names(folder) if name not in before), "")
+        same = own.rstrip("0123456789")
+        if all(name < own for name in before if own and name.startswith(same)):
+            return writer
+        writer.close()
+        (folder / own).unlink()
+        time.sleep(1.0 - time.time() % 1.0)
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def _copied(value: Any) -> Any:

@@ -50,6 +50,8 @@ class WandbLogger(Callback):
     'streamtrain[wandb]'`): ConfigError without; where a run can't be begun (no login, no network), EnvironmentProblem.
     """
 
+    writes_lines = True
+
     def __init__(
         self,
         project: str | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.once import Once
-from streamtrain.callbacks.tensorboard import TensorBoard
-from streamtrain.errors import ConfigError
-from streamtrain.events import Log
+from streamtrain.callbacks.tensorboard import TensorBoard, _behind
+from streamtrain.errors import ConfigError, UserCodeError
+from streamtrain.events import Event, Log
 from streamtrain.trainer import Trainer
 from tests.engine import AtStep, Samples, lines, network, same
 
@@ -58,6 +60,19 @@ async def test_a_resumed_run_has_each_step_once(tmp_path: Path, stop: int) -> No
         assert scalars(tmp_path, name) == as_lines(tmp_path, name)
 
 
+async def test_a_validation_that_is_told_again_after_an_error_in_it_stands_there_once(tmp_path: Path) -> None:
+    class Broken(Callback):
+        async def on_validation_end(self, event: Event) -> None:
+            if event.step == 4:
+                raise ValueError("not now")
+
+    with pytest.raises(UserCodeError):
+        await fit(tmp_path, 12, Broken())
+    await fit(tmp_path, 12)
+    for name in ("loss", "lr", "val_loss"):
+        assert scalars(tmp_path, name) == as_lines(tmp_path, name)
+
+
 async def test_steps_beyond_the_checkpoint_of_a_life_that_was_killed_are_forgotten(tmp_path: Path) -> None:
     trainer = await fit(tmp_path, 4)
     await fit(tmp_path, 8)
@@ -66,6 +81,22 @@ async def test_steps_beyond_the_checkpoint_of_a_life_that_was_killed_are_forgott
     del trainer
     await fit(tmp_path, 12)
     assert [step for step, _ in scalars(tmp_path, "loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_files_of_lives_within_one_second_are_read_in_their_order(tmp_path: Path) -> None:
+    numbers = iter(range(8, 12))
+
+    class Written:
+        def __init__(self) -> None:
+            self.path = tmp_path / f"events.out.tfevents.{int(time.time())}.host.1.{next(numbers)}"
+            self.path.touch()
+
+        def close(self) -> None:
+            self.path.write_text("whole")
+
+    names = [_behind(tmp_path, Written).path.name for _ in range(3)]
+    assert names == sorted(names)
+    assert names == sorted(os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize("what", ["add_scalar", "flush", "close"])

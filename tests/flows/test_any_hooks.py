@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from tests.engine import Samples, lines, network, same
 
 HOOKS = ("on_batch_end", "on_log", "on_validation_begin", "on_validation_end", "on_epoch_end", "on_checkpoint")
 KINDS = ("batches", "lines", "validations", "epochs")
-WAYS = ("raise", "save", "await save", "stop", "cancel")
+WAYS = ("raise", "save", "await save", "stop", "cancel", "save, and kill")
 
 
 class Counting(Callback):
@@ -51,8 +52,7 @@ class Counting(Callback):
         await self._count("batches", event.count)
 
     async def on_log(self, event: Log) -> None:
-        if event.split == "train":  # the line of a validation that is made again is told again
-            await self._count("lines")
+        await self._count("lines")
 
     async def on_validation_end(self, event: Event) -> None:
         await self._count("validations")
@@ -84,8 +84,7 @@ class InThread(Callback):
         self._count("batches", event.count)
 
     def on_log(self, event: Log) -> None:
-        if event.split == "train":
-            self._count("lines")
+        self._count("lines")
 
     def on_validation_end(self, event: Event) -> None:
         self._count("validations")
@@ -107,17 +106,20 @@ class Deed:
     hook: str
     step: int
     way: str
+    decides: bool
+    """Whether the wheel waits for it, where it asks."""
 
 
 class Doing(Callback):
     """Does its deed, once over all lives."""
 
-    decides = True
     trainer: Trainer
     task: asyncio.Task[Any]
 
-    def __init__(self, deed: Deed, done: set[int], number: int) -> None:
-        self.deed, self.done, self.number = deed, done, number
+    def __init__(self, deed: Deed, done: set[int], number: int, killed: Path) -> None:
+        """`killed`: where the run's folder is put as a kill leaves it."""
+        self.deed, self.done, self.number, self.killed = deed, done, number, killed
+        self.decides = deed.decides
         setattr(self, deed.hook, self._do)
 
     async def _do(self, event: Event) -> None:
@@ -134,6 +136,10 @@ class Doing(Callback):
             case "stop":
                 self.trainer.stop()
             case "cancel":
+                self.task.cancel()
+            case "save, and kill" if not self.killed.exists():
+                folder = (await self.trainer.save_checkpoint()).parent.parent
+                shutil.copytree(folder, self.killed, symlinks=True)
                 self.task.cancel()
 
 
@@ -162,6 +168,9 @@ class How:
     """By a trainer of its own each time, else by the same one."""
     first: bool
     """Whether those that do something come before those that count."""
+    log_every: int
+    asked: bool
+    """Whether somebody decides at each epoch's end."""
 
 
 def made(folder: Path, how: How, counting: list[Any], *others: Callback) -> Trainer:
@@ -172,15 +181,14 @@ def made(folder: Path, how: How, counting: list[Any], *others: Callback) -> Trai
         seed=5,
         lr=1e-2,
         device="cpu",
-        log_every=1,
+        log_every=how.log_every,
         sanity_batches=0,
         accumulate_grad_batches=how.accumulate,
         validate_every=how.validate_every,
         run_dir=folder,
         callbacks=[
             ModelCheckpoint(every=how.save_every),
-            EarlyStopping("val_loss", patience=50, restore_best=False),
-            Lowering(),
+            *([EarlyStopping("val_loss", patience=50, restore_best=False), Lowering()] if how.asked else []),
             JSONLogger(),
             *rest,
         ],
@@ -194,22 +202,36 @@ async def lived(folder: Path, how: How, deeds: list[Deed]) -> tuple[Trainer, lis
     train, held_out = Samples(), Samples(20, seed=3)
     counting: list[Any] = []
     doing: list[Doing] = []
+    killed = folder.with_name(f"{folder.name}, killed")
     for _ in range(len(deeds) + 2):
         resume = "auto" if how.resumed or trainer is None else None
         if trainer is None or how.resumed:
             counting = [Counting(how.lags), InThread(how.lags_in_thread)]
-            doing = [Doing(deed, done, number) for number, deed in enumerate(deeds)]
+            doing = [Doing(deed, done, number, killed) for number, deed in enumerate(deeds)]
             trainer = made(folder, how, counting, *doing)
             train, held_out = Samples(), Samples(20, seed=3)
         fit = asyncio.create_task(trainer.fit(train, held_out, max_epochs=2, resume=resume))
         for each in doing:
             each.trainer, each.task = trainer, fit
         await asyncio.wait([fit])
+        if killed.exists():
+            shutil.rmtree(folder)
+            killed.rename(folder)
+            trainer = None
+            continue
         if fit.cancelled() or isinstance(fit.exception(), StreamtrainError):
             continue
         if fit.result().reason == "completed":
             return trainer, [each.told for each in counting]
     raise AssertionError("not at its end")
+
+
+def best(trainer: Trainer) -> tuple[str, float, int, int, str]:
+    """The best at the end, and the name of its checkpoint."""
+    found = trainer.state.best
+    assert found is not None
+    assert found.checkpoint is not None
+    return found.monitor, found.value, found.epoch, found.step, found.checkpoint.name
 
 
 class Heard(logging.Handler):
@@ -230,12 +252,33 @@ HOWS = st.builds(
     lags_in_thread=st.sampled_from([0, 30, 300]),
     resumed=st.booleans(),
     first=st.booleans(),
+    log_every=st.sampled_from([1, 7]),
+    asked=st.booleans(),
+)
+PLAIN = How(
+    "1epoch", "1epoch", accumulate=1, lags=0, lags_in_thread=0, resumed=True, first=True, log_every=7, asked=False
 )
 DEEDS = st.lists(
-    st.builds(Deed, hook=st.sampled_from(HOOKS), step=st.integers(1, 26), way=st.sampled_from(WAYS)),
+    st.builds(
+        Deed, hook=st.sampled_from(HOOKS), step=st.integers(1, 26), way=st.sampled_from(WAYS), decides=st.booleans()
+    ),
     min_size=1,
     max_size=3,
 )
+
+
+@pytest.mark.parametrize("decides", [False, True])
+@pytest.mark.parametrize("hook", [*HOOKS, "on_train_end"])
+def test_a_kill_in_a_hook_of_the_last_step_costs_neither_its_line_nor_its_best(
+    hook: str, decides: bool, tmp_path: Path
+) -> None:
+    whole, told = asyncio.run(lived(tmp_path / "whole", PLAIN, []))
+    deeds = [Deed(hook, 26, "save, and kill", decides)]
+    broken, again = asyncio.run(lived(tmp_path / "broken", PLAIN, deeds))
+    assert same(whole.model, broken.model)
+    assert best(whole) == best(broken)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+    assert again == told
 
 
 @pytest.mark.timeout(600)
@@ -252,5 +295,6 @@ def test_whatever_hooks_do_a_run_that_goes_on_is_the_undisturbed_one(how: How, d
         finally:
             logging.getLogger("streamtrain.keeping").removeHandler(heard)
         assert same(whole.model, broken.model)
+        assert best(whole) == best(broken)
         assert lines(Path(room, "whole")) == lines(Path(room, "broken"))
         assert again == told or heard.behind  # which is said
