@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamtrain import tensor_file
 from streamtrain.disk import LOOK, NEW, Disk
-from streamtrain.errors import EnvironmentProblem
+from streamtrain.errors import UNREADABLE, EnvironmentProblem
 from streamtrain.state import Json, Snapshot, encode
 
 FORMAT = 1
@@ -221,7 +221,7 @@ class Verified:
         """What `state.json` holds: `model`, `optimizer` and `state`. Raises Damaged."""
         try:
             document = json.loads(self._content(self._files[STATE], STATE, most=self._size(STATE)))
-        except (ValueError, RecursionError) as error:
+        except UNREADABLE as error:
             raise Damaged(STATE, f"it can't be read: {error!s:.120}") from error
         if not isinstance(document, dict) or not {"model", "optimizer", "state"} <= document.keys():
             raise Damaged(STATE, "it does not hold model, optimizer and state")
@@ -252,7 +252,7 @@ def _parse_manifest(text: bytes) -> tuple[dict[str, dict[str, Any]], int | None]
         document = json.loads(text)
         version, digest = document["format"], document.pop("sha256", None)
         own = hashlib.sha256(_canonical(document)).hexdigest()  # refuses numbers that no JSON has
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise Damaged(MANIFEST, "it is no manifest") from None
     if type(version) is int and version > FORMAT:
         raise Damaged(MANIFEST, f"format {version} is newer than this streamtrain reads ({FORMAT}): update streamtrain")

@@ -14,6 +14,9 @@ from __future__ import annotations
 NO_THREAD = "can't start new thread"
 """What Python's RuntimeError says where a process may have no more threads, or no memory for their stacks."""
 
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a text as JSON raises, and the numbers and names in it, where it is damaged or was never ours."""
+
 
 class StreamtrainError(Exception):
     """Base of all errors raised on purpose. `str(error)` is one line: what, where, why."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamtrain import checkpoint
 from streamtrain.disk import LOCAL, Disk
-from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem
+from streamtrain.errors import UNREADABLE, CheckpointError, ConfigError, EnvironmentProblem
 from streamtrain.foreign import refuse_to_go_on
 from streamtrain.refusing import refusing
 from streamtrain.state import Snapshot
@@ -146,19 +146,15 @@ def _named_best(snapshot: Snapshot, path: Path) -> str | None:
     return names.get(progress["best"])
 
 
-_NO_STEP = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
-"""What a text raises that tells no step, whatever stands there."""
-
-
 def repeated(folder: Path, step: int) -> int:
     """How many steps after this one the run has made already, as far as its status and the end of its log tell."""
     reached = step
-    with suppress(OSError, *_NO_STEP):
+    with suppress(OSError, *UNREADABLE):
         reached = max(reached, int(json.loads((folder / "status.json").read_bytes())["step"]))
     with suppress(OSError), open(folder / "metrics.jsonl", "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         for line in file.read().splitlines():
-            with suppress(*_NO_STEP):
+            with suppress(*UNREADABLE):
                 reached = max(reached, int(json.loads(line)["step"]))
     return reached - step
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from streamtrain.disk import FOLDER, LOCAL, OVER, Disk
-from streamtrain.errors import EnvironmentProblem, StreamtrainError
+from streamtrain.errors import UNREADABLE, EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def _holder(descriptor: int, disk: Disk) -> str:
     try:
         holder = json.loads(text[: disk.read(descriptor, memoryview(text), 0)])
         pid, since, host = int(holder["pid"]), str(holder["since"]), str(holder["host"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (OSError, *UNREADABLE):
         return "another process"
     if host != socket.gethostname():
         return f"process {pid} on {host} since {since}"

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamtrain.errors import UNREADABLE
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -131,7 +133,7 @@ def _header(
         document = json.loads(text)
         notes = document.pop("__metadata__", {})
         return 8 + length, list(_entries(document)), notes
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Malformed(f"its header can't be read: {error!r:.120}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamtrain.callbacks.lines import FIXED, MetricsLog, cut
 from streamtrain.callbacks.rolling import prune
+from streamtrain.errors import UNREADABLE
 from streamtrain.events import Log
 
 
@@ -29,7 +30,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None if it is no line of ours."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from streamtrain.errors import UNREADABLE
 from streamtrain.events import Log
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Once:
         self._journal, self._key, self._reached = journal, key, {}
         if journal is None:
             return
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        with suppress(OSError, *UNREADABLE):
             kept = json.loads(journal.read_bytes())
             if step and kept["key"] == key:
                 self._reached = {str(kind): int(last) for kind, last in kept["reached"].items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from streamtrain.data.budget import parse_bytes
-from streamtrain.errors import ConfigError
+from streamtrain.errors import UNREADABLE, ConfigError
 
 LEAST = 1 << 12
 """Bytes of a part."""
@@ -52,7 +52,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
                 for line in file:
                     try:
                         row = json.loads(line)
-                    except (ValueError, RecursionError):  # torn, or still being written
+                    except UNREADABLE:  # torn, or still being written
                         continue
                     if isinstance(row, dict):
                         yield row

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from streamtrain.callbacks.wandb_folder import Kind
+from streamtrain.errors import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Rows:
                         rows[row] = step, kinds[number]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, *UNREADABLE) as error:
             logger.warning("%s is damaged: what stands there after the damage is not known (%r)", self._path, error)
         return None if head is None else (head, rows)
 
