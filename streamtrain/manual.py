@@ -169,7 +169,7 @@ class ManualStep(TrainStep):
         gradients = [gradient for p in parameters if (gradient := p.grad) is not None]
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        elif not self._checked([*gradients, loss.detach()]):
+        elif not self._looked_at([*gradients, loss.detach()]):
             return self._refused_one(loss)
         if self._clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self._clip_value)

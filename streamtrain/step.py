@@ -102,6 +102,8 @@ class TrainStep:
         """Of the gradients' norms, where these are clipped."""
         self._plain_zero = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         self._odd = _has_odd_gradients(model)
+        self._narrow = False
+        """The device's check takes no bfloat16: CUDA's."""
         self._scheduled = not isinstance(lr, FixedLearningRate)
         self._rated = lr.interval in ("samples", "time")
         self._samples, self._elapsed = 0, 0.0
@@ -435,15 +437,21 @@ class TrainStep:
         """Whether the update may be made; on CUDA the fused kernels look at the flag themselves."""
         if self.scaler is not None:
             return self._unscaled(self.scaler)
-        values = [_dense(gradient) for gradient in gradients] if self._odd else gradients.copy()
-        values += self.tally.losses[-self._group :]
+        return self._looked_at([*gradients, *self.tally.losses[-self._group :]])
+
+    def _looked_at(self, numbers: list[Tensor]) -> bool:
+        """The same of these gradients and losses, whatever their layout and dtype."""
+        values = [_dense(value) for value in numbers] if self._odd else numbers
         try:
-            return self._checked(values)
+            return self._checked(_sums(values) if self._narrow else values)
         except NotImplementedError:
-            if self._odd:
+            if not self._odd and any(value.is_sparse or value.is_complex() for value in values):
+                self._meet_odd()
+            elif not self._narrow and any(value.dtype is torch.bfloat16 for value in values):
+                self._narrow = True
+            else:
                 raise
-            self._meet_odd()
-            return self._finite(gradients)
+            return self._looked_at(numbers)
 
     def _meet_odd(self) -> None:
         """A gradient is sparse though no module says so: from now on each is looked at, by kernels that take it."""
@@ -578,6 +586,16 @@ def _dense(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         return gradient._values()
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _sums(values: list[Tensor]) -> list[Tensor]:
+    """The same with one number for each tensor of bfloat16, which CUDA's check does not take: the sum of its
+    magnitudes in float32, which is finite where they are, unless gradients come near 1e38 divided by their number."""
+    narrow = [value for value in values if value.dtype is torch.bfloat16]
+    if not narrow:
+        return values
+    sums = torch._foreach_norm(narrow, 1, dtype=torch.float32)
+    return [*(value for value in values if value.dtype is not torch.bfloat16), torch.stack(sums)]
 
 
 def _has_odd_gradients(model: nn.Module) -> bool:

@@ -297,3 +297,51 @@ def test_all_of_torchs_generators_stand_where_they_stood_before_the_bad_update()
     step._sources.append(own)
     burst(step, Hand(batches(6)))
     assert torch.rand((), generator=own).item() == drawn[BAD - 1]
+
+
+def cudas_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of CUDA takes no bfloat16 (pytorch/pytorch#127176, AmpKernels.cu); the CPU's does."""
+    plain = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def check(values: list[torch.Tensor], found: torch.Tensor, scale: torch.Tensor) -> None:
+        if any(value.dtype is torch.bfloat16 for value in values):
+            raise NotImplementedError(
+                "\"_amp_foreach_non_finite_check_and_unscale_cuda\" not implemented for 'BFloat16'"
+            )
+        plain(values, found, scale)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", check)
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("where", ["nowhere", "the loss", "a gradient"])
+def test_a_model_in_bfloat16_trains_where_the_device_checks_none_and_what_is_not_finite_is_left_out(
+    late: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def narrow(count: int) -> list[Batch]:
+        return [replace(b, inputs=b.inputs.bfloat16(), targets=b.targets.bfloat16()) for b in batches(count)]
+
+    def trained(given: list[Batch], bad: int | None) -> nn.Module:
+        model = network(dropout=0.0).bfloat16()
+        inner = supervised(model, nn.MSELoss())
+
+        def compute(batch: Batch) -> Any:
+            outcome = inner(batch)
+            assert outcome.loss.dtype is torch.bfloat16
+            if batch.cursor.position != bad:
+                return outcome
+            if where == "a gradient":
+                outcome.outputs.register_hook(lambda gradient: gradient * float("inf"))
+            return outcome._replace(loss=outcome.loss * float("nan")) if where == "the loss" else outcome
+
+        step = made(model, compute, skip=True)
+        step._kernel_skips = late
+        report = burst(step, Hand(given))
+        assert (report.error, report.skipped) == (None, 0 if bad is None else 1)
+        return model
+
+    expected = trained(
+        [batch for number, batch in enumerate(narrow(6), 1) if number != BAD or where == "nowhere"], None
+    )
+    cudas_check(monkeypatch)
+    assert same(trained(narrow(6), None if where == "nowhere" else 8 * BAD), expected)

@@ -361,3 +361,35 @@ def test_an_optimizer_that_learns_with_other_weights_is_refused_among_several() 
 
     with pytest.raises(ConfigError, match=r"optimizer\.gen: Free learns with other weights"):
         build_optimizers(Pair(), {"gen": Free, "disc": "sgd"}, 0.1)
+
+
+class Odd(nn.Module):
+    """A table with sparse gradients, and weights that are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10, 4, sparse=True)
+        self.turn = nn.ParameterDict({"by": nn.Parameter(torch.randn(4, dtype=torch.complex64))})
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = self.table(batch.index % 10)
+        return (rows - batch.inputs).pow(2).mean(), (rows.detach() * self.turn["by"]).abs().mean()
+
+
+async def test_sparse_and_complex_gradients_are_those_of_the_bare_loop() -> None:
+    def step(model: Any, batch: Batch, update: Any) -> None:
+        for name, loss in zip(("table", "turn"), model(batch), strict=True):
+            update(loss, name)
+
+    spec: Any = {"table": {"name": "sgd", "lr": 0.1}, "turn": {"name": "sgd", "lr": 0.1}}
+    fitted = Trainer(Odd(), step=step, optimizer=spec, seed=5, device="cpu")
+    await fitted.fit(Samples(), max_epochs=1)
+    bare = Odd()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (bare.table, bare.turn)]
+    for batch in Samples().batches(0):
+        for loss, optimizer in zip(bare(batch), optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(fitted.model, bare)
