@@ -376,12 +376,14 @@ class TrainStep:
                 norm = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
                 self.tally.add_norm(norm, self.step + 1)
             self.torn = True
-            if self.scaler is None:
-                optimizer.step()
-            else:
+            flag = self._flags.last
+            if self.scaler is not None:
                 self.scaler.step(optimizer)
                 self.scaler.update()
-            flag = self._flags.last
+            elif flag is None:
+                optimizer.step()
+            else:
+                self._step_where_good(flag)
             if flag is not None and self._statistics:
                 self._statistics.give_back_where(flag.bad)
             if self._average is not None:
@@ -478,8 +480,6 @@ class TrainStep:
         found = self._found
         if self._kernel_skips:
             found = self._flags.raised(values)
-            self._optimizer.found_inf = found  # type: ignore[attr-defined]
-            self._optimizer.grad_scale = None  # type: ignore[attr-defined]
             self._flag(found, found)
             return True
         torch._amp_foreach_non_finite_check_and_unscale_(values, found, self._one)
@@ -487,6 +487,22 @@ class TrainStep:
             found.zero_()
             return False
         return True
+
+    def _step_where_good(self, flag: Flag) -> None:
+        """Have the kernels leave the update out where its flag says so, which stays on the device; those that take
+        sparse gradients know of no flag, and there it is read."""
+        optimizer: Any = self._optimizer
+        if self._odd:
+            if flag.bad.item():
+                optimizer._opt_called = True  # torch's schedulers ask for it
+            else:
+                optimizer.step()
+            return
+        optimizer.found_inf, optimizer.grad_scale = flag.bad, None
+        try:
+            optimizer.step()
+        finally:  # it is the user's, who may step it by himself after the fit
+            del optimizer.found_inf, optimizer.grad_scale
 
     def _refuse(self, report: Report) -> None:
         """Not make this update: leave all as it was, and say so."""

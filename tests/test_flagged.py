@@ -22,7 +22,7 @@ from streamtrain.errors import EnvironmentProblem, NonFiniteError, UserCodeError
 from streamtrain.outcome import Compute, supervised
 from streamtrain.step import TrainStep
 from tests.engine import network, same
-from tests.test_step import Hand, batches, burst, made
+from tests.test_step import Hand, Looked, batches, burst, made
 
 BAD = 3
 """Number of the batch whose loss is no number."""
@@ -345,3 +345,35 @@ def test_a_model_in_bfloat16_trains_where_the_device_checks_none_and_what_is_not
     )
     cudas_check(monkeypatch)
     assert same(trained(narrow(6), None if where == "nowhere" else 8 * BAD), expected)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_kernels_that_take_sparse_gradients_and_know_of_no_flag_leave_out_what_it_tells(bad: bool) -> None:
+    outcomes = []
+    for late in (True, False):
+        model = Looked()
+        inner = supervised(model, nn.MSELoss())
+
+        def compute(batch: Batch, inner: Compute = inner) -> Any:
+            outcome = inner(batch)
+            return outcome._replace(loss=outcome.loss * (float("nan") if bad and batch.epoch == 2 else 1.0))
+
+        step = made(model, compute, optimizer={"name": "sgd", "lr": 0.1}, skip=True)
+        step._kernel_skips = late
+        indices = torch.randint(0, 10, (4, 8, 3), generator=torch.Generator().manual_seed(1))
+        report = burst(step, Hand([Batch(rows, torch.ones(8, 1), epoch=at) for at, rows in enumerate(indices)]))
+        assert (report.error, report.updates, report.skipped) == (None, 4, int(bad))
+        outcomes.append([weight.tolist() for weight in model.parameters()])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_an_optimizer_that_is_stepped_by_hand_after_a_bad_update_makes_it() -> None:
+    """The flag is the fit's own: left on the optimizer, it has every later step left out in silence."""
+    model = network(dropout=0.0)
+    step = flagged(model)
+    assert isinstance(burst(step, Hand(batches(6))).error, NonFiniteError)
+    before, batch = copy.deepcopy(model), batches(1)[0]
+    nn.MSELoss()(model(batch.inputs), batch.targets).backward()
+    step._optimizer.step()
+    assert not torch.equal(model[0].weight, before[0].weight)  # type: ignore[index]
+    assert not hasattr(step._optimizer, "grad_scale")  # a GradScaler of the user's would multiply it
