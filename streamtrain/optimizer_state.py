@@ -41,7 +41,25 @@ def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
     """Take back what `state_by_name` gave. Raises CheckpointError where groups hold other parameters."""
-    optimizer.load_state_dict(loadable(optimizer, model, saved))
+    given = loadable(optimizer, model, saved)
+    optimizer.load_state_dict(given)
+    if given is saved:
+        return
+    for group, here in zip(optimizer.param_groups, given["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], here["params"], strict=True):
+            _as_saved(optimizer.state.get(parameter), given["state"].get(number))
+
+
+def _as_saved(now: Any, saved: Any) -> Any:
+    """What was loaded, with the dtypes that were saved: torch gives all of a parameter's state the parameter's own, in
+    silence, so that sums in float64 beside float32, or in float32 beside bfloat16, and whole numbers are others."""
+    if type(now) is type(saved) is torch.Tensor:
+        return now if now.dtype == saved.dtype else saved.to(now.device, copy=True)
+    if isinstance(now, dict) and isinstance(saved, dict):
+        now.update({key: _as_saved(now[key], value) for key, value in saved.items() if key in now})
+    elif type(now) is type(saved) and type(now) in (list, tuple) and len(now) == len(saved):
+        return type(now)(map(_as_saved, now, saved))
+    return now
 
 
 def loadable(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:

@@ -311,6 +311,56 @@ def test_the_state_finds_its_parameter_whatever_their_order_is() -> None:
         assert equal(trained(one, first), trained(other, second))
 
 
+class Sums(torch.optim.Optimizer):
+    """Keeps what is not of its parameters' dtype: finer sums, counts, a mask, and those of before in a list."""
+
+    def __init__(self, parameters: Any, finer: torch.dtype) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+        self.finer = finer
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            state, gradient = self.state[parameter], parameter.grad.to(self.finer)
+            if not state:
+                state["sums"] = {"all": torch.zeros_like(gradient)}
+                state["count"], state["above"] = torch.tensor(0), gradient > 0
+                state["before"] = [gradient.clone(), (gradient.clone(),)]
+            state["sums"]["all"].mul_(0.9).add_(gradient)
+            state["count"] += 1
+            state["above"] |= state["before"][0] > gradient
+            state["before"] = [state["before"][1][0].clone(), (gradient.clone(),)]
+            sums = torch.where(state["above"], state["sums"]["all"], state["before"][0]) / state["count"]
+            parameter.sub_((0.01 * sums).to(parameter.dtype))
+
+
+@pytest.mark.parametrize(
+    ("own", "finer"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=lambda d: str(d)[6:]
+)
+def test_a_state_that_is_not_of_its_parameters_dtype_is_taken_up_as_it_was(
+    own: torch.dtype, finer: torch.dtype
+) -> None:
+    def trained(on: nn.Module, optimizer: Any) -> list[Any]:
+        for number in range(1, 4):
+            for parameter in on.parameters():
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter.grad = noise.to(own)
+            optimizer.step()
+        states = [value for each in state_by_name(optimizer, on)["state"].values() for value in encode(each)[1].items()]
+        return [*on.state_dict().values(), *(value for pair in states for value in pair)]
+
+    one, other = (nn.Linear(3, 4).to(own) for _ in range(2))
+    first, second = Sums(one.parameters(), finer), Sums(other.parameters(), finer)
+    trained(one, first)
+    other.load_state_dict(one.state_dict())
+    json_like, tensors = encode(state_by_name(first, one))
+    load_by_name(second, other, decode(json_like, {name: tensor.clone() for name, tensor in tensors.items()}))
+    for mine, theirs in zip(trained(one, first), trained(other, second), strict=True):
+        assert (
+            mine == theirs if isinstance(mine, str) else (mine.dtype, mine.tolist()) == (theirs.dtype, theirs.tolist())
+        )
+
+
 class Halves(torch.Tensor):
     """A tensor that consists of others, as the states of low-precision optimizers do."""
 
