@@ -37,7 +37,7 @@ class _Row:
         progress = life.progress
         self.epoch, self.batches, self.samples, self.until = progress.epoch, progress.batch, progress.samples, until
         self.begun = self.over = False
-        """A burst has begun; no further one does, which either side may say."""
+        """A burst has begun; no further one does, which either side may say, and neither takes back."""
         self._since = time.perf_counter() - progress.time
 
     @property
@@ -169,7 +169,8 @@ class Driver:
         row = self._row
         assert row is not None
         report = self._untold.popleft() if self._untold else await self._next()
-        row.over = row.over or wanted()
+        if wanted():  # nothing but True is ever written: the train thread may have, while this was asked
+            row.over = True
         while len(self._flying) < 2 and not row.over:
             self._hand_over(row)
         return report
@@ -180,7 +181,8 @@ class Driver:
 
         def job() -> Report | None:
             try:
-                row.over = row.over or (row.begun and self._door.pending)
+                if row.begun and self._door.pending:
+                    row.over = True
                 return None if row.over else self._made(batches, row)
             except BaseException:
                 row.over = True
@@ -215,15 +217,15 @@ class Driver:
             step.seconds = seconds  # compiling took the time
         report.waited = batches.waited - waited
         row.batches, row.samples = row.batches + report.batches, row.samples + report.samples
-        row.over = (
-            row.over
-            or report.error is not None
+        if (
+            report.error is not None
             or not report.updates
             or step.step == row.until
             or step.partial
             or not batches.ready
             or batches.finished_nowait()
-        )
+        ):
+            row.over = True
         return report
 
     def _batches_of(self, updates: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.data.iterable import IterableStream, from_iterable
 from streamtrain.driving import Driver
 from streamtrain.events import BatchEnd, Log
+from streamtrain.loop import Wheel
 from streamtrain.supply import Pumped
 from streamtrain.tally import Report
 from streamtrain.telling import Teller
@@ -221,3 +223,23 @@ def test_a_step_is_told_where_it_stands_however_many_bursts_are_not_told_yet() -
     fitted = Trainer(network(), loss, optimizer="adamw", lr=1e-3, seed=7, device="cpu")
     asyncio.run(fitted.fit(pulled(), max_steps=1000))
     assert told == [(step, step, 8 * step) for step in range(1000)]
+
+
+@pytest.mark.parametrize("most", [40, 200])
+def test_what_ends_a_burst_ends_what_follows_though_the_loop_is_just_asking_what_it_wants(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The train thread says so between the loop's look at it and the loop's own word, which was written over it."""
+    asked = Wheel._wanted
+
+    def slowly(wheel: Wheel) -> bool:
+        said, through = asked(wheel), threading.Event()
+        wheel._thread.submit(through.set)  # behind the bursts that are under way
+        bound = time.monotonic() + BOUND
+        while not through.is_set() and time.monotonic() < bound:
+            os.sched_yield()
+        return said
+
+    monkeypatch.setattr(Wheel, "_wanted", slowly)
+    result = asyncio.run(trainer(network()).fit(pulled(), max_steps=most))
+    assert result.step == most
