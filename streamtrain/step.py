@@ -110,6 +110,8 @@ class TrainStep:
         self._before = 0, 0
         """Batches of the epoch and samples of the run before the burst."""
         self._move, self._door, self._device = move, door, device
+        self._behind = device.type == "cuda"
+        """Updates are queued faster than they are made: how long they take is known once the burst's end is read."""
         self._moves, self._graphs = moves or device.type != "cpu", graphs
         self._skip, self._log_every = skip, log_every
         self._average, self._rollback = average, rollback
@@ -195,7 +197,10 @@ class TrainStep:
                     self._update(report, epoch)
                     if report.updates == updates or self._door.pending or (self._flags and self._wants_flags()):
                         break
-                    if time.perf_counter() - report.began + before / 2 >= seconds:
+                    spent = time.perf_counter() - report.began
+                    if self._behind:
+                        spent = max(spent, report.updates * before)
+                    if spent + before / 2 >= seconds:
                         break  # one more would end further from them than this one has
             except BaseException as error:  # a user's sys.exit() too: it must not end the host's loop
                 report.error = no_loss(error, self._loss) or explained(error, self._batch, f"step {self.step + 1}")
@@ -206,8 +211,10 @@ class TrainStep:
                 except Exception:  # all the rest of it is done, and what the user gets is the error
                     logger.exception("dropping the gradients after the error failed")
             self._batch = self._loss = self._running = None
-            report.seconds = time.perf_counter() - report.began
-            self._read(report)
+            try:
+                self._read(report)
+            finally:
+                report.seconds = time.perf_counter() - report.began
         except BaseException as error:  # the device itself has failed: nobody knows what it holds
             self.torn = True
             report.error = report.error or explained(error, None, f"step {self.step + 1}")

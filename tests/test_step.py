@@ -89,6 +89,30 @@ def test_a_burst_ends_as_near_to_its_time_as_whole_updates_can(
     assert step.run(hand, updates=None, seconds=20.0, epoch=0, remaining=None).updates == updates
 
 
+@pytest.mark.parametrize(("each", "updates"), [(1, 20), (7, 3), (8, 2), (10.5, 2), (13, 2), (14, 1), (300, 1)])
+def test_so_does_one_whose_device_is_behind_and_waited_for_at_its_end(
+    each: float, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates are queued in no time: a burst as long as they are queued would keep a stop waiting for minutes."""
+    model, clock, done = network(), [0.0], [0.0]
+    inner = supervised(model, nn.MSELoss())
+
+    def compute(batch: Batch) -> Any:
+        clock[0] += 0.01
+        done[0] = max(clock[0], done[0]) + each
+        return inner(batch)
+
+    def read(*_: Any) -> None:
+        clock[0] = max(clock[0], done[0])
+
+    monkeypatch.setattr("streamtrain.step.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    step, hand = made(model, compute), Hand(batches(60))
+    step._behind = True
+    monkeypatch.setattr(step.tally, "read", read)
+    step.run(hand, updates=1, seconds=20.0, epoch=0, remaining=None)
+    assert step.run(hand, updates=None, seconds=20.0, epoch=0, remaining=None).updates == updates
+
+
 def test_a_burst_ends_after_the_update_during_which_somebody_knocked() -> None:
     door = Control()
     model = network()
