@@ -40,6 +40,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise EnvironmentProblem(f"device {str(device)!r}: there are {count} GPUs, numbered from 0")
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # a random state that is captured before has none of its own
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
     return device

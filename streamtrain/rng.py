@@ -55,7 +55,10 @@ def seeded(seed: int) -> RngState:
     """The states after seeding each generator with `seed`, leaving the current ones as they are."""
     before = capture()
     try:
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed devices whose states are not captured here, and CUDA for its first user.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         return capture()

@@ -91,3 +91,13 @@ def test_a_step_may_draw_from_the_generators_of_the_cpu_and_of_its_own_gpu(monke
         here, there = generators(torch.device("cuda", number))
         assert here is torch.default_generator
         assert there is own
+
+
+def test_a_gpu_is_in_use_once_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generators are part of no random state before, and a fit of a seed would draw the host's numbers there."""
+    begun: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: begun.append(True))
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert begun == [True]

@@ -63,6 +63,14 @@ def test_seeding_leaves_the_generators_as_they_are() -> None:
     assert draw() == first
 
 
+def test_seeding_is_not_seen_by_whoever_is_the_first_to_use_a_gpu() -> None:
+    """torch keeps the seed of a CUDA that nobody has used yet until somebody does: the host's own stays."""
+    torch.manual_seed(1)
+    before = torch.cuda._lazy_seed_tracker.get_calls()
+    rng.seeded(7)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == before
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**40])
 def test_a_seed_is_a_state(seed: int) -> None:
     one, other = Rng(rng.seeded(seed)), Rng(rng.seeded(seed))
