@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from streamtrain.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE, Contents, Damaged, Verified, bytes_in
-from streamtrain.disk import FOLDER, LOCAL, LOOK, Disk
+from streamtrain.disk import FOLDER, LOCAL, LOOK, Disk, sync_folder
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.state import Snapshot, decode
 
@@ -306,15 +306,6 @@ def _make_folder(folder: Path, disk: Disk) -> None:
     with suppress(FileExistsError):
         disk.mkdir(folder)
     sync_folder(folder.parent, disk)
-
-
-def sync_folder(folder: Path, disk: Disk) -> None:
-    """Have the names in a folder last. Raises OSError."""
-    descriptor = disk.open(folder, FOLDER)
-    try:
-        disk.fsync(descriptor)
-    finally:
-        disk.close(descriptor)
 
 
 def _check_space(folder: Path, needed: int, disk: Disk) -> None:

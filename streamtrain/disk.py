@@ -174,3 +174,12 @@ class LocalDisk:
 
 LOCAL: Disk = LocalDisk()
 """The one disk that is not a test's."""
+
+
+def sync_folder(folder: Path, disk: Disk) -> None:
+    """Have the names in a folder last. Raises OSError."""
+    descriptor = disk.open(folder, FOLDER)
+    try:
+        disk.fsync(descriptor)
+    finally:
+        disk.close(descriptor)

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from streamtrain import checkpoint
-from streamtrain.disk import LOCAL, Disk
+from streamtrain.disk import LOCAL, Disk, sync_folder
 from streamtrain.errors import UNREADABLE, CheckpointError, ConfigError, EnvironmentProblem
 from streamtrain.foreign import refuse_to_go_on
 from streamtrain.refusing import refusing
@@ -174,6 +174,6 @@ def set_newer_aside(checkpoints: Path, path: Path, step: int, *, disk: Disk = LO
     try:
         for name in [name for name in disk.names(folder) if fnmatchcase(name, JOURNALS)]:
             disk.unlink(folder / name)
-        checkpoint.sync_folder(folder, disk)
+        sync_folder(folder, disk)
     except OSError as error:
         raise EnvironmentProblem(f"can't remove the journals of {folder}: {error}") from error

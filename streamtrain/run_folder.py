@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streamtrain.disk import FOLDER, LOCAL, OVER, Disk
+from streamtrain.disk import FOLDER, LOCAL, OVER, Disk, sync_folder
 from streamtrain.errors import UNREADABLE, EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class RunFolder:
                     self._disk.unlink(self.path / name)
 
     def _make(self, folder: Path) -> None:
-        """Make a folder and its missing parents."""
+        """Make a folder and its missing parents, each durable in its own parent, as all that is committed below."""
         try:
             self._disk.mkdir(folder)
         except FileNotFoundError:
@@ -208,6 +208,8 @@ class RunFolder:
         except OSError:  # what refuses a folder that is there differs from one file system to the other
             if not self._is_folder(folder):
                 raise
+            return
+        sync_folder(folder.parent, self._disk)
 
     def _is_folder(self, path: Path) -> bool:
         try:
@@ -232,6 +234,8 @@ class RunFolder:
             finally:
                 self._disk.close(descriptor)
             self._disk.rename(temp, self.path / name)
+            if durable:
+                sync_folder(self.path, self._disk)
         except OSError as error:
             with suppress(OSError):
                 self._disk.unlink(temp)

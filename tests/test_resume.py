@@ -20,7 +20,7 @@ from streamtrain import checkpoint, resume
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.once import Once
-from streamtrain.disk import LOCAL, NEW
+from streamtrain.disk import LOCAL, NEW, sync_folder
 from streamtrain.errors import CheckpointError, EnvironmentProblem
 from streamtrain.events import Log, TrainBegin
 from streamtrain.schedulers import get_lr
@@ -360,7 +360,7 @@ def a_run(*steps: int) -> Reading:
         checkpoint.commit(CHECKPOINTS / f"step-{step}", made, disk=disk)
     for name in (".wandb-lines", "metrics.jsonl"):
         disk.close(disk.open(CHECKPOINTS.parent / name, NEW))
-    checkpoint.sync_folder(CHECKPOINTS.parent, disk)
+    sync_folder(CHECKPOINTS.parent, disk)
     disk.opened.clear()
     disk.bytes.clear()
     return disk

@@ -17,13 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from streamtrain import checkpoint
 from streamtrain.disk import LOCAL, LocalDisk
 from streamtrain.errors import DataError, EnvironmentProblem
 from streamtrain.file_thread import file_thread
 from streamtrain.run_folder import LOCK, RunFolder
+from streamtrain.state import Snapshot
 from streamtrain.status_file import StatusFile
-from tests.disks import RefusingDisk
+from tests.disks import MemoryDisk, RefusingDisk
 
 ROOT = Path(__file__).parents[1]
 HOLDER = textwrap.dedent("""
@@ -232,6 +235,30 @@ def test_whatever_the_disk_refuses_is_said_with_path_and_cause_and_leaves_nothin
     assert len(os.listdir("/proc/self/fd")) == open_before
     with RunFolder(tmp_path / "run"):
         pass
+
+
+def test_a_power_cut_leaves_a_committed_checkpoint_and_all_folders_above_it() -> None:
+    disk = MemoryDisk()
+    folder = RunFolder("/runs/mine/one", disk=disk)
+    folder.lock()
+    snapshot = Snapshot(model={"weight": torch.ones(2)}, optimizer={}, state={"step": 1})
+    checkpoint.commit(folder.checkpoints / "step-000000001", snapshot, disk=disk)
+    images = list(disk.images())
+    found = [checkpoint.newest_valid(folder.checkpoints, disk=MemoryDisk(image)) for image in images]
+    assert images
+    assert [entry and entry.step for entry in found] == [1] * len(images)
+
+
+def test_a_power_cut_leaves_the_error_and_the_configuration() -> None:
+    disk = MemoryDisk()
+    folder = RunFolder("/one", disk=disk)
+    folder.lock()
+    folder.write_config("seed = 1")
+    folder.write_error(DataError("gone"))
+    images = list(disk.images())
+    assert images
+    for image in images:
+        assert {"config.toml", "error.json"} <= set(MemoryDisk(image).names(folder.path))
 
 
 def test_files_are_replaced_whole(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def on(disk: Disk, run: Path, recorder: Recorder) -> Trainer:
 
 async def test_a_failed_save_is_told_and_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     recorder = Recorder()
+    (tmp_path / "b").mkdir()  # else the first sync is that of its name
     quiet, hit = on(LOCAL, tmp_path / "a", Recorder()), on(Failing(syncs=1), tmp_path / "b", recorder)
     await quiet.fit(Samples(), max_epochs=2)
     result = await hit.fit(Samples(), max_epochs=2)
