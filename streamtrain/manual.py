@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from streamtrain.blame import non_finite
 from streamtrain.data.batch import Batch
 from streamtrain.errors import ConfigError
+from streamtrain.flagged import LOWEST
 from streamtrain.outcome import Compute, Outcome
 from streamtrain.several_optimizers import Optimizers
 from streamtrain.step import Source, TrainStep
@@ -101,7 +102,10 @@ class ManualStep(TrainStep):
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, *arguments: Any, updates: ManualUpdates, **more: Any):
         super().__init__(model, optimizer, *arguments, **more)
-        self._members, self._epoch, self._made, self._refused = optimizer.members, 0, 0, 0
+        self._members, self._epoch = optimizer.members, 0
+        self._made = self._refused = self._overflowed = 0
+        self._unscaled_since: set[str] = set()
+        """The optimizers whose gradients were unscaled since fp16's scale was last changed."""
         self._kernel_skips = self._told = False
         self._updates, updates.step = updates, self
 
@@ -118,7 +122,7 @@ class ManualStep(TrainStep):
         samples = len(batch)
         if not samples:
             return
-        self._made = self._refused = 0
+        self._made = self._refused = self._overflowed = 0
         if self._rated:
             since = time.perf_counter() - self._began
             self.lr.before_update(self.step, self._epoch, self._samples, self._elapsed + since)
@@ -156,19 +160,28 @@ class ManualStep(TrainStep):
         if name not in self._members:
             known = ", ".join(map(repr, self._members))
             raise ConfigError(f"manual_update: there is no optimizer {name!r}", hint=f"There are: {known}.")
-        optimizer = self._members[name]
         self._zero_grad()
+        if name in self._unscaled_since:  # a second time in this step
+            self._change_scale()
         with torch.autocast(self._device.type, enabled=False):
             (loss if self.scaler is None else self.scaler.scale(loss)).backward(**backward)  # type: ignore[no-untyped-call]
-            made = self._stepped(optimizer, loss)
+            made = self._stepped(name, loss)
         self._zero_grad()
         return made
 
-    def _stepped(self, optimizer: Optimizer, loss: Tensor) -> bool:
+    def _change_scale(self) -> None:
+        """As its last gradients tell; torch takes those of each optimizer once between two times."""
+        if self.scaler is not None and self._unscaled_since:
+            self.scaler.update()
+            self._unscaled_since.clear()
+
+    def _stepped(self, name: str, loss: Tensor) -> bool:
+        optimizer = self._members[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [gradient for p in parameters if (gradient := p.grad) is not None]
         if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+            if not self._scaled_well(self.scaler, name, loss):
+                return False
         elif not self._looked_at([*gradients, loss.detach()]):
             return self._refused_one(loss)
         if self._clip_value is not None:
@@ -183,8 +196,25 @@ class ManualStep(TrainStep):
             self.scaler.step(optimizer)
         return True
 
-    def _refused_one(self, loss: Tensor) -> bool:
-        problem = non_finite(self._batch, [self._batch and self._batch.index], [float(loss.detach())], self.step + 1)
+    def _scaled_well(self, scaler: torch.amp.GradScaler, name: str, loss: Tensor) -> bool:
+        """Have the gradients of one optimizer without fp16's scale; whether its update may be made. Where they overflow
+        it is left out, and the next scale is a smaller one, down to where that can't be the scale's fault."""
+        if not math.isfinite(loss.item()):
+            return self._refused_one(loss)
+        optimizer = self._members[name]
+        scaler.unscale_(optimizer)
+        self._unscaled_since.add(name)
+        if not any(found.item() for found in scaler._found_inf_per_device(optimizer).values()):
+            return True
+        scale = float(scaler.get_scale())
+        if scale <= LOWEST and not self._skip:
+            return self._refused_one(loss, scale)
+        self._overflowed += 1
+        return False
+
+    def _refused_one(self, loss: Tensor, scale: float | None = None) -> bool:
+        index = [self._batch and self._batch.index]
+        problem = non_finite(self._batch, index, [float(loss.detach())], self.step + 1, scale=scale)
         if not self._skip:
             raise problem
         logger.warning("%s; the update is skipped", problem)
@@ -193,10 +223,10 @@ class ManualStep(TrainStep):
 
     def _update(self, report: Report, epoch: int) -> None:
         """The end of a step: what all its updates have in common."""
-        if self.scaler is not None and self._made:
-            self.scaler.update()
+        self._change_scale()
         if self._refused:
             self._statistics.give_back()  # not earlier: a graph of the same batch may need them as they are
+        if self._refused or self._overflowed:
             report.skipped += 1
             self.skipped += 1
         if self._average is not None and self._made:

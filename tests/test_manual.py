@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +394,79 @@ async def test_sparse_and_complex_gradients_are_those_of_the_bare_loop() -> None
             optimizer.step()
             optimizer.zero_grad()
     assert same(fitted.model, bare)
+
+
+def half(step: Any, **options: Any) -> Trainer:
+    """In fp16 on the CPU, where nobody would want it: the scale of its losses is the same as on a GPU."""
+    made = Trainer(Pair(), step=step, optimizer=OPTIMIZERS, seed=5, device="cpu", **options)
+    made._parts.options = replace(made._parts.options, precision="16")
+    return made
+
+
+async def test_in_fp16_an_optimizer_may_be_stepped_several_times_for_a_batch_as_in_the_bare_loop() -> None:
+    told: list[bool] = []
+
+    def step(model: Any, batch: Batch, update: Any) -> None:
+        loss, _ = losses(model, batch.inputs, batch.targets)
+        told.append(update(loss, "disc"))
+        loss, fake = losses(model, batch.inputs, batch.targets)
+        told.extend((update(loss, "disc"), update(fooled(model, fake), "gen")))
+
+    fitted = half(step)
+    await fitted.fit(Samples(), max_epochs=1)
+    model: Any = Pair()
+    gen = torch.optim.Adam(model.gen.parameters(), lr=1e-3, betas=(0.5, 0.9), fused=True)
+    disc = torch.optim.SGD(model.disc.parameters(), lr=0.05, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    made: list[bool] = []
+
+    def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        with torch.autocast("cpu", enabled=False):
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
+            made.append(not any(map(float, scaler._found_inf_per_device(optimizer).values())))
+            scaler.step(optimizer)
+        model.zero_grad()
+
+    torch.manual_seed(5)
+    for batch in Samples().batches(0):
+        with torch.autocast("cpu", torch.float16):
+            loss, _ = losses(model, batch.inputs, batch.targets)
+            update(disc, loss)
+            scaler.update()
+            loss, fake = losses(model, batch.inputs, batch.targets)
+            update(disc, loss)
+            update(gen, fooled(model, fake))
+        scaler.update()
+    assert same(fitted.model, model)
+    assert told == made
+    assert set(told) == {True, False}  # the first scale is too large
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+async def test_in_fp16_what_is_never_finite_ends_the_run(what: str) -> None:
+    """Its updates were left out one after the other, and nothing was said."""
+
+    def step(model: Any, batch: Batch, update: Any) -> None:
+        loss, fake = losses(model, batch.inputs, batch.targets)
+        update(loss, "disc")
+        fooling = fooled(model, fake)
+        if what == "gradient":
+            fooling.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
+        update(fooling * float("nan") if what == "loss" else fooling, "gen")
+
+    with pytest.raises(NonFiniteError, match="the loss is nan" if what == "loss" else "the loss's scale is down to"):
+        await half(step).fit(Samples(), max_epochs=5)
+
+
+async def test_in_fp16_an_update_that_is_skipped_is_one_optimizers(caplog: pytest.LogCaptureFixture) -> None:
+    def step(model: Any, batch: Batch, update: Any) -> None:
+        loss, fake = losses(model, batch.inputs, batch.targets)
+        assert not update(loss * float("nan"), "disc")
+        update(fooled(model, fake), "gen")
+
+    fitted = half(step, nonfinite="skip")
+    await fitted.fit(Samples(), max_epochs=1)
+    assert same(fitted.model.get_submodule("disc"), Pair().disc)
+    assert not same(fitted.model.get_submodule("gen"), Pair().gen)
+    assert caplog.text.count("the update is skipped") == 13
