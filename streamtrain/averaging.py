@@ -33,6 +33,9 @@ class Average:
         self._names = [name for name, _ in named]
         self._weights: list[Tensor] = [parameter for _, parameter in named]
         self._average: list[Tensor] = []
+        self._begun: Tensor | None = None
+        """0-d, bool, on the device: whether an update that it was taken over was made; None: one was, or there is no
+        average yet."""
 
     @property
     def bytes(self) -> int:
@@ -42,16 +45,26 @@ class Average:
     @torch.no_grad()
     def update(self, refused: Tensor | None = None) -> None:
         """Take in the weights of the update that was just made; where `refused` (0-d, on the device) is not 0 there was
-        none, and the average stays as it is."""
+        none, and the average stays as it is: `leave_out` is told, once that is known."""
         self.updates += 1
+        made = None if refused is None else refused == 0
         if not self._average:
-            self._average = [weight.detach().clone() for weight in self._weights]
-        elif refused is None:
+            self._average, self._begun = [weight.detach().clone() for weight in self._weights], made
+        elif made is None:
             torch._foreach_lerp_(self._average, self._weights, 1 - self.decay)
         else:
-            share = (1 - self.decay) * (refused == 0)
+            share = (1 - self.decay) * made
+            if self._begun is not None:  # the first that is made gives all
+                share, self._begun = torch.where(self._begun, share, made.to(share.dtype)), self._begun | made
             shares: Any = [share.to(weight.dtype) for weight in self._weights]
             torch._foreach_lerp_(self._average, self._weights, shares)
+
+    def leave_out(self, updates: int) -> None:
+        """So many of those that it was taken over were not made; where none was, there is no average yet."""
+        self.updates -= updates
+        self._begun = None
+        if not self.updates:
+            self._average = []
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -101,6 +114,6 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take back what `state_dict` gave; None: begin with the next update."""
         saved: Mapping[str, Tensor] = {} if state is None else state["weights"]
-        self.updates = 0 if state is None else int(state["updates"])
+        self.updates, self._begun = 0 if state is None else int(state["updates"]), None
         pairs = zip(self._names, self._weights, strict=True)
         self._average = [torch.empty_like(weight).copy_(saved[name]) for name, weight in pairs] if saved else []

@@ -550,6 +550,8 @@ class TrainStep:
             bad = [*bad[:-1], True]
         self.tally.leave_out_norms(ends[at] - 1 for at, out in enumerate(left_out) if out)
         report.skipped = sum(left_out)
+        if self._average is not None:
+            self._average.leave_out(report.skipped)
         if True in bad:
             first = bad.index(True)
             losses = [float(loss) for loss in self.tally.losses[flags[first].place : ends[first]]]

@@ -107,6 +107,24 @@ def test_a_skipped_update_is_no_part_of_the_means() -> None:
     assert all(torch.equal(weights[name], weight) for name, weight in without_it().named_parameters())
 
 
+@pytest.mark.parametrize("bad", [(1,), (1, 2), (1, 2, 3, 4), (3,), (1, 4)], ids=str)
+@pytest.mark.parametrize("cut", [1, 3, None])
+def test_the_average_begins_with_the_first_update_that_is_made(bad: tuple[int, ...], cut: int | None) -> None:
+    """Not with the weights that the model began with, though nobody knows yet that an update was left out."""
+    outcomes = []
+    for late in (True, False):
+        model = network(dropout=0.0)
+        average = Average(model, 0.9)
+        step = flagged(model, *bad, average=average, skip=True)
+        step._kernel_skips = late
+        hand = Hand(batches(4))
+        burst(step, hand, cut)
+        burst(step, hand)
+        state = average.state_dict()
+        outcomes.append([state["updates"], {name: weight.tolist() for name, weight in state["weights"].items()}])
+    assert outcomes[0] == outcomes[1]
+
+
 def test_a_rollback_is_made_at_the_end_of_the_burst(caplog: pytest.LogCaptureFixture) -> None:
     """The updates after the bad one were not made: they are given up with those before it."""
     model = network(dropout=0.0)
