@@ -43,6 +43,7 @@ from streamtrain.saving import Saver
 from streamtrain.state import Snapshot
 from streamtrain.status_file import StatusFile
 from streamtrain.streams import behind, serves_one_epoch
+from streamtrain.switching import Switch
 from streamtrain.telling import Teller
 from streamtrain.threads import TrainThread, train_thread
 from streamtrain.watchdog import Busy, Watchdog
@@ -226,7 +227,7 @@ class Fit:
                 raise
             finally:
                 if life.switch is not None and not self._gone.done():
-                    await thread.run(life.switch.judge)
+                    await _judged(life.switch, thread)
                 if self._saver is not None:
                     await self._saver.end()
                     run.checkpoint = self._saver.last or run.checkpoint
@@ -373,6 +374,14 @@ def busy(thread: TrainThread, bus: Bus, saver: Saver | None, driver: Driver) -> 
         yield Busy(f"the save of step {saver.step}", saver.since, thread="streamtrain-files-0")
     if driver.waiting is not None:
         yield Busy("the next batch of the training stream", driver.waiting, task="streamtrain-supply")
+
+
+async def _judged(switch: Switch, thread: TrainThread) -> None:
+    """Have the model with the weights to be judged by; where an error keeps it from that, the user gets the first."""
+    try:
+        await thread.run(switch.judge)
+    except Exception:
+        logger.exception("the model is left with the weights to learn with: the optimizer's eval() failed")
 
 
 async def _unlock(files: Files, folder: RunFolder) -> None:

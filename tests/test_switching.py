@@ -15,6 +15,7 @@ from streamtrain import checkpoint
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.early_stopping import EarlyStopping
+from streamtrain.errors import UserCodeError
 from streamtrain.events import TrainEnd, ValidationEnd
 from streamtrain.switching import Switch, switch_of
 from streamtrain.trainer import Trainer
@@ -186,3 +187,24 @@ def test_there_and_back_is_exact() -> None:
 def test_an_optimizer_without_the_two_has_no_switch() -> None:
     model = nn.Linear(2, 2)
     assert switch_of(model, torch.optim.SGD(model.parameters())) is None
+
+
+async def test_an_optimizer_that_can_t_turn_back_after_its_error_hides_neither_that_nor_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Breaks(TwoFaced):
+        def eval(self) -> None:
+            if self.param_groups[0]["k"] > 20:
+                raise RuntimeError("nothing to turn to")
+            super().eval()
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            if self.param_groups[0]["k"] > 20:
+                raise RuntimeError("half way")
+
+    fitted = trainer(optimizer=Breaks, run_dir=tmp_path, callbacks=[ModelCheckpoint(every="15steps")])
+    with pytest.raises(UserCodeError, match="half way"):
+        await fitted.fit(Samples(), max_epochs=3)
+    assert "nothing to turn to" in caplog.text
+    assert fitted.checkpoint == tmp_path / "checkpoints" / "step-000000015"
