@@ -73,13 +73,18 @@ def _without_rates(settings: Mapping[str, Any]) -> dict[str, Any]:
 def habits(device: torch.device, **given: Any) -> dict[str, Any]:
     """What may change between two lives, but is said."""
     return {
-        "device": device.type,
+        "device": _named(device),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "streamtrain": streamtrain.__version__,
         **given,
     }
+
+
+def _named(device: torch.device) -> str:
+    """With the number and the make of a GPU: another make rounds otherwise, another number has another generator."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def other_rate(optimizer: Optimizer, lr: LearningRate, settings: Mapping[str, Any], factor: float) -> None:

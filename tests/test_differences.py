@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain.differences import check_weights, model_differences, other_rate, rate_change, refuse
+from streamtrain.differences import (
+    check_weights,
+    differences,
+    habits,
+    model_differences,
+    other_rate,
+    rate_change,
+    refuse,
+)
 from streamtrain.errors import CheckpointError
 from streamtrain.schedulers import FixedLearningRate, get_lr
 
@@ -76,3 +84,12 @@ def test_of_many_differences_the_first_dozen_are_told_and_how_many_more_there_ar
     with pytest.raises(CheckpointError) as caught:
         refuse([*told, "d13"], tmp_path)
     assert str(caught.value).endswith("d10; d11; and 2 more")
+
+
+def test_another_gpu_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another make rounds otherwise, and a random state is one of each number."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ["A100", "A100", "H100"][device.index])
+    one, other, newer = (habits(torch.device("cuda", number)) for number in range(3))
+    assert list(differences(one, other)) == ["device: 'cuda:0 (A100)' -> 'cuda:1 (A100)'"]
+    assert list(differences(other, newer)) == ["device: 'cuda:1 (A100)' -> 'cuda:2 (H100)'"]
+    assert habits(torch.device("cpu"))["device"] == "cpu"
