@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -93,3 +94,28 @@ def generators(device: torch.device) -> list[torch.Generator]:
     if device.type == "cuda":
         here.append(torch.cuda.default_generators[device.index or 0])
     return here
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Have torch take deterministic kernels alone, and put back what was chosen before."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+CUBLAS, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""The environment variable without which torch refuses each matrix product on CUDA under deterministic kernels, and
+the values that do."""
+
+
+def check_deterministic(device: torch.device) -> None:
+    """Raise EnvironmentProblem if this process can't have deterministic kernels there: the first layer would."""
+    if device.type == "cuda" and os.environ.get(CUBLAS) not in WORKSPACES:
+        raise EnvironmentProblem(
+            f"deterministic on {device}: cuBLAS is deterministic only with {CUBLAS} in the environment",
+            hint=f"Start the process with {CUBLAS}={WORKSPACES[0]}, or leave deterministic out.",
+        )

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from streamtrain import own_rng
 from streamtrain.blame import exhausted
 from streamtrain.data.batch import Batch
+from streamtrain.device import deterministic_kernels
 from streamtrain.errors import EnvironmentProblem
 from streamtrain.evaluation import BURST
 from streamtrain.life import Life
@@ -62,7 +63,7 @@ class Driver:
         assert life.stream is not None
         self._door = door
         self._life, self._plan, self._thread, self._stream = life, plan, thread, life.stream
-        self._kernels = _deterministic if deterministic else contextlib.nullcontext
+        self._kernels = deterministic_kernels if deterministic else contextlib.nullcontext
         self.gone = gone
         """Settled once nobody is to wait any more for a burst that does not return."""
         self._row: _Row | None = None
@@ -302,14 +303,3 @@ class Driver:
         """Seconds for which the steps waited for data since this was last asked."""
         waited, self.waited = self.waited, 0.0
         return waited
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Have torch take deterministic kernels alone, and put back what was chosen before."""
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)

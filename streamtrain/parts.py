@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.budget import format_bytes
 from streamtrain.data.iterable import IterableStream
 from streamtrain.data.source import Stream
+from streamtrain.device import deterministic_kernels
 from streamtrain.differences import check_weights, habits, other_rate, schedule_name, settings
 from streamtrain.errors import CheckpointError, ConfigError, DataError
 from streamtrain.evaluation import evaluating
@@ -188,11 +189,17 @@ class Parts:
         self.objective.set_loss(loss)
         self.evaluator = self.objective.evaluator(self._judged)
 
-    def _judged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
         """Within it the model has the weights that count; a switch leaves them there until the next update."""
         if self.switch is not None:
             self.switch.judge()
-        return nullcontext() if self.average is None else self.average.swapped_in()
+        with ExitStack() as stack:
+            if self.options.deterministic:
+                stack.enter_context(deterministic_kernels())
+            if self.average is not None:
+                stack.enter_context(self.average.swapped_in())
+            yield
 
     # --- before the first update ---
 

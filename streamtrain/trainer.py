@@ -29,7 +29,7 @@ from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
 from streamtrain.data.handing import loop_runs
 from streamtrain.data.iterable import as_stream
-from streamtrain.device import resolve_device
+from streamtrain.device import check_deterministic, resolve_device
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.evaluation import Evaluator
 from streamtrain.file_thread import file_thread
@@ -187,6 +187,8 @@ class Trainer:
         )
         if options.precision == "16" and options.device.type == "cpu":
             raise ConfigError("precision '16' needs a CUDA device", hint="On the CPU use 'bf16' or '32'.")
+        if options.deterministic:
+            check_deterministic(options.device)
         folder = place(run_dir, "run_dir")
         self.run_dir = None if options.dev else folder
         """The run's folder; None where nothing is written."""

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from streamtrain.data.batch import Batch, Cursor
-from streamtrain.device import generators, mover, resolve_device
+from streamtrain.device import CUBLAS, check_deterministic, generators, mover, resolve_device
 from streamtrain.errors import ConfigError, EnvironmentProblem, UserCodeError
+from streamtrain.trainer import Trainer
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -101,3 +103,20 @@ def test_a_gpu_is_in_use_once_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "init", lambda: begun.append(True))
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     assert begun == [True]
+
+
+@pytest.mark.parametrize("value", [None, "", ":0:0"])
+def test_deterministic_kernels_on_a_gpu_need_an_environment_that_the_error_names(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first matrix product raises, in what seems to be the user's model."""
+    monkeypatch.delenv(CUBLAS, raising=False)
+    if value is not None:
+        monkeypatch.setenv(CUBLAS, value)
+    monkeypatch.setattr("streamtrain.trainer.resolve_device", lambda name: torch.device("cuda", 0))
+    with pytest.raises(EnvironmentProblem, match="cuBLAS is deterministic only with CUBLAS_WORKSPACE_CONFIG") as caught:
+        Trainer(nn.Linear(1, 1), nn.MSELoss(), deterministic=True)
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in caught.value.hint
+    check_deterministic(torch.device("cpu"))
+    monkeypatch.setenv(CUBLAS, ":16:8")
+    check_deterministic(torch.device("cuda", 0))

@@ -722,15 +722,18 @@ async def test_nothing_is_left_to_do_in_a_run_that_is_complete(tmp_path: Path) -
     assert result.checkpoint == tmp_path / "checkpoints" / "step-000000026"
 
 
-async def test_deterministic_kernels_are_asked_for_inside_bursts_alone() -> None:
-    seen: list[bool] = []
+async def test_deterministic_kernels_are_asked_for_inside_bursts_alone_those_of_a_validation_too() -> None:
+    """What a validation finds decides on the rate and the end."""
+    seen: set[tuple[bool, bool]] = set()
 
     def step(model: nn.Module, batch: Any) -> Any:
-        seen.append(torch.are_deterministic_algorithms_enabled())
+        seen.add((model.training, torch.are_deterministic_algorithms_enabled()))
         return nn.functional.mse_loss(model(batch.inputs), batch.targets)
 
-    await Trainer(network(), step=step, deterministic=True).fit(Samples())
-    assert all(seen)
+    trainer = Trainer(network(), step=step, deterministic=True)
+    await trainer.fit(Samples(), validation=Samples(24))
+    await trainer.evaluate(Samples(24))
+    assert seen == {(True, True), (False, True)}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
