@@ -88,7 +88,7 @@ class Rates:
         self._lr, self._optimizer = lr, optimizer
         self._state = copy.deepcopy(lr.state_dict())
         self._groups = [
-            {key: copy.copy(group[key]) for key in SCHEDULED if key in group} for group in optimizer.param_groups
+            {key: copy.deepcopy(group[key]) for key in SCHEDULED if key in group} for group in optimizer.param_groups
         ]
 
     def count(self, first: int, updates: int, epoch: int, samples: int, seconds: float) -> None:
@@ -96,7 +96,11 @@ class Rates:
         `samples` were trained. Those by time are of the burst's beginning, after `seconds`: nobody knows that one's."""
         self._lr.load_state_dict(self._state)
         for group, before in zip(self._optimizer.param_groups, self._groups, strict=False):
-            group.update(before)
+            for key, value in before.items():
+                if isinstance(value, Tensor):  # a rate that schedules, and compiled kernels, write and read in place
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
         for step in range(first, first + updates):
             self._lr.before_update(step, epoch, samples, seconds)
             self._lr.after_update()

@@ -212,6 +212,22 @@ def test_a_flag_leaves_what_looking_at_once_leaves(
     assert mine[1:] == at_once[1:]
 
 
+@pytest.mark.parametrize("schedule", ["ours", "torch's"])
+def test_a_rate_that_is_a_tensor_is_that_of_the_last_good_step_too(schedule: str) -> None:
+    """It is written in place: what is kept of it has to be a copy."""
+    outcomes = []
+    for late in (True, False):
+        model = network()
+        rate = torch.tensor(1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+        step = made(model, bad_at(model, 7), optimizer=optimizer, scheduler=SCHEDULES[schedule])
+        step._kernel_skips = late
+        assert isinstance(burst(step, Hand(batches(9))).error, NonFiniteError)
+        assert optimizer.param_groups[0]["lr"] is rate
+        outcomes.append(float(rate))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_the_error_names_the_rows_and_the_last_good_step() -> None:
     model, rows = network(), ", ".join(map(str, batches(6)[2].index.tolist()))
     report = burst(flagged(model), Hand(batches(6)))
