@@ -114,7 +114,7 @@ class _Thread:
         self._jobs.put((fn, done))
         return await done
 
-    async def join(self, timeout: float | None) -> bool:
+    async def join(self, timeout: float) -> bool:
         """End after the jobs given so far; False if that did not happen within `timeout` seconds."""
         self._jobs.put(None)
         await asyncio.wait([self._ended], timeout=timeout)
@@ -332,7 +332,7 @@ class _Mailbox:
             self._said.add(what)
             logger.warning(message, *arguments)
 
-    async def join(self, timeout: float | None) -> None:
+    async def join(self, timeout: float) -> None:
         """End the thread; one that hangs in a hook is left behind, and that is said."""
         if self._thread is not None and not await self._thread.join(timeout):
             logger.error("callback %s did not return from a hook; its thread is left behind", self.name)
@@ -483,9 +483,10 @@ class Bus:
         return BusStatistics(tuple(box.statistics() for box in self._boxes))
 
     async def _close(self) -> None:
-        patience, hurried = self._grace, self._deadline is not None
+        loop, patience, hurried = asyncio.get_running_loop(), self._grace, self._deadline is not None
         if self._deadline is not None:
-            patience = max(_LAST_WORDS, self._deadline - asyncio.get_running_loop().time())
+            patience = max(_LAST_WORDS, self._deadline - loop.time())
+        until = loop.time() + patience
         waiting = [asyncio.ensure_future(box.idle()) for box in self._boxes]
         late = (await asyncio.wait(waiting, timeout=patience))[1] if waiting else set()
         if self._timer is not None:
@@ -495,8 +496,9 @@ class Bus:
         for task in [*late, *self._tasks.values()]:
             task.cancel()
         await asyncio.gather(*late, *self._tasks.values(), return_exceptions=True)
-        hanging = late or self._given_up
-        await asyncio.gather(*(box.join((0.1 if hurried else 1.0) if hanging else None) for box in self._boxes))
+        # A hook that was cut off may still run in its thread, though nothing waits for its callback.
+        left = 0.0 if late or self._given_up else until - loop.time()
+        await asyncio.gather(*(box.join(max(left, 0.1 if hurried else _LAST_WORDS)) for box in self._boxes))
 
 
 def _go_on(task: asyncio.Task[Any] | None) -> None:

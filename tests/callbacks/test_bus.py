@@ -348,6 +348,23 @@ async def test_a_thread_that_hangs_is_left_behind_and_that_is_said(caplog: pytes
     callback.gate.set()
 
 
+async def test_so_is_one_whose_hook_was_cut_off_and_goes_on_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    """As where `asyncio.run` cancels every task at its end: nothing waits for the callback, and its thread hangs."""
+    callback = BlockingRecorder()
+
+    async def body() -> None:
+        async with Bus([callback], grace=0.01) as bus:
+            await bus.emit("on_log", Log())
+            await asyncio.to_thread(callback.entered.wait)
+            next(task for task in asyncio.all_tasks() if task.get_name().startswith("streamtrain-callback-")).cancel()
+            raise RuntimeError("the wheel broke")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        await body()
+    assert "left behind" in caplog.text
+    callback.gate.set()
+
+
 async def test_leaving_well_delivers_all_that_was_told() -> None:
     callback = Recorder()
     async with Bus([callback]) as bus:
