@@ -22,7 +22,7 @@ from streamtrain.callbacks.bus import Bus
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Control, Save
 from streamtrain.disk import LOCAL, Disk
-from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.errors import ConfigError, EnvironmentProblem, StreamtrainError
 from streamtrain.evaluation import Stopped
 from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Log, Verdict
 from streamtrain.file_thread import Files
@@ -168,12 +168,20 @@ class Keeper:
             about = {**where, "path": str(saver.path(step)), "error": error, "failures": failures}
             await self._teller.emit("on_checkpoint_failed", CheckpointFailed, **about)
 
-        if path is None and (problem := await saver.lack_of_room(step)) is not None:
+        def given_up(problem: EnvironmentProblem) -> None:
+            if path is not None and done is not None:  # it concerns only whoever asked
+                return done(None, problem)
             self._saved, self._when = self._mark(), time.monotonic()
             return saver.give_up(problem, kind=kind, failed=failed, done=done)
+
+        if path is None and (problem := await saver.lack_of_room(step)) is not None:
+            return given_up(problem)
         coming = [best for best in self._coming if best.step == step and path is None]
         late = await self._settled(_PATIENCE if done is None else _ASKED)
-        snapshot = await self._snapshot(coming, primary=rule.monitor, late=late if done is None else ())
+        try:
+            snapshot = await self._snapshot(coming, primary=rule.monitor, late=late if done is None else ())
+        except EnvironmentProblem as problem:  # there is no memory for it
+            return given_up(problem)
         stall = time.perf_counter() - began
         if path is None:
             self._saved, self._when = self._mark(), time.monotonic()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamtrain import Callback, ModelCheckpoint, Trainer, checkpoint
+from streamtrain import Callback, ModelCheckpoint, Trainer, buffers, checkpoint
 from streamtrain.disk import LOCAL, Disk, LocalDisk
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import CheckpointError, EnvironmentProblem, UserCodeError
@@ -175,6 +175,54 @@ async def test_where_there_is_no_room_no_snapshot_is_taken(tmp_path: Path, monke
         await on(disk, tmp_path, recorder).fit(Samples(), max_epochs=100)
     assert taken == [3]
     assert [event.failures for event in recorder.events("on_checkpoint_failed")] == [1, 2, 3]
+
+
+async def test_a_save_for_whose_snapshot_there_is_no_memory_has_failed_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two times that memory is asked for: before the first snapshot, and for it."""
+    asked: list[int] = []
+    pages = buffers._pages
+
+    def refused(size: int) -> Any:
+        asked.append(size)
+        if len(asked) <= 2:
+            raise MemoryError("no pages")
+        return pages(size)
+
+    monkeypatch.setattr(buffers, "_pages", refused)
+    recorder = Recorder()
+    hit = on(LOCAL, tmp_path, recorder)
+    result = await hit.fit(Samples(), max_epochs=2)
+    (event,) = recorder.events("on_checkpoint_failed")
+    assert (event.step, event.failures, event.kind) == (3, 1, "periodic")
+    assert "no memory for a snapshot" in str(event.error)
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-000000026"
+
+
+async def test_nor_has_one_to_a_place_of_its_own_and_whoever_asked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Asks(Callback):
+        async def on_epoch_end(self, event: Event) -> None:
+            with pytest.raises(EnvironmentProblem) as caught:
+                await fitted.save_checkpoint(tmp_path / "elsewhere")
+            told.append(str(caught.value))
+
+    def refused(size: int) -> Any:
+        raise MemoryError("no pages")
+
+    callbacks = [ModelCheckpoint(every="1000steps"), Asks()]
+    fitted = Trainer(network(), nn.MSELoss(), run_dir=tmp_path / "run", callbacks=callbacks, seed=5, device="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(buffers, "_pages", refused)
+        with pytest.raises(EnvironmentProblem, match="no memory for a snapshot"):  # of the end, which saves
+            await fitted.fit(Samples(), max_epochs=2)
+    assert len(told) == 2
+    assert told[0].startswith("no memory for a snapshot")
+    assert fitted.state.step == 26
 
 
 class Odd(Callback):
