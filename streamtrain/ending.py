@@ -6,7 +6,7 @@ Its law: a cancellation is raised, but later. A native `task.cancel()` may come 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
@@ -28,3 +28,22 @@ async def to_its_end(work: Coroutine[Any, Any, T], name: str) -> T:
     if cancelled is not None:
         raise cancelled
     return result
+
+
+async def going_on(work: Callable[[], Awaitable[T]]) -> T:
+    """`await work()`, begun again whenever this task is cancelled meanwhile: for tasks of ours that nobody is to end
+    but their own work, which `asyncio.run` cancels with all others at its end, while a fit still needs them."""
+    while True:
+        try:
+            return await work()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                raise  # something that it awaits was
+            as_if_not_cancelled(task)
+
+
+def as_if_not_cancelled(task: asyncio.Task[Any] | None) -> None:
+    """Take back all cancellations of a task that goes on."""
+    while task is not None and task.cancelling():
+        task.uncancel()

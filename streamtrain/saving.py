@@ -19,6 +19,7 @@ from streamtrain.buffers import Buffers
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.disk import LOCAL, Disk
+from streamtrain.ending import going_on
 from streamtrain.errors import CheckpointError, EnvironmentProblem, StreamtrainError
 from streamtrain.file_thread import Files
 from streamtrain.grace import PROBE, Forecast, disk_rate
@@ -190,17 +191,23 @@ class Saver:
         done: Done | None,
         complete: Callable[[], Awaitable[None]] | None,
     ) -> None:
-        target, replace = path or self.path(step), path is None
+        target, made = path or self.path(step), list[Committed]()
+
+        def written() -> Committed:
+            if not made:  # else the call before has, whose waiter was cancelled
+                made.append(self._written(target, snapshot, replace=path is None))
+            return made[0]
+
         try:
             if complete is not None:
-                await complete()
-            committed = await self.files(lambda: self._written(target, snapshot, replace=replace))
+                await going_on(complete)
+            committed = await going_on(lambda: self.files(written))
             if path is None:
                 self._failures, self.last, self.committed = 0, committed.path, committed
                 self._verified.add(committed.path.name)
             await told(committed)
             if path is None:
-                await self._prune()
+                await going_on(self._prune)
         except BaseException as error:
             if done is not None:
                 done(None, error)

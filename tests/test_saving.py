@@ -225,6 +225,39 @@ async def test_nor_has_one_to_a_place_of_its_own_and_whoever_asked_is_told(
     assert fitted.state.step == 26
 
 
+class Held(LocalDisk):
+    """Keeps whoever opens the file of this name for the first time until its gate is open."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self.entered, self.gate = name, threading.Event(), threading.Event()
+
+    def open(self, path: Path, flags: int) -> int:
+        if path.name == self._name and not self.entered.is_set():
+            self.entered.set()
+            assert self.gate.wait(60)
+        return super().open(path, flags)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+async def test_a_save_under_way_is_made_and_told_where_every_task_is_cancelled(tmp_path: Path, name: str) -> None:
+    """As by `asyncio.run` at its end. The stream stands still behind the step that is saved: no other save follows."""
+    disk, recorder, stream = Held(name), Recorder(), Samples()
+    stream.gates[24] = asyncio.Event()
+    fitted = on(disk, tmp_path, recorder)
+    fit = asyncio.create_task(fitted.fit(stream, max_epochs=2))
+    await asyncio.to_thread(disk.entered.wait)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    disk.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await fit
+    assert [event.step for event in recorder.events("on_checkpoint")] == [3]
+    assert fitted.checkpoint == tmp_path / "checkpoints" / "step-000000003"
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000003"]
+
+
 class Odd(Callback):
     """Keeps what no checkpoint can."""
 

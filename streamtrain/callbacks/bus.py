@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from streamtrain.callbacks import naming
 from streamtrain.callbacks.base import NEWS, hooks_of
-from streamtrain.ending import to_its_end
+from streamtrain.ending import as_if_not_cancelled, to_its_end
 from streamtrain.errors import EnvironmentProblem, StreamtrainError, UserCodeError, named
 from streamtrain.events import BatchBegin, BatchEnd, Event, Verdict
 from streamtrain.threads import tell
@@ -235,7 +235,7 @@ class _Mailbox:
                 except asyncio.CancelledError:
                     if self._dismissed:
                         raise
-                    _go_on(asyncio.current_task())
+                    as_if_not_cancelled(asyncio.current_task())
         finally:
             self._ended = True
             self._drop(())
@@ -499,9 +499,3 @@ class Bus:
         # A hook that was cut off may still run in its thread, though nothing waits for its callback.
         left = 0.0 if late or self._given_up else until - loop.time()
         await asyncio.gather(*(box.join(max(left, 0.1 if hurried else _LAST_WORDS)) for box in self._boxes))
-
-
-def _go_on(task: asyncio.Task[Any] | None) -> None:
-    """As if it had not been cancelled."""
-    while task is not None and task.cancelling():
-        task.uncancel()
