@@ -5,11 +5,12 @@ The law: what an answer is follows from the shapes alone, one way for all of the
     outputs                              targets          classes
     scores (B, C, *), C > 1              (B, *)           C: the highest score is the answer, of equal ones the first
     logits of any shape, (B,) or (B, 1)  as many, 0 or 1  2: yes where the logit exceeds `threshold`
-    integers or booleans, as targets     integers         answers as they are; of integers `classes=` tells how many
+    integers or booleans, as many        integers         answers as they are; of integers `classes=` tells how many
 
 `ignore_index`: targets of this class are not counted. `nan="ignore"`: those that are NaN are not either, as classes
 of fields with gaps come when they are decoded. An update asks nothing of the device, so that a target that is no class
-is found only when the value is computed: a DataError (the two accuracies count it as answered wrong).
+is found only when the value is computed: a DataError (the two accuracies count it as answered wrong). Scores that are
+NaN are no answer: the accuracies count it as wrong, and the ratios become NaN.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Answers(NamedTuple):
     """What a batch comes to, an element each: answers and targets (N,), and how many classes there are."""
 
     given: Tensor
+    """-1 where the scores are NaN."""
     true: Tensor
     classes: int
     """0 where only the user can know."""
@@ -45,20 +47,31 @@ def answers(who: str, outputs: object, targets: object, threshold: float = 0.0) 
     """Flat answers and targets of one batch. Raises ConfigError where the shapes do not fit together."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         raise no_tensors(who, outputs, targets)
-    outputs = outputs.detach()
-    if not outputs.is_floating_point() and outputs.shape == targets.shape:
+    outputs, targets = outputs.detach(), signed(targets)
+    as_many = outputs.numel() == targets.numel() and outputs.shape[:1] == targets.shape[:1]
+    if as_many and not (outputs.is_floating_point() or outputs.is_complex()):
         yes_or_no = outputs.dtype is torch.bool
-        return Answers(outputs.reshape(-1), targets.reshape(-1), 2 if yes_or_no else 0, yes_or_no)
-    if outputs.ndim >= 2 and outputs.shape[1] > 1:
+        return Answers(signed(outputs).reshape(-1), targets.reshape(-1), 2 if yes_or_no else 0, yes_or_no)
+    if outputs.ndim >= 2 and outputs.shape[1] > 1 and not outputs.is_complex():
         places = outputs.shape[:1] + outputs.shape[2:]
         if targets.shape in (places, (places[0], 1, *places[1:])):
-            return Answers(outputs.argmax(dim=1).reshape(-1), targets.reshape(-1), outputs.shape[1])
-    if outputs.numel() == targets.numel() and outputs.shape[:1] == targets.shape[:1]:
-        return Answers((outputs > threshold).reshape(-1), targets.reshape(-1), 2, True)
+            outputs = signed(outputs)
+            given = outputs.argmax(dim=1)
+            if outputs.is_floating_point():
+                given = given.masked_fill(outputs.isnan().any(dim=1), -1)
+            return Answers(given.reshape(-1), targets.reshape(-1), outputs.shape[1])
+    if as_many and not outputs.is_complex():
+        given = (outputs > threshold).long().masked_fill(outputs.isnan(), -1)
+        return Answers(given.reshape(-1), targets.reshape(-1), 2, True)
     raise ConfigError(
-        f"{who}: outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}",
+        f"{who}: outputs of shape {tuple(outputs.shape)} {outputs.dtype} and targets of shape {tuple(targets.shape)}",
         hint="expected (B, C) scores and (B,) classes, or (B,) or (B, 1) logits and as many targets of 0 or 1",
     )
+
+
+def signed(numbers: Tensor) -> Tensor:
+    """Whole numbers of more than a byte without a sign as int64: torch compares them with nothing else."""
+    return numbers.long() if numbers.dtype in (torch.uint16, torch.uint32, torch.uint64) else numbers
 
 
 class _Counted:
@@ -174,7 +187,7 @@ class TopKAccuracy(Mean):
         own = scores.gather(1, place.clamp(0, classes - 1)[:, None])
         earlier = torch.arange(classes, device=scores.device) < place[:, None]
         rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
-        right = (rank < self.k) & known & ~own[:, 0].isnan()
+        right = (rank < self.k) & known & ~scores.isnan().any(1)
         if mask is None:
             self.add(right.sum(), right.numel())
         else:
@@ -192,6 +205,8 @@ class _Counts:
         self._counted = _Counted(self._who, ignore_index=ignore_index, nan=nan)
         self._counts: Tensor | None = None
         self._odd: Tensor | int = 0
+        self._nan: Tensor | int = 0
+        """Scores that count and are NaN."""
         self._yes_or_no = False
 
     def update(self, outputs: Tensor, targets: object = None) -> None:
@@ -207,9 +222,15 @@ class _Counts:
         mask = self._counted.of(true)
         whole = true.nan_to_num(-1).long() if true.is_floating_point() else true.long()
         given = given.long()
-        good = (whole == true) & (whole >= 0) & (whole < classes) & (given >= 0) & (given < classes)
+        good = (whole == true) & (whole >= 0) & (whole < classes)
+        if outputs.is_floating_point():
+            lost = (given < 0) & good
+            self._nan = self._nan + (lost if mask is None else lost & mask).sum()
+        else:
+            lost = torch.zeros_like(good)
+            good = good & (given >= 0) & (given < classes)
         odd = ~good if mask is None else ~good & mask
-        good = good if mask is None else good & mask
+        good = good & ~lost if mask is None else good & ~lost & mask
         self._odd = self._odd + odd.sum()
         given, whole = given.clamp(0, classes - 1), whole.clamp(0, classes - 1)
         self._join(self._count(given, whole, good.long(), classes))
@@ -236,28 +257,32 @@ class _Counts:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._counts, self._odd = None, 0
+        self._counts, self._odd, self._nan = None, 0, 0
 
     def merge(self, other: _Counts) -> None:
         """Add the other's counts; exact."""
-        self._odd = int(self._odd) + int(other._odd)
+        self._odd, self._nan = int(self._odd) + int(other._odd), int(self._nan) + int(other._nan)
         if other._counts is not None:
             self._join(other._counts)
             self._yes_or_no = other._yes_or_no
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"counts": lists of integers or None, "odd": int, "yes_or_no": bool}`."""
+        """`{"counts": lists of integers or None, "odd": int, "nan": int, "yes_or_no": bool}`."""
         counts = None if self._counts is None else self._counts.tolist()
-        return {"counts": counts, "odd": int(self._odd), "yes_or_no": self._yes_or_no}
+        return {"counts": counts, "odd": int(self._odd), "nan": int(self._nan), "yes_or_no": self._yes_or_no}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self._counts = None if state["counts"] is None else torch.tensor(state["counts"], dtype=torch.int64)
-        self._odd, self._yes_or_no = int(state["odd"]), bool(state["yes_or_no"])
+        self._odd, self._nan = int(state["odd"]), int(state["nan"])
+        self._yes_or_no = bool(state["yes_or_no"])
 
 
 class ConfusionMatrix(_Counts):
-    """How often each class (row) was answered as each (column): a table of int64, C x C, also in memory."""
+    """How often each class (row) was answered as each (column): a table of int64, C x C, also in memory.
+
+    Where the scores are NaN there is no answer, and nothing is counted.
+    """
 
     names = ()
     """It is no number that could be monitored."""
@@ -312,9 +337,9 @@ class _ByClass(_Counts):
         return zeros
 
     def compute(self) -> float:
-        """From 0 to 1; nan over nothing. Raises DataError for targets that are no class."""
+        """From 0 to 1; nan over nothing, and where a score is. Raises DataError for targets that are no class."""
         counts = self._checked()
-        if counts is None:
+        if counts is None or int(self._nan):
             return math.nan
         average = self._average
         if average == "auto":

@@ -227,3 +227,51 @@ def test_over_nothing_a_ratio_is_nan(kind: Any) -> None:
 def test_what_cannot_be_counted_is_refused(made: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         made()
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_answers_count_as_they_are_in_a_column_too(shape: tuple[int, ...]) -> None:
+    given, true = torch.tensor([3, 1, 2, 2, 3]), torch.tensor([3, 1, 2, 0, 3])
+    other = true.reshape(-1, 1) if shape == (5,) else true
+    assert fed(Accuracy(), [(given.reshape(shape), other)]).compute() == 4 / 5
+    counted = fed(ConfusionMatrix(classes=4), [(given.reshape(shape), other)]).compute()
+    assert counted.tolist() == table(given.numpy(), true.numpy(), 4).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.bool])
+@pytest.mark.parametrize("kind", [Accuracy, *COUNTS])
+def test_targets_count_in_any_dtype_that_a_store_has(kind: Any, dtype: torch.dtype) -> None:
+    scores, yes = torch.tensor([-1.0, 2.0, 3.0, -4.0]), torch.tensor([0, 1, 0, 1])
+    for outputs in scores, torch.stack([-scores, scores], 1):
+        expected, value = (fed(kind(), [(outputs, true)]).compute() for true in (yes, yes.to(dtype)))
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected))
+    if dtype is not torch.bool:
+        answered = fed(kind() if kind is Accuracy else kind(classes=2), [(yes.to(dtype), yes.to(dtype))]).compute()
+        assert answered.tolist() == [[2, 0], [0, 2]] if kind is ConfusionMatrix else answered == 1.0
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_scores_that_are_nan_are_no_right_answer(columns: int) -> None:
+    scores, true = torch.full((4, columns), math.nan), torch.zeros(4, dtype=torch.int64)
+    assert fed(Accuracy(), [(scores, true)]).compute() == 0.0
+    some = scores.clone()
+    some[1:] = 0.0
+    some[0, 1:] = 0.0
+    for kind in RATIOS:
+        metric = fed(kind(), [(some, true)])
+        assert math.isnan(metric.compute())
+        again = kind()
+        again.load_state_dict(json.loads(json.dumps(metric.state_dict())))
+        other = fed(kind(), [(some[1:], true[1:])])
+        other.merge(again)
+        assert math.isnan(other.compute())
+        assert not math.isnan(fed(kind(ignore_index=0), [(some, true), (some[1:], true[1:] + 1)]).compute())
+    assert fed(ConfusionMatrix(), [(some, true)]).compute().sum() == 3
+    if columns > 1:
+        assert fed(TopKAccuracy(1), [(some, true)]).compute() == fed(Accuracy(), [(some, true)]).compute() == 3 / 4
+
+
+@pytest.mark.parametrize("kind", [Accuracy, *COUNTS])
+def test_complex_scores_are_refused(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=r"complex64 and targets"):
+        kind().update(torch.zeros(3, dtype=torch.complex64), torch.zeros(3))
