@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamtrain.class_metrics import _Counted
+from streamtrain.class_metrics import _Counted, signed
 from streamtrain.errors import ConfigError, DataError
 from streamtrain.regression_metrics import no_tensors
 
@@ -20,8 +20,9 @@ class AUROC:
     """The chance that a sample of the class has a higher score than one that is not of it; equal scores count half.
 
     Outputs (B,) or (B, 1) are scores of a yes, logits or probabilities alike (only their order counts), and targets 0
-    or 1. Outputs (B, C, *) with targets (B, *) are logits of C classes: each class by its probability against the rest,
-    and the mean over the classes that have both. NaN among the scores gives NaN.
+    or 1. Outputs (B, C, *) with targets (B, *) are logits of C classes, or their probabilities where those of a sample
+    are at least 0 and add up to 1: each class by its probability against the rest, and the mean over the classes that
+    have both. NaN among the scores gives NaN.
 
     Scores lie in bins by the `bits` highest bits of their float32: at 16 those hold a sign, an exponent and 7 bits of
     the mantissa, so that scores that differ by a 128th of their size (or more) never share a bin, whatever their scale;
@@ -125,12 +126,12 @@ def _scores(outputs: object, targets: object) -> tuple[Tensor, Tensor]:
     """(classes, N) of float32 and (N,); one class stands for a yes. Raises ConfigError."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         raise no_tensors("AUROC", outputs, targets)
-    scores = outputs.detach()
+    scores, targets = outputs.detach(), signed(targets)
     if scores.is_floating_point() and scores.ndim >= 2 and scores.shape[1] > 1:
         places = scores.shape[:1] + scores.shape[2:]
         if targets.shape in (places, (places[0], 1, *places[1:])):
             # log p - log(1 - p) has the order of p, and tells apart what is all but sure.
-            log_p = torch.log_softmax(scores.movedim(1, 0).reshape(scores.shape[1], -1).double(), dim=0)
+            log_p = _log_probabilities(scores.movedim(1, 0).reshape(scores.shape[1], -1))
             return (log_p - torch.log(-torch.expm1(log_p))).float(), targets.reshape(-1)
     if scores.is_floating_point() and scores.numel() == targets.numel() and scores.shape[:1] == targets.shape[:1]:
         return scores.reshape(1, -1).float(), targets.reshape(-1)
@@ -138,3 +139,11 @@ def _scores(outputs: object, targets: object) -> tuple[Tensor, Tensor]:
         f"AUROC: outputs of shape {tuple(scores.shape)} {scores.dtype} and targets of shape {tuple(targets.shape)}",
         hint="expected (B,) or (B, 1) scores and targets of 0 or 1, or (B, C) logits and (B,) classes",
     )
+
+
+def _log_probabilities(scores: Tensor) -> Tensor:
+    """(classes, N) of float64 from logits, or from probabilities, which rows of logits all but never look like."""
+    exact = scores.double()
+    off = max(1e-5, 4 * torch.finfo(scores.dtype).eps)  # by which rounding alone may have them miss 1
+    probable = (exact >= 0).all(0) & ((exact.sum(0) - 1).abs() <= off)
+    return torch.where(probable, exact.clamp(max=1).log(), torch.log_softmax(exact, dim=0))

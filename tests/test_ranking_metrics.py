@@ -131,3 +131,22 @@ def test_a_score_that_is_nan_gives_nan() -> None:
 def test_what_cannot_be_ranked_is_refused(made: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         made()
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_probabilities_of_classes_rank_as_their_logits_do(dtype: torch.dtype, scale: float) -> None:
+    made = torch.Generator().manual_seed(0)
+    logits, true = scale * torch.randn(400, 5, generator=made), torch.randint(0, 5, (400,), generator=made)
+    told = torch.softmax(logits.double(), 1).to(dtype)
+    metric = fed(AUROC(bits=20), [(told, true)])
+    expected = np.mean([area(told[:, c].double().numpy(), (true == c).numpy()) for c in range(5)])
+    assert abs(metric.compute() - expected) <= metric.bound() + 1e-12
+    by_logits = fed(AUROC(bits=20), [(logits, true)])
+    assert by_logits.compute() == pytest.approx(expected, abs=2e-3 if dtype.itemsize > 2 and scale < 100 else 0.05)
+
+
+def test_targets_of_classes_may_be_wide_and_without_a_sign() -> None:
+    scores, true = torch.eye(3)[[0, 1, 2, 1]], torch.tensor([0, 1, 2, 0])
+    assert fed(AUROC(), [(scores, true.to(torch.uint16))]).compute() == fed(AUROC(), [(scores, true)]).compute()
+    assert fed(AUROC(), [(scores[:, 0], (true == 0).to(torch.uint32))]).compute() == 0.75
