@@ -144,7 +144,10 @@ class R2:
         there = ~true.isnan() if self._gaps else torch.ones_like(true, dtype=torch.bool)
         count = there.sum(0).double()
         true, error = torch.where(there, true, 0.0), torch.where(there, out - true, 0.0)
-        mean = true.sum(0) / count.clamp(min=1)
+        # The mean of equal targets is theirs to the bit, so that they have no spread at all: a sum rounds.
+        least, most = (torch.where(there, true, edge) for edge in (math.inf, -math.inf))
+        mean = (true.sum(0) / count.clamp(min=1)).clamp(least.amin(0), most.amax(0))
+        mean = torch.where(count > 0, mean, 0.0)
         spread = torch.where(there, true - mean, 0.0).square().sum(0)
         self._join(torch.stack([count, mean, spread, error.square().sum(0)]))
 

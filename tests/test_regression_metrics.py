@@ -172,3 +172,17 @@ def test_samples_of_another_shape_are_refused() -> None:
 def test_memory_does_not_grow_with_the_samples(kind: Any) -> None:
     few, many = fed(kind(), parts([4])), fed(kind(), parts([4] * 50))
     assert len(json.dumps(many.state_dict())) < 2 * len(json.dumps(few.state_dict()))
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -0.3, 1e8 + 0.1])
+@given(sizes=sizes)
+def test_targets_that_do_not_vary_have_no_variance_to_explain(value: float, sizes: list[int]) -> None:
+    gap = (torch.tensor([[0.0, 5.0]]), torch.tensor([[value, math.nan]], dtype=torch.float64))
+    right, wrong = R2(nan="ignore"), R2(nan="ignore")
+    for size in [2, *sizes]:
+        true = torch.full((size, 2), value, dtype=torch.float64)
+        right.update(true, true)
+        wrong.update(true + 1, true)
+    assert right.compute() == 1.0
+    wrong.update(*gap)
+    assert wrong.compute() == 0.0
