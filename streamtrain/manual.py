@@ -33,7 +33,7 @@ from streamtrain.flagged import LOWEST
 from streamtrain.outcome import Compute, Outcome
 from streamtrain.several_optimizers import Optimizers
 from streamtrain.step import Source, TrainStep
-from streamtrain.tally import Report
+from streamtrain.tally import Report, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class ManualStep(TrainStep):
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, *arguments: Any, updates: ManualUpdates, **more: Any):
         super().__init__(model, optimizer, *arguments, **more)
+        self.tally = Tally(own=("lr",))  # norms of several optimizers are clipped, and not logged
         self._members, self._epoch = optimizer.members, 0
         self._made = self._refused = self._overflowed = 0
         self._unscaled_since: set[str] = set()

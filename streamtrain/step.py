@@ -83,7 +83,7 @@ class TrainStep:
         self.lr = lr
         self.accumulate = accumulate
         """Batches of a full update."""
-        self.tally = Tally()
+        self.tally = Tally(own=("lr",) if clip_norm is None else ("lr", "grad_norm"))
         self.gauges: tuple[Gauge, ...] = ()
         """Asked at each line of the log, and never else."""
         self.skipped = 0

@@ -6,9 +6,10 @@ same however the batches were divided into bursts.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from streamtrain.data.batch import Cursor
 from streamtrain.errors import UserCodeError
 from streamtrain.progress import Means
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -73,7 +76,8 @@ class _Mark(NamedTuple):
 class Tally:
     """Losses and logged numbers of the batches since the last report."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Collection[str] = ()) -> None:
+        """`own`: what the lines of the log tell by themselves, whatever a step returns by these names."""
         self.window = Means()
         """Since the last line of the log."""
         self.epoch = Means()
@@ -86,11 +90,18 @@ class Tally:
         """Place of the last batch, number of the update, norm (0-d)."""
         self._marks: list[_Mark] = []
         self._left_out: set[int] = set()
+        self._own, self._refused = frozenset(own), set[str]()
 
     def add_logged(self, logged: Mapping[str, Any]) -> None:
-        """More numbers of the batch that is added next."""
+        """More numbers of the batch that is added next; of a name that is the run's own its number stands, which is
+        said."""
         place = len(self.losses)
         for name, value in logged.items():
+            if name in self._own:
+                if name not in self._refused:
+                    self._refused.add(name)
+                    logger.warning("the step: the run logs a %r of its own, which stands; name yours otherwise", name)
+                continue
             self._logged.append((place, name, logged_number(name, value)))
 
     def add_norm(self, norm: Tensor, step: int) -> None:

@@ -136,6 +136,27 @@ async def test_a_number_that_the_run_logs_itself_is_not_replaced_and_that_is_sai
         assert caplog.text.count(f"log_metrics: the run logs a '{name}' of its own") == 1
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+async def test_a_step_that_returns_what_the_run_logs_itself_does_not_change_it_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture, clip: float | None
+) -> None:
+    def step(model: nn.Module, batch: Any) -> dict[str, Any]:
+        loss = nn.functional.mse_loss(model(batch.inputs), batch.targets)
+        return {"loss": loss, "lr": -1.0, "grad_norm": -1.0, "mine": 3.0}
+
+    alone, beside = Heard(), Heard()
+    options: dict[str, Any] = {"log_every": 5, "gradient_clip_norm": clip, "seed": 0}
+    await made(alone, **options).fit(Samples(80), max_steps=15)
+    trainer = Trainer(network(), step=step, callbacks=[beside], device="cpu", **options)
+    result = await trainer.fit(Samples(80), max_steps=15)
+    own = {"mine": 3.0} if clip else {"mine": 3.0, "grad_norm": -1.0}
+    assert [log.values for log in beside.logs] == [{**log.values, **own} for log in alone.logs]
+    assert result.metrics["lr"] > 0
+    for name in ("lr", "grad_norm"):
+        said = caplog.text.count(f"the step: the run logs a '{name}' of its own")
+        assert said == int(name not in own)
+
+
 async def test_what_is_left_while_no_batch_comes_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamtrain.loop.NOTES", 0.01)
     stream, told = Samples(80), asyncio.Event()
