@@ -175,7 +175,7 @@ class Tally:
             for place in places if places is not None else range(begin, end):
                 total += losses[place] * counts[place]
                 weight += counts[place]
-            if weight:
+            if weight or end > begin:  # of nothing but batches that are left out it is NaN
                 means.put("loss", total, weight)
             for place in named:
                 if begin <= place < end and place not in self._left_out:

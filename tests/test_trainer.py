@@ -1843,6 +1843,20 @@ async def test_skipped_updates_change_nothing_and_are_said(caplog: pytest.LogCap
     assert "the update is skipped" in caplog.text
 
 
+async def test_the_loss_of_an_epoch_whose_updates_are_all_skipped_is_nan_and_no_improvement(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Batch) -> Any:
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets) * float("nan")
+
+    waits = {"name": "plateau", "monitor": "loss", "patience": 0, "factor": 0.5}
+    options: dict[str, Any] = {"callbacks": [EarlyStopping("loss", patience=2)], "run_dir": tmp_path, "log_every": 7}
+    fitted = Trainer(network(), step=step, seed=SEED, nonfinite="skip", scheduler=waits, **options)
+    result = await fitted.fit(Samples(), max_epochs=9)
+    assert (result.reason, result.epoch) == ("early_stopping", 2)
+    assert np.isnan(result.metrics["loss"])
+    assert same(fitted.model, network())
+    assert [(row["loss"], row["nonfinite"]) for row in lines(tmp_path)] == [(None, ["loss"])] * 4
+
+
 async def test_a_label_out_of_range_names_its_row() -> None:
     inputs, _ = samples()
     labels = torch.zeros(100, dtype=torch.int64)
