@@ -320,11 +320,11 @@ class WarmupStableDecay(Decay):
     name: ClassVar[str] = "wsd"
     needs_total: ClassVar[bool] = True
     decay: float = 0.1
-    """A share of the run below 1, or a number of `t`."""
+    """A share of the run below 1, or a number of `t`; at most all that comes after the warm-up."""
     shape: str = "linear"
 
     def factor(self, t: float) -> float:
-        last = max(1e-9, self.decay * (self.total or 0) if self.decay < 1 else self.decay)
+        last = min(self.length, max(1e-9, self.decay * (self.total or 0) if self.decay < 1 else self.decay))
         done = min(1.0, max(0.0, (t - (self.length - last)) / last))
         if self.shape == "sqrt":
             return 1.0 - math.sqrt(done)
@@ -401,10 +401,14 @@ class FunctionOf(Scheduler):
     of_progress: bool = True
 
     def lr(self, base: float, t: float) -> float:
-        value = self.function(min(1.0, t / self.length) if self.of_progress else t)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        given = self.function(min(1.0, t / self.length) if self.of_progress else t)
+        try:
+            value = math.nan if isinstance(given, str) else float(given)  # numpy's and tensors of one value too
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
+        if not math.isfinite(value) or value < 0:
             raise ConfigError(
-                f"scheduler: the function gave {value!r:.60} at {t:g}, not a finite number of at least 0",
+                f"scheduler: the function gave {given!r:.60} at {t:g}, not a finite number of at least 0",
                 hint="It gives the factor by which the optimizer's learning rate is multiplied.",
             )
         return base * value

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -197,6 +200,15 @@ def test_the_share_of_wsd_is_of_the_whole_run() -> None:
     assert len(set(rates[15:])) == 5
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("decay", [8, 0.95, "100steps"])
+def test_a_decay_that_is_longer_than_the_run_begins_with_it(decay: Any, warmup: int) -> None:
+    total = 8 + warmup if decay == 8 else 8
+    rates = ours({"name": "wsd", "decay": decay, "warmup": warmup}, total, base=1.0, total_steps=total)
+    rest = total - warmup if decay != 0.95 or warmup else 0.95 * total
+    assert rates[warmup:] == pytest.approx([min(1.0, (total - t) / rest) for t in range(warmup, total)])
+
+
 @given(st.integers(1, 20))
 def test_the_inverse_root_is_that_of_vaswani(warmup: int) -> None:
     def factor(t: int) -> float:
@@ -225,8 +237,14 @@ def test_a_function_of_progress_runs_from_zero_to_one_after_the_warm_up() -> Non
 
 
 def test_a_function_that_gives_no_factor_is_named() -> None:
-    with pytest.raises(ConfigError, match="the function gave -1 at 0, not a finite number"):
-        ours(lambda t: -1, 1)
+    for made in (-1, "1", None, math.nan, torch.ones(2), [1.0]):
+        with pytest.raises(ConfigError, match=re.escape(f"the function gave {made!r} at 0, not a finite number")):
+            ours(lambda t, made=made: made, 1)
+
+
+@pytest.mark.parametrize("half", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)])
+def test_a_factor_may_be_a_number_of_any_kind(half: Any) -> None:
+    assert ours(lambda t: half, 2, base=1.0) == [0.5, 0.5]
 
 
 @settings(max_examples=50, deadline=None)
