@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -85,17 +86,20 @@ def build(config: Config, said: Said, *, callbacks: tuple[object, ...] = ()) -> 
     for name in ("step", "device_transform"):
         if given.get(name) is not None:
             given[name] = _function(given[name], said, ("trainer", name))
-    trainer = Trainer(
-        model(config, said),
-        loss(config.loss, said),
-        optimizer=optimizer(config, said),
-        lr=config.optimizer.lr,
-        scheduler=scheduler(config.scheduler, said),
-        metrics=metrics(config.metrics, said),
-        callbacks=[*(callback(c, said, i) for i, c in enumerate(config.callbacks or [])), *callbacks],
-        config=config.tables(),
-        **given,
-    )
+    made: dict[str, Any] = {
+        "model": model(config, said),
+        "loss": loss(config.loss, said),
+        "optimizer": optimizer(config, said),
+        "lr": config.optimizer.lr,
+        "scheduler": scheduler(config.scheduler, said),
+        "metrics": metrics(config.metrics, said),
+        "callbacks": [*(callback(c, said, i) for i, c in enumerate(config.callbacks or [])), *callbacks],
+        "config": config.tables(),
+    }
+    try:
+        trainer = Trainer(**made, **given)
+    except ConfigError as error:
+        raise ConfigError(f"{_where_meant(error, said)}{error}", hint=error.hint) from error
     return Job(trainer, train, validation, config.fit.model_dump(exclude_none=True))
 
 
@@ -351,6 +355,19 @@ def plain(name: str) -> str:
 def _where(said: Said, path: tuple[Any, ...]) -> str:
     where = said.where(path)
     return f"{where}: " if where else ""
+
+
+def _where_meant(error: ConfigError, said: Said) -> str:
+    """Where the key was said by which a message of the trainer begins: `device ...`, `optimizer.betas ...`."""
+    words = re.match(r"(\w+(?:\.\w+)*)(?:: unknown (key|name) '?([^']*))?", str(error))
+    if words is None:
+        return ""
+    keys = words[1].split(".")
+    if keys[0] == "optimizer":
+        more = {None: (), "key": (words[3],), "name": ("name",)}[words[2]]
+        return _where(said, (*keys, *more))
+    trainer = said.tables.get("trainer")
+    return _where(said, ("trainer", keys[0])) if isinstance(trainer, Mapping) and keys[0] in trainer else ""
 
 
 def _line_of(error: BaseException) -> str:

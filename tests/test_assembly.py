@@ -246,6 +246,30 @@ def test_an_optimizer_may_be_named_by_where_it_is() -> None:
     assert built.defaults["lr"] == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("tables", "where", "message"),
+    [
+        ('[optimizer]\nname = "adamv"\n', "5:1", "optimizer: unknown name 'adamv'"),
+        ('[optimizer]\nname = "sgd"\nnesterow = true\n', "6:1", "optimizer: unknown key 'nesterow'"),
+        ('[optimizer]\nname = "adam"\nlr = 1.0\nbetas = [0.9]\n', "7:1", "optimizer.betas must be 2 numbers"),
+        ('[optimizer]\nrules = [["^9", { lr = 0.1 }]]\n', "5:1", "optimizer.rules[0]: '^9' names no parameter"),
+        ('[optimizer.a]\nparams = "weight"\nname = "x"\n', "4:2", "optimizer.a: optimizer: unknown name 'x'"),
+        ('[trainer]\nema = 0.9\nfreeze = "^9"\n', "6:1", "freeze: '^9' names no parameter"),
+        ('[trainer]\ndevice = "gpu"\n', "5:1", "device must be"),
+        ('[loss]\nname = "mse"\n[trainer]\nloss_weights = { a = 1.0 }\n', "7:1", "loss_weights are for losses by name"),
+    ],
+)
+def test_what_the_trainer_refuses_is_said_where_the_file_has_it(
+    tmp_path: Path, tables: str, where: str, message: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('model = "nets_here:Net"\n[data]\nstore = "d.zarr"\n' + tables)
+    said = read(str(path))
+    with pytest.raises(ConfigError) as caught:
+        assembly.build(resolve(said), said)
+    assert str(caught.value).startswith(f"{path}:{where}: {message}")
+
+
 def test_several_optimizers_are_tables_by_name_and_stay_so_in_the_resolved_configuration() -> None:
     tables = {"gen": {"name": "adam"}, "disc": {"name": "sgd", "momentum": 0.5, "params": "^d"}}
     config = resolve(Said({"data": {"store": "d"}, "model": {"target": "m:N"}, "optimizer": {**tables, "lr": 0.1}}))
