@@ -144,7 +144,7 @@ class Fit:
         async with AsyncExitStack() as stack:
             files = await stack.enter_async_context(file_thread(gone=self._gone))
             folder = None if self._run_dir is None else RunFolder(self._run_dir, disk=run.disk)
-            if folder is not None and self._resume_from is None and not run.state.step:
+            if folder is not None and self._resume_from is None and not run.state.step and run.loaded is None:
                 await files(lambda: resume.refuse_unasked(folder.checkpoints, run.saved))
             context = contextvars.copy_context()  # torch keeps its configuration there
             await files(lambda: context.run(find_compiler, options.compile, options.device))

@@ -1376,6 +1376,18 @@ async def test_a_life_that_is_refused_changes_nothing_on_the_disk(tmp_path: Path
 # --- what is refused ---
 
 
+async def test_a_fit_goes_on_from_the_beginning_where_its_checkpoint_was_loaded(tmp_path: Path) -> None:
+    fitted, stream = trainer(run_dir=tmp_path), Samples()
+    first = await fitted.save_checkpoint()
+    await fitted.fit(stream)
+    assert steps(tmp_path) == [0, 13]
+    await fitted.load_checkpoint(first)
+    result = await fitted.fit(stream, max_steps=20)
+    assert result.step == 20
+    assert same(fitted.model, bare_loop(network(), cut(20), seed=SEED))
+    assert (tmp_path / "checkpoints" / "abandoned-step-000000013").is_dir()
+
+
 async def test_a_fit_from_an_older_checkpoint_that_was_loaded_sets_the_future_aside(tmp_path: Path) -> None:
     every = ModelCheckpoint(every="1epoch", keep_last=-1)
     await trainer(run_dir=tmp_path, callbacks=[every]).fit(Samples(80), max_epochs=1)
