@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from streamtrain.blame import non_finite
 from streamtrain.data.batch import Batch
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.flagged import LOWEST
 from streamtrain.outcome import Compute, Outcome
 from streamtrain.several_optimizers import Optimizers
@@ -191,10 +191,15 @@ class ManualStep(TrainStep):
             nn.utils.clip_grad_norm_(parameters, self._clip_norm)
         self._made += 1
         self.torn = True
-        if self.scaler is None:
-            optimizer.step()
-        else:
-            self.scaler.step(optimizer)
+        try:
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
+        except StreamtrainError:
+            raise
+        except BaseException as error:
+            raise self._of_optimizer(error, optimizer) from error
         return True
 
     def _scaled_well(self, scaler: torch.amp.GradScaler, name: str, loss: Tensor) -> bool:

@@ -97,10 +97,12 @@ class MuonWithAdamW(Optimizer):
 
 
 def is_matrix(model: nn.Module) -> Callable[[nn.Parameter, Mapping[str, Any]], bool]:
-    """Whether Muon takes a parameter: of two dimensions and no table of embeddings, unless its options say `muon`."""
+    """Whether Muon takes a parameter: of two dimensions, of real numbers and no table of embeddings, unless its options
+    say `muon`."""
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
 
     def matrix(parameter: nn.Parameter, options: Mapping[str, Any]) -> bool:
-        return bool(options.get("muon", parameter.ndim == 2 and parameter not in tables)) and parameter.ndim == 2
+        possible = parameter.ndim == 2 and not parameter.is_complex()
+        return possible and bool(options.get("muon", parameter not in tables))
 
     return matrix

@@ -384,13 +384,18 @@ class TrainStep:
                 self.tally.add_norm(norm, self.step + 1)
             self.torn = True
             flag = self._flags.last
-            if self.scaler is not None:
-                self.scaler.step(optimizer)
-                self.scaler.update()
-            elif flag is None:
-                optimizer.step()
-            else:
-                self._step_where_good(flag)
+            try:
+                if self.scaler is not None:
+                    self.scaler.step(optimizer)
+                    self.scaler.update()
+                elif flag is None:
+                    optimizer.step()
+                else:
+                    self._step_where_good(flag)
+            except StreamtrainError:
+                raise
+            except BaseException as error:
+                raise self._of_optimizer(error, optimizer) from error
             if flag is not None and self._statistics:
                 self._statistics.give_back_where(flag.bad)
             if self._average is not None:
@@ -407,6 +412,12 @@ class TrainStep:
         self._end_group(report)
         if self._rollback is not None and not self._flags:
             self._rollback.keep(self.step)
+
+    def _of_optimizer(self, error: BaseException, optimizer: Optimizer) -> StreamtrainError:
+        """What an optimizer raised, as its own: no line of the model's is to be looked for. A GPU tells of the model's
+        mistakes there too."""
+        who = f"the {'' if self._device.type == 'cpu' else 'model, loss or '}optimizer {type(optimizer).__name__}"
+        return explained(error, self._batch, f"step {self.step + 1}", who=who)
 
     def _end_group(self, report: Report) -> None:
         """Count the update that was made of the group, or refused; until then its weights are those of no step."""

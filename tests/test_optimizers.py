@@ -140,6 +140,13 @@ def test_embeddings_and_what_a_rule_says_are_no_matrices_to_muon() -> None:
     }
 
 
+def test_complex_matrices_are_none_to_muon() -> None:
+    of = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, dtype=torch.complex64))
+    for rules in ((), [("1.weight", {"muon": True})]):
+        groups = build_optimizer(of, {"name": "muon", "rules": rules}).param_groups
+        assert [names(of, group) for group in groups if group["muon"]] == [["0.weight"]]
+
+
 def test_a_group_that_is_added_to_muon_is_updated_too() -> None:
     of = nn.Linear(3, 3)
     made = build_optimizer(of, "muon")

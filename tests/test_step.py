@@ -393,6 +393,13 @@ def test_an_optimizer_that_raises_marks_the_weights_as_torn() -> None:
     report = burst(step, Hand(batches(1)))
     assert step.torn
     assert isinstance(report.error, UserCodeError)
+    assert str(report.error) == "step 1: the optimizer Broken raised RuntimeError: half way"
+    assert isinstance(report.error.__cause__, RuntimeError)
+    mine = ConfigError("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Broken, "step", lambda self: (_ for _ in ()).throw(mine))
+        assert burst(made(network(), optimizer=lambda all_of: Broken(all_of, lr=0.1)), Hand(batches(1))).error is mine
+    assert mine.__cause__ is None
 
 
 def test_torch_schedulers_are_stepped_after_each_update() -> None:
