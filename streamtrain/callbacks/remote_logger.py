@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -30,6 +31,7 @@ from streamtrain.errors import ConfigError
 from streamtrain.events import Log, TrainBegin, TrainEnd
 from streamtrain.options import at_least, count
 
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 LATER = frozenset({408, 425, 429})
 """What a service answers, besides 5xx, that wants the same again later (RFC 9110, 8470, 6585)."""
 LARGE = 413
@@ -40,9 +42,9 @@ LINES = frozenset({400, 409, LARGE, 422})
 class RemoteLogger(Callback):
     """POSTs the lines of the log to `url` as `application/x-ndjson`: those of metrics.jsonl with `run` and `key`.
 
-    `headers` go with each request, as does a `user:password@` of the address; a token belongs into the program, not
-    into a configuration that the run keeps. Redirections are not followed. Up to `batch` lines go together, `every`
-    seconds after the first at the latest; a request has `timeout` seconds.
+    `headers` go with each request, without white space around them, as does a `user:password@` of the address; a token
+    belongs into the program, not into a configuration that the run keeps. Redirections are not followed. Up to `batch`
+    lines go together, `every` seconds after the first at the latest; a request has `timeout` seconds.
 
     What can't be reached, or answers 5xx, 408, 425 or 429, is tried again after pauses that double from half a second
     to a minute, or as `Retry-After` says (an hour at most); so is what wants somebody to see to it, as by 401, 403 or
@@ -74,7 +76,7 @@ class RemoteLogger(Callback):
         self._url, authorization = _without_user(url)
         digest = hashlib.sha256(self._url.encode()).hexdigest()[:8]
         self.state_key, self.writes = f"{self._where} {digest}", f"remote-{digest}.jsonl"
-        self._headers = {**authorization, **{str(name): str(value) for name, value in (headers or {}).items()}}
+        self._headers = {**authorization, **dict(_header(name, value) for name, value in (headers or {}).items())}
         self._memory, self._disk = count(memory, "RemoteLogger: memory"), count(disk, "RemoteLogger: disk")
         every = at_least(every, 0.0, "RemoteLogger: every")
         self._pace = Pace(batch=count(batch, "RemoteLogger: batch"), every=every, pause=0.5)
@@ -131,6 +133,8 @@ class RemoteLogger(Callback):
         except urllib.error.HTTPError as error:
             with error:
                 _answered(error)
+        except ValueError as error:  # of what no request can be made, above all: somebody has to see to that
+            raise Away(f"{type(error).__name__}: {error}", human=type(error).__name__) from error
         except (OSError, HTTPException) as error:  # urllib's own are OSErrors
             raise Away(str(getattr(error, "reason", None) or error) or type(error).__name__) from error
 
@@ -166,8 +170,12 @@ def asked(headers: Message) -> float | None:
 
 def _without_user(url: str) -> tuple[str, dict[str, str]]:
     """The address without `user:password@`, and the header that tells it instead (RFC 7617): urllib takes it for a part
-    of the host's name."""
+    of the host's name. Letters that no request line has stand there as their UTF-8 (RFC 3987, 3.1)."""
     parts = urllib.parse.urlsplit(url)
+    if not url.isascii():
+        beyond = {name: urllib.parse.quote(getattr(parts, name), safe=_ASCII) for name in ("path", "query")}
+        parts = parts._replace(**beyond, fragment="")
+        url = parts.geturl()
     if "@" not in parts.netloc:
         return url, {}
     user, _, host = parts.netloc.rpartition("@")
@@ -175,15 +183,36 @@ def _without_user(url: str) -> tuple[str, dict[str, str]]:
     return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {told}"}
 
 
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+"""A header's name (RFC 9110, 5.6.2)."""
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+"""What may stand in its value (RFC 9110, 5.5), in Latin-1."""
+
+
+def _header(name: object, value: object) -> tuple[str, str]:
+    """As a request takes it; the value itself, which may be secret, is in no message. Raises ConfigError."""
+    plain, text = str(name), str(value).strip()
+    if not _NAME.fullmatch(plain):
+        raise ConfigError(f"RemoteLogger: headers: {plain!r:.80} is no name of a header")
+    if not _VALUE.fullmatch(text):
+        raise ConfigError(
+            f"RemoteLogger: headers: what {plain} is to say has line breaks or signs that no header takes",
+            hint="Latin letters, digits and signs, on one line.",
+        )
+    return plain, text
+
+
 def _named(url: str) -> str:
     """The service as messages name it: the rest of an address may hold secrets. Raises ConfigError."""
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname, parts.port
-    except (ValueError, AttributeError):
-        host = port = None
+        (host or "").encode("idna")
+        whole = not re.search(r"[\x00-\x20\x7f]", url)
+    except (ValueError, AttributeError, TypeError):
+        pass
     else:
-        if parts.scheme in ("http", "https") and host:
+        if parts.scheme in ("http", "https") and host and whole:
             return f"{parts.scheme}://{host}" + (f":{port}" if port else "")
     raise ConfigError("RemoteLogger: url must be an address such as https://host/path", hint="Check its beginning.")
 

@@ -33,6 +33,7 @@ class Service:
     def __init__(self) -> None:
         self.lines: dict[str, dict[str, Any]] = {}
         self.requests: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.answers: list[int | str] = []
         """How it answers the next requests: a status, or "hang up" before, or "cut" after it took the lines."""
         self.judge: Callable[[list[dict[str, Any]], Any], int] = lambda rows, headers: 204
@@ -63,6 +64,7 @@ class Service:
                         service.lines.setdefault(row["key"], row)
                 with service.arrived:
                     service.requests.append(dict(self.headers))
+                    service.paths.append(self.path)
                     service.arrived.notify_all()
                 if isinstance(answer, str):
                     self.connection.shutdown(socket.SHUT_RDWR)
@@ -329,6 +331,38 @@ def test_a_user_in_the_address_goes_as_a_header(tmp_path: Path, user: str, told:
     assert all("@" not in request["Host"] for request in service.requests)
 
 
+def test_a_token_read_with_its_line_break_is_sent_without(tmp_path: Path) -> None:
+    """The thread that sends ended at it, and no line ever arrived."""
+    service = Service()
+    with service.up() as url:
+        _sent(quick(url, last=30.0, headers={"Authorization": "Bearer x\n"}), tmp_path)
+    assert service.steps() == [1]
+    assert service.requests[0]["Authorization"] == "Bearer x"
+
+
+def test_letters_beyond_ascii_in_an_address_arrive_as_utf_8(tmp_path: Path) -> None:
+    service = Service()
+    with service.up() as url:
+        address = url.replace("://", "://ä:ö@").replace("/log", "/l\u00f6g%20/") + "&x=\u00e4#part"
+        _sent(quick(address, last=30.0), tmp_path)
+    assert service.paths == ["/l%C3%B6g%20/?token=secret&x=%C3%A4"]
+    assert base64.b64decode(service.requests[0]["Authorization"].removeprefix("Basic ")).decode() == "ä:ö"
+
+
+def test_what_no_request_can_be_made_of_is_said_and_costs_no_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def open(self, request: Any, timeout: float) -> Any:
+            raise ValueError("no such request")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamtrain.callbacks.remote_logger._OPENER", Broken())
+        told(quick("http://host", last=0.05), tmp_path, range(1, 3))
+    assert caplog.text.count("until that is seen to; they wait: ValueError: no such request") == 1
+    assert spooled(tmp_path) == [1, 2]
+
+
 def _sent(logger: RemoteLogger, folder: Path) -> None:
     """One line, with a key of its own."""
     told(logger, folder, range(1, 2))
@@ -410,6 +444,8 @@ def test_a_line_that_a_kill_tore_is_no_line(tmp_path: Path) -> None:
     "options",
     [
         *({"url": url} for url in ("ftp://x", "host/path", "http://", 3, "http://[x")),
+        *({"url": url} for url in ("http://host/a b", "http://host/a\n", f"http://{'a' * 64}.net")),
+        *({"headers": header} for header in ({"X A": "b"}, {"": "b"}, {"X-A": "a\nb"}, {"X-A": "\u20ac"})),
         *({"batch": 0}, {"every": -1}, {"timeout": 0}, {"memory": "x"}, {"last": -1}, {"disk": 0}),
     ],
     ids=str,
