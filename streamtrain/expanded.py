@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from streamtrain.errors import ConfigError
+
 
 def own_memory(model: nn.Module) -> None:
     """Give each persistent buffer that was expanded memory of its own, with the same values; tied ones stay tied."""
@@ -23,6 +25,17 @@ def own_memory(model: nn.Module) -> None:
             if id(buffer) not in made:
                 made[id(buffer)] = buffer.clone(memory_format=torch.contiguous_format)
             module._buffers[name] = made[id(buffer)]
+
+
+def refuse_trained(model: nn.Module) -> None:
+    """Raise ConfigError for parameters to be trained of which several elements are one: torch updates no such tensor,
+    and its fused kernels write behind its memory."""
+    named = [name for name, one in model.named_parameters() if one.requires_grad and _is_expanded(one)]
+    if named:
+        raise ConfigError(
+            f"parameters made by expand() have elements that share memory, and can't be trained: {', '.join(named)}",
+            hint="Make the parameter of the small tensor and expand it in forward, or clone() it first.",
+        )
 
 
 def as_large(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -304,9 +304,17 @@ def _check_like(value: object, default: object, where: str) -> None:
 
 
 def _fusable(model: nn.Module, groups: list[dict[str, Any]]) -> bool:
-    """Whether the fused kernels take all gradients; sparse ones they do not."""
+    """Whether the fused kernels update these parameters rightly; those with sparse gradients they do not."""
     return not any(getattr(module, "sparse", False) for module in model.modules()) and all(
-        parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+        parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") and _is_dense(parameter)
         for group in groups
         for parameter in group["params"]
     )
+
+
+def _is_dense(parameter: torch.Tensor) -> bool:
+    """Whether its elements lie side by side: the fused kernels go over as many from its first on, whatever its strides
+    are, and write to memory that is not its own. That is where torch gives a like of it the same strides."""
+    like = torch.empty_like(parameter, device="meta").stride()
+    strides = zip(parameter.shape, parameter.stride(), like, strict=True)
+    return all(step == dense for size, step, dense in strides if size > 1)

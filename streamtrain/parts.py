@@ -31,7 +31,7 @@ from streamtrain.device import deterministic_kernels
 from streamtrain.differences import check_weights, habits, other_rate, schedule_name, settings
 from streamtrain.errors import CheckpointError, ConfigError, DataError
 from streamtrain.evaluation import evaluating
-from streamtrain.expanded import own_memory
+from streamtrain.expanded import own_memory, refuse_trained
 from streamtrain.freezing import Freezing
 from streamtrain.learned import Learned
 from streamtrain.life import Life, first_rng
@@ -121,6 +121,7 @@ class Parts:
     def build(self) -> None:
         """Bring the model to its device and make the optimizer; where that is refused, the model is as it was."""
         self._refuse_empty()
+        refuse_trained(self.model)
         own_memory(self.model)
         self.model.to(self.options.device)
         self.objective.move_loss()

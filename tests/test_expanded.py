@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.early_stopping import EarlyStopping
-from streamtrain.errors import CheckpointError
+from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.expanded import own_memory
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network, same
@@ -129,3 +129,13 @@ async def test_weights_that_can_t_be_put_back_at_the_end_are_told_and_the_run_is
     with pytest.raises(CheckpointError, match="can't take back weights that it had: not again"):
         await fitted.fit(Samples(), validation=Samples(30), max_epochs=9)
     assert any((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_parameter_that_is_expanded_is_refused_where_it_is_to_be_trained() -> None:
+    """The fused kernel wrote behind its memory, which ended the process."""
+    model = network()
+    model.register_parameter("shared", nn.Parameter(torch.ones(4, 1).expand(4, 4)))
+    with pytest.raises(ConfigError, match=r"share memory, and can't be trained: shared$"):
+        Trainer(model, nn.MSELoss(), device="cpu")
+    model.get_parameter("shared").requires_grad_(False)
+    Trainer(model, nn.MSELoss(), device="cpu")

@@ -69,6 +69,27 @@ def test_the_fused_kernel_trains_as_the_plain_one(name: str) -> None:
         torch.testing.assert_close(mine, plain)
 
 
+@pytest.mark.parametrize("name", [*sorted(FUSED), "muon"])
+def test_parameters_with_gaps_are_updated_and_their_neighbours_are_not(name: str) -> None:
+    """torch's fused kernels take them for dense: they trained them wrongly, and wrote to what lies between."""
+    of, memory = nn.ParameterDict(), torch.ones(8)
+    of["gaps"], of["plain"] = nn.Parameter(memory[::2]), nn.Parameter(torch.ones(4))
+    optimizer = build_optimizer(of, name, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(parameter.square().sum() for parameter in of.values()).backward()
+        optimizer.step()
+    assert torch.equal(of["gaps"], of["plain"])
+    assert not torch.equal(of["gaps"], torch.ones(4))
+    assert torch.equal(memory[1::2], torch.ones(4))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4, 5)])
+def test_transposed_parameters_have_the_fused_kernel_too(shape: tuple[int, ...]) -> None:
+    of = nn.ParameterList([nn.Parameter(torch.ones(shape).transpose(0, -1)), nn.Parameter(torch.ones(8, 4)[:1])])
+    assert build_optimizer(of).param_groups[0]["fused"]
+
+
 @pytest.mark.parametrize("choice", [{"foreach": True}, {"fused": False}])
 def test_a_choice_of_kernel_is_kept(choice: dict[str, bool]) -> None:
     made = build_optimizer(model(), {"name": "adam", **choice})
