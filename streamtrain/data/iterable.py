@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +92,10 @@ class IterableStream:
         self._resume: dict[str, Any] | None = None
         self._known: tuple[int, dict[str, Any] | None] = (0, None)
         """The source's own state, and how many items it had given by then."""
+        self._first: tuple[int, Any] | None = None
+        """The same after the first item of the live pass, of use once that is trained."""
+        self._next: Any = None
+        """The source's own state at the end of the last pass: there its next epoch begins."""
         self._stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self._live: IterablePass | None = None
         self._again: list[Any] = []
@@ -133,6 +138,7 @@ class IterableStream:
         if resume is None:
             self._cursor = self._trained = Cursor(self.epoch, 0)
             self._known = (0, None)
+        self._first = None
         if self.one_epoch and (self._used or self.epoch > 0):
             raise ConfigError(
                 f"this {type(self.source).__name__} can't start over: it serves one epoch",
@@ -154,27 +160,35 @@ class IterableStream:
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of this epoch; does nothing within it."""
         if epoch != self.epoch:
+            before, self._resume = self._resume, None
             self._cursor = self._trained = Cursor(epoch, 0)
-            self._resume, self._known = None, (0, None)
+            self._known, self._first = (0, None), None
+            if before is not None and before["epoch"] == epoch - 1 and before.get("next") is not None:
+                self._known = (0, before["next"])  # the epoch before was trained, and its end alone was owed
+                self._resume = {"position": 0, "source_position": 0, "source": before["next"]}
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the source's own state at or before it."""
         epoch, position = self._position
-        if self._stateful and position == self._cursor.position and self._live is not None and not self._again:
+        if self._stateful and self._position == self._cursor and self._live is not None and not self._again:
             self._remember(position)
+        if self._first is not None and self._known[0] < self._first[0] <= position:
+            self._known = self._first
         at, state = self._known
-        return {"kind": "iterable", "epoch": epoch, "position": position, "source_position": at, "source": state}
+        told = {"kind": "iterable", "epoch": epoch, "position": position, "source_position": at, "source": state}
+        ended = position > 0 and self._cursor == (epoch + 1, 0)
+        return {**told, "next": self._next} if ended and self._next is not None else told
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go there; the next pass continues. Raises DataError."""
         given: object = state
         if isinstance(given, Mapping) and given.get("kind") != "iterable":
             raise DataError(f"a position in a {given.get('kind', 'foreign')} stream is none in an iterable")
-        cursor = cursor_of(state, "an iterable", ["kind", "source_position", "source"])
+        cursor = cursor_of(state, "an iterable", ["kind", "source_position", "source"], ["next"])
         if type(state["source_position"]) is not int:
             raise DataError(f"this is no position of an iterable: source_position {state['source_position']!r:.40}")
         self._cursor = self._trained = cursor
-        self._known = (state["source_position"], state["source"])
+        self._known, self._first = (state["source_position"], state["source"]), None
         self._resume = state
 
     def follow(self, driven: bool) -> None:
@@ -214,14 +228,38 @@ class IterableStream:
 
     def _remember(self, position: int) -> None:
         """Keep the source's own state as the one after `position` items."""
+        self._known = self._asked(position) or self._known
+
+    def _asked(self, position: int) -> tuple[int, Any] | None:
+        """The source's own state, as the one after `position` items; None where JSON can't hold it, which is said."""
         try:
             state = self.source.state_dict()
             json.dumps(state, allow_nan=False)
         except (TypeError, ValueError) as error:
             self._stateful = False
             logger.warning("the state of %s can't be kept as JSON (%s): resuming replays", _name(self.source), error)
-        else:
-            self._known = (position, state)
+            return None
+        return position, state
+
+    def began(self) -> None:
+        """A pass is to ask for the first item of an epoch, whose order may be another than that of a new source."""
+        self._known = self._peeked(0) or self._known
+
+    def gave(self, position: int) -> None:
+        """A pass has its first item. What a source tells then is of this epoch, whatever it tells at the end of one;
+        it is ahead of what is trained from now on, and may not be asked again before the epoch's end."""
+        if self._first is None:
+            self._first = self._peeked(position)
+
+    def ended(self) -> None:
+        """A pass has given all of its epoch."""
+        self._next = (self._peeked(0) or (0, None))[1]
+
+    def _peeked(self, position: int) -> tuple[int, Any] | None:
+        """As `_asked`; None, too, where it can't tell: that is raised where a state is needed."""
+        with suppress(Exception):
+            return self._asked(position) if self._stateful else None
+        return None
 
 
 class IterablePass(Ending):
@@ -234,6 +272,8 @@ class IterablePass(Ending):
         self._position = 0
         self._iterator: Any = None
         self._begun = False
+        self._at_an_end = False
+        """It began with a state of the source's that may be that of the end of an epoch: then nothing comes first."""
         self._ended = False
 
     def __aiter__(self) -> IterablePass:
@@ -251,7 +291,13 @@ class IterablePass(Ending):
             if not self._begun:
                 for _ in range(self._begin(lambda: aiter(self._stream.source))):
                     await self._draw_async()
-            return self._taken(await self._draw_async())
+            try:
+                return self._taken(await self._draw_async())
+            except StopAsyncIteration:
+                if not self._at_an_end:
+                    raise
+                self._iterator, self._at_an_end = aiter(self._stream.source), False
+                return self._taken(await self._draw_async())
         except StopAsyncIteration:
             self._finish()
             raise
@@ -278,7 +324,13 @@ class IterablePass(Ending):
             self._replay()
         elif self._stream._stateful and self._stream._trained == (self._epoch, self._position):
             self._stream._remember(self._position)  # the only moment at which it is the state of a trained position
-        return self._draw()
+        try:
+            return self._draw()
+        except StopIteration:
+            if not self._at_an_end:
+                raise
+            self._iterator, self._at_an_end = iter(self._stream.source), False
+            return self._draw()
 
     def _replay(self) -> None:
         for _ in range(self._begin(lambda: iter(self._stream.source))):
@@ -314,25 +366,31 @@ class IterablePass(Ending):
             else:
                 source.load_state_dict(state)
                 stream._again.clear()
+                self._at_an_end = not position
             repeat = position - at
             self._position = position
             if repeat:
                 stream._discarded += repeat
                 logger.info("%s: %d batches are produced again and discarded to resume", _name(source), repeat)
+        else:
+            stream.began()
         self._iterator, self._begun = start(), True
         return int(repeat)
 
     def _taken(self, item: Any) -> Batch:
         self._position += 1
+        self._at_an_end = False
         self._stream._items += 1
         cursor = Cursor(self._epoch, self._position)
         self._stream._cursor = cursor
+        self._stream.gave(self._position)
         return _batch(item, cursor)
 
     def _finish(self) -> None:
         if not self._ended:
             self._ended = True
             self._stream._cursor = Cursor(self._epoch + 1, 0)
+            self._stream.ended()
 
     def supersede(self) -> None:
         """Another pass begins: end, and say so to who asks for more."""

@@ -57,6 +57,46 @@ class Stateful:
         self.at = state["at"]
 
 
+class Growing(Stateful):
+    """One whose items are others in each epoch, which its position tells."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            yield item + 10 * self.epoch
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at, self.epoch = state["at"], state["epoch"]
+
+
+class GrowingAsync(Growing):
+    """The same for `async for`."""
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for item in Growing.__iter__(self):
+            yield item
+
+
+class StandsAtItsEnd(Growing):
+    """One that tells the end of an epoch, behind its last item, as its position until it is iterated again."""
+
+    begin = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self.begin = self.begin, 0
+        for number in range(begin, self.count):
+            self.at = number + 1
+            yield np.full((2, 1), number)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = self.begin = state["at"]
+
+
 async def numbers(stream: IterableStream) -> list[int]:
     """The rest of a pass, as the numbers in it."""
     return [int(batch.inputs[0, 0]) async for batch in stream]
@@ -149,6 +189,48 @@ async def test_while_driven_only_trained_batches_count() -> None:
     again = from_iterable(Stateful(5))
     again.load_state_dict(state)
     assert await numbers(again) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", [Growing, GrowingAsync])
+@pytest.mark.parametrize("trained", [0, 1, 2, 5])
+async def test_a_source_whose_epochs_differ_goes_on_in_the_right_one(kind: type[Growing], trained: int) -> None:
+    """It was read ahead of what was trained, and stood in the epoch of a new one at a resume."""
+    stream = from_iterable(kind(5))
+    stream.follow(True)
+    for batch in [batch async for batch in stream]:
+        stream.trained(batch.cursor)
+    stream.set_epoch(1)
+    for number, batch in enumerate([batch async for batch in stream]):
+        if number < trained:
+            stream.trained(batch.cursor)
+    state = json.loads(json.dumps(stream.state_dict()))
+    again = from_iterable(kind(5))
+    again.load_state_dict(state)
+    assert await numbers(again) == [10, 11, 12, 13, 14][trained:]
+    assert await numbers(again) == [20, 21, 22, 23, 24]
+
+
+async def test_a_source_goes_on_behind_an_epoch_whose_end_alone_is_owed() -> None:
+    stream = from_iterable(Growing(3))
+    stream.follow(True)
+    for batch in [batch async for batch in stream]:
+        stream.trained(batch.cursor)
+    again = from_iterable(Growing(3))
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    again.set_epoch(1)
+    assert again.state_dict()["source"] == {"at": 0, "epoch": 1}
+    assert await numbers(again) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("given", [1, 3])
+async def test_a_source_that_stands_at_its_end_begins_the_next_epoch(given: int) -> None:
+    """That was an empty epoch, and an error."""
+    stream = from_iterable(StandsAtItsEnd(3))
+    await (numbers(stream) if given == 3 else after(stream, given))
+    again = from_iterable(StandsAtItsEnd(3))
+    again.load_state_dict(stream.state_dict())
+    assert await numbers(again) == [0, 1, 2][given % 3 :]
+    assert await numbers(again) == [0, 1, 2]
 
 
 async def test_a_new_pass_starts_the_epoch_over_and_ends_the_old_one() -> None:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import UserCodeError
 from streamtrain.events import BatchEnd, EpochEnd
 from streamtrain.trainer import Trainer
-from tests.engine import AtStep, lines, network
+from tests.engine import AtStep, lines, network, same, samples
 
 ROWS, EPOCHS, BATCH = 100, 2, 8
 
@@ -315,6 +315,49 @@ def test_a_process_that_is_gone_at_once_costs_steps_but_no_bit(store: Path, tmp_
     other = With(memory="16MiB", prefetch=1, threads=1, cache=0, save_every=2)
     run(lambda: fitted(store, made(broken, RICH, other), RICH, other))
     assert differences(kept(whole), kept(broken)) == []
+
+
+class Shuffled:
+    """A source of the user's that shuffles by the number of its epoch, and knows its place."""
+
+    def __init__(self) -> None:
+        self.epoch = self.at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        inputs, targets = samples(64)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch))
+        begin, self.at = self.at, 0
+        for at in range(begin, 64, BATCH):
+            rows, self.at = order[at : at + BATCH], at + BATCH
+            yield inputs[rows], targets[rows]
+        self.epoch, self.at = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "at": self.at}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch, self.at = state["epoch"], state["at"]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+async def test_a_source_with_a_state_goes_on_behind_an_epoch_whose_end_failed(tmp_path: Path, epoch: int) -> None:
+    """The next life had the order of its first epoch again, in silence."""
+
+    class Fails(Callback):
+        decides = True
+
+        async def on_epoch_end(self, event: EpochEnd) -> None:
+            if event.epoch == epoch:
+                raise ValueError("once")
+
+    whole = Trainer(network(), nn.MSELoss(), seed=1, device="cpu")
+    await whole.fit(Shuffled(), max_epochs=4)
+    first = Trainer(network(), nn.MSELoss(), seed=1, device="cpu", run_dir=tmp_path, callbacks=[Fails()])
+    with pytest.raises(UserCodeError, match="once"):
+        await first.fit(Shuffled(), max_epochs=4)
+    second = Trainer(network(), nn.MSELoss(), seed=1, device="cpu", run_dir=tmp_path)
+    await second.fit(Shuffled(), max_epochs=4, resume="auto")
+    assert same(second.model, whole.model)
 
 
 def die(store: str, folder: str, step: str, how: str) -> None:
