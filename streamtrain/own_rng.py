@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from streamtrain.data.iterable import IterableStream
+from streamtrain.data.mix import Mix
 from streamtrain.data.source import Stream
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,12 @@ def capture(stream: Stream) -> dict[str, Any]:
 def restore(stream: Stream, states: dict[str, Any]) -> None:
     """Put them back, and say once what of this source is not as it was."""
     put_back(stream, states)
+    message = "%s: if it draws random numbers, resuming is not exact: %s"
     if reason := _inexact(stream, states):
-        logger.warning("%s: if it draws random numbers, resuming is not exact: %s", _name(stream), reason)
+        logger.warning(message, _name(stream), reason)
+    if mixed := _stateless(stream):
+        reason = "within a mix its numbers are not put back. Give it a state_dict, or an order of its own"
+        logger.warning(message, ", ".join(mixed), reason)
 
 
 def put_back(stream: Stream, states: dict[str, Any]) -> None:
@@ -61,6 +66,14 @@ def _inexact(stream: Stream, states: dict[str, Any]) -> str:
     if _persistent(stream) and stream.epoch:
         return "persistent workers carry their random states on from epoch to epoch, in processes of their own"
     return ""
+
+
+def _stateless(stream: Stream) -> list[str]:
+    """The kinds of a mix's sources that only produce again what they gave; a list gives the same again."""
+    mixed = stream.sources if isinstance(stream, Mix) else []
+    foreign = [source.source for source in mixed if isinstance(source, IterableStream)]
+    drawing = [one for one in foreign if not isinstance(one, list | tuple) and not hasattr(one, "load_state_dict")]
+    return sorted({type(one).__name__ for one in drawing})
 
 
 def _persistent(stream: Stream) -> TypeGuard[IterableStream]:

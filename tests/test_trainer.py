@@ -29,6 +29,7 @@ from streamtrain.callbacks.csv_logger import CSVLogger
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.control import Control, Save
 from streamtrain.data.batch import Batch
+from streamtrain.data.mix import mix
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import (
     CheckpointError,
@@ -339,6 +340,22 @@ async def test_what_can_not_be_resumed_exactly_is_said_once(tmp_path: Path, capl
     assert "not exact" not in caplog.text
     await trainer(run_dir=tmp_path).fit(DrawnAside(), max_epochs=4, resume="auto")
     assert caplog.text.count("DrawnAside: if it draws random numbers, resuming is not exact") == 1
+
+
+async def test_a_mix_says_whose_random_numbers_it_does_not_put_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shuffling DataLoader in a mix went on in another order, in silence."""
+
+    def mixed(source: Any) -> Any:
+        inputs, targets = samples(16)
+        return mix([source, [(inputs[:8], targets[:8]), (inputs[8:], targets[8:])]], stop=6)
+
+    for number, source in enumerate((list(loader()), loader(generator=seeded()))):
+        await trainer(run_dir=tmp_path / str(number)).fit(mixed(source), max_steps=3)
+        assert "not exact" not in caplog.text
+        await trainer(run_dir=tmp_path / str(number)).fit(mixed(source), max_steps=6, resume="auto")
+    assert caplog.text.count("DataLoader: if it draws random numbers, resuming is not exact: within a mix") == 1
 
 
 @pytest.mark.parametrize("stop", [5, 7])
