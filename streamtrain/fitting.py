@@ -154,7 +154,7 @@ class Fit:
             if folder is not None:
                 stack.push_async_callback(_unlock, files, folder)
                 await files(folder.lock)
-                await files(lambda: (folder.path / "error.json").unlink(missing_ok=True))
+                await files(folder.forget_error)
             before = run.life
             try:
                 return await self._turn(files, folder)

@@ -61,7 +61,7 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 def check(resume: object, name: str = "resume") -> None:
     """Raise ConfigError for what names no checkpoint."""
-    if not isinstance(resume, str | os.PathLike) or not os.fspath(resume):
+    if not isinstance(resume, str | os.PathLike) or not os.fspath(resume) or "\0" in os.fsdecode(resume):
         raise ConfigError(
             f"{name} must be 'auto', 'best' or a path, not {resume!r:.80}",
             hint="'auto' goes on from the newest checkpoint of the run's folder.",
@@ -74,16 +74,16 @@ def refuse_unasked(checkpoints: Path, own: Collection[Path] = ()) -> None:
     Those that are the trainer's `own` are of the run that goes on. Raises EnvironmentProblem where it can't be read.
     """
     try:
-        found = sorted(set(checkpoints.glob("step-*")).difference(own)) if checkpoints.is_dir() else []
+        names = os.listdir(checkpoints) if checkpoints.is_dir() else []  # a glob takes what it may not read for empty
+        found = sorted({checkpoints / name for name in names if name.startswith("step-")}.difference(own))
     except OSError as error:
         raise EnvironmentProblem(
             f"the run folder {checkpoints.parent} can't be read: {error.strerror}",
             hint="choose another run_dir, or mend its permissions",
         ) from error
-    names = [path.name for path in found]
-    if names:
+    if found:
         raise ConfigError(
-            f"{checkpoints} holds checkpoints ({names[-1]} is the newest), and resume was not given",
+            f"{checkpoints} holds checkpoints ({found[-1].name} is the newest), and resume was not given",
             hint="Give resume='auto' (--resume auto) to go on from there, or another run_dir to start anew.",
         )
 
@@ -113,12 +113,18 @@ def _read(checkpoints: Path, resume: Resume, disk: Disk) -> tuple[Path, Snapshot
         checkpoint.sweep(checkpoints, disk=disk)
         return _best(checkpoints, disk)
     path = Path(os.path.abspath(resume))
-    for folder in (path / "checkpoints", path):
-        if checkpoint.holds_any(folder, disk=disk):
-            found = checkpoint.read_newest(folder, disk=disk)
-            if found is not None:
-                return found
-    return path, checkpoint.read(path, disk=disk)
+    try:
+        for folder in (path / "checkpoints", path):
+            if checkpoint.holds_any(folder, disk=disk):
+                found = checkpoint.read_newest(folder, disk=disk)
+                if found is not None:
+                    return found
+        return path, checkpoint.read(path, disk=disk)
+    except OSError as error:  # of a name that is none, a folder that may not be looked into, a disk that fails
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror}",
+            hint="Give the path of a checkpoint or of a run's folder; are its permissions right?",
+        ) from error
 
 
 def _best(checkpoints: Path, disk: Disk) -> tuple[Path, Snapshot]:

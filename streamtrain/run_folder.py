@@ -136,6 +136,18 @@ class RunFolder:
         }
         self._replace("error.json", _json(document), durable=True)
 
+    def forget_error(self) -> None:
+        """Remove `error.json`, which tells of a life before. Raises EnvironmentProblem."""
+        try:
+            self._disk.unlink(self.path / "error.json")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.path / 'error.json'} can't be removed: {error.strerror}",
+                hint="choose another run_dir, or mend its permissions",
+            ) from error
+
     def write_config(self, text: str) -> None:
         """Replace `config.toml`."""
         self._replace("config.toml", text, durable=True)
@@ -223,7 +235,9 @@ class RunFolder:
             left = left[self._disk.write(descriptor, left) :]
 
     def _replace(self, name: str, text: str, *, durable: bool) -> None:
-        """Write beside the target, then rename; `durable` also survives a power cut. Raises EnvironmentProblem."""
+        """Write beside the target, then rename; `durable` also survives a power cut. Raises EnvironmentProblem, also
+        where another folder lies there by now, which may be another run's."""
+        self.check()
         temp = self.path / f".{name}.tmp"
         try:
             descriptor = self._disk.open(temp, OVER)

@@ -7,7 +7,11 @@ import copy
 import errno
 import json
 import logging
+import os
+import pwd
 import re
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.once import Once
 from streamtrain.disk import LOCAL, NEW, sync_folder
-from streamtrain.errors import CheckpointError, EnvironmentProblem
+from streamtrain.errors import CheckpointError, EnvironmentProblem, ConfigError
 from streamtrain.events import Log, TrainBegin
 from streamtrain.schedulers import get_lr
 from streamtrain.state import Snapshot
@@ -271,6 +275,43 @@ async def test_a_folder_whose_names_are_no_checkpoints_is_refused_as_none(tmp_pa
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         with pytest.raises(CheckpointError, match=rf"checkpoint {folder}: manifest.json, it is missing"):
             await trainer(tmp_path / "new").fit(Samples(), max_steps=3, resume=folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "loop/checkpoints/step-000000001"])
+async def test_a_path_that_can_t_be_looked_at_is_refused_with_the_cause(tmp_path: Path, name: str) -> None:
+    """The system's own error came up, as if it were one of ours."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    made = trainer(tmp_path / "run")
+    for asked in (made.fit(Samples(), resume=tmp_path / name), made.load_checkpoint(tmp_path / name)):
+        with pytest.raises(CheckpointError, match=f"{tmp_path / name} can't be read: (File name too long|Too many)"):
+            await asked
+    with pytest.raises(CheckpointError, match="can't be read"):
+        await made.load_weights(tmp_path / name)
+
+
+async def test_a_path_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    for asked in (made.load_checkpoint("a\0b"), made.load_weights("a\0b"), made.fit(Samples(), resume="a\0b")):
+        with pytest.raises(ConfigError, match="must be 'auto', 'best' or a path, not"):
+            await asked
+
+
+def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none() -> None:
+    """A run began anew beside them, and had trained for nothing when it came to save."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "checkpoints" / "step-000000001").mkdir(parents=True)
+    folder.chmod(0o711)
+    (folder / "checkpoints").chmod(0o311)
+    before = os.geteuid()
+    try:
+        if before == 0:  # who may list everything
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        with pytest.raises(EnvironmentProblem, match=f"the run folder {folder} can't be read: Permission denied"):
+            resume.refuse_unasked(folder / "checkpoints")
+    finally:
+        os.seteuid(before)
+        (folder / "checkpoints").chmod(0o700)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "scheduler"])

@@ -131,6 +131,32 @@ def test_a_folder_that_is_moved_removed_or_replaced_is_noticed_and_a_lock_file_t
         pass
 
 
+def test_a_folder_that_was_put_in_its_place_is_not_written_to(tmp_path: Path) -> None:
+    """Its status was that of the run that had been moved away, and so was the error in which that ended."""
+    run = tmp_path / "run"
+    with RunFolder(run) as folder:
+        run.rename(tmp_path / "elsewhere")
+        with RunFolder(run) as other:
+            other.write_status({"step": 1})
+            with pytest.raises(EnvironmentProblem, match="was moved or removed"):
+                folder.write_status({"step": 2})
+            with pytest.raises(EnvironmentProblem, match="was moved or removed"):
+                folder.write_error(ValueError("mine"))
+    assert json.loads((run / "status.json").read_text()) == {"step": 1}
+    assert sorted(path.name for path in run.iterdir()) == [LOCK, "status.json"]
+
+
+def test_the_error_of_a_life_before_is_removed_or_it_is_said_why_not(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.write_error(ValueError("once"))
+        folder.forget_error()
+        folder.forget_error()
+        assert not (tmp_path / "error.json").exists()
+        (tmp_path / "error.json").mkdir()
+        with pytest.raises(EnvironmentProblem, match=rf"{tmp_path}/error\.json can't be removed: Is a directory"):
+            folder.forget_error()
+
+
 def test_where_folders_can_t_be_locked_the_file_in_it_is(tmp_path: Path) -> None:
     class Nfs(LocalDisk):
         def lock(self, fd: int) -> None:
