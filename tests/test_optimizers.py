@@ -19,6 +19,7 @@ from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.optimizer_state import load_by_name, signature, state_by_name
 from streamtrain.optimizers import FUSED, NAMES, build_optimizer, check_lr
 from streamtrain.parameter_groups import layers, table
+from streamtrain.several_optimizers import build_optimizers
 from streamtrain.state import decode, encode
 
 
@@ -433,6 +434,65 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     saved = state_by_name(build_optimizer(one), one)
     with pytest.raises(CheckpointError, match="hold other parameters"):
         load_by_name(build_optimizer(other), other, saved)
+
+
+class Master(torch.optim.Optimizer):
+    """Keeps weights of bfloat16 in float32 as well, beside a mask, a count and a list."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"master": parameter.float(), "mask": parameter > 0, "count": torch.tensor(0)}
+                    state["more"] = {"list": [torch.zeros(3, dtype=torch.float64)]}
+                state["count"] += 1
+                state["more"]["list"][0] += 0.1
+                state["master"] -= group["lr"] * parameter.grad.float() * state["mask"]
+                parameter.copy_(state["master"])
+
+
+@pytest.mark.parametrize("spec", [Master, "nadam", "asgd", {"0": {"name": Master}, "1": "nadam", "2": "asgd"}])
+def test_a_state_has_its_own_dtypes_again(spec: Any) -> None:
+    """torch casts all of it to the parameter's: the master copies of a run with weights in bfloat16 were lost."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        of = model().bfloat16()
+        return of, (build_optimizers(of, spec, 1e-3) if isinstance(spec, dict) else build_optimizer(of, spec))
+
+    def trained(of: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        of(torch.arange(12.0).reshape(4, 3).sin().bfloat16()).square().sum().backward()
+        for one in getattr(optimizer, "members", {"": optimizer}).values():
+            one.step()
+
+    (one, first), (other, second) = made(), made()
+    for _ in range(3):
+        trained(one, first)
+    json_like, tensors = encode(state_by_name(first, one))
+    other.load_state_dict(one.state_dict())
+    load_by_name(second, other, decode(json_like, {name: tensor.clone() for name, tensor in tensors.items()}))
+    for _ in range(2):
+        assert same_tree(state_by_name(first, one), state_by_name(second, other))
+        trained(one, first)
+        trained(other, second)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def same_tree(one: Any, other: Any) -> bool:
+    """Whether all tensors have the same dtypes and values."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_tree(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_tree, one, other))
+    return bool(one == other)
 
 
 def test_a_parameter_that_is_not_the_models_goes_by_its_place() -> None:
