@@ -46,7 +46,8 @@ class Flags:
     def __init__(self, device: torch.device, *, lasting: bool) -> None:
         """`lasting`: after a bad update no later one is made, until somebody calls `lower`."""
         self._lasting = lasting
-        self._one, self._found = torch.ones((), device=device), torch.zeros((), device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)  # torch's check takes no other
+        self._found = torch.zeros((), dtype=torch.float32, device=device)
         self._flags: list[Flag] = []
 
     def __len__(self) -> int:

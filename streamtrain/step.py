@@ -119,8 +119,8 @@ class TrainStep:
         self._autocast = None if precision == "32" else autocast(precision, device)
         self.culprit: Culprit | None = None
         """The batch that was computed when an error came up."""
-        self._one = torch.ones((), device=device)
-        self._found = torch.zeros((), device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)  # torch's check takes no other
+        self._found = torch.zeros((), dtype=torch.float32, device=device)
         self._epoch = 0
         self._kernel_skips = device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._looks = accumulate > 1 and device.type == "cpu"

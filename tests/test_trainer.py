@@ -40,6 +40,7 @@ from streamtrain.errors import (
     UserCodeError,
 )
 from streamtrain.events import BatchEnd, EpochEnd, Event, TrainEnd, ValidationEnd, Verdict
+from streamtrain.flagged import Flags
 from streamtrain.metrics import MeanAbsoluteError
 from streamtrain.progress import FitResult
 from streamtrain.schedulers import build_scheduler, get_lr
@@ -340,6 +341,21 @@ async def test_what_can_not_be_resumed_exactly_is_said_once(tmp_path: Path, capl
     assert "not exact" not in caplog.text
     await trainer(run_dir=tmp_path).fit(DrawnAside(), max_epochs=4, resume="auto")
     assert caplog.text.count("DrawnAside: if it draws random numbers, resuming is not exact") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+async def test_the_default_dtype_of_the_host_makes_no_difference(dtype: torch.dtype) -> None:
+    """With any but float32 the first step failed: torch's check for what is not finite takes no other."""
+    whole, other, given = trainer(gradient_clip_norm=1.0), trainer(gradient_clip_norm=1.0), loader(shuffle=False)
+    await whole.fit(given, max_epochs=2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        await other.fit(given, max_epochs=2)
+        assert not Flags(torch.device("cpu"), lasting=True).raised([torch.ones(1)])
+    finally:
+        torch.set_default_dtype(before)
+    assert same(whole.model, other.model)
 
 
 async def test_a_mix_says_whose_random_numbers_it_does_not_put_back(
