@@ -100,7 +100,14 @@ def _named(name: str, model: nn.Module, table: dict[str, Any]) -> Optimizer:
         groups = _muon_groups(model, wanted, options)
     else:
         groups = [_laid_out(group, options["lr"]) for group in grouped(model, wanted, check)]
-        if options.get("fused") is None and name in FUSED and "foreach" not in options and _fusable(model, groups):
+        halves = kind is torch.optim.SGD and _has_halves(groups)
+        if halves and options.get("fused"):
+            raise ConfigError(
+                f"optimizer {name!r}: fused=True, and on a CPU torch's fused SGD does not update weights of 16 bits",
+                hint="Leave fused out, or have the weights in float32 (precision='bf16' computes in bfloat16).",
+            )
+        fusable = not halves and name in FUSED and "foreach" not in options
+        if options.get("fused") is None and fusable and _fusable(model, groups):
             options["fused"] = not any(group.get("dampening", options.get("dampening")) for group in groups)
     return _at_rest(_made(kind, name, _unnamed(groups), options))
 
@@ -310,6 +317,13 @@ def _fusable(model: nn.Module, groups: list[dict[str, Any]]) -> bool:
         for group in groups
         for parameter in group["params"]
     )
+
+
+def _has_halves(groups: list[dict[str, Any]]) -> bool:
+    """Whether there are parameters of 16 bits on a CPU: torch 2.13's fused SGD leaves them as they are, but for the
+    last few of each, and puts into their momentum whatever lay in memory."""
+    parameters = (parameter for group in groups for parameter in group["params"])
+    return any(parameter.device.type == "cpu" and parameter.itemsize < 4 for parameter in parameters)
 
 
 def _is_dense(parameter: torch.Tensor) -> bool:

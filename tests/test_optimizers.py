@@ -70,6 +70,22 @@ def test_the_fused_kernel_trains_as_the_plain_one(name: str) -> None:
         torch.testing.assert_close(mine, plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_weights_of_16_bits_are_trained(name: str, dtype: torch.dtype) -> None:
+    """torch's fused SGD left them as they were, and made their momentum of what lay in memory."""
+    one, other = (nn.ParameterList([torch.linspace(-1, 1, 1000, dtype=kind)]) for kind in (dtype, torch.float64))
+    pair = build_optimizer(one, name, lr=0.05), build_optimizer(other, {"name": name, "fused": False}, lr=0.05)
+    for _ in range(10):
+        for of, optimizer in zip((one, other), pair, strict=True):
+            optimizer.zero_grad()
+            (of[0] * torch.linspace(1, 2, 1000, dtype=of[0].dtype)).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(one[0].double(), other[0], rtol=0.05, atol=0.05)
+    with pytest.raises(ConfigError, match="fused SGD does not update weights of 16 bits"):
+        build_optimizer(one, {"name": "momentum", "fused": True})
+
+
 @pytest.mark.parametrize("name", [*sorted(FUSED), "muon"])
 def test_parameters_with_gaps_are_updated_and_their_neighbours_are_not(name: str) -> None:
     """torch's fused kernels take them for dense: they trained them wrongly, and wrote to what lies between."""
