@@ -25,7 +25,7 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.callbacks.once import Once
 from streamtrain.disk import LOCAL, NEW, sync_folder
-from streamtrain.errors import CheckpointError, EnvironmentProblem, ConfigError
+from streamtrain.errors import CheckpointError, ConfigError, EnvironmentProblem
 from streamtrain.events import Log, TrainBegin
 from streamtrain.schedulers import get_lr
 from streamtrain.state import Snapshot
