@@ -159,13 +159,16 @@ class Fit:
             try:
                 return await self._turn(files, folder)
             except Exception as error:
-                if folder is not None:
-                    failure, life = error, None if run.life is before else run.life
-                    try:
-                        await files(lambda: self._write_down(folder, failure, life))
-                    except Exception as problem:  # whatever it is: the error itself is what the user gets
-                        logger.warning("error.json is not written: %s: %s", type(problem).__name__, problem)
-                raise
+                if folder is None:
+                    raise
+                failure, life = await _first(error, files, folder), None if run.life is before else run.life
+                try:
+                    await files(lambda: self._write_down(folder, failure, life))
+                except Exception as problem:  # whatever it is: the error itself is what the user gets
+                    logger.warning("error.json is not written: %s: %s", type(problem).__name__, problem)
+                if failure is error:
+                    raise
+                raise failure from error
 
     def _limited(self, *, found: bool) -> Limits:
         """The limits, or their default: one epoch, or one more within this process."""
@@ -382,6 +385,16 @@ async def _judged(switch: Switch, thread: TrainThread) -> None:
         await thread.run(switch.judge)
     except Exception:
         logger.exception("the model is left with the weights to learn with: the optimizer's eval() failed")
+
+
+async def _first(error: Exception, files: Files, folder: RunFolder) -> Exception:
+    """`error`; or that somebody has moved the folder, where some file that can't be found there was met before that."""
+    if isinstance(error, EnvironmentProblem):
+        try:
+            await files(folder.check)
+        except EnvironmentProblem as moved:
+            return moved
+    return error
 
 
 async def _unlock(files: Files, folder: RunFolder) -> None:

@@ -343,3 +343,15 @@ async def test_weights_of_an_update_that_was_not_counted_are_not_saved_as_those_
     await whole.fit(Samples())
     last = await asyncio.to_thread(checkpoint.read, tmp_path / "checkpoints" / "step-000000013")
     assert all(torch.equal(value, last.model[name]) for name, value in whole.model.state_dict().items())
+
+
+async def test_where_the_folder_was_moved_that_is_told_and_not_the_file_that_is_missing_then(tmp_path: Path) -> None:
+    class Moves(Callback):
+        def on_batch_end(self, event: BatchEnd) -> None:
+            (tmp_path / "run").rename(tmp_path / "moved")
+            raise EnvironmentProblem("metrics.csv can't be written: No such file or directory", hint="Mend the disk.")
+
+    trainer = Trainer(network(), nn.MSELoss(), run_dir=tmp_path / "run", device="cpu", callbacks=[Moves()])
+    with pytest.raises(EnvironmentProblem, match="was moved or removed while the run was writing to it") as caught:
+        await trainer.fit(Samples())
+    assert "metrics.csv" in str(caught.value.__cause__)
