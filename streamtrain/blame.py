@@ -49,10 +49,14 @@ class Culprit:
         if batch is None:
             return None
         try:
-            index = [] if batch.index is None else [int(number) for number in batch.index[:FIRST]]
-            return cls(step, batch.cursor, len(batch), index)
+            return cls.gone(batch.index, batch.cursor, len(batch), step)
         except Exception:  # a batch so odd that it may be the very error
             return cls(step, batch.cursor, 0, [])
+
+    @classmethod
+    def gone(cls, index: Any, cursor: Cursor, rows: int, step: int) -> Culprit:
+        """The same of what was kept of a batch: its samples' numbers, if it has any, its position, its rows."""
+        return cls(step, cursor, rows, [] if index is None else [int(number) for number in index[:FIRST]])
 
 
 class OutOfMemory(EnvironmentProblem):

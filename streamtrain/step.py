@@ -569,13 +569,23 @@ class TrainStep:
             problem = non_finite(None, flags[first].indices, losses, report.first_step + first, scale=scale)
             error = self._passed_over(problem, report.first_step + first, bad, left_out)
             if error is not None:
-                report.error = report.error or error
+                if report.error is not None:  # of a batch that the run has not come to now
+                    logger.warning("behind it came up in the same burst: %s", report.error)
+                report.error = error
+                self.culprit = self._culprit(flags[first], losses, report.first_step + first)
                 self._back_to(report, flags, first, left_out)
             else:
                 for at, refused in enumerate(bad):
                     if refused:
                         self.tally.leave_out_places(range(flags[at].place, ends[at]))
         self.skipped += report.skipped
+
+    def _culprit(self, flag: Flag, losses: list[float], step: int) -> Culprit | None:
+        """The batch of update `step`, which was left out, whose loss is not finite, or its last; `losses`: of each."""
+        if flag.cursor is None:
+            return None
+        at = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
+        return Culprit.gone(flag.indices[at], flag.cursor, self.tally.counts[flag.place + at], step)
 
     def _passed_over(
         self, problem: StreamtrainError, step: int, bad: list[bool], left_out: list[bool]

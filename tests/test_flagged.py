@@ -235,6 +235,37 @@ def test_the_error_names_the_rows_and_the_last_good_step() -> None:
     assert str(report.error) == told
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_batch_whose_loss_was_bad_is_known_though_it_is_gone(accumulate: int) -> None:
+    """For error.json, which tells of its rows and where they lie."""
+    model = network()
+    step = flagged(model, accumulate=accumulate)
+    assert isinstance(burst(step, Hand(batches(6))).error, NonFiniteError)
+    assert step.culprit is not None
+    assert (step.culprit.step, step.culprit.rows) == (-(-BAD // accumulate), 8)
+    assert step.culprit.index == batches(6)[BAD - 1].index.tolist()
+
+
+def test_it_comes_before_the_error_of_a_later_batch_of_its_burst(caplog: pytest.LogCaptureFixture) -> None:
+    """Which the run has not come to: all is as before the bad update."""
+    told = []
+    for late in (True, False):
+        model = network()
+        inner = bad_at(model, BAD)
+
+        def compute(batch: Batch, inner: Compute = inner) -> Any:
+            if batch.cursor.position == 8 * 5:
+                raise ValueError("what a NaN leads to")
+            return inner(batch)
+
+        step = made(model, compute)
+        step._kernel_skips = late
+        report = burst(step, Hand(batches(6)))
+        told.append((str(report.error).split(",")[0], report.updates, step.step))
+    assert told[0] == told[1] == ("step 3", 2, 2)
+    assert "behind it came up in the same burst" in caplog.text
+
+
 def test_after_too_many_rollbacks_the_error_is_that_of_the_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the weights, statistics and position of before the bad update, as where each number is looked at at once."""
     monkeypatch.setattr(rollback, "MOST", 1)
