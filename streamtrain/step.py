@@ -543,9 +543,9 @@ class TrainStep:
         self.skipped += 1
 
     def _wants_flags(self) -> bool:
-        """Whether the flags must be read before the next update: its state is to be kept, or fp16's scale may be at the
-        lowest, since each update can halve it."""
-        if self._rollback is not None and self._rollback.due(self.step):
+        """Whether the flags must be read before the next update: which batches a rollback gives up must not depend on
+        where a burst ends; or fp16's scale may be at the lowest, since each update can halve it."""
+        if self._rollback is not None:
             return True
         if self.scaler is None or self._skip:
             return False

@@ -21,6 +21,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.errors import EnvironmentProblem, NonFiniteError, UserCodeError
 from streamtrain.outcome import Compute, supervised
 from streamtrain.step import TrainStep
+from streamtrain.tally import Report
 from tests.engine import network, same
 from tests.test_step import Hand, Looked, batches, burst, made
 
@@ -125,17 +126,33 @@ def test_the_average_begins_with_the_first_update_that_is_made(bad: tuple[int, .
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_rollback_is_made_at_the_end_of_the_burst(caplog: pytest.LogCaptureFixture) -> None:
-    """The updates after the bad one were not made: they are given up with those before it."""
-    model = network(dropout=0.0)
-    before = copy.deepcopy(model)
-    step = with_rollback(flagged(model), model)
-    report = burst(step, Hand(batches(6)))
-    assert (report.error, report.updates, report.skipped) == (None, 6, 4)
-    assert same(model, before)
-    assert "back to the weights of step 0, the 2 updates since then are given up" in caplog.text
-    assert burst(step, Hand(batches(2))).skipped == 0
-    assert not same(model, before)
+def to_the_end(step: TrainStep, hand: Hand) -> tuple[Report, list[int]]:
+    """Bursts until there are no batches, or an error; the last report, and updates, skipped ones and samples of all."""
+    sums = [0, 0, 0]
+    while True:
+        report = burst(step, hand)
+        sums = [a + b for a, b in zip(sums, (report.updates, report.skipped, report.samples), strict=True)]
+        if not hand.batches or report.error is not None:
+            return report, sums
+
+
+@pytest.mark.parametrize("bad", [(3,), (1, 2), (4, 7), (9,)], ids=str)
+def test_a_rollback_is_made_before_the_next_update_as_where_each_number_is_looked_at_at_once(
+    bad: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which batches it gives up depends on no burst's end, for that is a matter of time: two runs would differ."""
+    outcomes = []
+    for late in (True, False):
+        model = network()
+        step = with_rollback(flagged(model, *bad), model)
+        step._kernel_skips = late
+        torch.manual_seed(7)
+        report, sums = to_the_end(step, Hand(batches(9)))
+        assert report.error is None
+        outcomes.append([sums, *standing(step, model)])
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] == [9, len(bad), 72]
+    assert f"back to the weights of step 0, the {bad[0] - 1} updates since then are given up" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"skip": True}, {"average": True}], ids=lambda o: str(*o))
@@ -275,14 +292,12 @@ def test_after_too_many_rollbacks_the_error_is_that_of_the_burst(monkeypatch: py
         step = with_rollback(flagged(model, 1, 5), model)
         step._kernel_skips = late
         torch.manual_seed(7)
-        hand = Hand(batches(8))
-        assert burst(step, hand, updates=1).skipped == 1
-        report = burst(step, hand)
+        report, sums = to_the_end(step, Hand(batches(8)))
         assert isinstance(report.error, NonFiniteError)
         assert str(report.error).startswith("step 5, rows ")
         assert str(report.error).endswith(": the loss is nan; 1 rollbacks did not help, the last one to step 0")
-        assert report.cursor == batches(8)[3].cursor
-        outcomes.append([report.updates, report.samples, *standing(step, model)])
+        assert report.cursor in (batches(8)[3].cursor, None)
+        outcomes.append([sums, *standing(step, model)])
     assert outcomes[0] == outcomes[1]
 
 
@@ -290,7 +305,7 @@ def test_after_too_many_rollbacks_the_error_is_that_of_the_burst(monkeypatch: py
 def test_only_what_is_known_to_be_good_is_kept_for_a_rollback(
     bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bursts are cut where something is to be kept; what is kept is what is kept of bursts of one update."""
+    """Bursts are of one update; what is kept is what is kept where each number is looked at at once."""
     monkeypatch.setattr(rollback, "EVERY", 4)
     kept = []
     for late in (True, False):
