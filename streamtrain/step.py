@@ -390,8 +390,15 @@ class TrainStep:
                     self.scaler.update()
                 elif flag is None:
                     optimizer.step()
+                elif self._odd:
+                    self._step_if_good(flag)
                 else:
-                    self._step_where_good(flag)
+                    kernel: Any = optimizer
+                    kernel.found_inf, kernel.grad_scale = flag.bad, None
+                    try:
+                        optimizer.step()
+                    finally:  # it is the user's, who may step it by himself after the fit
+                        del kernel.found_inf, kernel.grad_scale
             except StreamtrainError:
                 raise
             except BaseException as error:
@@ -506,21 +513,12 @@ class TrainStep:
             return False
         return True
 
-    def _step_where_good(self, flag: Flag) -> None:
-        """Have the kernels leave the update out where its flag says so, which stays on the device; those that take
-        sparse gradients know of no flag, and there it is read."""
-        optimizer: Any = self._optimizer
-        if self._odd:
-            if flag.bad.item():
-                optimizer._opt_called = True  # torch's schedulers ask for it
-            else:
-                optimizer.step()
-            return
-        optimizer.found_inf, optimizer.grad_scale = flag.bad, None
-        try:
-            optimizer.step()
-        finally:  # it is the user's, who may step it by himself after the fit
-            del optimizer.found_inf, optimizer.grad_scale
+    def _step_if_good(self, flag: Flag) -> None:
+        """The update by kernels that take sparse gradients, which know of no flag: it is read before."""
+        if flag.bad.item():
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+        else:
+            self._optimizer.step()
 
     def _refuse(self, report: Report) -> None:
         """Not make this update: leave all as it was, and say so."""

@@ -206,7 +206,8 @@ def test_nothing_of_a_batch_outlives_it() -> None:
         gc.enable()
 
 
-def test_few_frames_lie_between_a_burst_and_the_optimizer() -> None:
+@pytest.mark.parametrize("flagged", [False, True])
+def test_few_frames_lie_between_a_burst_and_the_optimizer(flagged: bool) -> None:
     depth: list[int] = []
 
     class Spy(torch.optim.SGD):
@@ -215,7 +216,8 @@ def test_few_frames_lie_between_a_burst_and_the_optimizer() -> None:
             return super().step(closure)
 
     model = network()
-    step = made(model, optimizer=lambda parameters: Spy(parameters, lr=0.1))
+    step = made(model, optimizer=lambda parameters: Spy(parameters, lr=0.1, fused=True))
+    step._kernel_skips = flagged
     here = len(traceback.extract_stack())
     burst(step, Hand(batches(1)))
     assert depth[0] - here <= 5  # burst, run, _update, torch's wrapper, step
