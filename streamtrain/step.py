@@ -185,6 +185,8 @@ class TrainStep:
                     ended = source.ended  # asked first: only then can nothing come after an empty hand
                     batch = source.take()
                     if batch is None:
+                        if self._group and not ended and source.ended:
+                            continue  # the last look told: a group that is left waiting costs the next life its draws
                         if not (ended and self._group):
                             break
                     else:

@@ -128,6 +128,20 @@ def test_a_burst_ends_after_the_update_during_which_somebody_knocked() -> None:
     assert burst(made(model, compute, door=door), Hand(batches())).updates == 3
 
 
+def test_a_short_group_is_updated_in_the_burst_in_which_its_source_tells_the_end() -> None:
+    """A stop between two bursts would have left it waiting, with the random numbers that it had cost."""
+
+    class Told(Hand):
+        def take(self) -> Batch | None:
+            batch = super().take()
+            self.ended = batch is None
+            return batch
+
+    step = made(network(), accumulate=2)
+    report = burst(step, Told(batches(5)))
+    assert (report.updates, report.batches, step.partial) == (3, 5, False)
+
+
 def test_an_empty_hand_ends_a_burst_without_an_update() -> None:
     report = burst(made(network()), Hand([]))
     assert (report.updates, report.cursor, report.error) == (0, None, None)

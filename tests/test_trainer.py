@@ -336,6 +336,35 @@ async def test_a_source_that_draws_random_numbers_is_resumed_exactly(
     assert same(whole.model, twice.model)
 
 
+class Noisy(Dataset[Any]):
+    """Each sample with noise of one of the process's generators."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self.samples, self.draw = samples(40), draw
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, row: int) -> Any:
+        return self.samples[0][row] + self.draw(), self.samples[1][row]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("draw", [np.random.rand, random.random, lambda: float(torch.rand(()))])
+async def test_a_stop_before_a_short_last_group_costs_none_of_its_random_numbers(
+    tmp_path: Path, draw: Callable[[], float], stop: int
+) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 3}  # of an epoch's 5 batches the last group has 2
+    whole = trainer(**options)
+    await whole.fit(loader(Noisy(draw)), max_epochs=3)
+    parts = trainer(run_dir=tmp_path, **options)
+    parts.callbacks.append(AtStep(stop, parts.stop))
+    await parts.fit(loader(Noisy(draw)), max_epochs=3)
+    rest = trainer(run_dir=tmp_path, **options)
+    await rest.fit(loader(Noisy(draw)), max_epochs=3, resume="auto")
+    assert same(whole.model, rest.model)
+
+
 async def test_what_can_not_be_resumed_exactly_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     await trainer(run_dir=tmp_path).fit(DrawnAside(), max_steps=7)
     assert "not exact" not in caplog.text
