@@ -183,6 +183,8 @@ class TrainStep:
                 self._begin()
                 while True:
                     ended = source.ended  # asked first: only then can nothing come after an empty hand
+                    if not self._group:  # before the batch is taken: a source that is pulled draws from them too
+                        self._generators = [generator.get_state() for generator in self._sources]
                     batch = source.take()
                     if batch is None:
                         if self._group and not ended and source.ended:
@@ -342,7 +344,7 @@ class TrainStep:
         self._loss = None
 
     def _remember(self) -> None:
-        """What is put back if the group that begins is not updated.
+        """What is put back, beside random numbers, if the group that begins is not updated.
 
         Where the model runs in CUDA graphs torch is told that what they gave before may be written over; not between
         the batches of a group, whose gradients lie there too (torch's documentation of CUDAGraph Trees).
@@ -351,7 +353,6 @@ class TrainStep:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self._statistics:
             self._statistics.keep()
-        self._generators = [generator.get_state() for generator in self._sources]
 
     @property
     def _outlives(self) -> bool:

@@ -365,6 +365,31 @@ async def test_a_stop_before_a_short_last_group_costs_none_of_its_random_numbers
     assert same(whole.model, rest.model)
 
 
+@pytest.mark.parametrize("fails", [1, 3, 4, 7, 11])
+@pytest.mark.parametrize("accumulate", [1, 3])
+async def test_an_error_costs_none_of_the_numbers_that_its_batch_drew_from_torch(
+    tmp_path: Path, accumulate: int, fails: int
+) -> None:
+    calls = 0
+
+    def step(model: nn.Module, batch: Batch) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fails:
+            raise RuntimeError("once")
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    def fitted(run_dir: Path | None) -> Trainer:
+        return Trainer(network(), step=step, seed=SEED, run_dir=run_dir, accumulate_grad_batches=accumulate)
+
+    with pytest.raises(UserCodeError, match="once"):
+        await fitted(tmp_path).fit(loader(Augmented()), max_epochs=3)
+    rest, whole = fitted(tmp_path), fitted(None)
+    await rest.fit(loader(Augmented()), max_epochs=3, resume="auto")
+    await whole.fit(loader(Augmented()), max_epochs=3)
+    assert same(whole.model, rest.model)
+
+
 async def test_what_can_not_be_resumed_exactly_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     await trainer(run_dir=tmp_path).fit(DrawnAside(), max_steps=7)
     assert "not exact" not in caplog.text
