@@ -129,8 +129,12 @@ class Driver:
 
         def job() -> Batch | None:
             before = life.rng.state
-            with life.rng.swapped_in():
-                batch = fn()
+            try:
+                with life.rng.swapped_in():
+                    batch = fn()
+            except BaseException:
+                life.rng.state = before  # what it drew before it raised
+                raise
             life.before_ahead = None if batch is None else before
             return batch
 
@@ -195,6 +199,7 @@ class Driver:
     def _made(self, batches: Supply, row: _Row) -> Report:
         """One burst, and whether another one follows; on the train thread."""
         life, step = self._life, self._life.step
+        begin = None if step.partial else life.before_ahead or life.rng.state
         row.begun, life.before_ahead = True, None
         if life.switch is not None:
             life.switch.learn()
@@ -214,6 +219,8 @@ class Driver:
                 samples=row.samples,
                 elapsed=row.elapsed,
             )
+        if report.error is not None and not report.updates and begin is not None:
+            life.rng.state = begin  # whatever a source drew from, for a batch that was pulled ahead too
         if life.compiled is not None and life.compiled.grown():
             step.seconds = seconds  # compiling took the time
         report.waited = batches.waited - waited

@@ -176,7 +176,7 @@ class TrainStep:
         report = Report(self.step + 1, before=samples, began=time.perf_counter())
         self._samples, self._elapsed = samples, elapsed
         self._before = batches, samples
-        before, self._epoch = self.seconds, epoch
+        before, self._epoch, asked = self.seconds, epoch, False
         self._running = threading.get_ident()
         try:
             try:
@@ -185,7 +185,9 @@ class TrainStep:
                     ended = source.ended  # asked first: only then can nothing come after an empty hand
                     if not self._group:  # before the batch is taken: a source that is pulled draws from them too
                         self._generators = [generator.get_state() for generator in self._sources]
+                        asked = True
                     batch = source.take()
+                    asked = False
                     if batch is None:
                         if self._group and not ended and source.ended:
                             continue  # the last look told: a group that is left waiting costs the next life its draws
@@ -211,6 +213,8 @@ class TrainStep:
                 pulling = isinstance(error, StreamtrainError) and self._group < self.accumulate and not source.ended
                 self.culprit = None if pulling else Culprit.of(self._batch, self.step + 1)
                 try:
+                    if asked:  # what it drew before it raised
+                        self._set_generators(self._generators)
                     self.undo()
                 except Exception:  # all the rest of it is done, and what the user gets is the error
                     logger.exception("dropping the gradients after the error failed")

@@ -367,26 +367,49 @@ async def test_a_stop_before_a_short_last_group_costs_none_of_its_random_numbers
 
 @pytest.mark.parametrize("fails", [1, 3, 4, 7, 11])
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("where", ["step", "source", "ahead", "step of what was pulled ahead"])
 async def test_an_error_costs_none_of_the_numbers_that_its_batch_drew_from_torch(
-    tmp_path: Path, accumulate: int, fails: int
+    tmp_path: Path, where: str, accumulate: int, fails: int
 ) -> None:
-    calls = 0
+    calls = rows = 0
 
     def step(model: nn.Module, batch: Batch) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == fails:
+        calls += torch.is_grad_enabled()
+        if where.startswith("step") and torch.is_grad_enabled() and calls == fails:
             raise RuntimeError("once")
         return nn.functional.mse_loss(model(batch.inputs), batch.targets)
 
-    def fitted(run_dir: Path | None) -> Trainer:
-        return Trainer(network(), step=step, seed=SEED, run_dir=run_dir, accumulate_grad_batches=accumulate)
+    class Breaks(Augmented):
+        def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+            nonlocal rows
+            rows += 1
+            if not where.startswith("step") and rows == 8 * fails - 3:
+                raise RuntimeError("once")
+            return super().__getitem__(number)
 
+    class Unknown:
+        """Of a length that nobody knows: whether a batch follows is asked ahead."""
+
+        def __init__(self, dataset: Any) -> None:
+            self.loader = loader(dataset)
+
+        def __iter__(self) -> Iterator[Any]:
+            yield from self.loader
+
+    def fitted(run_dir: Path | None) -> Trainer:
+        options: dict[str, Any] = {"validate_every": "1steps", "accumulate_grad_batches": accumulate}
+        return Trainer(network(), step=step, seed=SEED, run_dir=run_dir, **options)
+
+    def source(dataset: Any) -> Any:
+        return Unknown(dataset) if where.endswith("ahead") else loader(dataset)
+
+    valid = Samples(8) if where.endswith("ahead") else None
     with pytest.raises(UserCodeError, match="once"):
-        await fitted(tmp_path).fit(loader(Augmented()), max_epochs=3)
+        await fitted(tmp_path).fit(source(Breaks()), valid, max_epochs=3)
     rest, whole = fitted(tmp_path), fitted(None)
-    await rest.fit(loader(Augmented()), max_epochs=3, resume="auto")
-    await whole.fit(loader(Augmented()), max_epochs=3)
+    await rest.fit(source(Augmented()), valid, max_epochs=3, resume="auto")
+    await whole.fit(source(Augmented()), valid, max_epochs=3)
     assert same(whole.model, rest.model)
 
 
