@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,10 +25,13 @@ from streamtrain.errors import EnvironmentProblem
 from streamtrain.evaluation import BURST
 from streamtrain.life import Life
 from streamtrain.plan import Plan
+from streamtrain.rng import RngState, drawn_aside
 from streamtrain.step import Door
 from streamtrain.supply import Supply, supply
 from streamtrain.tally import Report
 from streamtrain.threads import TrainThread
+
+logger = logging.getLogger(__name__)
 
 
 class _Row:
@@ -219,8 +223,8 @@ class Driver:
                 samples=row.samples,
                 elapsed=row.elapsed,
             )
-        if report.error is not None and not report.updates and begin is not None:
-            life.rng.state = begin  # whatever a source drew from, for a batch that was pulled ahead too
+        if report.error is not None and begin is not None:
+            self._put_back(report, begin)
         if life.compiled is not None and life.compiled.grown():
             step.seconds = seconds  # compiling took the time
         report.waited = batches.waited - waited
@@ -235,6 +239,20 @@ class Driver:
         ):
             row.over = True
         return report
+
+    def _put_back(self, report: Report, begin: RngState) -> None:
+        """After an error, what a source drew for the batches of no update: all of it where the burst began with them.
+
+        Else a step puts torch's numbers back; states of the others cost as much as a small step, and are not kept.
+        """
+        rng = self._life.rng
+        if not report.updates:
+            rng.state = begin
+        elif self._stream.pulls_inside and drawn_aside(begin, rng.state):
+            logger.warning(
+                "numbers that the data drew from numpy's or Python's generator for the batch that failed stay drawn: "
+                "a run that goes on from here is not exact. Let them draw from torch's, or from one of their own"
+            )
 
     def _batches_of(self, updates: int | None) -> int:
         """About how many batches a burst takes; never none, where the one under way has just made the last update that

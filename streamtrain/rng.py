@@ -41,6 +41,14 @@ def restore(state: RngState) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
+def drawn_aside(before: RngState, after: RngState) -> bool:
+    """Whether numpy's or Python's generator, which no step puts back by itself, was drawn from in between."""
+    (_, words, gauss), (_, later, gauss_later) = before["python"], after["python"]
+    if tuple(words) != tuple(later) or gauss != gauss_later:
+        return True
+    return not all(np.array_equal(one, other) for one, other in zip(before["numpy"], after["numpy"], strict=True))
+
+
 def checked(state: RngState) -> RngState:
     """The same, once it is known that the generators take it. Raises whatever they raise where it is no such state."""
     before = capture()

@@ -365,6 +365,33 @@ async def test_a_stop_before_a_short_last_group_costs_none_of_its_random_numbers
     assert same(whole.model, rest.model)
 
 
+@pytest.mark.parametrize("fails", [1, 2, 4, 8, 11])
+@pytest.mark.parametrize("draw", [np.random.rand, random.random])
+async def test_where_an_error_keeps_numbers_that_numpy_or_python_gave_that_is_said(
+    tmp_path: Path, draw: Callable[[], float], fails: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = 0
+
+    def step(model: nn.Module, batch: Batch) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fails:
+            raise RuntimeError("once")
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    def fitted(run_dir: Path | None) -> Trainer:
+        return Trainer(network(), step=step, seed=SEED, run_dir=run_dir)
+
+    with pytest.raises(UserCodeError, match="once"):
+        await fitted(tmp_path).fit(loader(Noisy(draw)), max_epochs=3)
+    said = "stay drawn: a run that goes on from here is not exact" in caplog.text
+    rest, whole = fitted(tmp_path), fitted(None)
+    await rest.fit(loader(Noisy(draw)), max_epochs=3, resume="auto")
+    await whole.fit(loader(Noisy(draw)), max_epochs=3)
+    assert said != same(whole.model, rest.model)
+    assert not (said and fails == 1)
+
+
 @pytest.mark.parametrize("fails", [1, 3, 4, 7, 11])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("where", ["step", "source", "ahead", "step of what was pulled ahead"])
