@@ -38,9 +38,14 @@ def picked(what: str, tree: Any, task: str) -> Any:
     else:
         kind = f"one tensor of shape {tuple(tree.shape)}" if isinstance(tree, Tensor) else f"a {type(tree).__name__}"
         raise ConfigError(f"the {what} are {kind}, of which none is {task!r}", hint=_SEVERAL[what])
+    other = f"Name them as the {what} are named."
+    if task.isdecimal() and isinstance(tree, Mapping):
+        other = (
+            f"A list or tuple goes by number, and these {what} by name: have the model return a dict, and name both."
+        )
     raise ConfigError(
         f"there is no {task!r} among the {what} {', '.join(map(repr, names)) or '(none)'}",
-        hint=_instead(task, names, f"Name them as the {what} are named."),
+        hint=_instead(task, names, other),
     )
 
 

@@ -198,6 +198,14 @@ def test_a_name_that_fits_nothing_is_refused_with_the_nearest(tree: Any, message
     assert caught.value.hint.startswith(hint)
 
 
+def test_numbers_where_the_targets_have_names_are_told_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="there is no '0' among the targets 'rain', 'kind'") as caught:
+        TaskLosses({"0": nn.MSELoss(), "1": nn.MSELoss()}).parts(
+            [torch.zeros(1), torch.zeros(1)], {"rain": torch.zeros(1), "kind": torch.zeros(1)}
+        )
+    assert caught.value.hint.endswith("have the model return a dict, and name both.")
+
+
 async def test_wrong_names_end_the_fit_before_its_first_update() -> None:
     for loss, said in (({"rian": "mse"}, "no 'rian' among the outputs"), ({"rain": "mse", "0": "mse"}, "no '0' among")):
         fitted = trainer(loss=loss)
