@@ -241,11 +241,15 @@ def _counts(model: nn.Module) -> dict[str, Histogram]:
 
 
 def _count(weights: Tensor) -> Histogram:
+    """Of complex ones both parts are counted."""
+    weights = torch.view_as_real(weights.resolve_conj()) if weights.is_complex() else weights
     values = weights.cpu().to(torch.float32).flatten()
     known = values[torch.isfinite(values)]
     if not known.numel():
         return Histogram.of(values.numpy(), bins=BINS)
     low, high = (float(end) for end in known.aminmax())
+    if high - low > torch.finfo(torch.float32).max:  # torch counts none then
+        return Histogram.of(values.numpy(), bins=BINS)
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(known, BINS, low, high).numpy().astype(np.int64)

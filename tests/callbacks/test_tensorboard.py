@@ -257,9 +257,12 @@ def test_a_line_that_was_handed_over_is_known_in_the_next_life() -> None:
     assert fresh.first(line)
 
 
-def test_weights_that_are_all_equal_or_not_finite_have_a_histogram() -> None:
+def test_weights_of_any_kind_have_a_histogram() -> None:
     from streamtrain.callbacks.tensorboard import _count
 
     assert _count(torch.ones(5)).counts.sum() == 5
     assert _count(torch.tensor([1.0, float("nan")])).left_out == 1
     assert _count(torch.tensor([float("inf")])).counts.sum() == 0
+    assert _count(torch.tensor([3e38, -3e38])).counts.sum() == 2
+    turned = _count(torch.tensor([1 + 2j, 3 - 4j]).conj())
+    assert (turned.counts.sum(), turned.total, turned.squares) == (4, 1 + 3 - 2 + 4, 1 + 9 + 4 + 16)
