@@ -57,7 +57,8 @@ class Buffers:
         """
         if size <= self.bytes:
             return
-        size = int(size * _SHARE) + _MORE
+        # Of pinned memory torch takes powers of two (CachingHostAllocator.h): a little more may be twice as much.
+        size = 1 << (size - 1).bit_length() if pinned else int(size * _SHARE) + _MORE
         self._block, self._layout, self._views = torch.empty(0, dtype=torch.uint8), [], []  # the old ones go first
         try:
             self._block = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size)

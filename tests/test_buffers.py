@@ -84,6 +84,26 @@ def test_what_grows_beyond_the_buffers_gets_others() -> None:
     assert buffers.bytes >= 4_400_000
 
 
+@pytest.mark.parametrize(("needed", "taken"), [(3 << 20, 4 << 20), (4 << 20, 4 << 20), ((4 << 20) + 1, 8 << 20)])
+def test_of_pinned_memory_it_takes_and_says_what_torch_takes(
+    needed: int, taken: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole powers of two: with a share on top 4 MiB were 8, and said to be 5."""
+    asked: list[int] = []
+    plain: Any = torch.empty
+
+    def empty(size: Any, *more: Any, pin_memory: bool = False, **how: Any) -> Any:
+        asked.extend([size] if pin_memory else [])
+        return plain(size, *more, **how)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    caplog.set_level("INFO")
+    made = Buffers()
+    made.reserve(needed, pinned=True)
+    assert asked == [made.bytes] == [taken]
+    assert f"snapshots take {taken / 2**20:.1f} MiB" in caplog.text
+
+
 def test_where_there_is_no_memory_it_says_how_much_was_needed() -> None:
     with pytest.raises(EnvironmentProblem, match=r"no memory for a snapshot: [\d,]+ bytes beside the model") as caught:
         Buffers().reserve(1 << 60)
