@@ -115,6 +115,10 @@ class Freezing:
         if held <= frozen:
             raise ConfigError("freeze leaves nothing to train", hint="Leave some of its rules out.")
 
+    def governed(self) -> list[nn.Parameter]:
+        """All that the rules name."""
+        return [parameter for members in self._members.values() for parameter in members]
+
     def for_good(self) -> Iterator[nn.Parameter]:
         """What never thaws."""
         return (parameter for rule in self.rules if rule.until is None for parameter in self._members[rule])

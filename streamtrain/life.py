@@ -37,6 +37,7 @@ from streamtrain.state import Copier, Snapshot, Tree, fresh
 from streamtrain.step import TrainStep
 from streamtrain.switching import Switch
 from streamtrain.taking_up import VERSION, check_own_rng, check_schedule, check_state
+from streamtrain.toggled import Toggled
 from streamtrain.unkept import Unkept
 from streamtrain.untrained import Untrained
 
@@ -58,6 +59,7 @@ class Life:
     average: Average | None = None
     rollback: Rollback | None = None
     freezing: Freezing | None = None
+    toggled: Toggled | None = None
     compiled: Compiled | None = None
     unkept: Unkept | None = None
     untrained: Untrained | None = None
@@ -130,7 +132,7 @@ class Life:
             "window": self.step.tally.window.state_dict(),
             "means": self.step.tally.epoch.state_dict(),
             "settings": self.settings,
-            "habits": self.habits,
+            "habits": self.habits | ({} if self.toggled is None else {"requires_grad": self.toggled.state_dict()}),
             "ended": self.ended,
             "restores": self.restores,
             "config": dict(self.config),
@@ -343,6 +345,8 @@ class Life:
         if self.step.scaler is not None and state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
         self.step.step = self.progress.step
+        if self.toggled is not None:
+            self.toggled.load_state_dict(state["habits"].get("requires_grad", {}))
         self.metrics, self.restores = dict(state["metrics"]), state["restores"]
 
     def _go_there(self, state: Mapping[str, Any]) -> None:

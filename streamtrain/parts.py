@@ -56,6 +56,7 @@ from streamtrain.switching import Switch, switch_of
 from streamtrain.taking_up import check_schedule, check_state
 from streamtrain.tasks import Losses, modules_of
 from streamtrain.threads import TrainThread
+from streamtrain.toggled import Toggled
 from streamtrain.unkept import Unkept
 from streamtrain.untrained import Untrained
 from streamtrain.warm_start import begin_with
@@ -108,6 +109,8 @@ class Parts:
         self.compiled: Compiled | None = None
         self.rollback: Rollback | None = None
         self.freezing: Freezing | None = None
+        self._toggled: Toggled | None = None
+        """Which of the other parameters were frozen or thawed since the first fit began."""
         self.rng: Rng | None = None
         self._left: list[tuple[object, ...]] | None = None
         """Of the weights that a fit or a loaded checkpoint left; None while a fit goes on, and before the first."""
@@ -337,6 +340,8 @@ class Parts:
             self.model.train()
         if self.freezing is not None:
             self.freezing.begin()
+        if self._toggled is None:
+            self._toggled = Toggled(self.model, () if self.freezing is None else self.freezing.governed())
         fixed: dict[str, Any] = {
             "scheduler": schedule_name(self.scheduler),
             "seed": options.seed,
@@ -355,6 +360,7 @@ class Parts:
             average=self.average,
             rollback=self.rollback,
             freezing=self.freezing,
+            toggled=self._toggled,
             compiled=self.compiled,
             unkept=Unkept(self.model, modules_of(self.objective.loss)),
             untrained=self.untrained,

@@ -20,6 +20,7 @@ from streamtrain.errors import CheckpointError
 from streamtrain.progress import Means, Progress
 from streamtrain.schedulers import LearningRate
 from streamtrain.spikes import Spikes
+from streamtrain.toggled import check_toggled
 
 VERSION = 2
 KEYS = frozenset(
@@ -90,6 +91,7 @@ def _check_rest(state: Mapping[str, Any]) -> None:
     for name, table in ((name, state[name]) for name in ("callbacks", "own_rng", "settings", "habits")):
         if not isinstance(table, dict):
             raise TypeError(f"{name} is a {type(table).__name__}")
+    check_toggled(state["habits"].get("requires_grad", {}))
     if state["ended"] is not None:
         reason, detail = state["ended"]
         if not (isinstance(reason, str) and isinstance(detail, str)):

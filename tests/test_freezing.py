@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from streamtrain.callbacks.base import Callback
 from streamtrain.errors import ConfigError
+from streamtrain.events import EpochEnd
 from streamtrain.freezing import Freezing, parse_freeze
+from streamtrain.toggled import check_toggled
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network, pairs, same
 
@@ -155,3 +158,45 @@ def test_what_thaws_must_be_in_the_optimizer() -> None:
     optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="but the optimizer does not hold it"):
         Trainer(model, nn.MSELoss(), optimizer=optimizer, freeze={"^0": "1epochs"})
+
+
+class ByTurns(Callback):
+    """Freezes the front in the second of three epochs, and thaws it after that; the head is frozen from then on."""
+
+    decides = True
+
+    async def on_epoch_end(self, event: EpochEnd) -> None:
+        def turn(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            for name, parameter in model.named_parameters():
+                if name.startswith(("0.", "4.")):
+                    parameter.requires_grad_((event.epoch == 0) == name.startswith("4."))
+
+        await event.on_train_thread(turn)
+
+
+@pytest.mark.parametrize("freeze", [None, {r"^0\.bias": "30steps"}])
+@pytest.mark.parametrize("stop", [9, 20, 30])
+async def test_what_a_callback_froze_is_frozen_after_a_resume(tmp_path: Path, stop: int, freeze: Any) -> None:
+    """It was trained again, in silence."""
+    whole = trainer(callbacks=[ByTurns()], freeze=freeze)
+    await whole.fit(Samples(), max_epochs=3)
+    first, second = (trainer(callbacks=[ByTurns()], freeze=freeze, run_dir=tmp_path) for _ in range(2))
+    await first.fit(Samples(), max_steps=stop)
+    await second.fit(Samples(), max_epochs=3, resume="auto")
+    assert same(second.model, whole.model)
+
+
+async def test_a_checkpoint_from_before_anything_was_frozen_thaws_it_again(tmp_path: Path) -> None:
+    made = trainer(callbacks=[ByTurns()], run_dir=tmp_path)
+    early = (await made.fit(Samples(), max_steps=5)).checkpoint
+    await made.fit(Samples(), max_steps=20)
+    assert not made.model.get_parameter("0.weight").requires_grad
+    assert early is not None
+    await made.fit(Samples(), max_steps=9, resume=early)
+    assert made.model.get_parameter("0.weight").requires_grad
+
+
+@pytest.mark.parametrize("flags", [3, {"0.weight": "no"}])
+def test_what_is_no_table_of_them_is_no_state(flags: Any) -> None:
+    with pytest.raises(TypeError, match="requires_grad is"):
+        check_toggled(flags)
