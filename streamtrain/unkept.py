@@ -1,16 +1,19 @@
 """What training changes and no checkpoint holds, or can give back; its law: it is looked at when one is made, never per
 step.
 
-The first is what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), and all that the modules of
-a loss keep, which are no part of the model; the second are buffers whose shape becomes another, which the model that a
-next life makes does not take.
+The first is what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), all that the modules of a
+loss keep, which are no part of the model, and random generators of the modules' own; the second are buffers whose shape
+becomes another, which the model that a next life makes does not take.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import random
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +29,14 @@ class Unkept:
         """`losses`: the modules of the loss by what they are called. Looks at their values, once."""
         self._model, self._losses = model, losses
         self._digests = self._look()
+        self._drawn = self._generators()
         self._shapes: dict[str, torch.Size] | None = self._kept_shapes()
 
     def tell(self) -> None:
         """Say once which of them have other values than at the beginning. One that has another shape is taken for a
         cache of what can be computed again, as is one that is new; of those that are kept that is said too."""
         self._tell_shapes()
+        self._tell_drawn()
         if not self._digests:
             return
         now, before = self._look(), self._digests
@@ -45,6 +50,30 @@ class Unkept:
                 "model keeps buffers that are persistent, and a loss that is a part of it (model.criterion = loss)",
                 ", ".join(changed),
             )
+
+    def _tell_drawn(self) -> None:
+        if not self._drawn:
+            return
+        now, before = self._generators(), self._drawn
+        drawn = [name for name in before if now.get(name, before[name]) != before[name]]
+        if drawn:
+            self._drawn = {}
+            logger.warning(
+                "%s has drawn numbers and is in no checkpoint: a run that goes on from one has it as it is made. Draw "
+                "from torch's own generator, or keep its state by get_extra_state and set_extra_state",
+                ", ".join(drawn),
+            )
+
+    def _generators(self) -> dict[str, str]:
+        """The states of those that modules keep as attributes, of modules that keep nothing by themselves."""
+        found = {}
+        for called, root in {"the model": self._model, **self._losses}.items():
+            for path, module in root.named_modules():
+                keeps = type(module).get_extra_state is not nn.Module.get_extra_state and root is self._model
+                for name, value in {} if keeps else vars(module).items():
+                    if (state := _state_of(value)) is not None:
+                        found[f"{called}'s generator {path}.{name}".replace(" .", " ")] = state
+        return found
 
     def _tell_shapes(self) -> None:
         if self._shapes is None:
@@ -86,3 +115,18 @@ class Unkept:
         for called, loss in self._losses.items():
             for kind, named in (("buffer", loss.named_buffers()), ("parameter", loss.named_parameters())):
                 yield from ((f"{called}'s {kind} {name}", tensor) for name, tensor in named if id(tensor) not in known)
+
+
+def _state_of(value: object) -> str | None:
+    """The state of a random generator that is not the process's own; None for all else."""
+    if isinstance(value, torch.Generator):
+        return None if value is torch.default_generator else _digest(value.get_state().numpy().tobytes())
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return _digest(repr(value.get_state()).encode())
+    return _digest(repr(value.getstate()).encode()) if isinstance(value, random.Random) else None
+
+
+def _digest(state: bytes) -> str:
+    return hashlib.sha256(state).hexdigest()

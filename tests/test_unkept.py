@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,3 +192,64 @@ async def test_a_model_with_a_buffer_that_grows_gets_its_best_weights(tmp_path: 
     result = await trainer(model, run_dir=place, callbacks=[early, *rule]).fit(Samples(), Samples(), max_epochs=5)
     assert (result.reason, result.step) == ("early_stopping", 26)
     assert len(model.seen) == 100
+
+
+class Noisy(nn.Module):
+    """Adds noise from a generator of its own."""
+
+    def __init__(self, generator: Any, draw: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.network, self.generator, self.draw = network(), generator, draw
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.network(inputs + float(self.draw(self.generator)))
+
+
+class Keeping(Noisy):
+    """Keeps that generator in checkpoints."""
+
+    def get_extra_state(self) -> Tensor:
+        state: Tensor = self.generator.get_state()
+        return state
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state)
+
+
+def drawn(generator: torch.Generator) -> Tensor:
+    return torch.rand((), generator=generator)
+
+
+GENERATORS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (lambda: torch.Generator().manual_seed(1), drawn),
+    (lambda: np.random.default_rng(1), lambda generator: generator.random()),
+    (lambda: np.random.RandomState(1), lambda generator: generator.rand()),
+    (lambda: random.Random(1), lambda generator: generator.random()),
+]
+
+
+@pytest.mark.parametrize(("make", "draw"), GENERATORS, ids=["torch", "numpy", "numpy's old", "Python's"])
+async def test_a_generator_of_the_models_own_that_draws_is_said(
+    tmp_path: Path, make: Callable[[], Any], draw: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A resumed run had its first numbers again, in silence."""
+    model = nn.Sequential(Noisy(make(), draw))
+    rule = ModelCheckpoint(every="2steps")
+    await Trainer(model, nn.MSELoss(), seed=5, device="cpu", run_dir=tmp_path, callbacks=[rule]).fit(Samples())
+    assert caplog.text.count("the model's generator 0.generator has drawn numbers and is in no checkpoint") == 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Noisy(torch.Generator(), lambda generator: 0.5),
+        lambda: Noisy(torch.default_generator, drawn),
+        lambda: Keeping(torch.Generator(), drawn),
+    ],
+    ids=["does not draw", "torch's own", "kept"],
+)
+async def test_a_generator_that_costs_a_resume_nothing_is_not_said(
+    tmp_path: Path, model: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    await Trainer(model(), nn.MSELoss(), seed=5, device="cpu", run_dir=tmp_path).fit(Samples())
+    assert "has drawn" not in caplog.text
