@@ -3,7 +3,7 @@ step.
 
 The first is what a model keeps with `persistent=False` (`torch.nn.Module.register_buffer`), all that the modules of a
 loss keep, which are no part of the model, and random generators of the modules' own; the second are buffers whose shape
-becomes another, which the model that a next life makes does not take.
+or dtype becomes another, which the model that a next life makes does not take.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ class Unkept:
         self._model, self._losses = model, losses
         self._digests = self._look()
         self._drawn = self._generators()
-        self._shapes: dict[str, torch.Size] | None = self._kept_shapes()
+        buffers = self._kept()
+        self._shapes: dict[str, torch.Size] | None = {name: buffer.shape for name, buffer in buffers.items()}
+        self._dtypes: dict[str, torch.dtype] | None = {name: buffer.dtype for name, buffer in buffers.items()}
 
     def tell(self) -> None:
         """Say once which of them have other values than at the beginning. One that has another shape is taken for a
         cache of what can be computed again, as is one that is new; of those that are kept that is said too."""
         self._tell_shapes()
+        self._tell_dtypes()
         self._tell_drawn()
         if not self._digests:
             return
@@ -78,11 +81,11 @@ class Unkept:
     def _tell_shapes(self) -> None:
         if self._shapes is None:
             return
-        now, before = self._kept_shapes(), self._shapes
+        now, before = self._kept(), self._shapes
         grown = [
-            f"{name} ({list(before[name]) if name in before else 'not there'} -> {list(shape)})"
-            for name, shape in now.items()
-            if before.get(name) != shape
+            f"{name} ({list(before[name]) if name in before else 'not there'} -> {list(buffer.shape)})"
+            for name, buffer in now.items()
+            if before.get(name) != buffer.shape
         ]
         if grown:
             self._shapes = None
@@ -92,14 +95,31 @@ class Unkept:
                 ", ".join(grown),
             )
 
-    def _kept_shapes(self) -> dict[str, torch.Size]:
-        """Of the buffers that checkpoints hold, by name."""
-        shapes = {}
+    def _tell_dtypes(self) -> None:
+        if self._dtypes is None:
+            return
+        now, before = self._kept(), self._dtypes
+        cast = [
+            f"{name} ({before[name]} -> {buffer.dtype})".replace("torch.", "")
+            for name, buffer in now.items()
+            if before.get(name, buffer.dtype) != buffer.dtype
+        ]
+        if cast:
+            self._dtypes = None
+            logger.warning(
+                "the model's buffer %s has another dtype than at the beginning: no run can go on from a checkpoint "
+                "with it. Make it in that one, or keep its own: self.name = value.to(self.name.dtype)",
+                ", ".join(cast),
+            )
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The buffers that checkpoints hold, by name."""
+        buffers = {}
         for path, module in self._model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    shapes[f"{path}.{name}" if path else name] = buffer.shape
-        return shapes
+                    buffers[f"{path}.{name}" if path else name] = buffer
+        return buffers
 
     def _look(self) -> dict[str, tuple[object, ...]]:
         named = dict(self._named())

@@ -253,3 +253,39 @@ async def test_a_generator_that_costs_a_resume_nothing_is_not_said(
 ) -> None:
     await Trainer(model(), nn.MSELoss(), seed=5, device="cpu", run_dir=tmp_path).fit(Samples())
     assert "has drawn" not in caplog.text
+
+
+class Averaging(nn.Module):
+    """Counts what it has seen, beginning with a whole number."""
+
+    seen: Tensor
+
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__()
+        self.network, self.keeps = network(), keeps
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, inputs: Tensor) -> Any:
+        seen = self.seen + inputs.detach().abs().sum()
+        self.seen = seen.to(self.seen.dtype) if self.keeps else seen
+        return self.network(inputs)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_a_buffer_whose_dtype_becomes_another_is_said_when_it_is_saved(
+    tmp_path: Path, keeps: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its checkpoints were made for a week, and refused at the resume."""
+
+    def made() -> Trainer:
+        rule = ModelCheckpoint(every="2steps")
+        return Trainer(Averaging(keeps=keeps), nn.MSELoss(), seed=5, device="cpu", run_dir=tmp_path, callbacks=[rule])
+
+    await made().fit(Samples(), max_steps=5)
+    told = "the model's buffer seen (int64 -> float32) has another dtype than at the beginning"
+    assert caplog.text.count(told) == (not keeps)
+    if keeps:
+        await made().fit(Samples(), max_steps=9, resume="auto")
+    else:
+        with pytest.raises(CheckpointError, match=r"model.seen: float32\[\] -> int64\[\]"):
+            await made().fit(Samples(), max_steps=9, resume="auto")
