@@ -115,9 +115,10 @@ class Freezing:
         if held <= frozen:
             raise ConfigError("freeze leaves nothing to train", hint="Leave some of its rules out.")
 
-    def governed(self) -> list[nn.Parameter]:
-        """All that the rules name."""
-        return [parameter for members in self._members.values() for parameter in members]
+    def governed(self) -> list[nn.Parameter | nn.Module]:
+        """All that the rules name, and the layers whose mode follows from them."""
+        named: list[nn.Parameter | nn.Module] = [one for members in self._members.values() for one in members]
+        return named + [layer for layers in self._norms.values() for layer in layers]
 
     def for_good(self) -> Iterator[nn.Parameter]:
         """What never thaws."""

@@ -132,7 +132,7 @@ class Life:
             "window": self.step.tally.window.state_dict(),
             "means": self.step.tally.epoch.state_dict(),
             "settings": self.settings,
-            "habits": self.habits | ({} if self.toggled is None else {"requires_grad": self.toggled.state_dict()}),
+            "habits": self.habits,
             "ended": self.ended,
             "restores": self.restores,
             "config": dict(self.config),
@@ -185,6 +185,8 @@ class Life:
             optimizer = {"optimizer": optimizer, "learning": self.switch.state_dict()}
         if self.average is not None:
             state = {**state, "average": self.average.state_dict()}
+        if self.toggled is not None:
+            state = {**state, "habits": {**state["habits"], **self.toggled.state_dict()}}
         if self.rollback is not None:
             state = {**state, "kept": self.rollback.state_dict()}
         live = {"model": dict(self.model.state_dict()), "optimizer": optimizer, "state": state}
@@ -346,7 +348,7 @@ class Life:
             self.step.scaler.load_state_dict(state["scaler"])
         self.step.step = self.progress.step
         if self.toggled is not None:
-            self.toggled.load_state_dict(state["habits"].get("requires_grad", {}))
+            self.toggled.load_state_dict(state["habits"])
         self.metrics, self.restores = dict(state["metrics"]), state["restores"]
 
     def _go_there(self, state: Mapping[str, Any]) -> None:

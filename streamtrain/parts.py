@@ -110,7 +110,7 @@ class Parts:
         self.rollback: Rollback | None = None
         self.freezing: Freezing | None = None
         self._toggled: Toggled | None = None
-        """Which of the other parameters were frozen or thawed since the first fit began."""
+        """What else was frozen, thawed or put into another mode since the first fit began."""
         self.rng: Rng | None = None
         self._left: list[tuple[object, ...]] | None = None
         """Of the weights that a fit or a loaded checkpoint left; None while a fit goes on, and before the first."""
@@ -341,7 +341,7 @@ class Parts:
         if self.freezing is not None:
             self.freezing.begin()
         if self._toggled is None:
-            self._toggled = Toggled(self.model, () if self.freezing is None else self.freezing.governed())
+            self._toggled = Toggled(self.model, self.freezing)
         fixed: dict[str, Any] = {
             "scheduler": schedule_name(self.scheduler),
             "seed": options.seed,

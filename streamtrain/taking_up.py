@@ -91,7 +91,7 @@ def _check_rest(state: Mapping[str, Any]) -> None:
     for name, table in ((name, state[name]) for name in ("callbacks", "own_rng", "settings", "habits")):
         if not isinstance(table, dict):
             raise TypeError(f"{name} is a {type(table).__name__}")
-    check_toggled(state["habits"].get("requires_grad", {}))
+    check_toggled(state["habits"])
     if state["ended"] is not None:
         reason, detail = state["ended"]
         if not (isinstance(reason, str) and isinstance(detail, str)):

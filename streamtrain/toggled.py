@@ -1,37 +1,65 @@
-"""Parameters that somebody freezes or thaws while a run trains: a callback, by `parameter.requires_grad_(...)`.
+"""What somebody freezes, thaws or puts into another mode while a run trains: a callback, by `parameter.requires_grad_`
+and `module.eval()`.
 
-Its law: a next life has them as they were in the checkpoint; of what nobody touched, and of what `freeze=` governs,
+Its law: a next life has all that as it was in the checkpoint; of what nobody touched, and of what `freeze=` governs,
 which is a function of the step, the model tells as it is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from streamtrain.freezing import Freezing
+
+KEYS = ("requires_grad", "training")
+"""Of its state: flags of parameters, and of modules, by their names."""
+
 
 class Toggled:
-    """Which require a gradient now, and did not when the run's first fit of this process began, or the other way."""
+    """Flags that are others now than when the first fit of this process began; on the train thread."""
 
-    def __init__(self, model: nn.Module, governed: Collection[nn.Parameter]) -> None:
-        """`governed`: those whose turn somebody else keeps."""
-        theirs = set(map(id, governed))
-        named = [(name, one) for name, one in model.named_parameters() if id(one) not in theirs]
-        self._made = {name: (parameter, parameter.requires_grad) for name, parameter in named}
+    def __init__(self, model: nn.Module, freezing: Freezing | None) -> None:
+        governed = set() if freezing is None else set(map(id, freezing.governed()))
+        self._model = model
+        self._parameters = {
+            name: (parameter, parameter.requires_grad)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in governed
+        }
+        self._modules = {
+            name: (module, module.training)
+            for name, module in model.named_modules()
+            if name and id(module) not in governed
+        }
+        self._modes: dict[str, bool] = {}
 
-    def state_dict(self) -> dict[str, bool]:
-        """Whether each of them requires a gradient, by name."""
-        return {name: one.requires_grad for name, (one, made) in self._made.items() if one.requires_grad != made}
+    def state_dict(self) -> dict[str, dict[str, bool]]:
+        """Those flags. Of a model that is not in training as a whole, which says nothing of its layers, the modes in
+        which they were when it was."""
+        gradients = {
+            name: one.requires_grad for name, (one, made) in self._parameters.items() if one.requires_grad != made
+        }
+        if self._model.training:
+            self._modes = {
+                name: module.training for name, (module, made) in self._modules.items() if module.training != made
+            }
+        return {"requires_grad": gradients, "training": dict(self._modes)}
 
-    def load_state_dict(self, state: Mapping[str, bool]) -> None:
-        """Have those as they were, and all others as they were made."""
-        for name, (parameter, made) in self._made.items():
-            parameter.requires_grad_(state.get(name, made))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Have those as they were, and all others as they were made; `state` may have other keys, or none of these."""
+        gradients, self._modes = state.get("requires_grad", {}), dict(state.get("training", {}))
+        for name, (parameter, made) in self._parameters.items():
+            parameter.requires_grad_(gradients.get(name, made))
+        for name, (module, made) in self._modules.items():
+            module.training = self._modes.get(name, made)
 
 
-def check_toggled(state: Any) -> None:
+def check_toggled(state: Mapping[str, Any]) -> None:
     """Raise TypeError for what is no state of these."""
-    if not isinstance(state, dict) or not all(type(flag) is bool for flag in state.values()):
-        raise TypeError(f"requires_grad is {state!r:.80}")
+    for key in KEYS:
+        flags = state.get(key, {})
+        if not isinstance(flags, dict) or not all(type(flag) is bool for flag in flags.values()):
+            raise TypeError(f"{key} is {flags!r:.80}")

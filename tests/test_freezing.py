@@ -161,7 +161,8 @@ def test_what_thaws_must_be_in_the_optimizer() -> None:
 
 
 class ByTurns(Callback):
-    """Freezes the front in the second of three epochs, and thaws it after that; the head is frozen from then on."""
+    """Freezes the front in the second of three epochs, its norm's statistics too, and thaws it after that; the head is
+    frozen from then on."""
 
     decides = True
 
@@ -170,6 +171,7 @@ class ByTurns(Callback):
             for name, parameter in model.named_parameters():
                 if name.startswith(("0.", "4.")):
                     parameter.requires_grad_((event.epoch == 0) == name.startswith("4."))
+            model.get_submodule("1").train(event.epoch > 0)
 
         await event.on_train_thread(turn)
 
@@ -182,6 +184,8 @@ async def test_what_a_callback_froze_is_frozen_after_a_resume(tmp_path: Path, st
     await whole.fit(Samples(), max_epochs=3)
     first, second = (trainer(callbacks=[ByTurns()], freeze=freeze, run_dir=tmp_path) for _ in range(2))
     await first.fit(Samples(), max_steps=stop)
+    first.model.eval()  # as for a prediction, which is none of the run's
+    await first.save_checkpoint()
     await second.fit(Samples(), max_epochs=3, resume="auto")
     assert same(second.model, whole.model)
 
@@ -190,13 +194,15 @@ async def test_a_checkpoint_from_before_anything_was_frozen_thaws_it_again(tmp_p
     made = trainer(callbacks=[ByTurns()], run_dir=tmp_path)
     early = (await made.fit(Samples(), max_steps=5)).checkpoint
     await made.fit(Samples(), max_steps=20)
-    assert not made.model.get_parameter("0.weight").requires_grad
+    weight, norm = made.model.get_parameter("0.weight"), made.model.get_submodule("1")
+    assert (weight.requires_grad, norm.training) == (False, False)
     assert early is not None
     await made.fit(Samples(), max_steps=9, resume=early)
-    assert made.model.get_parameter("0.weight").requires_grad
+    assert (weight.requires_grad, norm.training) == (True, True)
 
 
+@pytest.mark.parametrize("key", ["requires_grad", "training"])
 @pytest.mark.parametrize("flags", [3, {"0.weight": "no"}])
-def test_what_is_no_table_of_them_is_no_state(flags: Any) -> None:
-    with pytest.raises(TypeError, match="requires_grad is"):
-        check_toggled(flags)
+def test_what_is_no_table_of_flags_is_no_state(key: str, flags: Any) -> None:
+    with pytest.raises(TypeError, match=f"{key} is"):
+        check_toggled({key: flags})
