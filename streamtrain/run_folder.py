@@ -6,6 +6,7 @@ events by their loggers.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -66,7 +67,9 @@ class RunFolder:
         except OSError as error:
             raise EnvironmentProblem(
                 f"the run folder {self.path} can't be written: {error.strerror}",
-                hint="choose another run_dir, or mend its permissions",
+                hint="make room, or choose another run_dir"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else "choose another run_dir, or mend its permissions",
             ) from error
         self._lock = descriptor
 

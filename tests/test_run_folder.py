@@ -287,6 +287,13 @@ def test_a_power_cut_leaves_the_error_and_the_configuration() -> None:
         assert {"config.toml", "error.json"} <= set(MemoryDisk(image).names(folder.path))
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_apart_from_permissions(tmp_path: Path, code: int) -> None:
+    with pytest.raises(EnvironmentProblem, match="can't be written: ") as told:
+        RunFolder(tmp_path / "run", disk=RefusingDisk(LOCAL, 0, code)).lock()
+    assert told.value.hint == "make room, or choose another run_dir"
+
+
 def test_files_are_replaced_whole(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
         path = tmp_path / "status.json"
