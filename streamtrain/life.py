@@ -60,6 +60,8 @@ class Life:
     rollback: Rollback | None = None
     freezing: Freezing | None = None
     toggled: Toggled | None = None
+    groups: int | None = None
+    """Of the optimizer when it was made; None once it was said that it has others."""
     compiled: Compiled | None = None
     unkept: Unkept | None = None
     untrained: Untrained | None = None
@@ -178,6 +180,7 @@ class Life:
         """A copy of everything; on the train thread, between two updates."""
         if self.unkept is not None:
             self.unkept.tell()
+        self._tell_groups()
         if self.switch is not None:
             self.switch.judge()
         optimizer = state_by_name(self.optimizer, self.model)
@@ -191,6 +194,17 @@ class Life:
             state = {**state, "kept": self.rollback.state_dict()}
         live = {"model": dict(self.model.state_dict()), "optimizer": optimizer, "state": state}
         return Snapshot(**trees.clone(live, copier))
+
+    def _tell_groups(self) -> None:
+        """Say once that groups were added in training, which no optimizer of a next life has when it is made."""
+        made, now = self.groups, len(self.optimizer.param_groups)
+        if made is not None and made != now:
+            self.groups = None
+            logger.warning(
+                "the optimizer has %d groups, and had %d when the run began: no run can go on from a checkpoint with "
+                "them. Give it all of them before the fit, and freeze what is to be trained later (freeze=)",
+                *(now, made),
+            )
 
     def tensors(self) -> list[Tensor]:
         """The large ones that a snapshot copies, as they are; on the train thread, once there was an update.

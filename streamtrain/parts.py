@@ -361,6 +361,7 @@ class Parts:
             rollback=self.rollback,
             freezing=self.freezing,
             toggled=self._toggled,
+            groups=len(self._settings["optimizer"]["groups"]),
             compiled=self.compiled,
             unkept=Unkept(self.model, modules_of(self.objective.loss)),
             untrained=self.untrained,

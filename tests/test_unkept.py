@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.events import EpochEnd
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, network
 
@@ -289,3 +291,35 @@ async def test_a_buffer_whose_dtype_becomes_another_is_said_when_it_is_saved(
     else:
         with pytest.raises(CheckpointError, match=r"model.seen: float32\[\] -> int64\[\]"):
             await made().fit(Samples(), max_steps=9, resume="auto")
+
+
+class Adds(Callback):
+    """Adds the front to the optimizer at the end of the first epoch."""
+
+    decides = True
+
+    async def on_epoch_end(self, event: EpochEnd) -> None:
+        def add(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            optimizer.add_param_group({"params": list(model.get_submodule("0").parameters())})
+
+        if event.epoch == 0:
+            await event.on_train_thread(add)
+
+
+async def test_groups_that_training_adds_to_the_optimizer_are_said_when_they_are_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints with them were made for a week, and refused at the resume."""
+
+    def made() -> Trainer:
+        model = network()
+        head = torch.optim.SGD(model.get_submodule("4").parameters(), lr=1e-2)
+        rule = ModelCheckpoint(every="2steps")
+        return Trainer(model, nn.MSELoss(), optimizer=head, device="cpu", run_dir=tmp_path, callbacks=[rule, Adds()])
+
+    await made().fit(Samples(), max_steps=12)
+    assert "the optimizer has" not in caplog.text
+    await made().fit(Samples(), max_steps=18, resume="auto")
+    assert caplog.text.count("the optimizer has 2 groups, and had 1 when the run began") == 1
+    with pytest.raises(CheckpointError, match="hold other parameters than those of the checkpoint"):
+        await made().fit(Samples(), max_steps=20, resume="auto")
