@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamtrain.dense import is_dense
 from streamtrain.errors import EnvironmentProblem
-from streamtrain.state import is_dense
 from streamtrain.tensor_file import memory_of
 
 logger = logging.getLogger(__name__)

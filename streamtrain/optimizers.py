@@ -17,6 +17,7 @@ import torch._dynamo  # torch imports it (1 s) when the first optimizer is made:
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from streamtrain.dense import is_dense
 from streamtrain.dotted import found_at, is_path
 from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.muon import MuonWithAdamW, is_matrix
@@ -328,7 +329,5 @@ def _has_halves(groups: list[dict[str, Any]]) -> bool:
 
 def _is_dense(parameter: torch.Tensor) -> bool:
     """Whether its elements lie side by side: the fused kernels go over as many from its first on, whatever its strides
-    are, and write to memory that is not its own. That is where torch gives a like of it the same strides."""
-    like = torch.empty_like(parameter, device="meta").stride()
-    strides = zip(parameter.shape, parameter.stride(), like, strict=True)
-    return all(step == dense for size, step, dense in strides if size > 1)
+    are, and write to memory that is not its own."""
+    return not parameter.numel() or is_dense(parameter.shape, parameter.stride())

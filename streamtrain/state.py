@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from streamtrain.dense import is_dense
 from streamtrain.errors import CheckpointError
 
 Tree: TypeAlias = Any
@@ -226,16 +227,6 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-
-def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the elements fill their extent without gaps or overlaps, in whatever order of dimensions."""
-    expected = 1
-    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
-        if step != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _kin(found: list[_Found], *, views: bool) -> Iterator[list[_Found]]:

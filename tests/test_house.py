@@ -18,7 +18,7 @@ FLOORS = """
 errors events spelling flags toml_text outlet log_file spikes stacks
 data.batch data.source data.permutation data.cells data.splits data.chosen data.order data.ranks
 data.daemons data.container data.budget data.codecs data.layout data.draws data.entropy
-dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors
+dense dotted losses means regression_metrics class_metrics ranking_metrics metrics tasks monitors
 schedules learning_rate schedulers parameter_groups muon optimizers several_optimizers
 data.spans data.seen data.described data.filters data.decode data.manifest data.trust data.contents data.regions
 data.reading

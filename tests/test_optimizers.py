@@ -103,7 +103,13 @@ def test_parameters_with_gaps_are_updated_and_their_neighbours_are_not(name: str
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4, 5)])
 def test_transposed_parameters_have_the_fused_kernel_too(shape: tuple[int, ...]) -> None:
-    of = nn.ParameterList([nn.Parameter(torch.ones(shape).transpose(0, -1)), nn.Parameter(torch.ones(8, 4)[:1])])
+    of = nn.ParameterList(
+        [
+            nn.Parameter(torch.ones(shape).transpose(0, -1)),
+            nn.Parameter(torch.ones(8, 4)[:1]),
+            nn.Parameter(torch.ones(3, 0)),
+        ]
+    )
     assert build_optimizer(of).param_groups[0]["fused"]
 
 
