@@ -8,7 +8,8 @@ for as long as something is computed with it, on the train thread.
 
 which is what `torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))` does (Polyak and
 Juditsky 1992; Tarvainen and Valpola 2017), in one fused call. Buffers (running statistics) are the model's own, as
-there.
+there. Other than there the average of weights of 16 bits is kept in float32: a share of 0.001 of a difference is below
+what bfloat16 can add to a weight, and an average in it stands still.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+NARROW = (torch.float16, torch.bfloat16)
 
 
 class Average:
@@ -32,6 +35,9 @@ class Average:
         named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()]
         self._names = [name for name, _ in named]
         self._weights: list[Tensor] = [parameter for _, parameter in named]
+        self._dtypes = [torch.float32 if weight.dtype in NARROW else weight.dtype for weight in self._weights]
+        """Of the averages."""
+        self._narrow = any(weight.dtype in NARROW for weight in self._weights)
         self._average: list[Tensor] = []
         self._begun: Tensor | None = None
         """0-d, bool, on the device: whether an update that it was taken over was made; None: one was, or there is no
@@ -40,7 +46,7 @@ class Average:
     @property
     def bytes(self) -> int:
         """What it takes, in memory beside the model."""
-        return sum(weight.numel() * weight.itemsize for weight in self._weights)
+        return sum(one.numel() * dtype.itemsize for one, dtype in zip(self._weights, self._dtypes, strict=True))
 
     @torch.no_grad()
     def update(self, refused: Tensor | None = None) -> None:
@@ -49,15 +55,26 @@ class Average:
         self.updates += 1
         made = None if refused is None else refused == 0
         if not self._average:
-            self._average, self._begun = [weight.detach().clone() for weight in self._weights], made
+            self._average, self._begun = self._copies(), made
         elif made is None:
-            torch._foreach_lerp_(self._average, self._weights, 1 - self.decay)
+            torch._foreach_lerp_(self._average, self._wide(), 1 - self.decay)
         else:
             share = (1 - self.decay) * made
             if self._begun is not None:  # the first that is made gives all
                 share, self._begun = torch.where(self._begun, share, made.to(share.dtype)), self._begun | made
-            shares: Any = [share.to(weight.dtype) for weight in self._weights]
-            torch._foreach_lerp_(self._average, self._weights, shares)
+            shares: Any = [share.to(dtype) for dtype in self._dtypes]
+            torch._foreach_lerp_(self._average, self._wide(), shares)
+
+    def _wide(self) -> list[Tensor]:
+        """The weights in the dtypes of their averages."""
+        if not self._narrow:
+            return self._weights
+        return [weight.to(dtype) for weight, dtype in zip(self._weights, self._dtypes, strict=True)]
+
+    def _copies(self) -> list[Tensor]:
+        """The same, in memory of their own."""
+        pairs = zip(self._weights, self._dtypes, strict=True)
+        return [weight.detach().to(dtype, copy=True) for weight, dtype in pairs]
 
     def leave_out(self, updates: int) -> None:
         """So many of those that it was taken over were not made; where none was, there is no average yet."""
@@ -69,15 +86,14 @@ class Average:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Have the model compute with the average; on the train thread."""
-        self._swap()
+        own = [weight.data for weight in self._weights[: len(self._average)]]
+        for weight, average in zip(self._weights, self._average, strict=False):
+            weight.data = average.to(weight.dtype)  # the average itself, but where it is a wider one
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for number, (weight, average) in enumerate(zip(self._weights, self._average, strict=False)):
-            self._average[number], weight.data = weight.data, average
+            for weight, data in zip(self._weights, own, strict=False):
+                weight.data = data
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -93,8 +109,7 @@ class Average:
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged parameters by name, in memory of their own."""
-        live = self._average or [weight.detach() for weight in self._weights]
-        return {name: weight.clone() for name, weight in zip(self._names, live, strict=True)}
+        return dict(zip(self._names, [one.clone() for one in self._average] or self._copies(), strict=True))
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[str]:
         """In what a state is of other weights than these."""
@@ -115,5 +130,5 @@ class Average:
         """Take back what `state_dict` gave; None: begin with the next update."""
         saved: Mapping[str, Tensor] = {} if state is None else state["weights"]
         self.updates, self._begun = 0 if state is None else int(state["updates"]), None
-        pairs = zip(self._names, self._weights, strict=True)
-        self._average = [torch.empty_like(weight).copy_(saved[name]) for name, weight in pairs] if saved else []
+        kept = zip(self._names, self._weights, self._dtypes, strict=True)
+        self._average = [torch.empty_like(one, dtype=dtype).copy_(saved[name]) for name, one, dtype in kept if saved]

@@ -170,3 +170,22 @@ async def test_without_ema_a_step_of_the_users_sees_the_model_itself() -> None:
     assert fitted.average is None
     await fitted.fit(Samples(24))
     assert set(seen) == {id(fitted.model)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_weights_of_16_bits_comes_to_where_they_stay(dtype: torch.dtype) -> None:
+    """In bfloat16 itself it stands still half-way: its share is below what can be added there."""
+    layer = nn.Linear(3, 2).to(dtype)
+    own = layer.weight.data
+    average, other = Average(layer, 0.999), Average(layer, 0.999)
+    own.zero_()
+    average.update()
+    own.fill_(0.5)
+    for _ in range(5000):
+        average.update()
+    assert average.weights()["weight"].numpy() == pytest.approx(0.5 * (1 - 0.999**5000), rel=1e-4)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.weights()["weight"], average.weights()["weight"])
+    with average.swapped_in():
+        assert torch.equal(layer.weight.data, average.weights()["weight"].to(dtype))
+    assert layer.weight.data.data_ptr() == own.data_ptr()
