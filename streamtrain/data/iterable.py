@@ -383,7 +383,8 @@ class IterablePass(Ending):
         self._stream._items += 1
         cursor = Cursor(self._epoch, self._position)
         self._stream._cursor = cursor
-        self._stream.gave(self._position)
+        if self._stream._stateful:
+            self._stream.gave(self._position)
         return _batch(item, cursor)
 
     def _finish(self) -> None:
