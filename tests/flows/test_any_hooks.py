@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streamtrain import keeping
+from streamtrain import checkpoint, keeping
 from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.json_logger import JSONLogger
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import StreamtrainError
 from streamtrain.events import BatchEnd, Event, Log, Verdict
+from streamtrain.telling import Teller
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, lines, network, same
 
@@ -279,6 +280,22 @@ def test_a_kill_in_a_hook_of_the_last_step_costs_neither_its_line_nor_its_best(
     assert best(whole) == best(broken)
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
     assert again == told
+
+
+async def test_a_save_while_the_last_line_is_told_names_the_best_of_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, told, saved = made(tmp_path, PLAIN, []), Teller.last_line, list[str]()
+
+    async def last_line(self: Teller) -> dict[str, float]:
+        path = await trainer.save_checkpoint()
+        saved.append((await asyncio.to_thread(checkpoint.read, path)).state["progress"]["bests"][0][-1])
+        return await told(self)
+
+    monkeypatch.setattr(Teller, "last_line", last_line)
+    await trainer.fit(Samples(), Samples(20, seed=3), max_epochs=2)
+    assert best(trainer)[-1] == "step-000000026"
+    assert saved == ["step-000000026"]
 
 
 @pytest.mark.timeout(600)
