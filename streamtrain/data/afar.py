@@ -11,7 +11,7 @@ from streamtrain.data.fetch import Fetcher, FetchFailed, Heading
 from streamtrain.data.filters import Bytes
 from streamtrain.data.layout import ABSENT, ArrayLayout
 from streamtrain.data.manifest import NOTHING, Pages, Record, describe, doubly, first_chunk
-from streamtrain.data.reading import chunk_error
+from streamtrain.data.reading import chunk_error, file_damage
 from streamtrain.data.spans import SPAN_BYTES
 from streamtrain.data.trust import check_same
 from streamtrain.data.zarr_lane import ZarrLoop
@@ -41,7 +41,7 @@ class Objects:
             check_same(record, found.size, lambda: found)
             return found.size, []
         except ValueError as error:
-            return 0, [str(chunk_error(self.layout, chunk, url, error))]
+            return 0, [file_damage(self.layout, chunk, url, error)]
         except FetchFailed as error:
             raise EnvironmentProblem(str(chunk_error(self.layout, chunk, url, error)), hint=error.hint) from error
 

@@ -146,3 +146,13 @@ def chunk_error(layout: ArrayLayout, chunk: Sequence[int], path: object, cause: 
         f"{name} (rows [{rows}]) in {path}: {cause}",
         hint="restore the file from its source, or convert the data again",
     )
+
+
+def file_damage(layout: ArrayLayout, first: Sequence[int], path: object, cause: object) -> str:
+    """What is said of a whole file that begins with this chunk: of a shard the rows of all its chunks."""
+    if layout.shard_shape is None:
+        return str(chunk_error(layout, first, path, cause))
+    grid = [-(-size // step) for size, step in zip(layout.shape, layout.chunk_shape, strict=True)]
+    last = [min(at + per, along) - 1 for at, per, along in zip(first, layout.inner, grid, strict=True)]
+    rows = ", ".join(f"{a}:{b}" for (a, _), (_, b) in zip(layout.box(first), layout.box(last), strict=True))
+    return f"{ChunkName(layout.name, tuple(first))} and the others of its shard (rows [{rows}]) in {path}: {cause}"

@@ -22,7 +22,7 @@ from streamtrain.data.layout import ABSENT, ArrayLayout, Untrainable
 from streamtrain.data.manifest import PLACE, Manifest, Pages, Record, doubly, file_grid, first_chunk, unaddressable
 from streamtrain.data.opening import Located, OpenArray, locate
 from streamtrain.data.readers import describe_part, shard_index
-from streamtrain.data.reading import Scratch, chunk_error
+from streamtrain.data.reading import Scratch, file_damage
 from streamtrain.data.remote_manifest import open_manifest
 from streamtrain.data.trust import check_same
 from streamtrain.data.vouching import OPEN_TIMEOUT, Progress, in_threads, look, write_manifest
@@ -215,7 +215,7 @@ def _look_at(
             os.close(fd)
     except (ValueError, OSError) as error:
         cause = getattr(error, "strerror", None) or error
-        return Found(1, 0, [str(chunk_error(layout, chunk, files.root / key, cause))])
+        return Found(1, 0, [file_damage(layout, chunk, files.root / key, cause)])
     return Found(1, status.st_size, list(_undecodable(opened, chunk, scratch)) if deep and record is None else [])
 
 

@@ -135,6 +135,17 @@ def test_a_manifest_that_is_gone_is_a_damage_where_the_writer_made_one(tmp_path:
     assert damages(said(path, deep=True)) == []
 
 
+def test_of_a_shard_that_is_not_its_manifests_all_rows_are_named(tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path), name="x", data=np.arange(64), chunks=(8,), shards=(32,))
+    assert damages(said(tmp_path, write=True)) == []
+    shard = tmp_path / "x/c/1"
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1  # of its last chunk, or its index
+    shard.write_bytes(content)
+    (line,) = damages(said(tmp_path, deep=True))
+    assert "chunk 4 and the others of its shard (rows [32:64])" in line
+
+
 def test_without_a_manifest_every_chunk_is_decoded(tmp_path: Path) -> None:
     zarr.create_array(str(tmp_path), name="x", data=np.arange(64), chunks=(8,), shards=(32,))
     shard = tmp_path / "x/c/1"
