@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from streamtrain.data.chosen import Chosen
-from streamtrain.data.permutation import Ints, Permutation, Spans, derive_key
+from streamtrain.data.permutation import Ints, Permutation, Spans, derive_key, numbers_in
 from streamtrain.data.splits import Split
 
 Shuffle = Literal["none", "block", "global"]
@@ -183,6 +183,20 @@ class EpochOrder:
             start = piece.base + piece.offset
             return rows, slice(start, start + count)
         return rows, self._lanes(piece.block)[piece.lane].positions(piece.offset, piece.offset + count)
+
+    def place_since(self, piece: Piece, position: int) -> tuple[slice | Ints, slice | Ints] | None:
+        """The same of those rows alone that go to this position or behind it; None where there are none."""
+        rows, at = self.place(piece)
+        if piece.base >= position:
+            return rows, at
+        if isinstance(at, slice):
+            early = max(0, position - at.start)
+            rows = slice(rows.start + early, rows.stop) if isinstance(rows, slice) else rows[early:]
+            return (rows, slice(at.start + early, at.stop)) if at.start + early < at.stop else None
+        late = np.flatnonzero(at >= position)
+        if len(late) == len(at):
+            return rows, at
+        return (numbers_in(rows)[late], at[late]) if len(late) else None
 
     def places(self, block: int) -> list[Ints]:
         """Of each lane of a shuffled block: the positions of all its rows."""

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.ahead import Ahead
@@ -36,9 +35,10 @@ from streamtrain.data.crews import Assignment, runner
 from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.gathering import Gathering
 from streamtrain.data.laying import Laid, lay
+from streamtrain.data.lines import lines_of
 from streamtrain.data.options import Crew
 from streamtrain.data.order import EpochOrder, Piece
-from streamtrain.data.permutation import Ints
+from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.queue import ReadyQueue
 from streamtrain.data.ranks import Ranks
 from streamtrain.data.readahead import Readahead
@@ -142,10 +142,11 @@ class Unit:
         if first > self.begin:
             early = at.start < first if isinstance(at, slice) else bool((at < first).any())
             if early:
-                mine = np.arange(at.start, at.stop) < first if isinstance(at, slice) else at < first
-                positions = np.arange(at.start, at.stop) if isinstance(at, slice) else at
-                _put(self.head, number, positions[mine], values[mine], part)
-                at, values = positions[~mine], values[~mine]
+                positions = numbers_in(at)
+                mine = positions >= first
+                if self.head is not None:
+                    _put(self.head, number, positions[~mine], values[~mine], part)
+                at, values = positions[mine], values[mine]
         _put(self.block, number, at, values, part)
 
 
@@ -183,6 +184,8 @@ class ZarrPass(Ending):
         self._workers: Workers | None = None
         self._ahead: Ahead | None = None
         """Fetches for the workers what is elsewhere; None where nothing is."""
+        self._lines = [lines_of(feeds, recipe.places) for feeds in recipe.feeds]
+        """Store by store: what is read, and where its rows go."""
         self._readahead = Readahead.over(feed for feeds in recipe.feeds for feed in feeds)
         """Tells the kernel what will be read of arrays that memory can't hold; None where there is none."""
         self._pool = recipe.pool
@@ -207,7 +210,7 @@ class ZarrPass(Ending):
         alone = recipe.ranks.alone and not recipe.ragged
         self._gathering = Gathering.of(recipe.feeds, recipe.columns, recipe.places) if alone else None
         plain = alone and not order.scattered and recipe.sizes.beside_bytes
-        self._together = Together.of(recipe.feeds, recipe.columns, recipe.places) if plain else None
+        self._together = Together.of(self._lines, recipe.columns, recipe.places[-1].column) if plain else None
         self.paused = False
         self.closed = False
         self._finished = False
@@ -584,15 +587,16 @@ class ZarrPass(Ending):
         """The cells that a job's pieces will read from, and which rows, array by array."""
         split = self._order.split
         for piece in pieces:
-            rows = piece.rows if piece.rows is not None else split.rows(piece.cell, piece.lower, piece.upper)
-            if not self._recipe.ranks.alone:
+            if self._recipe.ranks.alone and piece.base >= self._origin:  # then its places need not be known
+                rows = piece.rows if piece.rows is not None else split.rows(piece.cell, piece.lower, piece.upper)
+            else:
                 mine = self._mine(piece)
                 if mine is None:
                     continue
                 rows = mine[0]
             store, cell, grid = split.grid.part(piece.cell)
             box = Box.of(grid, cell)
-            for feed in self._recipe.feeds[store]:
+            for feed, _ in self._lines[store]:
                 yield feed, box, rows
 
     def _unit_done(self, unit: Unit) -> None:
@@ -665,7 +669,7 @@ class ZarrPass(Ending):
             return self.closed or unit.error is not None
 
         if self._together is not None:
-            self._together.fill(unit, self._order, pieces, scratch, over)
+            self._together.fill(unit, self._order, self._origin, pieces, scratch, over)
             return
         for piece in pieces:
             if over():
@@ -687,20 +691,23 @@ class ZarrPass(Ending):
             self._hop(self._unit_done, unit)
 
     def _mine(self, piece: Piece) -> tuple[Rows, Places] | None:
-        """Rows of the piece's cell and their places, as far as they are this rank's; None where none is."""
-        rows, at = self._order.place(piece)
+        """Rows of the piece's cell and their places, as far as they are this rank's, and were not handed over in
+        another life; None where none is."""
+        found = self._order.place_since(piece, self._origin)
+        if found is None:
+            return None
+        rows, at = found
         ranks = self._recipe.ranks
         if ranks.alone:
             return rows, at
-        positions = np.arange(at.start, at.stop, dtype=np.int64) if isinstance(at, slice) else at
+        positions = numbers_in(at)
         mine = positions % ranks.world == ranks.rank
         if not mine.any():
             return None
         places = ranks.places(positions[mine], self._origin, self._recipe.batch_size)
         if mine.all():
             return rows, places
-        numbers = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
-        return numbers[mine], places
+        return numbers_in(rows)[mine], places
 
     def _laid(self, piece: Piece) -> Laid | None:
         """Which of a store's rows the piece's are, and where they go."""
@@ -716,22 +723,20 @@ class ZarrPass(Ending):
         if mine is None:
             return
         rows, at = mine
-        grid, places = self._order.split.grid, self._recipe.places
+        grid = self._order.split.grid
         store, cell, part_of = grid.part(piece.cell)
         box, watch = Box.of(part_of, cell), Watch(scratch)
-        for place, feed in zip(places, self._recipe.feeds[store], strict=False):
+        for feed, places in self._lines[store]:
 
-            def put(wanted: Rows, values: Any, part: Part | None, place: Place = place) -> None:
-                if place.part:  # a channel of a stack
-                    part = (*place.part, *(part or ()))
+            def put(wanted: Rows, values: Any, part: Part | None, places: Sequence[Place] = places) -> None:
                 where = _subset(at, wanted)
                 if damages := watch.tainted():
                     unit.losses.add(where, damages)
-                unit.put(place.column, where, values, part)
+                for place in places:  # of a stack it is a channel
+                    unit.put(place.column, where, values, (*place.part, *(part or ())) if place.part else part)
 
             feed.fill(box, rows, put, scratch)
-        local: Ints = np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
-        unit.put(places[-1].column, at, grid.numbers(piece.cell, local), None)
+        unit.put(self._recipe.places[-1].column, at, grid.numbers(piece.cell, numbers_in(rows)), None)
 
     def _hop(self, call: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

@@ -8,6 +8,7 @@ Its law: the rows, and their places, are those that chunk by chunk would be put 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import numpy as np
 
 from streamtrain.data.block import Column, Places
 from streamtrain.data.feed import Feed, Part, Rows
+from streamtrain.data.lines import Line
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.reading import Scratch
-from streamtrain.data.survey import Place
 
 
 class Filled(Protocol):
@@ -46,49 +47,66 @@ class Together:
 
     feeds: Sequence[Sequence[Feed]]
     """One for each array, store by store."""
-    columns: Sequence[int]
-    """Of each array, and then of the samples' numbers."""
+    columns: Sequence[Sequence[int]]
+    """Those that each array's rows go to."""
+    numbers: int
+    """The column of the samples' numbers."""
     most: int
     """Cells that may be read together."""
 
     @classmethod
-    def of(cls, feeds: Sequence[Sequence[Feed]], columns: Sequence[Column], places: Sequence[Place]) -> Together | None:
-        """None where one of the arrays does not allow it, or nothing would be gained."""
+    def of(cls, lines: Sequence[Sequence[Line]], columns: Sequence[Column], numbers: int) -> Together | None:
+        """None where one of the arrays does not allow it, nothing would be gained, or stores differ in which arrays
+        are read once for several columns. `lines`: store by store."""
+        if any([places for _, places in store] != [places for _, places in lines[0]] for store in lines):
+            return None
         counts = []
-        for store in feeds:
-            for feed, place in zip(store, places[:-1], strict=True):
+        for feed, places in itertools.chain.from_iterable(lines):
+            for place in places:
                 reader = None if place.part else feed.lined_up(columns[place.column].dtype)
                 if reader is None or not feed.in_order:
                     return None
-                if feed.layout.decode_room:
-                    counts.append(feed.layout.together)
+            if feed.layout.decode_room:
+                counts.append(feed.layout.together)
         most = min(counts, default=1)
-        return cls(feeds, [place.column for place in places], most) if most > 1 else None
+        if most <= 1:
+            return None
+        into = [[place.column for place in places] for _, places in lines[0]]
+        return cls([[feed for feed, _ in store] for store in lines], into, numbers, most)
 
     def fill(
-        self, unit: Filled, order: EpochOrder, pieces: Sequence[Piece], scratch: Scratch, over: Callable[[], bool]
+        self,
+        unit: Filled,
+        order: EpochOrder,
+        since: int,
+        pieces: Sequence[Piece],
+        scratch: Scratch,
+        over: Callable[[], bool],
     ) -> None:
-        """Put these pieces' rows and numbers to their places; stop where it is `over`. Raises as `Feed.fill` does."""
+        """Put these pieces' rows and numbers to their places, from position `since` on; stop where it is `over`. Raises
+        as `Feed.fill` does."""
         grid = order.split.grid
-        for group in self._groups(order, pieces):
+        for group in self._groups(order, since, pieces):
             if over():
                 return
-            for array, column in enumerate(self.columns[:-1]):
-                _fill(unit, column, [(self.feeds[each.store][array], each) for each in group], scratch)
+            for array, columns in enumerate(self.columns):
+                _fill(unit, columns, [(self.feeds[each.store][array], each) for each in group], scratch)
             numbers = [grid.numbers(each.piece.cell, numbers_in(each.rows)) for each in group]
-            unit.put(self.columns[-1], _joined([each.at for each in group]), _joined(numbers), None)
+            unit.put(self.numbers, _joined([each.at for each in group]), _joined(numbers), None)
 
-    def _groups(self, order: EpochOrder, pieces: Sequence[Piece]) -> Iterator[list[_Read]]:
+    def _groups(self, order: EpochOrder, since: int, pieces: Sequence[Piece]) -> Iterator[list[_Read]]:
         for first in range(0, len(pieces), self.most):
             group = []
             for piece in pieces[first : first + self.most]:
-                rows, at = order.place(piece)
-                store, cell, _ = order.split.grid.part(piece.cell)
-                group.append(_Read(piece, store, cell, rows, numbers_in(at)))
-            yield group
+                if (found := order.place_since(piece, since)) is not None:
+                    rows, at = found
+                    store, cell, _ = order.split.grid.part(piece.cell)
+                    group.append(_Read(piece, store, cell, rows, numbers_in(at)))
+            if group:
+                yield group
 
 
-def _fill(unit: Filled, column: int, reads: Sequence[tuple[Feed, _Read]], scratch: Scratch) -> None:
+def _fill(unit: Filled, columns: Sequence[int], reads: Sequence[tuple[Feed, _Read]], scratch: Scratch) -> None:
     """One array's rows of a few cells."""
     encoded = [feed.layout for feed, _ in reads if feed.layout.decode_room]
     room = sum(each.chunk_bytes for each in encoded) + max((each.spill for each in encoded), default=0)
@@ -99,22 +117,23 @@ def _fill(unit: Filled, column: int, reads: Sequence[tuple[Feed, _Read]], scratc
         layout = feed.layout
         values = feed.whole(read.cell, area[start : start + layout.decode_room], scratch)
         if not layout.decode_room:  # it may lie in what the next read overwrites
-            _put(unit, column, read.at, values[read.rows], scratch)
+            _put(unit, columns, read.at, values[read.rows], scratch)
             continue
         start += layout.chunk_bytes
         whole = whole and isinstance(read.rows, slice) and read.rows.indices(len(values)) == (0, len(values), 1)
         decoded.append((read, values))
     if whole and len(decoded) > 1:
         values = area[:start].view(values.dtype).reshape(-1, *values.shape[1:])
-        _put(unit, column, _joined([read.at for read, _ in decoded]), values, scratch)
+        _put(unit, columns, _joined([read.at for read, _ in decoded]), values, scratch)
         return
     for read, values in decoded:
-        _put(unit, column, read.at, values[read.rows], scratch)
+        _put(unit, columns, read.at, values[read.rows], scratch)
 
 
-def _put(unit: Filled, column: int, at: Ints, values: Any, scratch: Scratch) -> None:
+def _put(unit: Filled, columns: Sequence[int], at: Ints, values: Any, scratch: Scratch) -> None:
     began = time.perf_counter()
-    unit.put(column, at, values, None)
+    for column in columns:
+        unit.put(column, at, values, None)
     scratch.seconds["gather"] += time.perf_counter() - began
 
 
