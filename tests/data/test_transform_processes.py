@@ -167,14 +167,17 @@ def test_a_killed_parent_leaves_no_process(store: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         SCRIPT.replace("asyncio, sys", "asyncio, os, sys, threading").replace(
-            "    return batch", "    print(os.getpid(), flush=True)\n    threading.Event().wait()\n    return batch"
+            "    return batch",
+            # in one piece, since both processes print
+            '    sys.stdout.write(f"{os.getpid()}\\n")\n    sys.stdout.flush()\n    threading.Event().wait()\n    return batch',
         )
         + 'if __name__ == "__main__":\n    asyncio.run(main())\n'
     )
     with subprocess.Popen([sys.executable, script, store], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
+        line = parent.stdout.readline()
         parent.kill()
+        child = psutil.Process(int(line))
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
