@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamtrain.data.block import Block, Column, Places
-from streamtrain.data.feed import Feed, Part
+from streamtrain.data.feed import Part
+from streamtrain.data.lines import Line
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.reading import Scratch
-from streamtrain.data.survey import Place
 
 FRESH = 0.01
 """Seconds for which a look at files counts."""
@@ -74,37 +74,37 @@ class _Look:
 class Gathering:
     """The arrays of a pass, all of which allow it."""
 
-    readers: Sequence[tuple[int, LocalReader]]
-    """Of each array: its column, and what has its rows."""
+    readers: Sequence[tuple[Sequence[int], LocalReader]]
+    """Of each array: the columns that its rows go to, and what has them."""
     numbers: int
     """The column of the samples' numbers."""
 
     @classmethod
-    def of(
-        cls, feeds: Sequence[Sequence[Feed]], columns: Sequence[Column], places: Sequence[Place]
-    ) -> Gathering | None:
-        """None where one of the arrays does not allow it, or there are several stores."""
-        last, found = places[-1].column, []
-        if len(feeds) != 1 or not columns[last].pitch:
+    def of(cls, lines: Sequence[Sequence[Line]], columns: Sequence[Column], numbers: int) -> Gathering | None:
+        """None where one of the arrays does not allow it, or there are several stores. `lines`: store by store."""
+        if len(lines) != 1 or not columns[numbers].pitch:
             return None
-        for feed, place in zip(feeds[0], places[:-1], strict=True):
-            column = columns[place.column]
-            reader = feed.lined_up(column.dtype) if column.pitch and not place.part else None
-            if reader is None:
+        found: list[tuple[Sequence[int], LocalReader]] = []
+        for feed, places in lines[0]:
+            into = [columns[place.column] for place in places]
+            readers = [feed.lined_up(column.dtype) for column in into]
+            if readers[0] is None or None in readers or not all(column.pitch for column in into):
                 return None
-            found.append((place.column, reader))
-        return cls(found, last)
+            if any(place.part for place in places):
+                return None
+            found.append(([place.column for place in places], readers[0]))
+        return cls(found, numbers)
 
     def jobs(self, order: EpochOrder, unit: Filled, pieces: Sequence[Piece], rows: int) -> list[Fill] | None:
         """What fills the unit, `rows` at a time; None where some chunk has to be read by itself."""
         cells = np.array([piece.cell for piece in pieces], dtype=np.int64)
         chunks = (np.unique(cells) if order.scattered else cells).tolist()
         sources: dict[int, NDArray[Any]] = {}
-        for column, reader in self.readers:
+        for into, reader in self.readers:
             found = reader.rows_of(chunks)
             if found is None:
                 return None
-            sources[column] = found
+            sources |= dict.fromkeys(into, found)
         self._number(order, unit, pieces)
         look = _Look(chunks, [reader for _, reader in self.readers])
         return [

@@ -208,9 +208,10 @@ class ZarrPass(Ending):
         self._stage: TransformStage | None = None
         self._scratch_granted = 0
         alone = recipe.ranks.alone and not recipe.ragged
-        self._gathering = Gathering.of(recipe.feeds, recipe.columns, recipe.places) if alone else None
+        numbers = recipe.places[-1].column
+        self._gathering = Gathering.of(self._lines, recipe.columns, numbers) if alone else None
         plain = alone and not order.scattered and recipe.sizes.beside_bytes
-        self._together = Together.of(self._lines, recipe.columns, recipe.places[-1].column) if plain else None
+        self._together = Together.of(self._lines, recipe.columns, numbers) if plain else None
         self.paused = False
         self.closed = False
         self._finished = False

@@ -31,6 +31,7 @@ from streamtrain.data.framing import Field, row_axes_of
 from streamtrain.data.glance import SECONDS, Held, known_by
 from streamtrain.data.kept_chunks import kept_reader
 from streamtrain.data.layout import decoded_whole
+from streamtrain.data.lines import lines_of
 from streamtrain.data.opening import Located, OpenArray, open_arrays
 from streamtrain.data.passes import BLOCKS_AHEAD
 from streamtrain.data.ragged_site import RaggedArray
@@ -222,6 +223,11 @@ class Opening:
                 format_bytes(available_memory()),
             )
         cache = ChunkCache(survey.cache_bytes, self._share) if survey.cache_bytes else None
+        readers: dict[int, ChunkReader] = {}
+
+        def tolerant(array: OpenArray) -> ChunkReader:  # one for each array, whatever columns are made of it
+            return readers.setdefault(id(array.reader), self._tolerant(array.reader))
+
         feeds = [
             [
                 feed_for(
@@ -231,12 +237,14 @@ class Opening:
                     number,
                     self._kept_as(self.where[number]),
                     None if change.plain else change.on(site.taken, site.row_axes, site.inner_shape),
-                    self._tolerant,
+                    tolerant,
                 )
                 for part, site, change in zip(parts[number], frame.sites, changes[number], strict=True)
             ]
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
+        read = [[feed.site for feed, _ in lines_of(each, survey.places)] for each in feeds]
+        survey = replace(survey, read=read)
         finished = self._finished(stores, survey)
         threads = survey.sizes.threads_within(self._share.total, self._asked.threads, survey.cache_bytes)
         self._share.least = survey.sizes.needed(self._share.total, threads)
@@ -290,8 +298,8 @@ class Opening:
         alone = self._asked.on_bad_chunk == "skip" or not where.tells_versions
         return where.identity, self._asked.verify, self._alone if alone else None
 
-    def _tolerant(self, array: OpenArray) -> ChunkReader:
-        return SkippingReader(array.reader) if self._asked.on_bad_chunk == "skip" else array.reader
+    def _tolerant(self, reader: ChunkReader) -> ChunkReader:
+        return SkippingReader(reader) if self._asked.on_bad_chunk == "skip" else reader
 
     def _changes(self, fields: Sequence[str], stores: Sequence[Sequence[Field]]) -> list[list[Change]]:
         """What is done to the rows of each part of a batch, store by store; figures are those of the first."""

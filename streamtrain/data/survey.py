@@ -64,7 +64,7 @@ class Plan:
     chunks: int
     """Chunks read in a pass, counted as often as they are."""
     bytes_used: int
-    """Decoded bytes of the samples themselves."""
+    """Decoded bytes of the samples themselves; of an array that is inputs and targets once."""
     bytes_read: int
     """Decoded bytes of the chunks read for them."""
     read_amplification: float
@@ -107,6 +107,8 @@ class Survey:
     memory: int
     cut: int
     """Samples that cross a border between splits."""
+    read: Sequence[Sequence[Site]]
+    """Store by store: the arrays that are read; one that several columns are made of in one way is so once."""
 
     def epoch(self, seed: int, epoch: int) -> Split | Chosen:
         """What this epoch goes through."""
@@ -116,7 +118,8 @@ class Survey:
         """What a pass costs."""
         used = read = chunks = 0
         total = self.split.grid.num_samples
-        for share, site in ((math.prod(f.sample_shape) / total, site) for f in self.frames for site in f.sites):
+        shares = [math.prod(frame.sample_shape) / total for frame in self.frames]
+        for share, site in ((share, site) for share, sites in zip(shares, self.read, strict=True) for site in sites):
             touched = round(chunks_read(site, self.split, self.shuffle, self.sizes, share))
             rows = round(self.split.num_samples * site.row_bytes * share)
             used += rows
@@ -226,7 +229,21 @@ def take_survey(
     batches = count // batch_size if drop_last else -(-count // batch_size)
     cache_bytes = min(cache_bytes, memory - sizes.needed(memory))
     return Survey(
-        frames, part, drawn, shuffle, k, columns, places, sizes, least, cache_bytes, batches, batch_size, memory, cut
+        frames,
+        part,
+        drawn,
+        shuffle,
+        k,
+        columns,
+        places,
+        sizes,
+        least,
+        cache_bytes,
+        batches,
+        batch_size,
+        memory,
+        cut,
+        read=[frame.sites for frame in frames],
     )
 
 

@@ -76,6 +76,36 @@ def test_inputs_that_are_the_targets_too_are_read_once_and_each_is_whole(
         assert not np.shares_memory(batch.inputs, batch.targets)
 
 
+@pytest.mark.parametrize("shuffle", ["block", False])
+def test_the_plan_and_the_account_of_each_epoch_say_that_it_is_read_once(store: Path, shuffle: Any) -> None:
+    async def told(targets: str | None) -> list[Any]:
+        async with stream(store, shuffle=shuffle, targets=targets) as source:
+            found: list[Any] = [source.plan().chunks, source.plan().bytes_read]
+            for _ in range(2):  # of the second epoch a store that is mapped is gathered from at once
+                assert [batch async for batch in source]
+                found += [source.statistics().chunks, source.statistics().bytes_read]
+            return found
+
+    assert asyncio.run(told("x")) == asyncio.run(told(None))
+
+
+def test_an_array_whose_bad_chunks_are_skipped_is_read_once_too(
+    store: Path, reads: Counter[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in sorted(path for path in (store / "x" / "c").rglob("*") if path.is_file())[:1]:
+        path.write_bytes(b"")
+    found = []
+    for targets in (None, "x"):
+        reads.clear()
+        caplog.clear()
+        skipping = stream(store, targets=targets, on_bad_chunk="skip", max_skipped=1.0)
+        batches = asyncio.run(listed(skipping))
+        for batch in batches:
+            np.testing.assert_array_equal(batch.inputs, X[batch.index])
+        found.append((reads.total(), [batch.index.tolist() for batch in batches], caplog.messages))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("rank", [(0, 1), (1, 3)])
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_a_pass_that_begins_within_a_block_reads_nothing_for_rows_of_before(
