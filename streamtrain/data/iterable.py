@@ -6,6 +6,7 @@ else its items are produced again and thrown away, and it is said how many.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -231,10 +232,12 @@ class IterableStream:
         self._known = self._asked(position) or self._known
 
     def _asked(self, position: int) -> tuple[int, Any] | None:
-        """The source's own state, as the one after `position` items; None where JSON can't hold it, which is said."""
+        """The source's own state, as the one after `position` items; None where JSON can't hold it, which is said. A
+        copy: it may be what the source goes on with."""
         try:
             state = self.source.state_dict()
             json.dumps(state, allow_nan=False)
+            state = copy.deepcopy(state)
         except (TypeError, ValueError) as error:
             self._stateful = False
             logger.warning("the state of %s can't be kept as JSON (%s): resuming replays", _name(self.source), error)

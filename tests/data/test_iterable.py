@@ -82,6 +82,17 @@ class GrowingAsync(Growing):
             yield item
 
 
+class LiveAsync(GrowingAsync):
+    """The same, whose state is the very dict that it goes on with."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.epoch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
 class StandsAtItsEnd(Growing):
     """One that tells the end of an epoch, behind its last item, as its position until it is iterated again."""
 
@@ -191,7 +202,7 @@ async def test_while_driven_only_trained_batches_count() -> None:
     assert await numbers(again) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", [Growing, GrowingAsync])
+@pytest.mark.parametrize("kind", [Growing, GrowingAsync, LiveAsync])
 @pytest.mark.parametrize("trained", [0, 1, 2, 5])
 async def test_a_source_whose_epochs_differ_goes_on_in_the_right_one(kind: type[Growing], trained: int) -> None:
     """It was read ahead of what was trained, and stood in the epoch of a new one at a resume."""
