@@ -21,6 +21,9 @@ from streamtrain.outside_changes import digest_of
 
 logger = logging.getLogger(__name__)
 
+_OWN = (torch.default_generator, getattr(np.random.get_state, "__self__"), getattr(random.getstate, "__self__"))  # noqa: B009
+"""Those that whoever asks for no generator of his own is given, as scikit-learn's `check_random_state` does."""
+
 
 class Unkept:
     """The tensors that would be lost, as they stood when a fit began; on the train thread."""
@@ -138,9 +141,11 @@ class Unkept:
 
 
 def _state_of(value: object) -> str | None:
-    """The state of a random generator that is not the process's own; None for all else."""
+    """The state of a random generator, but for the process's own, which checkpoints hold; None for all else."""
+    if any(value is own for own in _OWN) or any(value is own for own in torch.cuda.default_generators):
+        return None
     if isinstance(value, torch.Generator):
-        return None if value is torch.default_generator else _digest(value.get_state().numpy().tobytes())
+        return _digest(value.get_state().numpy().tobytes())
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     if isinstance(value, np.random.RandomState):

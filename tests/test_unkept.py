@@ -246,9 +246,11 @@ async def test_a_generator_of_the_models_own_that_draws_is_said(
     [
         lambda: Noisy(torch.Generator(), lambda generator: 0.5),
         lambda: Noisy(torch.default_generator, drawn),
+        lambda: Noisy(np.random.mtrand._rand, lambda generator: generator.rand()),
+        lambda: Noisy(getattr(random.random, "__self__"), lambda generator: generator.random()),  # noqa: B009
         lambda: Keeping(torch.Generator(), drawn),
     ],
-    ids=["does not draw", "torch's own", "kept"],
+    ids=["does not draw", "torch's own", "numpy's own", "Python's own", "kept"],
 )
 async def test_a_generator_that_costs_a_resume_nothing_is_not_said(
     tmp_path: Path, model: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
