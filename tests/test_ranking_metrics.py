@@ -146,6 +146,12 @@ def test_probabilities_of_classes_rank_as_their_logits_do(dtype: torch.dtype, sc
     assert by_logits.compute() == pytest.approx(expected, abs=2e-3 if dtype.itemsize > 2 and scale < 100 else 0.05)
 
 
+def test_logits_of_two_classes_are_no_probabilities_where_some_add_up_to_one() -> None:
+    made = torch.Generator().manual_seed(0)
+    logits, true = torch.randn(4000, 2, generator=made).bfloat16(), torch.randint(0, 2, (4000,), generator=made)
+    assert fed(AUROC(), [(logits, true)]).compute() == fed(AUROC(), [(logits.float(), true)]).compute()
+
+
 def test_targets_of_classes_may_be_wide_and_without_a_sign() -> None:
     scores, true = torch.eye(3)[[0, 1, 2, 1]], torch.tensor([0, 1, 2, 0])
     assert fed(AUROC(), [(scores, true.to(torch.uint16))]).compute() == fed(AUROC(), [(scores, true)]).compute()
