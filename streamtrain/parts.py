@@ -299,7 +299,9 @@ class Parts:
         self._left = None
 
     def leave(self) -> None:
-        """Remember the weights, of which all is that is kept beside the model; on the train thread."""
+        """Remember what is frozen, and the weights, of which all is that is kept beside; on the train thread."""
+        if self._toggled is not None:
+            self._toggled.leave()
         if self.switch is None and self.average is None and self.rollback is None:
             return
         try:
@@ -336,6 +338,8 @@ class Parts:
             logger.info("%s", "\n".join(table(optimizer)))
         bind = self.schedule if train is not None else self._schedule_of_any_length
         self.scheduler = self._go_on_with(bind, limits, train, optimizer)
+        if self._toggled is not None:
+            self._toggled.take_up()
         if train is not None and not self.model.training:
             self.model.train()
         if self.freezing is not None:

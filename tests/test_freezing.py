@@ -201,6 +201,25 @@ async def test_a_checkpoint_from_before_anything_was_frozen_thaws_it_again(tmp_p
     assert (weight.requires_grad, norm.training) == (True, True)
 
 
+@pytest.mark.parametrize("way", ["resume", "load_checkpoint"])
+async def test_what_its_user_freezes_between_two_fits_stays_frozen_whatever_the_checkpoint_says(
+    tmp_path: Path, way: str
+) -> None:
+    """It was trained again, in silence."""
+    made = trainer(run_dir=tmp_path)
+    await made.fit(Samples(), max_epochs=1)
+    if way == "load_checkpoint":
+        await made.load_checkpoint("auto")
+    weight, norm = made.model.get_parameter("0.weight"), made.model.get_submodule("1")
+    weight.requires_grad_(False)
+    norm.eval()
+    before = weight.detach().clone()
+    await made.fit(Samples(), max_epochs=2, resume="auto" if way == "resume" else None)
+    assert made.state.step == 26
+    assert (weight.requires_grad, norm.training) == (False, False)
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("key", ["requires_grad", "training"])
 @pytest.mark.parametrize("flags", [3, {"0.weight": "no"}])
 def test_what_is_no_table_of_flags_is_no_state(key: str, flags: Any) -> None:
