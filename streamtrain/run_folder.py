@@ -224,7 +224,13 @@ class RunFolder:
             if not self._is_folder(folder):
                 raise
             return
-        sync_folder(folder.parent, self._disk)
+        try:
+            sync_folder(folder.parent, self._disk)
+        except PermissionError as error:  # one may make folders there, and not list them
+            logger.warning(
+                "%s can't be read (%s): a power cut soon may take the new folder %s with all that is in it",
+                *(folder.parent, error.strerror, folder.name),
+            )
 
     def _is_folder(self, path: Path) -> bool:
         try:

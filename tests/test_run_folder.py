@@ -275,6 +275,22 @@ def test_a_power_cut_leaves_a_committed_checkpoint_and_all_folders_above_it() ->
     assert [entry and entry.step for entry in found] == [1] * len(images)
 
 
+def test_a_folder_beside_which_nothing_may_be_listed_is_taken_and_what_that_costs_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in one of mode 1733; root may list those too."""
+
+    class Closed(LocalDisk):
+        def open(self, path: Path, flags: int) -> int:
+            if path == tmp_path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return super().open(path, flags)
+
+    with RunFolder(tmp_path / "run", disk=Closed()) as folder:
+        folder.write_config("seed = 1")
+    assert f"{tmp_path} can't be read (Permission denied): a power cut soon may take the new folder run" in caplog.text
+
+
 def test_a_power_cut_leaves_the_error_and_the_configuration() -> None:
     disk = MemoryDisk()
     folder = RunFolder("/one", disk=disk)
