@@ -21,7 +21,7 @@ settings.load_profile("quiet")
 others, and more of them where a test does not say how many."""
 
 JOINS = [
-    ("streamtrain/callbacks/bus.py", {"join"}),
+    ("streamtrain/callbacks/mailbox.py", {"join"}),
     ("streamtrain/callbacks/lines.py", {"close"}),
     ("streamtrain/data/handing.py", {"_end"}),
     ("streamtrain/data/zarr_lane.py", {"aclose"}),

@@ -43,7 +43,8 @@ tensor_file state
 buffers foreign warm_start optimizer_state rollback switching checkpoint_files checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
 own_rng overfitting streams blame outcome supply tally running_statistics flagged step manual refusing
-callbacks.base callbacks.naming callbacks.bus early_stopping evaluation prediction taking_up differences learned life
+callbacks.base callbacks.naming callbacks.mailbox callbacks.bus early_stopping evaluation prediction taking_up
+differences learned life
 resume plan notes telling
 callbacks.rolling callbacks.lines callbacks.json_logger callbacks.csv_logger callbacks.event_log callbacks.progress_bar
 callbacks.media_folder callbacks.lr_monitor callbacks.needed callbacks.once callbacks.tensorboard

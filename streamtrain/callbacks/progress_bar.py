@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streamtrain.callbacks.base import Callback
-from streamtrain.callbacks.bus import coalesce
+from streamtrain.callbacks.mailbox import coalesce
 from streamtrain.errors import ConfigError
 from streamtrain.events import (
     BatchEnd,

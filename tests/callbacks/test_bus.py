@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtrain.callbacks.base import Callback
-from streamtrain.callbacks.bus import Bus, coalesce
+from streamtrain.callbacks.bus import Bus
+from streamtrain.callbacks.mailbox import coalesce
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.events import (
     BatchBegin,
