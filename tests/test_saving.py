@@ -214,7 +214,8 @@ async def test_nor_has_one_to_a_place_of_its_own_and_whoever_asked_is_told(
     def refused(size: int) -> Any:
         raise MemoryError("no pages")
 
-    callbacks = [ModelCheckpoint(every="1000steps"), Asks()]
+    recorder = Recorder()
+    callbacks = [ModelCheckpoint(every="1000steps"), Asks(), recorder]
     fitted = Trainer(network(), nn.MSELoss(), run_dir=tmp_path / "run", callbacks=callbacks, seed=5, device="cpu")
     with monkeypatch.context() as patched:
         patched.setattr(buffers, "_pages", refused)
@@ -222,6 +223,7 @@ async def test_nor_has_one_to_a_place_of_its_own_and_whoever_asked_is_told(
             await fitted.fit(Samples(), max_epochs=2)
     assert len(told) == 2
     assert told[0].startswith("no memory for a snapshot")
+    assert [event.kind for event in recorder.events("on_checkpoint_failed")] == ["end"]
     assert fitted.state.step == 26
 
 
