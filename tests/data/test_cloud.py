@@ -190,6 +190,24 @@ async def test_statistics_tell_requests_bytes_and_latency(proxy: Proxy, url: str
     assert told.at_once >= 8
 
 
+@pytest.mark.parametrize("shuffle", [False, "block"])
+async def test_a_pass_that_begins_within_a_block_asks_for_nothing_of_rows_of_before(
+    shuffle: Any, proxy: Proxy, url: str
+) -> None:
+    def made() -> ZarrStream:
+        return stream(url, proxy, inputs="raw", shuffle=shuffle, shuffle_blocks=8 if shuffle else None, cache=0)
+
+    async with made() as source:
+        order = await epoch(source)
+    async with made() as source:
+        source.load_state_dict({**source.state_dict(), "position": 398})  # two rows before the end of a block
+        await source.open()
+        proxy.forget()
+        assert await epoch(source) == order[398:]
+    asked = {int(path.split("/c/")[1].split("/")[0]) for path, _ in proxy.requests if "/c/" in path}
+    assert asked == {row // 50 for row in order[398:]}
+
+
 async def test_many_are_asked_for_at_once_however_few_threads(proxy: Proxy, url: str) -> None:
     proxy.fault = lambda path, before: 0.05 if "/c/" in path else None
     async with stream(url, proxy, inputs="raw", threads=1) as source:
