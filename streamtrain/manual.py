@@ -144,8 +144,10 @@ class ManualStep(TrainStep):
         self.tally.losses.append(counted.clone() if self._graphs else counted)
         self.tally.counts.append(samples)
         self._group += 1
-        if loss is None or self._refused:
+        if self._refused:
             self.tally.leave_out(1)
+        elif loss is None:
+            self.tally.without_loss()
         if loss is None and not self._told:
             self._told = True
             logger.warning(

@@ -90,6 +90,8 @@ class Tally:
         """Place of the last batch, number of the update, norm (0-d)."""
         self._marks: list[_Mark] = []
         self._left_out: set[int] = set()
+        self._lossless: set[int] = set()
+        """Places of batches that have no loss."""
         self._own, self._refused = frozenset(own), set[str]()
 
     def add_logged(self, logged: Mapping[str, Any]) -> None:
@@ -142,6 +144,10 @@ class Tally:
         """The same of batches by their places since the last report."""
         self._left_out.update(places)
 
+    def without_loss(self) -> None:
+        """The last batch has none: what stands for it is no number, and its others count."""
+        self._lossless.add(len(self.losses) - 1)
+
     def read(self, report: Report, done: int) -> None:
         """Account for the first `done` batches, and forget them."""
         if not done:
@@ -164,26 +170,28 @@ class Tally:
         self._logged = [(place - done, name, value) for place, name, value in self._logged if place >= done]
         self._marks.clear()
         self._left_out.clear()
+        self._lossless.clear()
 
     def _account(
         self, report: Report, losses: list[float], named: dict[int, list[tuple[str, float]]], begin: int, end: int
     ) -> None:
         counts = self.counts
-        places = [place for place in range(begin, end) if place not in self._left_out] if self._left_out else None
+        without = self._left_out | self._lossless
+        places = [place for place in range(begin, end) if place not in without] if without else range(begin, end)
         for means in (self.window, self.epoch):
             total, weight = means.get("loss")
-            for place in places if places is not None else range(begin, end):
+            for place in places:
                 total += losses[place] * counts[place]
                 weight += counts[place]
-            if weight or end > begin:  # of nothing but batches that are left out it is NaN
+            if weight or not self._left_out.isdisjoint(range(begin, end)):  # of nothing but such batches it is NaN
                 means.put("loss", total, weight)
             for place in named:
                 if begin <= place < end and place not in self._left_out:
                     for name, value in named[place]:
                         means.add(name, value, counts[place])
-        for place in range(begin, end):
-            report.samples += counts[place]
-            if place not in self._left_out and math.isfinite(losses[place]):
+        report.samples += sum(counts[begin:end])
+        for place in places:
+            if math.isfinite(losses[place]):
                 report.loss_sum += losses[place] * counts[place]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +275,23 @@ async def test_a_step_that_makes_no_update_is_said_once(caplog: pytest.LogCaptur
     await Trainer(model, step=step, optimizer=OPTIMIZERS, device="cpu").fit(Samples())
     assert caplog.text.count("made no update") == 1
     assert "step 2 made no update" in caplog.text
+
+
+async def test_a_step_that_makes_no_update_has_no_loss_and_logs_what_it_returns(tmp_path: Path) -> None:
+    """Its loss was NaN in the log, as if it were not finite, and the others were left out."""
+    steps = itertools.count(1)
+
+    def step(model: Pair, batch: Batch, update: Any) -> dict[str, Tensor]:
+        loss = model.gen(batch.inputs).mean()
+        if next(steps) % 2 == 0:
+            update(loss, "gen")
+        return {"mean": loss.detach()}
+
+    how: dict[str, Any] = {"step": step, "optimizer": OPTIMIZERS, "device": "cpu", "log_every": 1, "run_dir": tmp_path}
+    await Trainer(Pair(), **how).fit(Samples(), max_steps=4)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss" in row for row in rows] == [False, True, False, True]
+    assert all(row["mean"] is not None and "nonfinite" not in row for row in rows)
 
 
 async def test_no_update_is_made_in_validation_even_with_gradients() -> None:
