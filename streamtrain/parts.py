@@ -342,6 +342,8 @@ class Parts:
             self._toggled.take_up()
         if train is not None and not self.model.training:
             self.model.train()
+            if self._toggled is not None:
+                self._toggled.as_left()
         if self.freezing is not None:
             self.freezing.begin()
         if self._toggled is None:

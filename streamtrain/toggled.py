@@ -51,6 +51,11 @@ class Toggled:
         parameters, modules = ({name for name in now if now[name] != left.get(name, now[name])} for now, left in pairs)
         self._theirs = parameters, modules
 
+    def as_left(self) -> None:
+        """Have the modes in which the last fit left the layers of a model that is put into training as a whole."""
+        for name, mode in self._left[1].items():
+            self._modules[name][0].training = mode
+
     def _flags(self) -> tuple[dict[str, bool], dict[str, bool]]:
         gradients = {name: one.requires_grad for name, (one, _) in self._parameters.items()}
         modules = self._modules if self._model.training else {}

@@ -201,6 +201,15 @@ async def test_a_checkpoint_from_before_anything_was_frozen_thaws_it_again(tmp_p
     assert (weight.requires_grad, norm.training) == (True, True)
 
 
+async def test_a_layer_stays_in_evaluation_mode_though_the_model_was_looked_at_between_two_fits() -> None:
+    """Its statistics went on learning, in silence."""
+    made = trainer(callbacks=[ByTurns()])
+    await made.fit(Samples(), max_epochs=1)
+    made.model.eval()
+    await made.fit(Samples(), max_steps=20)
+    assert (made.model.training, made.model.get_submodule("1").training) == (True, False)
+
+
 @pytest.mark.parametrize("way", ["resume", "load_checkpoint"])
 async def test_what_its_user_freezes_between_two_fits_stays_frozen_whatever_the_checkpoint_says(
     tmp_path: Path, way: str
