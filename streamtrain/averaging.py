@@ -57,19 +57,22 @@ class Average:
         if not self._average:
             self._average, self._begun = self._copies(), made
         elif made is None:
-            torch._foreach_lerp_(self._average, self._wide(), 1 - self.decay)
+            self._move([1 - self.decay] * len(self._dtypes))
         else:
             share = (1 - self.decay) * made
             if self._begun is not None:  # the first that is made gives all
                 share, self._begun = torch.where(self._begun, share, made.to(share.dtype)), self._begun | made
-            shares: Any = [share.to(dtype) for dtype in self._dtypes]
-            torch._foreach_lerp_(self._average, self._wide(), shares)
+            self._move([share.to(dtype) for dtype in self._dtypes])
 
-    def _wide(self) -> list[Tensor]:
-        """The weights in the dtypes of their averages."""
+    def _move(self, shares: list[Any]) -> None:
+        """Move each average by its share to the weights, which are copied one by one where it is a wider one: copies of
+        all would take as much as the average."""
         if not self._narrow:
-            return self._weights
-        return [weight.to(dtype) for weight, dtype in zip(self._weights, self._dtypes, strict=True)]
+            share: Any = shares if isinstance(shares[0], Tensor) else shares[0]
+            torch._foreach_lerp_(self._average, self._weights, share)
+            return
+        for average, weight, own in zip(self._average, self._weights, shares, strict=True):
+            average.lerp_(weight.to(average.dtype), own)
 
     def _copies(self) -> list[Tensor]:
         """The same, in memory of their own."""

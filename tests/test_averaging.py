@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamtrain.averaging import Average
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
@@ -189,3 +191,28 @@ def test_the_average_of_weights_of_16_bits_comes_to_where_they_stay(dtype: torch
     with average.swapped_in():
         assert torch.equal(layer.weight.data, average.weights()["weight"].to(dtype))
     assert layer.weight.data.data_ptr() == own.data_ptr()
+
+
+class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how many copies of tensors are there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most, self._made = 0, list[weakref.ref[Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self._made.append(weakref.ref(made))
+            self.most = max(self.most, sum(each() is not None for each in self._made))
+        return made
+
+
+@pytest.mark.parametrize("refused", [None, torch.tensor(0.0)])
+def test_the_average_of_weights_of_16_bits_takes_no_copy_of_all_of_them(refused: Tensor | None) -> None:
+    """Each update took as much memory again as the average itself."""
+    average = Average(nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(6))).bfloat16(), 0.9)
+    average.update()
+    with Copies() as copies:
+        average.update(refused)
+    assert copies.most == 1
