@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -113,8 +114,19 @@ class Saver:
         """
         assert not self.busy
         self.step, self.since = step, time.monotonic()
-        commit = self._commit(snapshot, step, kind, told, failed, path, done, complete)
-        self._task = asyncio.create_task(commit, name="streamtrain-save")
+        self._start(lambda: self._commit(snapshot, step, kind, told, failed, path, done, complete))
+
+    def _start(self, commit: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """A task that was cancelled before its first step has not run at all, and is made anew."""
+        begun = False
+
+        async def work() -> None:
+            nonlocal begun
+            begun = True
+            await commit()
+
+        self._task = task = asyncio.create_task(work(), name="streamtrain-save")
+        task.add_done_callback(lambda task: None if begun else self._start(commit))
 
     async def forecast(self, size: Callable[[], Awaitable[int]]) -> Forecast | None:
         """How long a save would take: as the last one of this fit did, or what `size` tells, as fast as a probe is.
@@ -149,9 +161,10 @@ class Saver:
 
     async def wait(self) -> None:
         """Wait for the save that is under way; whoever stops waiting does not stop it."""
-        under_way = [task for task in (self._task, self._reserving) if task is not None]
-        if under_way:
-            await asyncio.wait(under_way)
+        while under_way := [task for task in (self._task, self._reserving) if task is not None]:
+            await asyncio.wait(under_way)  # of one that is done, too: then a save that has not run is under way again
+            if not self.busy:
+                break
 
     async def end(self) -> None:
         """The same, without waiting for memory that no snapshot needs any more: a step that hangs would keep it."""

@@ -240,6 +240,29 @@ class Held(LocalDisk):
         return super().open(path, flags)
 
 
+async def test_a_save_whose_task_is_cancelled_before_its_first_step_is_made_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `asyncio.run` at its end, in the turn of the loop in which it began: the run had no checkpoint."""
+    begin, begun, recorder, stream = Saver.begin, asyncio.Event(), Recorder(), Samples()
+    stream.gates[24] = asyncio.Event()  # behind the step that is saved
+
+    def cut(self: Saver, *arguments: Any, **how: Any) -> None:
+        begin(self, *arguments, **how)
+        if not begun.is_set():
+            begun.set()
+            for task in asyncio.all_tasks() - {whoever}:
+                task.cancel()
+
+    monkeypatch.setattr(Saver, "begin", cut)
+    whoever = asyncio.current_task()
+    fitted = on(LOCAL, tmp_path, recorder)
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(fitted.fit(stream, max_epochs=2))
+    assert [event.step for event in recorder.events("on_checkpoint")] == [3]
+    assert fitted.checkpoint == tmp_path / "checkpoints" / "step-000000003"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 async def test_a_save_under_way_is_made_and_told_where_every_task_is_cancelled(tmp_path: Path, name: str) -> None:
     """As by `asyncio.run` at its end. The stream stands still behind the step that is saved: no other save follows."""
