@@ -192,7 +192,8 @@ async def _writing(store: PredictedStore) -> AsyncGenerator[Callable[[Sequence[R
 
 
 def _undoing(stream: Stream) -> Callable[[Any], Any]:
-    """What brings outputs of the shape of a normalised target (of an input, without targets) back to its units."""
+    """What brings outputs of the shape of a normalised target (of an input, without targets) back to its units; axes of
+    length 1 make no other shape."""
     parts = stream.parts() if isinstance(stream, ZarrStream) else ()
     if not any(part.normal is not None for part in parts):
         return lambda outputs: outputs
@@ -207,12 +208,22 @@ def _undone(outputs: Any, parts: Sequence[Part], name: str) -> Any:
     if not isinstance(outputs, Tensor) or not outputs.ndim:
         return outputs
     part = same_shape(tuple(outputs.shape[1:]), parts, name)
-    return outputs if part is None or part.normal is None else _restored(outputs, part.normal)
+    return outputs if part is None or part.normal is None else _restored(outputs, part.normal, part.site.row_shape)
 
 
-def _restored(outputs: Tensor, normal: Normalization) -> Tensor:
-    """`x * std + mean` in float64, as float32, or float64 where the outputs are."""
-    mean, std = (torch.from_numpy(figures).to(outputs.device) for figures in (normal.mean, normal.std))
+def _restored(outputs: Tensor, normal: Normalization, row_shape: tuple[int, ...]) -> Tensor:
+    """`x * std + mean` in float64, as float32, or float64 where the outputs are; they may have axes of length 1 more
+    than the array's samples, or fewer."""
+    shape = tuple(outputs.shape[1:])
+
+    def beside(figures: NDArray[np.float64]) -> Tensor:
+        if figures.size == 1:
+            figures = figures.reshape(())
+        elif shape != row_shape:
+            figures = np.broadcast_to(figures, row_shape).reshape(shape).copy()
+        return torch.from_numpy(figures).to(outputs.device)
+
+    mean, std = beside(normal.mean), beside(normal.std)
     dtype = torch.float64 if outputs.dtype == torch.float64 else torch.float32
     return outputs.double().mul_(std).add_(mean).to(dtype)
 

@@ -144,6 +144,38 @@ async def test_statistics_by_channel_are_undone_of_a_target_and_of_nothing_else(
     np.testing.assert_array_equal(await made(values, tmp_path / "p", "rain"), field[:, 0, 0])
 
 
+@pytest.mark.parametrize("windows", [{}, {"window": {"time": 3}, "horizon": 1, "target_window": 1}])
+async def test_outputs_with_an_axis_of_length_1_more_or_less_than_the_target_are_in_its_units_too(
+    tmp_path: Path, windows: dict[str, Any]
+) -> None:
+    field = await made(climate, tmp_path / "s")
+    said: dict[str, Any] = {"normalize": {"t2m": (np.linspace(270, 290, 9), np.linspace(5, 25, 9), 1)}, **windows}
+    trainer = Trainer(Same(), loss="mse")
+    trainer.predict_step = (  # type: ignore[method-assign]
+        lambda model, batch: batch.targets[:, 0] if windows else batch.targets[:, None]
+    )
+    async with stream(tmp_path / "s", targets="t2m", **said) as source:
+        plain = torch.cat([output async for output in trainer.predict(source)])
+        await trainer.predict(source, out=tmp_path / "p")
+    wanted = field[3 : 3 + len(plain)] if windows else field[:, None]
+    np.testing.assert_allclose(plain, wanted, rtol=1e-6)
+    np.testing.assert_array_equal((await made(values, tmp_path / "p"))[: len(plain)], plain)
+
+
+async def test_scores_of_shape_b_1_beside_a_target_of_one_axis_have_its_units_and_its_attributes(
+    tmp_path: Path,
+) -> None:
+    await made(climate, tmp_path / "s")
+    rain = (await made(known, tmp_path / "s")).rain
+    trainer = Trainer(Same(), loss="mse")
+    trainer.predict_step = lambda model, batch: batch.targets[:, None]  # type: ignore[method-assign]
+    async with stream(tmp_path / "s", targets="rain", normalize={"rain": (280.0, 20.0)}) as source:
+        await trainer.predict(source, out=tmp_path / "p")
+    found = (await made(opened, tmp_path / "p")).prediction
+    np.testing.assert_allclose(found[:, 0], rain, rtol=1e-5)
+    assert found.attrs["units"] == "mm"
+
+
 async def test_modes_are_put_back_and_the_model_predicts_in_its_evaluation_mode(tmp_path: Path) -> None:
     model = network()
     model[3].eval()  # type: ignore[index]

@@ -110,7 +110,7 @@ class Canvas:
     order: tuple[int, ...]
     """The axes of an output in the order in which they stand here; the others are those of one place."""
     like: Part | None = None
-    """The array whose samples have this very shape: attributes and figures are its."""
+    """The array whose samples have this shape (`same_shape`): attributes and figures are its."""
     stitched: bool = False
     """Whether samples cover more than a place each."""
     numbered: bool = False
@@ -204,11 +204,19 @@ def canvas_of(shape: Shape, ground: Ground, name: str = "") -> Canvas:
 
 
 def same_shape(shape: Shape, parts: Sequence[Part], name: str = "") -> Part | None:
-    """The array whose samples have this shape, if that is but one: a target; an input where there is no target."""
-    found = [part for part in parts if part.target == any(p.target for p in parts) and part.site.row_shape == shape]
+    """The array whose samples have this shape, if that is but one: a target; an input where there is no target. Of
+    none with it, one whose shape differs by axes of length 1 alone, beside which the short losses put outputs too."""
+    supervised = any(part.target for part in parts)
+    able = [part for part in parts if part.target == supervised]
+    found = [part for part in able if part.site.row_shape == shape]
+    found = found or [part for part in able if _squeezed(part.site.row_shape) == _squeezed(shape)]
     named = [part for part in found if part.layout.name == name]
     only = named or found
     return only[0] if len(only) == 1 else None
+
+
+def _squeezed(shape: Shape) -> Shape:
+    return tuple(length for length in shape if length != 1)
 
 
 def _candidates(shape: Shape, parts: Sequence[Part], name: str) -> list[Part]:
@@ -268,7 +276,7 @@ def _placed(shape: Shape, columns: Sequence[Column], part: Part, ground: Ground)
     first = next(number for number, axis in enumerate(axes) if axis.sample == 0)
     axes.insert(0, axes.pop(first))
     order.insert(0, order.pop(first))
-    exact = shape == site.row_shape and same_shape(shape, ground.parts, part.layout.name) is part
+    exact = same_shape(shape, ground.parts, part.layout.name) is part
     return Canvas(
         tuple(axes),
         tuple(number for number in order if number is not None),
