@@ -71,20 +71,24 @@ class AUROC:
 
     def compute(self) -> float:
         """From 0 to 1; nan where there is no pair to compare. Raises DataError for targets that are no class."""
-        shares = self._shares()
-        if shares is None or int(self._nan):
+        counted = self._both()
+        if counted is None or int(self._nan):
             return math.nan
-        negative, positive = shares
-        below = negative.cumsum(-1) - negative / 2
-        return float((positive * below).sum(-1).mean())
+        negative, positive = counted
+        below = negative.cumsum(-1) - negative / 2  # whole and half numbers: a perfect order is 1, and not an ulp more
+        areas = (positive * below).sum(-1) / (positive.sum(-1) * negative.sum(-1))
+        return float(areas.clamp(0.0, 1.0).mean())
 
     def bound(self) -> float:
         """By how much `compute` can be off at most, because of the bins; nan where it is."""
-        shares = self._shares()
-        return math.nan if shares is None else float((shares[0] * shares[1]).sum(-1).mean()) / 2
+        counted = self._both()
+        if counted is None:
+            return math.nan
+        negative, positive = (counts / counts.sum(-1, keepdim=True) for counts in counted)
+        return float((negative * positive).sum(-1).mean()) / 2
 
-    def _shares(self) -> tuple[Tensor, Tensor] | None:
-        """(classes, 2^bits) each: the shares of negatives and positives in each bin, of the classes that have both."""
+    def _both(self) -> tuple[Tensor, Tensor] | None:
+        """(classes, 2^bits) of float64 each: the negatives and positives in each bin, of the classes that have both."""
         if self._counts is None:
             return None
         if int(self._odd):
@@ -96,8 +100,7 @@ class AUROC:
         both = (negative.sum(-1) > 0) & (positive.sum(-1) > 0)
         if not both.any():
             return None
-        negative, positive = negative[both], positive[both]
-        return negative / negative.sum(-1, keepdim=True), positive / positive.sum(-1, keepdim=True)
+        return negative[both], positive[both]
 
     def reset(self) -> None:
         """Forget everything."""

@@ -61,6 +61,17 @@ def test_scores_that_the_bins_tell_apart_are_exact(pairs: list[tuple[int, bool]]
     assert metric.compute() == pytest.approx(area(scores, member), abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("counts", [[108, 34, 649, 9], [3, 7, 11], [49, 98]])
+def test_a_perfect_order_is_1_and_its_reverse_0(counts: list[int]) -> None:
+    targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    logits = torch.nn.functional.one_hot(targets).float() * torch.linspace(1, 3, len(targets))[:, None]
+    metric, reverse = AUROC(), AUROC()
+    metric.update(logits, targets)
+    reverse.update(-logits, targets)
+    assert metric.compute() == 1.0
+    assert reverse.compute() == 0.0
+
+
 def test_the_order_of_scores_is_all_that_counts() -> None:
     batches = parts([40, 60])
     logits = fed(AUROC(), batches).compute()
