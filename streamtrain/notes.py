@@ -49,6 +49,8 @@ class Notes:
         """The last of each name; changed by single operations alone, since whoever takes them is on another thread."""
         self._notes: deque[Note] = deque()
         self._said = False
+        self.late_said = False
+        """Whether it was said that numbers came behind the last line."""
 
     @property
     def waiting(self) -> bool:
@@ -86,6 +88,10 @@ class Notes:
     def take_metrics(self) -> dict[str, float]:
         """The numbers left so far, the last of each name."""
         return {name: self._numbers.pop(name) for name in list(self._numbers)}
+
+    def numbers(self) -> dict[str, float]:
+        """The same, which wait on."""
+        return dict(self._numbers)
 
     def take(self) -> list[Note]:
         """The lines and media left so far, in their order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +19,9 @@ from streamtrain.threads import TrainThread
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds for which the last line waits for the numbers of callbacks that lag: a save comes behind it."""
 
 
 class Teller:
@@ -42,6 +47,8 @@ class Teller:
         self._unseen = False
         self._refused: set[str] = set()
         """Names of numbers that were left though the run has them already, and that was said."""
+        self._own: set[str] = set()
+        """Names that lines of the training had themselves."""
 
     def _at(self) -> tuple[int, int, str]:
         """How far the run is; an epoch's end is made in a life of its own where an error came before it."""
@@ -174,6 +181,7 @@ class Teller:
         """The numbers that were left for a line; of a name that the line has already, or a validation, theirs stands,
         which is said."""
         left = self._notes.take_metrics()
+        self._own |= own.keys()
         for name in sorted(left.keys() & (own.keys() | self._life.validated)):
             del left[name]
             if name not in self._refused:
@@ -189,6 +197,9 @@ class Teller:
         means = life.step.tally.window.compute()
         read = await self._thread.run(life.step.gauged)  # as in a burst: a gauge may ask the device
         if means and self._began_at != self._at():  # else the line is there
+            with contextlib.suppress(TimeoutError):  # what callbacks say of the last validation and epoch goes with it
+                async with asyncio.timeout(PATIENCE):
+                    await self._bus.drain()
             read = {**read, **self._left_beside({**means, **read})}
             epoch = progress.epoch if progress.batch else progress.epoch - 1
             await self.emit("on_log", Log, epoch=epoch, values={**means, **read})
@@ -196,10 +207,22 @@ class Teller:
         return {**means, **life.metrics, **read}  # an epoch's means stand
 
     async def last_notes(self) -> None:
-        """Before loggers hear of the end: what callbacks still leave in the hooks that they were told of."""
-        if "on_media" in self._bus.wants or self._notes.waiting:
-            await self._bus.drain()
-            await self.take_notes()
+        """Before loggers hear of the end: what callbacks still leave in the hooks that they were told of. Numbers for
+        which no line comes any more are in the result, and said."""
+        await self._bus.drain()
+        await self.take_notes()
+        if self._began_at == self._at():
+            return
+        left = {name: value for name, value in self._notes.numbers().items() if name not in self._own}
+        late = {name: value for name, value in left.items() if name not in self._life.validated}
+        self._life.metrics.update(late)
+        if late and not self._notes.late_said:
+            self._notes.late_said = True
+            logger.warning(
+                "log_metrics: %s came behind the last line of the log: the fit's result has it, and the first line of "
+                "a next fit; event.log_metrics(..., split='mine') makes a line at once",
+                ", ".join(map(repr, sorted(late))),
+            )
 
     def status(self, state: str) -> None:
         """Have the status file say where it stands."""

@@ -113,6 +113,52 @@ async def test_a_callback_adds_numbers_and_lines_through_its_event() -> None:
     assert [log.values.get("mine") for log in heard.logs if log.split == "train"] == [3.0, None]
 
 
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_epoch_end"])
+async def test_numbers_of_the_last_validation_and_epoch_are_in_the_last_line_and_the_result(hook: str) -> None:
+    ended = threading.Event()
+
+    class Says(Callback):
+        pass
+
+    def says(self: Callback, event: Event) -> None:
+        if event.step == 20:
+            ended.wait(0.2)  # the last line would come meanwhile, did it not wait for this
+        event.log_metrics({"mine": float(event.step)})
+
+    setattr(Says, hook, says)
+
+    class Sees(Callback):
+        async def on_log(self, event: Log) -> None:
+            if event.step == 20 and event.split == "train":
+                ended.set()
+
+    heard = Heard()
+    result = await made(Says(), Sees(), heard, log_every=8, sanity_batches=0).fit(
+        Samples(80), Samples(24), max_epochs=2
+    )
+    train = [(log.step, log.values.get("mine")) for log in heard.logs if log.split == "train"]
+    assert train == [(8, None), (16, 10.0), (20, 20.0)]
+    assert result.metrics["mine"] == 20.0
+
+
+async def test_numbers_behind_the_last_line_are_in_the_result_and_the_next_fit_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Says(Callback):
+        async def on_validation_end(self, event: Event) -> None:
+            event.log_metrics({"mine": float(event.step), "val_loss": -1.0})
+
+    heard = Heard()
+    trainer = made(Says(), heard, log_every=5, sanity_batches=0)
+    for epochs in (1, 2):
+        result = await trainer.fit(Samples(80), Samples(24), max_epochs=epochs)
+        assert result.metrics["mine"] == 10.0 * epochs
+        assert result.metrics["val_loss"] > 0
+    train = [(log.step, log.values.get("mine")) for log in heard.logs if log.split == "train"]
+    assert train == [(5, None), (10, None), (15, 10.0), (20, None)]
+    assert caplog.text.count("log_metrics: 'mine' came behind the last line of the log") == 1
+
+
 async def test_a_number_that_the_run_logs_itself_is_not_replaced_and_that_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
