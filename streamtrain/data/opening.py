@@ -279,9 +279,12 @@ async def list_columns(where: Located) -> list[str]:
     instead of those of the arrays in them."""
     names = await list_arrays(where)
     node = await _opened(where, "")
+    return await _as_columns(node, where, names) if isinstance(node, zarr.AsyncGroup) else names
+
+
+async def _as_columns(node: zarr.AsyncGroup, where: Located, names: Sequence[str]) -> list[str]:
     whole = set()
     for group in {name.rpartition("/")[0] for name in names} - {""}:
-        assert isinstance(node, zarr.AsyncGroup)
         with contextlib.suppress(DataError):  # its arrays say so themselves
             if stands_for_one((await _member(node, where, group)).metadata.attributes):
                 whole.add(group)
@@ -394,7 +397,7 @@ async def _only_array(node: zarr.AsyncGroup | zarr.AsyncArray[Any], where: Locat
         return node
     names = await _names(node, where)
     if len(names) != 1:
-        there = f"holds {', '.join(names)}" if names else "holds no array"
+        there = f"holds {', '.join(await _as_columns(node, where, names))}" if names else "holds no array"
         raise DataError(f"{where.name} {there}", hint="name one: inputs='...'" if names else _NO_STORE)
     return await _array_in(node, where, names[0])
 
@@ -418,6 +421,8 @@ async def _member(node: zarr.AsyncGroup, where: Located, name: str) -> zarr.Asyn
         names = await _names(node, where)
         if name in names:  # an array of the other Zarr format within a group
             return await _other_format(where, name)
+        if name not in {each.rpartition("/")[0] for each in names}:  # else a folder that is no group asks for itself
+            names = await _as_columns(node, where, names)
         near = difflib.get_close_matches(name, names, 1)
         there = f"there are: {', '.join(names)}" if names else "there is none"
         hint = f"did you mean {near[0]!r}?" if near else "name one of those" if names else _NO_STORE

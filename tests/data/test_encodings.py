@@ -188,6 +188,24 @@ def test_a_plain_group_is_no_encoding(attributes: Any) -> None:
     assert encoding_of("X", attributes) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        ({"targets": "obs/kin"}, "no array 'obs/kin'; there are: X, obs/kind, x$", "did you mean 'obs/kind'"),
+        ({"inputs": "XX"}, "no array 'XX'; there are: X, obs/kind, x$", "did you mean 'X'"),
+        ({"inputs": None, "targets": None}, "holds X, obs/kind, x$", "name one"),
+    ],
+)
+def test_who_misses_an_array_is_told_of_groups_and_not_of_the_arrays_in_them(
+    tmp_path: Path, options: dict[str, Any], said: str, hint: str
+) -> None:
+    path = categorical(tmp_path / "s.zarr")
+    write_sparse(zarr.open_group(path, mode="r+"), "X", random_sparse(len(CODES), 4, 3))
+    with pytest.raises(DataError, match=said) as caught:
+        epoch(stream(path, **options))
+    assert hint in caught.value.hint
+
+
 def test_a_group_without_its_arrays_is_named(tmp_path: Path) -> None:
     path = sparse_store(tmp_path / "s.zarr", random_sparse(9, 4, 3))
     root = zarr.open_group(path, mode="r+")
