@@ -326,7 +326,10 @@ class _ByClass(_Counts):
     ) -> None:
         super().__init__(classes=classes, threshold=threshold, ignore_index=ignore_index, nan=nan)
         if average not in AVERAGES:
-            raise ConfigError(f"{self._who}: average must be {', '.join(map(repr, AVERAGES))}, not {average!r}")
+            raise ConfigError(
+                f"{self._who}: average must be {', '.join(map(repr, AVERAGES))}, not {average!r}",
+                hint="for each class alone: ConfusionMatrix(), or an object of torchmetrics with average=None",
+            )
         self._average = average
 
     def _count(self, given: Tensor, true: Tensor, weight: Tensor, classes: int) -> Tensor:

@@ -21,7 +21,7 @@ from streamtrain.losses import described
 from streamtrain.manual import ManualUpdates
 from streamtrain.metrics import names_of
 from streamtrain.options import Options
-from streamtrain.outcome import Compute, Numbering, called, custom, may_give_loss, own_loss, supervised
+from streamtrain.outcome import Compute, Numbering, called, custom, given, may_give_loss, own_loss, supervised
 from streamtrain.tasks import Function, Losses, TaskLosses, as_loss, as_metrics, modules_of
 
 
@@ -125,7 +125,7 @@ class Objective:
     def outputs(self, batch: Batch) -> Any:
         """What the model makes of a batch's inputs."""
         own = self.loss is None and self.steps.training is None
-        return own_loss(self._model)(replace(batch, targets=None)).outputs if own else self._model(batch.inputs)
+        return own_loss(self._model)(replace(batch, targets=None)).outputs if own else given(self._model, batch.inputs)
 
     def evaluator(self, weights: Callable[[], AbstractContextManager[None]]) -> Evaluator:
         """What a stream comes to in validation; `weights`: within it the model has those that count."""

@@ -51,7 +51,7 @@ def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Comp
         several = loss
 
         def compute_tasks(batch: Batch) -> Outcome:
-            outputs = model(batch.inputs)
+            outputs = given(model, batch.inputs)
             targets = batch.inputs if batch.targets is None else batch.targets
             total, parts = several.parts(outputs, targets)
             return Outcome(total, outputs, targets, parts)
@@ -59,7 +59,7 @@ def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Comp
         return compute_tasks
 
     def compute(batch: Batch) -> Outcome:
-        outputs = model(batch.inputs)
+        outputs = given(model, batch.inputs)
         targets = batch.inputs if batch.targets is None else batch.targets
         try:
             return Outcome(None if loss is None else loss(outputs, targets), outputs, targets)
@@ -69,6 +69,23 @@ def supervised(model: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Comp
             raise
 
     return compute
+
+
+def given(model: nn.Module, inputs: Any) -> Any:
+    """`model(inputs)`. Raises UserCodeError, with what to do, for a dict of inputs that the model takes by keywords."""
+    try:
+        return model(inputs)
+    except (TypeError, AttributeError) as error:
+        if not isinstance(inputs, dict) or not _by_name(model, inputs):
+            raise
+        own = " If it gives its own loss, leave loss= out." if may_give_loss(model) else ""
+        names = ", ".join(map(repr, list(inputs)[:4]))
+        raise UserCodeError(
+            f"{type(model).__name__} was called with one dict of inputs ({names}), and raised "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            hint="Have its forward take that dict, or give steps that call model(**batch.inputs): step=, or "
+            f"training_step and predict_step.{own}",
+        ) from error
 
 
 def _of_several(outputs: Any, error: Exception) -> UserCodeError:
@@ -106,9 +123,7 @@ def own_loss(model: nn.Module) -> Compute:
 def spread(model: nn.Module) -> Callable[[Any, Any], Any]:
     """A model's call with (inputs, targets): a dict of inputs whose keys its forward takes becomes its keywords
     (`model(**inputs)`), anything else its only argument; targets are `labels` where it takes them."""
-    parameters = _signature(model).parameters
-    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    named = {name for name, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.POSITIONAL_ONLY)}
+    any_name, named = _keywords(model)
     labelled = any_name or "labels" in named
 
     def call(inputs: Any, targets: Any) -> Any:
@@ -118,6 +133,21 @@ def spread(model: nn.Module) -> Callable[[Any, Any], Any]:
         return model(inputs, **labels)
 
     return call
+
+
+def _keywords(model: nn.Module) -> tuple[bool, set[str]]:
+    """Whether a model's forward takes keywords of any name, and those that it names."""
+    parameters = _signature(model).parameters
+    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return any_name, {
+        name for name, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.POSITIONAL_ONLY)
+    }
+
+
+def _by_name(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether these inputs may be a model's keywords."""
+    any_name, named = _keywords(model)
+    return any_name or inputs.keys() <= named
 
 
 def may_give_loss(model: nn.Module) -> bool:

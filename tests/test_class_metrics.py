@@ -229,6 +229,12 @@ def test_what_cannot_be_counted_is_refused(made: Any, said: str) -> None:
         made()
 
 
+def test_who_asks_for_each_class_alone_is_told_what_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"F1: average must be .*, not None") as caught:
+        F1(average=None)  # type: ignore[arg-type]
+    assert "ConfusionMatrix()" in caught.value.hint
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 1)])
 def test_answers_count_as_they_are_in_a_column_too(shape: tuple[int, ...]) -> None:
     given, true = torch.tensor([3, 1, 2, 2, 3]), torch.tensor([3, 1, 2, 0, 3])

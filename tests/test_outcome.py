@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from streamtrain.data.batch import Batch
+from streamtrain.data.iterable import from_iterable
 from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.outcome import own_loss, spread, supervised
+from streamtrain.tasks import as_loss
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, bare_loop, network, pairs, same, samples
 
@@ -151,6 +153,30 @@ def test_a_dict_whose_keys_forward_does_not_take_is_its_argument() -> None:
     assert own_loss(Whole())(batch).loss == 3
     assert spread(AnyName())({"b": 1, "a": 2}, torch.ones(1)) == ["a", "b", "labels"]
     assert spread(Whole())({"a": torch.ones(2)}, torch.ones(1))["loss"] == 2
+
+
+async def test_a_model_that_takes_its_inputs_by_name_beside_a_loss_is_told_how_it_was_called(tmp_path: Path) -> None:
+    class Two(nn.Linear):
+        def forward(self, sst: Tensor, wind: Tensor) -> Tensor:  # type: ignore[override]
+            return sst + wind
+
+    class OfItsOwn(Named):
+        def forward(self, x: Tensor, scale: float = 1.0, labels: Tensor | None = None) -> Any:
+            return super().forward(x.size(0), scale, labels)  # type: ignore[arg-type]
+
+    fields: dict[str, Any] = {"sst": torch.ones(2), "wind": torch.ones(2)}
+    for loss in (nn.MSELoss(), as_loss({"a": nn.MSELoss()}, None)):
+        with pytest.raises(UserCodeError, match=r"Two was called with one dict .*'sst', 'wind'.*missing 1") as caught:
+            supervised(Two(1, 1), loss)(Batch(fields, torch.ones(2)))
+        assert "model(**batch.inputs)" in caught.value.hint
+        assert "leave loss= out" not in caught.value.hint
+    with pytest.raises(UserCodeError, match=r"OfItsOwn was called with one dict .*no attribute 'size'") as caught:
+        supervised(OfItsOwn(), nn.MSELoss())(Batch({"x": torch.ones(2)}, torch.ones(2)))
+    assert "leave loss= out" in caught.value.hint
+    with pytest.raises(UserCodeError, match="Two was called with one dict"):
+        [outputs async for outputs in Trainer(Two(1, 1), "mse").predict(from_iterable([fields]))]
+    with pytest.raises(TypeError, match="missing 1"):  # no dict, so that it is a fault of the model's own
+        supervised(Two(1, 1), nn.MSELoss())(Batch(torch.ones(2), torch.ones(2)))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,11 @@ def axis_numbers(axes: object) -> tuple[int, ...]:
     given = (axes,) if isinstance(axes, int) else axes
     if not isinstance(given, list | tuple) or not given or len(set(given)) < len(given):
         raise ConfigError(f"sample_axes must be different axis numbers such as (0,), not {axes!r}")
+    if any(isinstance(axis, str) for axis in given):
+        raise ConfigError(
+            f"sample_axes are numbers, such as (0, 1), not names: {axes!r}",
+            hint="count the array's axes from 0; it is window=, crop= and select= that take names",
+        )
     return tuple(at_least(axis, 0, "sample_axes") for axis in given)
 
 

@@ -773,6 +773,7 @@ async def test_nothing_follows_a_batch_whose_transform_failed(store: Path) -> No
         ({"disk_cache": "1GiB", "disk_cache_bytes": "1GiB"}, "is a size, and so is"),
         ({"disk_cache": ["x"]}, "disk_cache must be a folder, or a size"),
         ({"suffle": True}, "takes no suffle="),
+        ({"sample_axes": ("time", "lat")}, r"sample_axes are numbers, such as \(0, 1\), not names: \('time', 'lat'\)"),
         ({"transform": 3}, "transform must be a function"),
         ({"dtype": "string"}, "dtype"),
         ({"read_timeout": 0}, "read_timeout"),
