@@ -1,12 +1,13 @@
 """Coordinates as they are stored, to be written beside something else: values, dimensions, attributes.
 
-Its law: nothing is decoded, so that whoever opens the copy sees what the source says; what can be held against a
-manifest is.
+Its law: nothing is decoded, so that whoever opens the copy sees what the source says (times of several stores are
+counted from one date, as the first says); what can be held against a manifest is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,16 @@ from numpy.typing import NDArray
 from streamtrain.data.columns import names_beside, texts, whole
 from streamtrain.data.layout import trainable
 from streamtrain.data.opening import Located, array_at, check_whole, open_arrays
+from streamtrain.data.times import counted_since, is_since
 from streamtrain.data.zarr_lane import ZarrLoop
+from streamtrain.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 OWN = ("streamtrain", "_ARRAY_DIMENSIONS")
 """Attributes that tell of an array's files or its format, not of its values."""
+PACKED = frozenset({"scale_factor", "add_offset", "_FillValue", "missing_value"})
+"""Attributes that make other values of the stored numbers."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,23 @@ def _dims(array: Any) -> tuple[str | None, ...]:
     if isinstance(names, list | tuple) and len(names) == len(array.shape):
         return tuple(names)
     return (None,) * len(array.shape)
+
+
+def counted_alike(stored: Stored, first: Stored, name: str) -> Stored:
+    """The same times as numbers of the units of `first`, where these alone differ among their attributes and numbers of
+    this dtype tell them: each year of a series has a date of its own to count from. Else `stored` as it is."""
+    units, since = stored.attributes.get("units"), first.attributes.get("units")
+    alike = {**stored.attributes, "units": since} == {**first.attributes, "units": since}
+    if units == since or not alike or not (is_since(units) and is_since(since)) or PACKED & stored.attributes.keys():
+        return stored
+    if stored.values.dtype.kind not in "iuf":
+        return stored
+    try:
+        made = counted_since(stored.values, str(units), str(since), stored.attributes.get("calendar"), name)
+    except DataError as error:
+        logger.warning("coordinate %s of another store counts from another date: %s", name, error)
+        return stored
+    return stored if made is None else Stored(made, stored.dims, first.attributes)
 
 
 def as_texts(values: NDArray[Any]) -> NDArray[Any]:

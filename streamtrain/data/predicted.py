@@ -22,7 +22,7 @@ from zarr.api import asynchronous as zarr_api
 from zarr.codecs import ZstdCodec
 
 from streamtrain.data.canvas import Axis, Canvas, Ground, canvas_of, rows
-from streamtrain.data.coordinates import OWN, Stored, as_texts, read_stored
+from streamtrain.data.coordinates import OWN, Stored, as_texts, counted_alike, read_stored
 from streamtrain.data.permutation import Ints
 from streamtrain.data.stitching import Band, Stitching
 from streamtrain.data.whole import check_apart, whole_or_nothing
@@ -302,7 +302,8 @@ class PredictedStore:
             stored = self._read(number, axis.dim, axis.beside)
             if stored is None or stored.values.ndim != 1:
                 return None
-            found.append(self._cut(stored, axis, number))
+            cut = self._cut(stored, axis, number)
+            found.append(counted_alike(cut, found[0], axis.dim) if found else cut)
         if any(each.attributes != found[0].attributes for each in found):
             logger.warning("coordinate %s is not copied: its attributes differ between the stores", axis.dim)
             return None

@@ -82,6 +82,23 @@ def decode_times(values: NDArray[Any], units: str, calendar: object, name: str) 
     return result
 
 
+def counted_since(values: NDArray[Any], units: str, since: str, calendar: object, name: str) -> NDArray[Any] | None:
+    """Numbers of `units` as those of the units `since` that stand for the same times, of the same dtype; None where no
+    numbers of it do to the last microsecond. Raises DataError as `decode_times` does."""
+    times = decode_times(values, units, calendar, name)
+    origin, one = decode_times(np.arange(2), since, calendar, name)
+    spans = times - origin  # of the finer unit of the two
+    ticks, each = spans.view(np.int64), int((one - origin).astype(spans.dtype).view(np.int64))
+    if values.dtype.kind == "f":
+        made = np.where(np.isnat(spans), np.nan, ticks / each).astype(values.dtype)
+    elif (ticks % each).any():
+        return None
+    else:
+        made = (ticks // each).astype(values.dtype)
+    again = decode_times(made, since, calendar, name)
+    return made if np.array_equal(again, times, equal_nan=True) else None
+
+
 def _check_range(counts: NDArray[Any], scale: int, origin: int, whole: str, where: str) -> None:
     """Raise DataError where a time is beyond what 64 bits hold: there it would wrap to another year."""
     ticks = [int(end) * scale for end in (counts.min(), counts.max())] if counts.size else [0]

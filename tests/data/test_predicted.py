@@ -278,12 +278,59 @@ def test_several_stores_lie_one_after_another(tmp_path: Path) -> None:
     assert found.time.values.tolist() == np.concatenate(begin).tolist()
 
 
+@pytest.mark.parametrize(
+    ("units", "dtype"),
+    [
+        ("hours since 2000-01-04 06:00:00", "i8"),
+        ("days since 2000-1-1", "i4"),
+        ("minutes since 1999-12-31", "f8"),
+        ("hours since 2001-01-01", "f4"),
+    ],
+)
+def test_times_of_several_stores_that_count_from_dates_of_their_own_are_joined(
+    tmp_path: Path, units: str, dtype: str
+) -> None:
+    names = [tmp_path / "a", tmp_path / "b"]
+    for name, said in zip(names, ("hours since 2000-01-01", units), strict=True):
+        climate(name, times=12)
+        clock = zarr.open_array(name / "time", mode="r+")
+        new: Any = {**clock.attrs.asdict(), "units": said}
+        numbers = np.asarray(clock[:]).astype(dtype)
+        zarr.create_array(
+            name / "time", data=numbers, dimension_names=("time",), attributes=new, overwrite=True, chunks=(5,)
+        )
+    found = opened(predict(stream(names), tmp_path / "p"))
+    assert found.time.values.tolist() == np.concatenate([known(name).time.values for name in names]).tolist()
+    assert zarr.open_array(tmp_path / "p" / "time", mode="r").attrs["units"] == "hours since 2000-01-01"
+
+
+@pytest.mark.parametrize(
+    ("units", "more"),
+    [
+        ("minutes since 2000-01-01 00:30", {}),  # no whole hours
+        ("hours since 2000-01-02", {"calendar": "noleap"}),
+        ("hours since 2000-01-02", {"_FillValue": -1}),
+        ("fortnights since 2000-01-02", {}),
+    ],
+)
+def test_times_that_the_first_store_s_units_can_t_tell_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, units: str, more: dict[str, Any]
+) -> None:
+    for name in ("a", "b"):
+        climate(tmp_path / name)
+        zarr.open_array(tmp_path / name / "time", mode="r+").attrs.update(more)
+    zarr.open_array(tmp_path / "b" / "time", mode="r+").attrs["units"] = units
+    target = predict(stream([tmp_path / "a", tmp_path / "b"]), tmp_path / "p")
+    assert "coordinate time is not copied: its attributes differ between the stores" in caplog.text
+    assert "time" not in opened(target).coords
+
+
 def test_a_coordinate_that_can_t_be_joined_is_left_out_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a", "b"):
         climate(tmp_path / name)
-    zarr.open_array(tmp_path / "b" / "time", mode="r+").attrs["units"] = "days since 2000-01-01"
+    zarr.open_array(tmp_path / "b" / "time", mode="r+").attrs["long_name"] = "model time"
     target = predict(stream([tmp_path / "a", tmp_path / "b"]), tmp_path / "p")
     assert "coordinate time is not copied: its attributes differ between the stores" in caplog.text
     assert "lat" in opened(target).coords
