@@ -178,7 +178,8 @@ class Sender:
             logger.warning("lines for %s wait in %s: the next fit in this folder sends them", self._where, left)
         lost = self.spool.dropped + self.spool.waiting
         if lost:
-            logger.warning("%d lines of the log never reached %s: there was no room to keep them", lost, self._where)
+            why = "there was no room to keep them" if self.spool.on_disk else "without a run_dir they are kept nowhere"
+            logger.warning("%d lines of the log never reached %s: %s", lost, self._where, why)
 
     def _disk(self, error: OSError) -> None:
         self._say("disk", "lines for %s can't be kept on the disk: %s", self._where, error.strerror or error)

@@ -32,6 +32,11 @@ class Spool:
             _mend(path)
 
     @property
+    def on_disk(self) -> bool:
+        """Whether there is a file for what memory does not hold."""
+        return self._path is not None
+
+    @property
     def waiting(self) -> int:
         """Lines in memory."""
         return len(self._lines)

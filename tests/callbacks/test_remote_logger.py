@@ -379,6 +379,7 @@ def test_without_a_folder_memory_is_bounded_and_what_is_lost_is_counted(caplog: 
         assert [json.loads(line)["step"] for line in unsent] == list(range(991, 1001))
         logger.on_train_end(TrainEnd())
     assert "1000 lines of the log never reached http://127.0.0.1" in caplog.text
+    assert "without a run_dir they are kept nowhere" in caplog.text
 
 
 def test_a_service_that_answers_never_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
