@@ -169,7 +169,8 @@ def test_a_killed_parent_leaves_no_process(store: Path, tmp_path: Path) -> None:
         SCRIPT.replace("asyncio, sys", "asyncio, os, sys, threading").replace(
             "    return batch",
             # in one piece, since both processes print
-            '    sys.stdout.write(f"{os.getpid()}\\n")\n    sys.stdout.flush()\n    threading.Event().wait()\n    return batch',
+            '    sys.stdout.write(f"{os.getpid()}\\n")\n    sys.stdout.flush()\n'
+            "    threading.Event().wait()\n    return batch",
         )
         + 'if __name__ == "__main__":\n    asyncio.run(main())\n'
     )
