@@ -40,10 +40,15 @@ def _nothing_to_save(signum: int, frame: FrameType | None) -> None:
 
 
 def _end(code: int) -> int:
-    """The same while the interpreter is taken apart, when it has no more handlers."""
+    """The same while the interpreter is taken apart, when it has no more handlers, and would end with 120 where what
+    stderr still holds can't be written: its terminal is gone."""
     for number in SAVING:
         if signal.getsignal(number) is _nothing_to_save:
             signal.signal(number, signal.SIG_IGN)
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return code
 
 

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import signal
+import stat
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -136,13 +137,11 @@ def fit(
     try:
         with last_words(code) if code > 128 else nullcontext():
             _print(() if quiet else report)
-    except (
-        BrokenPipeError
-    ):  # whoever reads our output has seen enough: a signal that ended the run is told all the same
-        _drop_stdout()
     except OSError as error:
-        error.add_note(done)
-        raise
+        if not _unread(error):
+            error.add_note(done)
+            raise
+        _drop_stdout()  # a signal that ended the run is told all the same
     return code
 
 
@@ -336,9 +335,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever reads our output has seen enough
-        _drop_stdout()
-        return 0
     except KeyboardInterrupt as interrupt:
         signum = interrupt.signum if isinstance(interrupt, Interrupted) else signal.SIGINT
         with last_words(128 + signum):
@@ -347,7 +343,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return 128 + signum
     except Exception as error:
+        if isinstance(error, OSError) and _unread(error):
+            _drop_stdout()
+            return 0
         return say(_of_stdout(error) or error, debug=debug, command=tokens[0] if tokens else "")
+
+
+def _unread(error: OSError) -> bool:
+    """Whether nobody reads our output any more: he has seen enough of a pipe, or his terminal is gone."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    with suppress(OSError):
+        return error.filename is None and error.errno == errno.EIO and stat.S_ISCHR(os.fstat(1).st_mode)
+    return False
 
 
 def _of_stdout(error: Exception) -> EnvironmentProblem | None:

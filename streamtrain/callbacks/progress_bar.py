@@ -229,8 +229,12 @@ class ProgressBar(Callback):
         total, step = self._standing.steps, self._standing.now.step
         bar = Bar(total=total, completed=min(step, total or 0), width=min(24, width // 8), pulse=total is None)
         table.add_row(first, bar, Text(_plain(stream, "  ".join(rest)), no_wrap=True, overflow="crop"))
-        with console.capture() as captured:
-            console.print(table, end="", no_wrap=True, overflow="crop", crop=True)
+        try:
+            with console.capture() as captured:
+                console.print(table, end="", no_wrap=True, overflow="crop", crop=True)
+        except (OSError, ValueError):  # at its end it flushes what the stream still holds
+            self._stream = None
+            return ""
         return "\r\x1b[2K" + captured.get().replace("\n", "")
 
     def _write(self, text: str) -> None:

@@ -55,6 +55,12 @@ class Asked(Net):  # is sent a signal while it computes, and computes on until t
             threading.Event().wait(0.5)
         return self.layer(x)
 
+class Patient(Net):  # trains on until nobody looks any more
+    def forward(self, x):
+        while glob.glob("run/checkpoints/step-*") and not os.path.exists("gone"):
+            threading.Event().wait(0.01)
+        return self.layer(x)
+
 class Raises:
     def on_log(self, event):
         raise ValueError("no")
@@ -337,6 +343,29 @@ def test_a_run_whose_reader_is_stuck_goes_on_and_saves_when_it_is_told_to_end(
         process.kill()
         os.close(reading)
     assert newest(place / "run") == steps(place / "run")[-1]
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGHUP], ids=["to its end", "ended by SIGHUP"])
+def test_a_run_whose_terminal_goes_away_ends_as_any_other(signum: signal.Signals | None, place: Path) -> None:
+    looking, terminal = os.openpty()
+    (place / "c.toml").write_text('[[callbacks]]\nname = "ModelCheckpoint"\nevery = "6steps"\n')
+    patient = [each.replace(":Net", ":Patient") for each in FIT[1:]]
+    many = ["--run-dir", "run", "--max-steps", "40" if signum is None else "1000000"]
+    with open(terminal, "r+b", buffering=0) as end:
+        command = ["-m", "streamtrain", "fit", "c.toml", *patient, *many]
+        process = warm.start(command, stdout=end, stderr=end, environment={"TERM": "xterm"})
+    try:
+        while not list((place / "run").glob("checkpoints/step-*")):
+            os.read(looking, 1 << 16)
+        os.close(looking)
+        (place / "gone").touch()
+        if signum is not None:
+            process.send_signal(signum)
+        assert process.wait(timeout=60) == (0 if signum is None else 129)
+    finally:
+        process.kill()
+    assert newest(place / "run") == steps(place / "run")[-1] >= (40 if signum is None else 6)
+    assert not (place / "run" / "error.json").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
