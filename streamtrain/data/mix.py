@@ -265,7 +265,9 @@ class Mix:
         source, (epoch, position) = self.sources[number], self._heads[number]
         state = source.state_dict()
         if "of" in state:
-            return [epoch, position, f"{derive_key(json.dumps(state['of'], sort_keys=True)):016x}"]
+            known = state.get("skipped") if (state["epoch"], state["position"]) == (epoch, position) else None
+            digest = f"{derive_key(json.dumps(state['of'], sort_keys=True)):016x}"
+            return [epoch, position, digest] if known is None else [epoch, position, digest, known]
         return at(state, epoch, position)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -302,14 +304,15 @@ class Mix:
         if isinstance(saved, dict):
             source.load_state_dict(saved)
             return Cursor(saved["epoch"], saved["position"])
-        epoch, position, digest = saved
+        epoch, position, digest, *skipped = saved
         state = source.state_dict()
         if digest != f"{derive_key(json.dumps(state.get('of'), sort_keys=True)):016x}":
             raise DataError(
                 f"the saved position belongs to other data or another order: source {number} of the mix differs",
                 hint="use the same data, seed, split and shuffle for it, or start over",
             )
-        source.load_state_dict({**state, "epoch": epoch, "position": position})
+        rest: dict[str, Any] = {"skipped": skipped[0]} if skipped else {}
+        source.load_state_dict({"epoch": epoch, "position": position, **rest, "of": state["of"]})
         return Cursor(epoch, position)
 
     def statistics(self) -> MixStatistics:

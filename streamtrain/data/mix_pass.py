@@ -175,4 +175,5 @@ def at(state: dict[str, Any], epoch: int, position: int) -> dict[str, Any]:
     if (state.get("epoch"), state.get("position")) == (epoch, position):
         return state
     replayed = {"source_position": 0, "source": None} if "source_position" in state else {}
-    return {**state, **replayed, "epoch": epoch, "position": position}
+    lasting = {key: value for key, value in state.items() if key != "skipped"}
+    return {**lasting, **replayed, "epoch": epoch, "position": position}

@@ -105,6 +105,8 @@ class Recipe:
     their block free."""
     max_skipped: float | None = None
     """Share of an epoch's samples that bad chunks may cost; None where one of them ends the pass."""
+    skipped: int = 0
+    """Samples of the epoch that they have cost before the pass begins."""
 
     @property
     def ragged(self) -> bool:
@@ -176,7 +178,7 @@ class ZarrPass(Ending):
         self._recipe, self._order = recipe, order
         # Weak, so that letting go of a stream ends its pass at once, without a garbage collection.
         self._returned = weakref.WeakMethod(returned)
-        self._epoch, self._origin = start
+        self.epoch, self._origin = start
         rest = max(0, order.num_samples - self._origin)
         size = recipe.batch_size
         self._batches = rest // size if recipe.drop_last else -(-rest // size)
@@ -196,7 +198,7 @@ class ZarrPass(Ending):
         end = min(self._origin + self._batches * size, order.num_samples)
         first, last = (self._origin, end) if recipe.ranks.alone else (0, self._place(self._batches))
         mine = recipe.ranks.count(0, order.num_samples)
-        self.skips = Skips(first, last, mine, recipe.max_skipped or 0.0)
+        self.skips = Skips(first, last, mine, recipe.max_skipped or 0.0, before=recipe.skipped)
         self._spans = unit_spans(order, recipe.sizes, self._origin, self._origin + self._batches * size)
         self._next_span: tuple[int, int, list[int]] | None = None
         self._unplanned: collections.deque[tuple[Unit, Sequence[int]]] = collections.deque()
@@ -638,7 +640,7 @@ class ZarrPass(Ending):
 
     def _maker(self, block: Block, first: int, start: int) -> Callable[[int], Ready]:
         """Makes the ready batches from number `start` on, which lie in this block, whose first is number `first`."""
-        size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self._epoch
+        size, end, origin, epoch = self._recipe.batch_size, self._order.num_samples, self._origin, self.epoch
         ranks, alone = self._recipe.ranks, self._recipe.ranks.alone
         skips = self.skips  # not the pass itself, which its queue must not keep alive
 
@@ -649,7 +651,7 @@ class ZarrPass(Ending):
             dropped: Ints | None = None
             if skips.pending:
                 begin = ranks.begin(start + number, origin, size)
-                dropped = skips.within(begin, begin + ranks.share(size))
+                dropped = skips.within(begin, begin + ranks.share(size), stop)
             return Ready(block, start + number - first, rows, Cursor(epoch, stop), dropped)
 
         return make
@@ -749,7 +751,7 @@ class ZarrPass(Ending):
     def _finish(self) -> None:
         if not self._finished:
             self._finished = True
-            self._tell(Cursor(self._epoch, self._order.num_samples), True)
+            self._tell(Cursor(self.epoch, self._order.num_samples), True)
         self.stop()
 
     def supersede(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,14 +120,18 @@ class Watch:
 class Skips:
     """The account of one pass, kept on its loop: units report in the order of the epoch."""
 
-    def __init__(self, origin: int, end: int, samples: int, most: float) -> None:
-        """Positions `origin` to `end` of an epoch of `samples` will be given; `most` is the share that may be lost."""
+    def __init__(self, origin: int, end: int, samples: int, most: float, *, before: int = 0) -> None:
+        """Positions `origin` to `end` of an epoch of `samples` will be given; `most` is the share that may be lost, of
+        which `before` samples were lost before `origin`, in another life."""
         self._origin, self._end = origin, end
         self._most, self._share = int(most * samples), most
         self._waiting: Ints = np.empty(0, dtype=np.int64)
         self._chunks: set[tuple[str, tuple[int, ...]]] = set()
         self.rows = 0
-        """Samples left out so far."""
+        """Samples left out so far, by this pass."""
+        self._before = self._behind = self._handed = before
+        self._marks: deque[tuple[int, int]] = deque()
+        """Cursors behind batches that have lost rows, and how many of the epoch are lost up to there."""
 
     @property
     def chunks(self) -> int:
@@ -143,12 +148,13 @@ class Skips:
         if len(lost):
             self._chunks |= {(damage.array, damage.chunk) for damage in losses.damages}
         self._waiting = np.union1d(self._waiting, lost)
-        if self.rows <= self._most:
+        if not len(lost) or self._before + self.rows <= self._most:
             return None
         example = min(losses.damages, key=lambda damage: (damage.array, damage.chunk))
+        earlier = f", {self._before} before the run went on," if self._before else ""
         return DataError(
-            f"{self.rows} samples in {self.chunks} bad chunks were skipped, more than {self._share:g} of the epoch "
-            f"({self._most} samples), such as {example}",
+            f"{self.rows} samples in {self.chunks} bad chunks{earlier} were skipped, more than {self._share:g} of the "
+            f"epoch ({self._most} samples), such as {example}",
             hint="`streamtrain verify DATA --deep` lists the damage; restore the data, or raise max_skipped",
         )
 
@@ -157,12 +163,22 @@ class Skips:
         """Whether some of what was lost has not been asked about yet."""
         return len(self._waiting) > 0
 
-    def within(self, start: int, stop: int) -> Ints:
-        """Which of these positions are left out, counted from `start`; what lies before is forgotten."""
+    def within(self, start: int, stop: int, cursor: int) -> Ints:
+        """Which of these positions are left out, counted from `start`; what lies before is forgotten. `cursor`: the
+        position of the epoch that is reached with them."""
         first, last = np.searchsorted(self._waiting, (start, stop))
         found = self._waiting[first:last] - start
         self._waiting = self._waiting[last:]
+        if len(found):
+            self._handed += len(found)
+            self._marks.append((cursor, self._handed))
         return found
+
+    def behind(self, cursor: int) -> int:
+        """Samples of the epoch that were left out before this position, which never goes back."""
+        while self._marks and self._marks[0][0] <= cursor:
+            self._behind = self._marks.popleft()[1]
+        return self._behind
 
 
 def compact(columns: Sequence[Any], dropped: Ints) -> list[Any]:

@@ -284,6 +284,8 @@ class ZarrStream:
         self._epoch = 0
         self._skip = 0
         self._cursor = START
+        self._skipped = 0
+        """Samples of its epoch before it that bad chunks have cost, over all ranks as far as one of them can tell."""
         self._driven = False
 
     # ---- what it holds
@@ -368,8 +370,9 @@ class ZarrStream:
                 room = sizes.batch_bytes
             self._rooms = Pool(room, self._share, poison=poison) if room else None
         start, self._skip = Cursor(self._epoch, self._skip), 0
+        skipped = self._skipped if start == self._cursor and start.position else 0
         if not self._driven:
-            self._cursor = start
+            self._cursor, self._skipped = start, skipped
         order = EpochOrder(
             opened.survey.epoch(self._asked.seed, self._epoch),
             self._asked.shuffle,
@@ -378,7 +381,7 @@ class ZarrStream:
             self._epoch,
             lanes=self._lanes,
         )
-        make = partial(ZarrPass, self._recipe(opened, self._pool), order)
+        make = partial(ZarrPass, self._recipe(opened, self._pool, skipped), order)
         if opened.finished is None:
             before = self._pass if isinstance(self._pass, ZarrPass) else None
             self._pass = make(start, self._returned, before=before)
@@ -412,7 +415,7 @@ class ZarrStream:
             off = partial(logger.warning, KEPT_DRAWS)
         return (WatchedAsync if is_async(self._asked.transform) else Watched)(self._asked.transform, off)
 
-    def _recipe(self, opened: Opened, pool: Pool) -> Recipe:
+    def _recipe(self, opened: Opened, pool: Pool, skipped: int) -> Recipe:
         names = self._asked.fields(opened.stores[0])
         count = len(names) - self._asked.num_targets
         several = (
@@ -456,6 +459,7 @@ class ZarrStream:
             pool=pool,
             rooms=self._rooms,
             max_skipped=self._asked.max_skipped if self._asked.on_bad_chunk == "skip" else None,
+            skipped=skipped // self._asked.ranks.world,
         )
 
     def _returned(self, cursor: Cursor, finished: bool) -> None:
@@ -463,7 +467,16 @@ class ZarrStream:
             self._epoch += 1
             cursor = Cursor(self._epoch, 0)
         if not self._driven:
-            self._cursor = cursor
+            self._go_on_to(cursor)
+
+    def _go_on_to(self, cursor: Cursor) -> None:
+        """All before this position is behind; what bad chunks have cost of its epoch goes with it."""
+        if cursor.epoch != self._cursor.epoch:
+            self._skipped = 0
+        self._cursor = cursor
+        if (reading := self._reading) is not None and reading.epoch == cursor.epoch and cursor.position:
+            lost = reading.skips.behind(cursor.position) * self._asked.ranks.world
+            self._skipped = min(lost, cursor.position)
 
     def as_loader(self, collate: Callable[[Batch], Any] | None = None) -> Loader:
         """A plain iterable over this stream, for Lightning, Accelerate, Hugging Face and bare loops.
@@ -552,7 +565,7 @@ class ZarrStream:
         if at_least(epoch, 0, "epoch") != self._epoch:
             self._leave_pass()
             self._epoch, self._skip = epoch, 0
-            self._cursor = Cursor(epoch, 0)
+            self._cursor, self._skipped = Cursor(epoch, 0), 0
 
     def follow(self, driven: bool) -> None:
         """While `driven`, the position that `state_dict` tells is moved by `trained` alone.
@@ -568,11 +581,12 @@ class ZarrStream:
 
     def trained(self, cursor: Cursor) -> None:
         """All before this position is part of a finished update."""
-        self._cursor = cursor
+        self._go_on_to(cursor)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch returned (in a fit: trained), and what of; JSON, at most 1 KiB."""
-        return {"epoch": self._cursor.epoch, "position": self._cursor.position, "of": self._fingerprint()}
+        at = {"epoch": self._cursor.epoch, "position": self._cursor.position}
+        return at | ({"skipped": self._skipped} if self._skipped else {}) | {"of": self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position: the next pass continues there.
@@ -581,7 +595,10 @@ class ZarrStream:
         beginnings of some of their files tell, CheckpointError where the order is another one (seed, split,
         shuffle, windows, ...); both name the differences. Batch size, memory, threads and prefetch may differ.
         """
-        cursor = cursor_of(state, "a ZarrStream", ["of"])
+        cursor = cursor_of(state, "a ZarrStream", ["of"], ["skipped"])
+        skipped = state.get("skipped", 0)
+        if type(skipped) is not int or not 0 <= skipped <= cursor.position:
+            raise DataError(f"this is no position of a ZarrStream: 'skipped' is {skipped!r:.40}")
         if not isinstance(theirs := state["of"], Mapping):
             raise DataError(f"this is no position of a ZarrStream: 'of' is {theirs!r:.80}")
         if not self._lanes_given and isinstance(theirs.get("lanes"), int):
@@ -607,7 +624,7 @@ class ZarrStream:
         if cursor.position > self.num_samples:
             raise DataError(f"the saved position {tuple(cursor)} is beyond the {self.num_samples} samples")
         self._leave_pass()
-        self._epoch, self._skip, self._cursor = cursor.epoch, cursor.position, cursor
+        self._epoch, self._skip, self._cursor, self._skipped = cursor.epoch, cursor.position, cursor, skipped
 
     def _leave_pass(self) -> None:
         """The position moves: a pass that still lives would move it back."""
@@ -667,11 +684,16 @@ class ZarrStream:
 
     # ---- how it does
 
+    @property
+    def _reading(self) -> ZarrPass | None:
+        """The pass that reads, or the last one that did; None where none does."""
+        return self._pass.inner if isinstance(self._pass, KeptPass) else self._pass
+
     def statistics(self) -> StreamStatistics:
         """How the live pass does, or how the last one did."""
         opened = self._opened
         stores = opened.stores if opened is not None else ()
-        reading = self._pass.inner if isinstance(self._pass, KeptPass) else self._pass
+        reading = self._reading
         scratches = reading.scratches if reading is not None else []
 
         def seconds(what: str) -> float:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamtrain import ZarrStream
+from streamtrain import ZarrStream, mix
+from streamtrain.data.mix import Mix
 from streamtrain.data.skipping import Skips, compact
 from streamtrain.errors import ConfigError, DataError
 
@@ -108,6 +109,72 @@ async def test_resuming_is_exact_and_the_cursor_counts_what_was_skipped(shuffle:
             source.load_state_dict(state)
             rest = [row for batch in [checked(batch) async for batch in source] for row in batch]
         assert whole == whole[:count] + rest
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "global"])
+async def test_a_run_that_goes_on_may_lose_no_more_of_an_epoch_than_one_that_was_never_cut(
+    shuffle: Any, tmp_path: Path
+) -> None:
+    options = {"shuffle": shuffle, "shuffle_blocks": 2, "memory": "256KiB"}
+    path = store(tmp_path / "s", bad=(1, 5, 12, 19))
+    async with stream(path, **options, max_skipped=1.0) as source:
+        states = [source.state_dict() async for _ in source]
+        assert "skipped" not in source.state_dict()  # of a new epoch
+        whole = source.statistics().rows_skipped
+    assert max(state.get("skipped", 0) for state in states) > 24
+    for state in states[:-1]:
+        async with stream(path, **options, batch_size=11, max_skipped=1.0) as source:
+            source.load_state_dict(state)
+            assert source.state_dict() == state
+            async for _ in source:
+                pass
+            assert state.get("skipped", 0) + source.statistics().rows_skipped == whole
+        if state.get("skipped", 0) < whole:
+            async with stream(path, **options, max_skipped=0.19) as source:
+                source.load_state_dict(state)
+                with pytest.raises(DataError, match=r"were skipped, more than 0\.19 of the epoch \(45 samples\)"):
+                    assert [batch async for batch in source]
+
+
+async def test_in_a_fit_the_position_tells_what_was_skipped_before_the_last_step(tmp_path: Path) -> None:
+    path = store(tmp_path / "s", bad=(1, 5, 12, 19))
+    async with stream(path, shuffle="block") as source:
+        told = [(batch.cursor, source.state_dict()) async for batch in source][:-1]
+    async with stream(path, shuffle="block") as source:
+        source.follow(True)
+        assert len([batch async for batch in source]) == len(told) + 1  # read ahead of what is trained
+        for cursor, state in told:
+            source.trained(cursor)
+            assert source.state_dict() == state
+
+
+async def test_a_mix_goes_anywhere_with_what_its_sources_have_skipped(tmp_path: Path) -> None:
+    options: list[dict[str, Any]] = [{"shuffle": "block", "shuffle_blocks": 3}, {"shuffle": False}]
+    paths = [store(tmp_path / "a", bad=(1, 5, 12)), store(tmp_path / "b", bad=(3,))]
+
+    def mixed() -> Mix:
+        return mix(
+            [stream(path, **how) for path, how in zip(paths, options, strict=True)], weights=[1, 1], stop="first"
+        )
+
+    async with mixed() as source:
+        states = [source.state_dict() async for _ in source][:-1]
+        assert [len(each) for each in states[-1]["sources"]] == [4, 4]
+        for state in (states[-1], states[2], states[0]):  # back, in one process
+            source.load_state_dict(state)
+            assert source.state_dict() == state
+            assert len([batch async for batch in source]) == len(states) - states.index(state)
+    for state in states[::4]:
+        async with mixed() as source:
+            source.load_state_dict(state)
+            assert [source.state_dict() async for _ in source][:-1] == states[states.index(state) + 1 :]
+
+
+@pytest.mark.parametrize("skipped", [-1, 8, True, "1"])
+async def test_a_position_that_has_skipped_what_cannot_be_is_none(skipped: Any, tmp_path: Path) -> None:
+    async with stream(store(tmp_path / "s")) as source:
+        with pytest.raises(DataError, match="'skipped' is"):
+            source.load_state_dict({**source.state_dict(), "position": 7, "skipped": skipped})
 
 
 async def test_a_transform_sees_only_what_is_left(tmp_path: Path) -> None:
@@ -219,4 +286,4 @@ def test_rows_move_up_in_place(columns: tuple[NDArray[Any], set[int]]) -> None:
 
 def test_a_resumed_pass_counts_only_what_it_would_have_given() -> None:
     skips = Skips(origin=10, end=20, samples=25, most=1.0)
-    assert len(skips.within(0, 100)) == skips.rows == skips.chunks == 0
+    assert len(skips.within(0, 100, 100)) == skips.rows == skips.chunks == 0
