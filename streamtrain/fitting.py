@@ -329,7 +329,15 @@ class Fit:
         saver = None
         if folder is not None:
             rule, before = self._rule(), run.checkpoint
-            saver = Saver(folder.checkpoints, rule, files, before=before, held=folder.check, disk=run.disk)
+            saver = Saver(
+                folder.checkpoints,
+                rule,
+                files,
+                before=before,
+                held=folder.check,
+                logged=folder.sync_lines,
+                disk=run.disk,
+            )
         self._saver = saver
         teller = Teller(life, plan, bus, thread, status=status.write, notes=run.notes)
         driver = Driver(

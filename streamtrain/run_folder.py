@@ -22,12 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streamtrain.disk import FOLDER, LOCAL, OVER, Disk, sync_folder
+from streamtrain.disk import FOLDER, LOCAL, LOOK, OVER, Disk, sync_folder
 from streamtrain.errors import UNREADABLE, EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_PART = re.compile(r"-\d{6}\.\w+$")
 _HALF = re.compile(r"\..+\.tmp")
 """A file that was to take another's name."""
 
@@ -42,6 +43,8 @@ class RunFolder:
         self._itself: int | None = None
         """The folder, locked as well: a `.lock` that somebody removes lets nobody in."""
         self._holder = ""
+        self._unsynced = False
+        """It was said that lines of the log may be lost."""
 
     @property
     def checkpoints(self) -> Path:
@@ -243,6 +246,22 @@ class RunFolder:
         while left:
             left = left[self._disk.write(descriptor, left) :]
 
+    def sync_lines(self) -> None:
+        """Have the lines that the logs hold survive a power cut: before a checkpoint does, which counts them as told.
+
+        What can't be is no matter for the checkpoint, and said once. Full parts see to themselves.
+        """
+        try:
+            for name in os.listdir(self.path):
+                if name.endswith((".jsonl", ".csv")) and not (name.startswith(".") or _PART.search(name)):
+                    _sync(self.path / name, LOOK)
+            _sync(self.path, FOLDER)
+        except OSError as error:
+            if not self._unsynced:
+                self._unsynced = True
+                why = error.strerror or error
+                logger.warning("a power cut may cost lines of the log in %s that checkpoints count: %s", self.path, why)
+
     def _replace(self, name: str, text: str, *, durable: bool) -> None:
         """Write beside the target, then rename; `durable` also survives a power cut. Raises EnvironmentProblem, also
         where another folder lies there by now, which may be another run's."""
@@ -263,6 +282,14 @@ class RunFolder:
             with suppress(OSError):
                 self._disk.unlink(temp)
             raise EnvironmentProblem(f"{self.path / name} can't be written: {error.strerror}") from error
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _holder(descriptor: int, disk: Disk) -> str:

@@ -53,12 +53,13 @@ class Saver:
         *,
         before: Path | None = None,
         held: Callable[[], object] = tuple,
+        logged: Callable[[], object] = tuple,
         disk: Disk = LOCAL,
     ) -> None:
         """`before`: the checkpoint that the run goes on from. `held`: raises where the run's folder is no longer the
-        run's, before anything is written there."""
+        run's, before anything is written there. `logged`: has the lines of the log last as checkpoints do."""
         self.checkpoints, self.rule, self.files, self._disk = checkpoints, rule, files, disk
-        self._held = held
+        self._held, self._logged = held, logged
         self.last = before
         """The last committed checkpoint."""
         self.committed: Committed | None = None
@@ -236,6 +237,7 @@ class Saver:
         self.buffers.landed()
         if replace:
             self._held()
+            self._logged()
         return checkpoint.commit(target, snapshot, replace=replace, disk=self._disk)
 
     async def _failed(self, error: Exception, kind: str, failed: Failed) -> None:

@@ -111,6 +111,57 @@ async def test_a_failed_save_is_told_and_training_goes_on_as_if_it_had_not_been(
     assert (line["step"], line["path"]) == (3, str(tmp_path / "b" / "checkpoints" / "step-000000003"))
 
 
+class Watching(LocalDisk):
+    """Looks, when a checkpoint gets its name, which lines of the log a power cut could not take."""
+
+    def __init__(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lasting: dict[str, set[int]] = {}
+        """Steps of the lines in `metrics.jsonl`, checkpoint by checkpoint."""
+        self.run, self._sync, self._safe = run, os.fsync, b""
+        monkeypatch.setattr(os, "fsync", self._synced)
+
+    def _synced(self, descriptor: int) -> None:
+        self._sync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(self.run / "metrics.jsonl"):
+            self._safe = (self.run / "metrics.jsonl").read_bytes()
+
+    def rename(self, old: Path, new: Path) -> None:
+        if re.fullmatch(r"step-\d{9}", new.name):
+            state = json.loads((old / "state.json").read_bytes())
+            lines: list[str] = [*self._safe.decode().splitlines(), *_unwritten(state)]
+            self.lasting[new.name] = {int(json.loads(line)["step"]) for line in lines}
+        super().rename(old, new)
+
+
+def _unwritten(state: Any) -> list[str]:
+    """The lines of metrics that travel in a checkpoint."""
+    if not isinstance(state, dict):
+        return []
+    lines: list[str] = [line for line in state.get("unwritten", []) if line.startswith('{"step"')]
+    return lines + [line for each in state.values() for line in _unwritten(each)]
+
+
+async def test_the_lines_of_the_log_before_a_checkpoint_survive_a_power_cut_as_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtrain.callbacks.lines.GATHER", 0.0)  # lines are in the file, not in checkpoints
+    disk = Watching(tmp_path, monkeypatch)
+    trainer = Trainer(
+        network(),
+        nn.MSELoss(),
+        run_dir=tmp_path,
+        callbacks=[ModelCheckpoint(every="5steps")],
+        log_every=1,
+        device="cpu",
+    )
+    trainer._run.disk = disk
+    result = await trainer.fit(Samples(), max_epochs=8)
+    assert len(disk.lasting) > 1
+    for name, steps in disk.lasting.items():
+        assert steps >= set(range(1, int(name[5:]) + 1))
+    assert result.step == int(max(disk.lasting)[5:])
+
+
 async def test_the_third_failed_save_in_a_row_ends_the_run_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     await on(LOCAL, tmp_path, Recorder()).fit(Samples(), max_epochs=1)
     recorder = Recorder()

@@ -64,10 +64,9 @@ def roll(path: Path, *, headed: bool) -> None:
     """Make the file the next part, and begin a new one; `headed`: with the same first line."""
     before = older(path)
     number = int(before[-1].stem.rpartition("-")[2]) + 1 if before else 1
-    head = b""
-    if headed:
-        with open(path, "rb") as file:
-            head = file.readline()
+    with open(path, "rb") as file:
+        head = file.readline() if headed else b""
+        os.fsync(file.fileno())
     os.replace(path, path.with_name(f"{path.stem}-{number:06d}{path.suffix}"))
     with open(path, "wb") as file:
         file.write(head)
