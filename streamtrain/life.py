@@ -270,6 +270,7 @@ class Life:
         self.lr.load_state_dict(state["scheduler"])
         self.rng.state = state["rng"]
         self.progress.load_state_dict(state["progress"], checkpoints, path.parent)
+        self._say_lost_bests(path)
         if rate != 1.0:
             other_rate(self.optimizer, self.lr, self.settings, rate)
         self._take_up(state)
@@ -286,6 +287,16 @@ class Life:
             )
         if any(getattr(callback, "gives_up", False) for callback in self.callbacks.values()):
             self.ended = state["ended"]  # else whoever had ended it is gone, or more patient now
+
+    def _say_lost_bests(self, path: Path) -> None:
+        """The best of an older checkpoint goes once a newer one is better, which may be the one that is damaged now."""
+        for best in self.progress.bests.values():
+            if best.checkpoint is not None and not best.checkpoint.is_dir():
+                logger.warning(
+                    "%s names step %d as the best %s (%g), whose checkpoint is not there any more: from here on the "
+                    "best of those that are there counts",
+                    *(path.name, best.step, best.monitor, best.value),
+                )
 
     def _say_habits(self, state: Mapping[str, Any]) -> None:
         both = state["habits"].keys() & self.habits.keys()  # a life before may have kept fewer

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,25 @@ async def test_a_failed_save_is_told_and_training_goes_on_as_if_it_had_not_been(
     told = [json.loads(line) for line in (tmp_path / "b" / "events.jsonl").read_text().splitlines()]
     (line,) = (line for line in told if line["event"] == "checkpoint_failed")
     assert (line["step"], line["path"]) == (3, str(tmp_path / "b" / "checkpoints" / "step-000000003"))
+
+
+async def test_a_best_whose_checkpoint_is_gone_is_said_at_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def made() -> Trainer:
+        rule = ModelCheckpoint(every="1epoch", monitor="val_loss", mode="max", keep_last=3)  # of a loss that falls
+        return Trainer(network(), nn.MSELoss(), lr=1e-3, run_dir=tmp_path, callbacks=[rule], seed=5, device="cpu")
+
+    result = await made().fit(Samples(), Samples(), max_epochs=3)
+    assert result.best is not None
+    assert result.best.checkpoint is not None
+    assert result.best.checkpoint != result.checkpoint
+    await made().fit(Samples(), Samples(), max_epochs=3, resume="auto")
+    assert not [record for record in caplog.records if "not there any more" in record.getMessage()]
+    shutil.rmtree(result.best.checkpoint)
+    await made().fit(Samples(), Samples(), max_epochs=4, resume="auto")
+    (said,) = [record.getMessage() for record in caplog.records if "not there any more" in record.getMessage()]
+    assert f"step {result.best.step} as the best val_loss ({result.best.value:g})" in said
 
 
 class Watching(LocalDisk):
