@@ -18,6 +18,7 @@ from streamtrain.early_stopping import EarlyStopping
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.events import EpochEnd
 from streamtrain.trainer import Trainer
+from streamtrain.unkept import Unkept
 from tests.engine import Samples, network
 
 
@@ -239,6 +240,24 @@ async def test_a_generator_of_the_models_own_that_draws_is_said(
     rule = ModelCheckpoint(every="2steps")
     await Trainer(model, nn.MSELoss(), seed=5, device="cpu", run_dir=tmp_path, callbacks=[rule]).fit(Samples())
     assert caplog.text.count("the model's generator 0.generator has drawn numbers and is in no checkpoint") == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "draw"),
+    [
+        (torch.default_generator, lambda own: torch.rand(1)),
+        (np.random.mtrand._rand, lambda own: own.rand()),
+        (getattr(random.random, "__self__"), lambda own: own.random()),  # noqa: B009
+    ],
+    ids=["torch", "numpy", "Python"],
+)
+def test_the_generators_of_the_process_are_nobodys_own(
+    own: Any, draw: Callable[[Any], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    unkept = Unkept(Noisy(own, draw), {})
+    draw(own)
+    unkept.tell()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
