@@ -35,6 +35,8 @@ from tests.engine import Samples, network
 
 RUN = Path("/run")
 CHECKPOINTS = RUN / "checkpoints"
+BEYOND = 10
+"""So many fits in a row that have no operation to fail any more end the search."""
 Mark = int | None
 """What tells one snapshot from all others; None where there is none."""
 Act = tuple[Callable[[Disk], object], Mark]
@@ -289,14 +291,23 @@ def quiet() -> Iterator[None]:
 
 
 def fits(room: Path, code: int, *, every: int = 1) -> Iterator[str]:
-    """Whole fits on a real disk, of which one operation fails: for each what is wrong with how it ends, or nothing."""
+    """Whole fits on a real disk, of which one operation fails: for each what is wrong with how it ends, or nothing.
+
+    How many there are differs from fit to fit, since saves that are due while one is under way are joined.
+    """
     whole = asyncio.run(_fit(LOCAL, room / f"{code}-whole"))
     assert isinstance(whole, nn.Module)
+    beyond = 0
     for at in range(0, 10_000, every):
         disk, folder = RefusingDisk(LOCAL, at, code, kinds=_CHANGING), room / f"{code}-{at}"
         ended = asyncio.run(_fit(disk, folder))
         if not disk.failed:
-            return
+            beyond += 1
+            shutil.rmtree(folder, ignore_errors=True)
+            if beyond == BEYOND:
+                return
+            continue
+        beyond = 0
         newest = checkpoint.newest_valid(folder / "checkpoints")
         if isinstance(ended, EnvironmentProblem):
             told = str(folder) in str(ended) and os.strerror(code) in str(ended)
