@@ -178,7 +178,16 @@ LOCAL: Disk = LocalDisk()
 
 def sync_folder(folder: Path, disk: Disk) -> None:
     """Have the names in a folder last. Raises OSError."""
-    descriptor = disk.open(folder, FOLDER)
+    _sync(folder, FOLDER, disk)
+
+
+def sync_file(path: Path, disk: Disk) -> None:
+    """Have what others have written to a file last. Raises OSError."""
+    _sync(path, LOOK, disk)
+
+
+def _sync(path: Path, flags: int, disk: Disk) -> None:
+    descriptor = disk.open(path, flags)
     try:
         disk.fsync(descriptor)
     finally:

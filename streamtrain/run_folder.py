@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streamtrain.disk import FOLDER, LOCAL, LOOK, OVER, Disk, sync_folder
+from streamtrain.disk import FOLDER, LOCAL, OVER, Disk, sync_file, sync_folder
 from streamtrain.errors import UNREADABLE, EnvironmentProblem, StreamtrainError
 
 logger = logging.getLogger(__name__)
@@ -252,10 +252,10 @@ class RunFolder:
         What can't be is no matter for the checkpoint, and said once. Full parts see to themselves.
         """
         try:
-            for name in os.listdir(self.path):
+            for name in self._disk.names(self.path):
                 if name.endswith((".jsonl", ".csv")) and not (name.startswith(".") or _PART.search(name)):
-                    _sync(self.path / name, LOOK)
-            _sync(self.path, FOLDER)
+                    sync_file(self.path / name, self._disk)
+            sync_folder(self.path, self._disk)
         except OSError as error:
             if not self._unsynced:
                 self._unsynced = True
@@ -282,14 +282,6 @@ class RunFolder:
             with suppress(OSError):
                 self._disk.unlink(temp)
             raise EnvironmentProblem(f"{self.path / name} can't be written: {error.strerror}") from error
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _holder(descriptor: int, disk: Disk) -> str:

@@ -74,13 +74,14 @@ def test_what_does_not_read_back_as_it_was_written_gets_no_name(tmp_path: Path) 
 
 
 class Failing(LocalDisk):
-    """Refuses so many syncs, or says that so many bytes are free."""
+    """Refuses so many syncs in checkpoints (or of files whose names end so), or says that so many bytes are free."""
 
-    def __init__(self, *, syncs: int = 0, free: int = 1 << 40) -> None:
-        self.syncs, self.left = syncs, free
+    def __init__(self, *, syncs: int = 0, free: int = 1 << 40, of: str = "/checkpoints/") -> None:
+        self.syncs, self.left, self.of = syncs, free, of
 
     def fsync(self, fd: int) -> None:
-        if self.syncs:
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if self.syncs and (self.of in name if self.of.endswith("/") else name.endswith(self.of)):
             self.syncs -= 1
             raise OSError(errno.EIO, "Input/output error")
         super().fsync(fd)
@@ -98,7 +99,6 @@ def on(disk: Disk, run: Path, recorder: Recorder) -> Trainer:
 
 async def test_a_failed_save_is_told_and_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     recorder = Recorder()
-    (tmp_path / "b").mkdir()  # else the first sync is that of its name
     quiet, hit = on(LOCAL, tmp_path / "a", Recorder()), on(Failing(syncs=1), tmp_path / "b", recorder)
     await quiet.fit(Samples(), max_epochs=2)
     result = await hit.fit(Samples(), max_epochs=2)
@@ -129,6 +129,16 @@ async def test_a_best_whose_checkpoint_is_gone_is_said_at_a_resume(
     await made().fit(Samples(), Samples(), max_epochs=4, resume="auto")
     (said,) = [record.getMessage() for record in caplog.records if "not there any more" in record.getMessage()]
     assert f"step {result.best.step} as the best val_loss ({result.best.value:g})" in said
+
+
+async def test_a_log_that_can_not_be_synced_costs_no_checkpoint_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    result = await on(Failing(syncs=10**9, of=".jsonl"), tmp_path, recorder).fit(Samples(), max_epochs=2)
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-000000026"
+    assert not recorder.events("on_checkpoint_failed")
+    assert caplog.text.count(f"a power cut may cost lines of the log in {tmp_path}") == 1
 
 
 class Watching(LocalDisk):
