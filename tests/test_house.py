@@ -31,7 +31,7 @@ data.disk_cache
 data.kept_chunks data.wants data.parcels data.ahead data.readahead data.consolidated data.encodings data.opening
 data.stores data.columns data.places data.selected data.choosing data.locating data.units data.ragged_sizes
 data.scanning
-data.options data.transform data.survey data.lines data.gathering data.together data.laying data.skipping
+data.options data.transform data.survey data.routes data.gathering data.together data.laying data.skipping
 data.transforming
 data.glance data.transform_child data.transform_processes data.vouching data.whole data.afar data.verification
 data.crews data.pulling data.handing data.loader

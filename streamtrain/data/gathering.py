@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from streamtrain.data.block import Block, Column, Places
 from streamtrain.data.feed import Part
-from streamtrain.data.lines import Line
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.readers import LocalReader
 from streamtrain.data.reading import Scratch
+from streamtrain.data.routes import Route
 
 FRESH = 0.01
 """Seconds for which a look at files counts."""
@@ -80,12 +80,12 @@ class Gathering:
     """The column of the samples' numbers."""
 
     @classmethod
-    def of(cls, lines: Sequence[Sequence[Line]], columns: Sequence[Column], numbers: int) -> Gathering | None:
-        """None where one of the arrays does not allow it, or there are several stores. `lines`: store by store."""
-        if len(lines) != 1 or not columns[numbers].pitch:
+    def of(cls, routes: Sequence[Sequence[Route]], columns: Sequence[Column], numbers: int) -> Gathering | None:
+        """None where one of the arrays does not allow it, or there are several stores. `routes`: store by store."""
+        if len(routes) != 1 or not columns[numbers].pitch:
             return None
         found: list[tuple[Sequence[int], LocalReader]] = []
-        for feed, places in lines[0]:
+        for feed, places in routes[0]:
             into = [columns[place.column] for place in places]
             readers = [feed.lined_up(column.dtype) for column in into]
             if readers[0] is None or None in readers or not all(column.pitch for column in into):

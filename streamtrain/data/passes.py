@@ -35,7 +35,6 @@ from streamtrain.data.crews import Assignment, runner
 from streamtrain.data.feed import Box, Feed, Part, Rows
 from streamtrain.data.gathering import Gathering
 from streamtrain.data.laying import Laid, lay
-from streamtrain.data.lines import lines_of
 from streamtrain.data.options import Crew
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints, numbers_in
@@ -44,6 +43,7 @@ from streamtrain.data.ranks import Ranks
 from streamtrain.data.readahead import Readahead
 from streamtrain.data.reading import Scratch
 from streamtrain.data.remote import Want
+from streamtrain.data.routes import routes_of
 from streamtrain.data.skipping import Losses, Skips, Watch
 from streamtrain.data.source import Ending
 from streamtrain.data.survey import Place
@@ -186,7 +186,7 @@ class ZarrPass(Ending):
         self._workers: Workers | None = None
         self._ahead: Ahead | None = None
         """Fetches for the workers what is elsewhere; None where nothing is."""
-        self._lines = [lines_of(feeds, recipe.places) for feeds in recipe.feeds]
+        self._routes = [routes_of(feeds, recipe.places) for feeds in recipe.feeds]
         """Store by store: what is read, and where its rows go."""
         self._readahead = Readahead.over(feed for feeds in recipe.feeds for feed in feeds)
         """Tells the kernel what will be read of arrays that memory can't hold; None where there is none."""
@@ -211,9 +211,9 @@ class ZarrPass(Ending):
         self._scratch_granted = 0
         alone = recipe.ranks.alone and not recipe.ragged
         numbers = recipe.places[-1].column
-        self._gathering = Gathering.of(self._lines, recipe.columns, numbers) if alone else None
+        self._gathering = Gathering.of(self._routes, recipe.columns, numbers) if alone else None
         plain = alone and not order.scattered and recipe.sizes.beside_bytes
-        self._together = Together.of(self._lines, recipe.columns, numbers) if plain else None
+        self._together = Together.of(self._routes, recipe.columns, numbers) if plain else None
         self.paused = False
         self.closed = False
         self._finished = False
@@ -599,7 +599,7 @@ class ZarrPass(Ending):
                 rows = mine[0]
             store, cell, grid = split.grid.part(piece.cell)
             box = Box.of(grid, cell)
-            for feed, _ in self._lines[store]:
+            for feed, _ in self._routes[store]:
                 yield feed, box, rows
 
     def _unit_done(self, unit: Unit) -> None:
@@ -729,7 +729,7 @@ class ZarrPass(Ending):
         grid = self._order.split.grid
         store, cell, part_of = grid.part(piece.cell)
         box, watch = Box.of(part_of, cell), Watch(scratch)
-        for feed, places in self._lines[store]:
+        for feed, places in self._routes[store]:
 
             def put(wanted: Rows, values: Any, part: Part | None, places: Sequence[Place] = places) -> None:
                 where = _subset(at, wanted)

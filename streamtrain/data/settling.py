@@ -31,11 +31,11 @@ from streamtrain.data.framing import Field, row_axes_of
 from streamtrain.data.glance import SECONDS, Held, known_by
 from streamtrain.data.kept_chunks import kept_reader
 from streamtrain.data.layout import decoded_whole
-from streamtrain.data.lines import lines_of
 from streamtrain.data.opening import Located, OpenArray, open_arrays
 from streamtrain.data.passes import BLOCKS_AHEAD
 from streamtrain.data.ragged_site import RaggedArray
 from streamtrain.data.reading import ChunkReader
+from streamtrain.data.routes import routes_of
 from streamtrain.data.scanning import LENGTHS, as_long_as_the_longest, feed_for, ragged_arrays, settled
 from streamtrain.data.selected import named, resolved, told
 from streamtrain.data.selecting import Coordinate
@@ -243,7 +243,7 @@ class Opening:
             ]
             for number, (arrays, frame) in enumerate(zip(stores, survey.frames, strict=True))
         ]
-        read = [[feed.site for feed, _ in lines_of(each, survey.places)] for each in feeds]
+        read = [[feed.site for feed, _ in routes_of(each, survey.places)] for each in feeds]
         survey = replace(survey, read=read)
         finished = self._finished(stores, survey)
         threads = survey.sizes.threads_within(self._share.total, self._asked.threads, survey.cache_bytes)

@@ -18,10 +18,10 @@ import numpy as np
 
 from streamtrain.data.block import Column, Places
 from streamtrain.data.feed import Feed, Part, Rows
-from streamtrain.data.lines import Line
 from streamtrain.data.order import EpochOrder, Piece
 from streamtrain.data.permutation import Ints, numbers_in
 from streamtrain.data.reading import Scratch
+from streamtrain.data.routes import Route
 
 
 class Filled(Protocol):
@@ -55,13 +55,13 @@ class Together:
     """Cells that may be read together."""
 
     @classmethod
-    def of(cls, lines: Sequence[Sequence[Line]], columns: Sequence[Column], numbers: int) -> Together | None:
+    def of(cls, routes: Sequence[Sequence[Route]], columns: Sequence[Column], numbers: int) -> Together | None:
         """None where one of the arrays does not allow it, nothing would be gained, or stores differ in which arrays
-        are read once for several columns. `lines`: store by store."""
-        if any([places for _, places in store] != [places for _, places in lines[0]] for store in lines):
+        are read once for several columns. `routes`: store by store."""
+        if any([places for _, places in store] != [places for _, places in routes[0]] for store in routes):
             return None
         counts = []
-        for feed, places in itertools.chain.from_iterable(lines):
+        for feed, places in itertools.chain.from_iterable(routes):
             for place in places:
                 reader = None if place.part else feed.lined_up(columns[place.column].dtype)
                 if reader is None or not feed.in_order:
@@ -71,8 +71,8 @@ class Together:
         most = min(counts, default=1)
         if most <= 1:
             return None
-        into = [[place.column for place in places] for _, places in lines[0]]
-        return cls([[feed for feed, _ in store] for store in lines], into, numbers, most)
+        into = [[place.column for place in places] for _, places in routes[0]]
+        return cls([[feed for feed, _ in store] for store in routes], into, numbers, most)
 
     def fill(
         self,

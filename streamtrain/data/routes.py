@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from streamtrain.data.feed import Feed
 from streamtrain.data.survey import Place
 
-Line = tuple[Feed, Sequence[Place]]
+Route = tuple[Feed, Sequence[Place]]
 
 
-def lines_of(feeds: Sequence[Feed], places: Sequence[Place]) -> list[Line]:
+def routes_of(feeds: Sequence[Feed], places: Sequence[Place]) -> list[Route]:
     """The arrays of one store, each with the places of its rows. `places`: of each of the feeds; more are let be."""
-    lines: list[tuple[Feed, list[Place]]] = []
+    routes: list[tuple[Feed, list[Place]]] = []
     for feed, place in zip(feeds, places, strict=False):
-        same = next((others for other, others in lines if _alike(feed, other)), None)
+        same = next((others for other, others in routes if _alike(feed, other)), None)
         if same is None:
-            lines.append((feed, [place]))
+            routes.append((feed, [place]))
         else:
             same.append(place)
-    return list(lines)
+    return list(routes)
 
 
 def _alike(one: Feed, other: Feed) -> bool:
