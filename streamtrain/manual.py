@@ -34,6 +34,7 @@ from streamtrain.outcome import Compute, Outcome
 from streamtrain.several_optimizers import Optimizers
 from streamtrain.step import Source, TrainStep
 from streamtrain.tally import Report, Tally
+from streamtrain.unrecorded import make_update
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class ManualStep(TrainStep):
         self.torn = True
         try:
             if self.scaler is None:
-                optimizer.step()
+                make_update(optimizer)
             else:
                 self.scaler.step(optimizer)
         except StreamtrainError:

@@ -31,6 +31,7 @@ from streamtrain.running_statistics import RunningStatistics
 from streamtrain.schedulers import FixedLearningRate, LearningRate, get_lr
 from streamtrain.spikes import Spikes
 from streamtrain.tally import Report, Tally
+from streamtrain.unrecorded import drop_gradients, make_update
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,6 @@ class TrainStep:
         """A norm is summed in the model's order, as in the loops of others, however the optimizer groups them."""
         self.spikes = Spikes()
         """Of the gradients' norms, where these are clipped."""
-        self._plain_zero = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         self._odd = _has_odd_gradients(model)
         self._narrow = False
         """The device's check takes no bfloat16: CUDA's."""
@@ -396,14 +396,14 @@ class TrainStep:
                     self.scaler.step(optimizer)
                     self.scaler.update()
                 elif flag is None:
-                    optimizer.step()
+                    make_update(optimizer)
                 elif self._odd:
                     self._step_if_good(flag)
                 else:
                     kernel: Any = optimizer
                     kernel.found_inf, kernel.grad_scale = flag.bad, None
                     try:
-                        optimizer.step()
+                        make_update(optimizer)
                     finally:  # it is the user's, who may step it by himself after the fit
                         del kernel.found_inf, kernel.grad_scale
             except StreamtrainError:
@@ -444,12 +444,7 @@ class TrainStep:
         self.torn = False
 
     def _zero_grad(self) -> None:
-        """Drop the gradients. torch's own method does the same, and records each call: 9 us a step."""
-        if self._plain_zero:
-            for parameter in self._parameters:
-                parameter.grad = None
-        else:
-            self._optimizer.zero_grad(set_to_none=True)
+        drop_gradients(self._optimizer, self._parameters)
 
     def _begin_group(self) -> None:
         self._group = 0
@@ -525,7 +520,7 @@ class TrainStep:
         if flag.bad.item():
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
         else:
-            self._optimizer.step()
+            make_update(self._optimizer)
 
     def _refuse(self, report: Report) -> None:
         """Not make this update: leave all as it was, and say so."""

@@ -42,7 +42,7 @@ openmp malloc ending threads watchdog file_thread under_training grace signals c
 tensor_file state
 buffers foreign warm_start optimizer_state rollback switching checkpoint_files checkpoint run_folder status_file
 data.asked data.passes data.finished data.finished_rows data.stream_statistics data.settling data.stream
-own_rng overfitting streams blame outcome supply tally running_statistics flagged step manual refusing
+own_rng overfitting streams blame outcome supply tally running_statistics flagged unrecorded step manual refusing
 callbacks.base callbacks.naming callbacks.mailbox callbacks.bus early_stopping evaluation prediction taking_up
 differences learned life
 resume plan notes telling
