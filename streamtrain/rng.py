@@ -15,15 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamtrain import numpy_rng
+
 RngState = dict[str, Any]
 """{"torch": tensor, "numpy": tuple, "python": tuple, "cuda": list of tensors}: a tree that a checkpoint can keep."""
 
 
 def capture() -> RngState:
     """The states of torch's, numpy's and Python's generators, and of CUDA's where it is in use."""
+    return _captured(np.random.get_state())
+
+
+def _captured(numpys: Any) -> RngState:
     state: RngState = {
         "torch": torch.default_generator.get_state(),
-        "numpy": np.random.get_state(),
+        "numpy": numpys,
         "python": random.getstate(),
     }
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -33,8 +39,12 @@ def capture() -> RngState:
 
 def restore(state: RngState) -> None:
     """Put the generators into these states."""
-    torch.default_generator.set_state(state["torch"])
     np.random.set_state(state["numpy"])
+    _restore_others(state)
+
+
+def _restore_others(state: RngState) -> None:
+    torch.default_generator.set_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     if "cuda" in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -84,11 +94,27 @@ class Rng:
     @contextmanager
     def swapped_in(self, *, keep: bool = True) -> Iterator[None]:
         """Run the block with the fit's generators; with `keep=False` what it draws leaves no trace in the fit."""
-        callers = capture()
-        restore(self.state)
+        callers = _take()
+        try:
+            _put(self.state)
+        except BaseException:
+            restore(callers)
+            raise
         try:
             yield
         finally:
+            drawn = _take()
             if keep:
-                self.state = capture()
-            restore(callers)
+                self.state = drawn
+            _put(callers)
+
+
+def _take() -> RngState:
+    """What `capture` gives, faster; `_put` is to follow, and nobody else is to draw meanwhile."""
+    return _captured(numpy_rng.take())
+
+
+def _put(state: RngState) -> None:
+    """What `restore` does, after `_take`."""
+    numpy_rng.put(state["numpy"])
+    _restore_others(state)
