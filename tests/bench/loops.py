@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,22 +69,6 @@ SIZES = [
 """Batch, columns and width, from small to large."""
 
 
-class Pace:
-    """Batches, and the time of the thread that takes them: from the first one on until all are taken."""
-
-    def __init__(self, batches: Sequence[Pair]) -> None:
-        self.batches, self.cpu = batches, math.nan
-        """Seconds of that thread's processor time."""
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Pair]:
-        began = time.thread_time()
-        yield from self.batches
-        self.cpu = time.thread_time() - began
-
-
 def bare(size: Size, batches: Iterable[Pair], **how: Any) -> float:
     """Seconds of a bare loop, with AdamW as `how` says (`fused=True` is what `fit` takes)."""
     model = size.model()
@@ -98,19 +82,9 @@ def bare(size: Size, batches: Iterable[Pair], **how: Any) -> float:
     return time.perf_counter() - began
 
 
-async def fitted(
-    size: Size, batches: Sequence[Pair] | Pace, run_dir: Path, callbacks: Callable[[], Sequence[object]] = list
-) -> float:
-    """Seconds of `fit`, from its call to its end, with a run's folder and the default callbacks beside those given."""
-    trainer = Trainer(
-        size.model(),
-        nn.MSELoss(),
-        optimizer="adamw",
-        lr=LR,
-        run_dir=run_dir,
-        log_every=LOG_EVERY,
-        callbacks=callbacks(),
-    )
+async def fitted(size: Size, batches: Sequence[Pair], run_dir: Path) -> float:
+    """Seconds of `fit`, from its call to its end, with a run's folder and the default callbacks."""
+    trainer = Trainer(size.model(), nn.MSELoss(), optimizer="adamw", lr=LR, run_dir=run_dir, log_every=LOG_EVERY)
     began = time.perf_counter()
     result = await trainer.fit(from_iterable(batches))
     seconds = time.perf_counter() - began
