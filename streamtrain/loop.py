@@ -144,7 +144,7 @@ class Wheel:
         """All of a burst, and then the error that ended it: the lines of the updates before are in no later log."""
         telling = self._teller.burst(report, self._driver.take_waited())
         try:
-            await (self._keeper.attend(telling) if report.rows or self._teller.noted else telling)
+            await (telling if self._teller.at_once(report) else self._keeper.attend(telling))
         finally:
             if report.error is not None:
                 raise report.error

@@ -134,6 +134,11 @@ class Teller:
                     "nobody takes what log_media is given: no callback has on_media, and there is no run_dir"
                 )
 
+    def at_once(self, report: Report) -> bool:
+        """Whether a burst can be told without a wait for any callback."""
+        lines = len(report.rows) - report.told
+        return not self._notes.waiting and (not lines or self._bus.has_room(lines))
+
     async def burst(self, report: Report, waited: float) -> None:
         """The news of a burst, its lines of the log, and now and then the status."""
         self._telling = report

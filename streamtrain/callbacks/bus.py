@@ -121,6 +121,10 @@ class Bus:
             box.put(Letter(hook, event, answer))
         return boxes
 
+    def has_room(self, events: int) -> bool:
+        """Whether so many more can be emitted without a wait."""
+        return all(box.has_room(events) for box in self._boxes)
+
     async def drain(self, only: Callable[[object], bool] = lambda callback: True) -> None:
         """Wait until all that was told so far has been dealt with, by all or by the callbacks that `only` picks."""
         for box in self._boxes:

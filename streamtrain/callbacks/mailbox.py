@@ -170,6 +170,10 @@ class Mailbox:
                 return
         self.put(Letter(hook, event, None))
 
+    def has_room(self, letters: int) -> bool:
+        """Whether so many more may be put here before `room` waits."""
+        return len(self._letters) + letters <= self._size
+
     async def room(self) -> None:
         """Wait until no more letters lie here than the mailbox's size."""
         if len(self._letters) <= self._size:

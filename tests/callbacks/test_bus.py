@@ -187,6 +187,23 @@ async def test_a_full_mailbox_makes_the_wheel_wait_and_loses_nothing(caplog: pyt
     assert caplog.text.count("training waits for it") == 1
 
 
+async def test_events_for_which_there_is_room_are_told_without_a_wait() -> None:
+    callback = Gated()
+    async with Bus([callback, Recorder()], mailbox=3) as bus:
+        for room in (3, 2, 1, 0):
+            assert [bus.has_room(events) for events in (room, room + 1)] == [True, False]
+            telling = bus.emit("on_log", Log(step=room, values={}))
+            if room:
+                with pytest.raises(StopIteration):
+                    telling.send(None)
+            else:
+                telling.send(None)  # it waits
+                telling.close()
+        callback.gate.set()
+        await bus.drain()
+        assert bus.has_room(3)
+
+
 async def test_a_cancelled_emit_has_still_told_everybody() -> None:
     callback = Gated()
     async with Bus([callback], mailbox=1) as bus:
