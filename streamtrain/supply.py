@@ -98,9 +98,15 @@ class Pumped:
         except IndexError:
             return None
         if self._full and len(self._ready) <= self._batches // 4:
-            self._full = False  # rarely: what was gathered lasts for two bursts, and each wakes the pump anyway
+            self._full = False  # rarely: what was gathered lasts for nearly two bursts, and each wakes the pump anyway
             self._loop.call_soon_threadsafe(self._room.set)
         return batch
+
+    @property
+    def _most(self) -> int:
+        """Batches that are gathered: for the next burst, and for the one behind it all but the last, which comes while
+        the first is trained; where a burst is one batch, that is one."""
+        return 2 * self._batches - 1
 
     @property
     def ready(self) -> bool:
@@ -147,7 +153,7 @@ class Pumped:
     async def _pump(self) -> None:
         try:
             while (self._left is None or self._left > 0) and not self._closing:
-                await self._until_room(2 * self._batches)
+                await self._until_room(self._most)
                 batch = await self._next()
                 self._ready.append(batch)
                 del batch  # nothing is kept alive here while the next one is waited for
@@ -190,7 +196,7 @@ class Pumped:
             if len(self._ready) < most:  # taken in the meantime, on the other thread
                 break
             await self._room.wait()
-            most = 2 * self._batches
+            most = self._most
         self._full = False
 
 
