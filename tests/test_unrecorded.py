@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,10 +82,15 @@ def test_nothing_is_recorded_while_no_profiler_runs(records: list[str]) -> None:
 
 
 def test_a_profiler_sees_each_update() -> None:
+    def update(optimizer: Optimizer) -> None:
+        make_update(optimizer)
+        drop_gradients(optimizer, optimizer.param_groups[0]["params"])
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trained(sgd, make_update, steps=4)
+        trained(sgd, update, steps=4)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["Optimizer.step#SGD.step"] == 4
+    assert counts["Optimizer.zero_grad#SGD.zero_grad"] == 2 * 4  # those of `trained`, too
 
 
 def test_hooks_around_the_step_are_called() -> None:
@@ -149,3 +155,56 @@ def test_a_step_that_a_class_got_after_its_optimizer_was_made_is_the_one_that_is
 
     trained(made, make_update, steps=2)
     assert len(called) == 2
+
+
+def test_a_step_that_says_that_it_is_its_parents_is_the_one_that_is_made() -> None:
+    """`functools.wraps` copies the mark by which torch knows its own wrapper, and what that is around."""
+    sgd(network().parameters())  # from now on torch's wrapper is around the class's step
+    called: list[object] = []
+
+    class Named(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            called.append(None)
+            return super().step(closure)
+
+    functools.update_wrapper(Named.step, torch.optim.SGD.step)
+    trained(lambda parameters: Named(parameters, lr=0.1), make_update, steps=2)
+    assert len(called) == 2
+
+
+def test_a_wrapper_around_the_step_of_a_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    sgd(network().parameters())
+    own: Any = torch.optim.SGD.step
+    called: list[object] = []
+
+    @functools.wraps(own)
+    def step(*arguments: Any, **more: Any) -> Any:
+        called.append(None)
+        return own(*arguments, **more)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    assert same(trained(sgd, make_update, steps=2), trained(sgd, plain, steps=2))
+    assert len(called) == 4
+
+
+def test_what_a_subclass_does_after_each_step_is_done() -> None:
+    called: list[object] = []
+
+    class After(torch.optim.SGD):
+        def _optimizer_step_code(self) -> None:
+            called.append(None)
+
+    trained(lambda parameters: After(parameters, lr=0.1), make_update, steps=2)
+    assert len(called) == 2
+
+
+def test_gradients_are_dropped_by_whom_an_optimizer_hands_that_to() -> None:
+    """A wrapper that has another one's `zero_grad`: this drops the other's gradients, and none of its own."""
+    model = network()
+    (first, *_), held = list(model.parameters()), list(model.parameters())[1:]
+    outer, inner = torch.optim.SGD([first], lr=0.1), torch.optim.SGD(held, lr=0.1)
+    outer.zero_grad = inner.zero_grad  # type: ignore[method-assign]
+    model(torch.randn(8, COLUMNS)).sum().backward()
+    drop_gradients(outer, [first])
+    assert first.grad is not None
+    assert all(parameter.grad is None for parameter in held)
