@@ -8,7 +8,7 @@ burst does disturb it.)
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,18 +23,15 @@ RngState = dict[str, Any]
 
 def capture() -> RngState:
     """The states of torch's, numpy's and Python's generators, and of CUDA's where it is in use."""
-    return _captured(np.random.get_state())
+    return _captured(np.random.get_state)
 
 
-def _captured(numpys: Any) -> RngState:
-    state: RngState = {
-        "torch": torch.default_generator.get_state(),
-        "numpy": numpys,
-        "python": random.getstate(),
-    }
+def _captured(numpys: Callable[[], Any]) -> RngState:
+    """`numpys()` is last: it may move the generator, which nobody puts back where a device refuses to tell its own."""
+    state: RngState = {"torch": torch.default_generator.get_state(), "python": random.getstate()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    return {**state, "numpy": numpys()}
 
 
 def restore(state: RngState) -> None:
@@ -103,15 +100,20 @@ class Rng:
         try:
             yield
         finally:
-            drawn = _take()
-            if keep:
-                self.state = drawn
-            _put(callers)
+            try:
+                drawn = _take()
+            except BaseException:
+                restore(callers)
+                raise
+            else:
+                if keep:
+                    self.state = drawn
+                _put(callers)
 
 
 def _take() -> RngState:
     """What `capture` gives, faster; `_put` is to follow, and nobody else is to draw meanwhile."""
-    return _captured(numpy_rng.take())
+    return _captured(numpy_rng.take)
 
 
 def _put(state: RngState) -> None:

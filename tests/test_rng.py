@@ -134,3 +134,29 @@ def test_what_the_generators_do_not_take_is_refused_and_leaves_them_alone(change
     assert before["python"] == after["python"]
     assert (before["numpy"][1] == after["numpy"][1]).all()
     assert rng.checked(before) is before
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_device_that_does_not_tell_its_state_leaves_the_hosts_numbers_alone(
+    monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Before a burst, or at its end."""
+    asked: list[object] = []
+
+    def states() -> list[Any]:
+        asked.append(None)
+        if len(asked) == fails:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return []
+
+    fit = Rng(rng.seeded(3))
+    host = rng.capture()
+    undisturbed = draw()
+    rng.restore(host)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: None)
+    with pytest.raises(RuntimeError, match="device-side"), fit.swapped_in():
+        draw()
+    monkeypatch.undo()
+    assert draw() == undisturbed
