@@ -41,6 +41,7 @@ class _Row:
         """`until`: the step at which it ends at the latest."""
         progress = life.progress
         self.epoch, self.batches, self.samples, self.until = progress.epoch, progress.batch, progress.samples, until
+        self.taken = progress.taken
         self.begun = self.over = False
         """A burst has begun; no further one does, which either side may say, and neither takes back."""
         self._since = time.perf_counter() - progress.time
@@ -89,13 +90,14 @@ class Driver:
         if self._stream.epoch != self._plan.stream_epoch(progress.epoch):
             limit = 0  # a stream that counts the end of an epoch as the next one's beginning
         elif limit is not None:
-            limit = max(0, limit - progress.batch)
+            limit = max(0, limit - progress.taken)
         if life.resumed:
             await self._thread.run(self._hire)
             own_rng.restore(self._stream, life.own_rng)
             life.resumed = False
         elif not progress.batch:
             life.own_rng = own_rng.capture(self._stream)
+        life.step.tally.passed.clear()  # of a pass that was left: they come again
         self._batches = source = supply(self._stream, limit=limit, runner=self._pull)
         try:
             if self._stream.pulls_inside:
@@ -218,7 +220,7 @@ class Driver:
                 updates=updates if seconds else 1,  # nobody knows yet how long one takes
                 seconds=BURST,
                 epoch=row.epoch,
-                remaining=self._plan.remaining(row.batches + step.taken),
+                remaining=self._plan.remaining(row.taken + step.taken),
                 batches=row.batches,
                 samples=row.samples,
                 elapsed=row.elapsed,
@@ -229,6 +231,7 @@ class Driver:
             step.seconds = seconds  # compiling took the time
         report.waited = batches.waited - waited
         row.batches, row.samples = row.batches + report.batches, row.samples + report.samples
+        row.taken += report.batches + report.passed
         if (
             report.error is not None
             or not report.updates
@@ -281,6 +284,7 @@ class Driver:
         progress.step += report.updates
         progress.samples += report.samples
         progress.batch += report.batches
+        progress.passed += report.passed
         self.waited += report.waited
         if report.updates:
             progress.owes = ""

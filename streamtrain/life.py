@@ -275,7 +275,8 @@ class Life:
             other_rate(self.optimizer, self.lr, self.settings, rate)
         self._take_up(state)
         if changed:
-            self.progress.batch, self.progress.owes, self.progress.verdicts = 0, "", []
+            self.progress.batch, self.progress.passed = 0, 0
+            self.progress.owes, self.progress.verdicts = "", []
         else:
             self._go_there(state)
         if gone:

@@ -204,7 +204,7 @@ class Wheel:
         verdicts = progress.verdicts + told
         self._life.lr.after_epoch(metrics, validated=validated)
         ended, progress.owes, progress.verdicts = progress.epoch, "", []
-        progress.epoch, progress.batch = ended + 1, 0
+        progress.epoch, progress.batch, progress.passed = ended + 1, 0, 0
         self._step.tally.epoch.reset()
         self._stream.set_epoch(self._plan.stream_epoch(progress.epoch))
         await self._obey(verdicts, ended)
@@ -257,7 +257,7 @@ class Wheel:
 
     async def _finished(self, batches: Supply) -> bool:
         """Whether the epoch has no further batch: its length tells, or the next batch, unless a stop was asked for."""
-        if self._plan.batches is not None and self._progress.batch < self._plan.batches:
+        if self._plan.batches is not None and self._progress.taken < self._plan.batches:
             return batches.finished_nowait()
         if not batches.finished_nowait():
             await self._wait(batches, self._stopping)
@@ -441,7 +441,7 @@ class Wheel:
     def _owe(self) -> None:
         """An error that came between an update and its validation leaves this to the next life."""
         progress, batches = self._progress, self._plan.batches
-        within = progress.batch > 0 and (batches is None or progress.batch < batches)
+        within = progress.batch > 0 and (batches is None or progress.taken < batches)
         if within and not progress.owes and progress.step != self._validated and self._plan.validation_due(progress):
             progress.owes = "validation"
         if not self._told_line:

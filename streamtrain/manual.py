@@ -123,6 +123,7 @@ class ManualStep(TrainStep):
         batch = self._batch = self._move(batch)
         samples = len(batch)
         if not samples:
+            self.tally.pass_over()
             return
         self._made = self._refused = self._overflowed = 0
         if self._rated:

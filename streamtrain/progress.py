@@ -58,6 +58,8 @@ class Progress:
     """Samples in them."""
     batch: int = 0
     """Batches of the running epoch that are part of a finished update."""
+    passed: int = 0
+    """Batches without rows that came before the last of those."""
     time: float = 0.0
     """Seconds for which fits of this run were going on, pauses included."""
     owes: str = ""
@@ -69,6 +71,11 @@ class Progress:
     best: Best | None = None
     bests: dict[str, Best] = field(default_factory=dict)
     """The best by monitor, where several are watched."""
+
+    @property
+    def taken(self) -> int:
+        """Batches of the running epoch up to the last one of a finished update."""
+        return self.batch + self.passed
 
     def offer(self, best: Best, *, primary: str) -> None:
         """Take in a new best; `best` is the one of the monitor `primary`, or of the only one."""
@@ -87,12 +94,13 @@ class Progress:
             self.bests, self.best = before
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it; checkpoints by name, since run folders move."""
+        """All of it, `passed` where it is not 0; checkpoints by name, since run folders move."""
         bests = [
             [b.monitor, b.value, b.epoch, b.step, None if b.checkpoint is None else b.checkpoint.name]
             for b in self.bests.values()
         ]
         counts = {name: getattr(self, name) for name in ("epoch", "step", "samples", "batch", "time")}
+        counts |= {"passed": self.passed} if self.passed else {}
         owed = {"owes": self.owes, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
         return {**counts, **owed, "bests": bests, "best": None if self.best is None else self.best.monitor}
 
@@ -100,6 +108,7 @@ class Progress:
         """Take back what `state_dict` gave; a checkpoint lies in the first of `folders` that has its name."""
         for name in ("epoch", "step", "samples", "batch"):
             setattr(self, name, int(state[name]))
+        self.passed = int(state.get("passed", 0))
         self.time, self.owes = float(state["time"]), str(state["owes"])
         self.verdicts = [Verdict(**verdict) for verdict in state.get("verdicts", ())]
         self.bests = {}

@@ -146,8 +146,8 @@ class TrainStep:
 
     @property
     def taken(self) -> int:
-        """Batches that were taken and are not part of a finished update yet."""
-        return self._group
+        """Batches that were taken and are not part of a finished update yet, those without rows too; between bursts."""
+        return self._group + len(self.tally.passed)
 
     @property
     def partial(self) -> bool:
@@ -321,7 +321,8 @@ class TrainStep:
         else:  # nearly every batch on the CPU: nothing to move, and each call here is one of its microseconds
             samples = len(inputs) if inputs.ndim else len(batch)
         if not samples:
-            return  # a filter dropped every row: its mean is no number
+            self.tally.pass_over()  # a filter dropped every row: its mean is no number
+            return
         if self._autocast is None:
             loss, _, _, logged = self._compute(batch)
         else:

@@ -55,11 +55,11 @@ def check_state(state: Any, path: Path) -> None:
 
 def check_keys(state: Mapping[str, Any], path: Path) -> None:
     """Refuse a state with a key too few or too many: what is left out would be lost in silence."""
-    for name, saved, known in (
-        ("state", state, KEYS),
-        ("state.progress", state.get("progress", {}), Progress().state_dict().keys()),
+    for name, saved, known, more in (
+        ("state", state, KEYS, set[str]()),
+        ("state.progress", state.get("progress", {}), Progress().state_dict().keys(), {"passed"}),
     ):
-        wrong = [f"{key!r} is unknown" for key in sorted(saved.keys() - known, key=str)]
+        wrong = [f"{key!r} is unknown" for key in sorted(saved.keys() - known - more, key=str)]
         wrong += [f"{key!r} is missing" for key in sorted(known - saved.keys())]
         if wrong:
             raise CheckpointError(
@@ -71,7 +71,7 @@ def check_keys(state: Mapping[str, Any], path: Path) -> None:
 def _check_progress(state: Mapping[str, Any]) -> None:
     progress = Progress()
     progress.load_state_dict(state)
-    counts = {name: getattr(progress, name) for name in ("epoch", "step", "samples", "batch", "time")}
+    counts = {name: getattr(progress, name) for name in ("epoch", "step", "samples", "batch", "passed", "time")}
     for name, value in counts.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"progress.{name} is {value!r}")

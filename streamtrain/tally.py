@@ -45,6 +45,8 @@ class Report:
     """Samples that the run had trained before it."""
     updates: int = 0
     batches: int = 0
+    passed: int = 0
+    """Batches without rows that came before the last of those."""
     samples: int = 0
     loss_sum: float = 0.0
     """Over samples."""
@@ -85,6 +87,8 @@ class Tally:
         self.losses: list[Tensor] = []
         self.counts: list[int] = []
         """Samples of each batch."""
+        self.passed: list[int] = []
+        """Of batches without rows: how many with rows came before each."""
         self._logged: list[tuple[int, str, Any]] = []
         self._norms: list[tuple[int, int, Tensor]] = []
         """Place of the last batch, number of the update, norm (0-d)."""
@@ -132,6 +136,7 @@ class Tally:
         """Forget the last so many batches."""
         keep = len(self.losses) - batches
         del self.losses[keep:], self.counts[keep:]
+        self.passed = [place for place in self.passed if place < keep]
         self._logged = [item for item in self._logged if item[0] < keep]
         self._norms = [each for each in self._norms if each[0] < keep]
         self._marks = [mark for mark in self._marks if mark.place <= keep]
@@ -143,6 +148,10 @@ class Tally:
     def leave_out_places(self, places: Iterable[int]) -> None:
         """The same of batches by their places since the last report."""
         self._left_out.update(places)
+
+    def pass_over(self) -> None:
+        """A batch has no rows."""
+        self.passed.append(len(self.losses))
 
     def without_loss(self) -> None:
         """The last batch has none: what stands for it is no number, and its others count."""
@@ -166,6 +175,8 @@ class Tally:
             begin = mark.place
         self._account(report, losses, named, begin, done)
         report.batches = done
+        report.passed = sum(place < done for place in self.passed)
+        self.passed = [place - done for place in self.passed if place >= done]
         del self.losses[:done], self.counts[:done]
         self._logged = [(place - done, name, value) for place, name, value in self._logged if place >= done]
         self._marks.clear()

@@ -26,7 +26,7 @@ from streamtrain.outcome import Compute, Outcome, supervised
 from streamtrain.schedulers import build_scheduler
 from streamtrain.step import TrainStep
 from streamtrain.tally import Report
-from tests.engine import Samples, bare_loop, network, pairs, same
+from tests.engine import COLUMNS, Samples, bare_loop, network, pairs, same
 
 CPU = torch.device("cpu")
 
@@ -304,6 +304,27 @@ def test_a_batch_without_rows_is_passed_over() -> None:
     report = burst(step, Hand(given))
     assert (report.updates, report.batches, report.error) == (2, 4, None)
     assert same(model, bare_loop(network(), [pairs(Samples(32), 1)[0]], seed=5, accumulate=2))
+
+
+def test_where_a_burst_ends_is_nothing_to_a_short_group_behind_batches_without_rows() -> None:
+    """It is short as soon as fewer batches come than it needs, those without rows counted."""
+    empty, (*full, last) = Batch(torch.empty(0, COLUMNS), torch.empty(0, 1)), batches(7)
+    short = Batch(last.inputs[:3], last.targets[:3])
+    rest = [*full[:2], *[empty] * 3, *full[2:], short, empty]
+
+    def trained(most: int | None) -> tuple[nn.Module, int]:
+        model, hand, taken = network(), Hand(rest, ended=True), 0
+        step = made(model, accumulate=4)
+        torch.manual_seed(5)
+        while hand.batches:
+            report = burst(step, hand, most, len(rest) - taken - step.taken)
+            assert report.error is None
+            taken += report.batches + report.passed
+        return model, taken + step.taken
+
+    (whole, all_of_it), (pieces, taken) = trained(None), trained(1)
+    assert same(pieces, whole)
+    assert taken == all_of_it == len(rest)
 
 
 def test_a_single_number_is_no_batch() -> None:

@@ -1165,6 +1165,28 @@ async def test_limits_of_batches() -> None:
     assert same(fitted.model, bare_loop(network(), [pairs(stream, 1)[0][:3]] * 2, seed=SEED))
 
 
+class Sifted(Samples):
+    """Its filter has dropped all rows of the first batches."""
+
+    def batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
+        for batch in super().batches(epoch, position):
+            index = batch.index[:0] if batch.cursor.position <= 24 else batch.index
+            yield replace(batch, inputs=batch.inputs[: len(index)], targets=batch.targets[: len(index)], index=index)
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+async def test_batches_without_rows_count_towards_a_limit_in_the_next_life_too(tmp_path: Path, stop: int) -> None:
+    options: dict[str, Any] = {"limit_batches": 10, "accumulate_grad_batches": 4}
+    undisturbed = trainer(**options)
+    await undisturbed.fit(Sifted(84), max_epochs=2)
+    assert (undisturbed.state.step, undisturbed.state.samples) == (4, 2 * 7 * 8)
+    await trainer(run_dir=tmp_path / "a", **options).fit(Sifted(84), max_steps=stop)
+    resumed = trainer(run_dir=tmp_path / "a", **options)
+    await resumed.fit(Sifted(84), max_epochs=2, resume="auto")
+    assert (resumed.state.step, resumed.state.samples) == (4, 2 * 7 * 8)
+    assert same(resumed.model, undisturbed.model)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4])
 @pytest.mark.parametrize("own", [False, True], ids=["processes-generator", "own-generator"])
 async def test_overfit_batches_are_the_same_ones_of_a_loader_that_shuffles(
