@@ -163,6 +163,8 @@ class Wheel:
         if progress.owes == "validation" and not finished:
             await self._validate_now()
         elif progress.owes == "validation" or not (finished or self._stopping()):
+            if progress.owes == "validation":
+                self._validated = -1  # it is made at the epoch's end
             progress.owes = ""
 
     async def _after_due(self, batches: Supply) -> None:
@@ -187,12 +189,14 @@ class Wheel:
         if not progress.batch:
             raise DataError("the training stream gave no batch", hint="Check its split, its filters and drop_last.")
         means = self._step.tally.epoch.compute()
+        # Where all that came behind the last update was batches without rows, nobody knew then that it was the last.
+        made = not progress.owes and self._plan.validation_due(progress) and self._validated == progress.step
         if progress.owes in ("", "end"):
             metrics.update(means)
             progress.owes = "epoch"
             self._driver.ended()
         if progress.owes == "epoch":
-            if self._plan.validation_due(progress, epoch_end=True):
+            if not made and self._plan.validation_due(progress, epoch_end=True):
                 try:
                     progress.verdicts = await self._validate()
                 except Stopped:

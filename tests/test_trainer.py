@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import signal
@@ -1185,6 +1186,43 @@ async def test_batches_without_rows_count_towards_a_limit_in_the_next_life_too(t
     await resumed.fit(Sifted(84), max_epochs=2, resume="auto")
     assert (resumed.state.step, resumed.state.samples) == (4, 2 * 7 * 8)
     assert same(resumed.model, undisturbed.model)
+
+
+class Ending(Samples):
+    """Its filter has dropped all rows of the last batch."""
+
+    def batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
+        for batch in super().batches(epoch, position):
+            index = batch.index[:0] if batch.cursor.position == self.num_samples else batch.index
+            yield replace(batch, inputs=batch.inputs[: len(index)], targets=batch.targets[: len(index)], index=index)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_step_is_validated_once_though_the_epoch_ends_behind_a_batch_without_rows(
+    tmp_path: Path, known: bool
+) -> None:
+    heard = Recorder()
+    fitted = trainer(run_dir=tmp_path / "a", callbacks=[heard], validate_every="3steps", sanity_batches=0)
+    await fitted.fit(Ending(32, known=known), validation=Samples(16), max_epochs=2)
+    assert [event.step for event in heard.events("on_validation_end")] == [3, 6]
+    assert [line["step"] for line in lines(tmp_path / "a") if line["split"] == "val"] == [3, 6]
+
+
+async def test_a_validation_that_failed_before_the_end_behind_a_batch_without_rows_is_made_by_the_next_life(
+    tmp_path: Path,
+) -> None:
+    def step(model: nn.Module, batch: Batch) -> Any:
+        if not torch.is_grad_enabled() and fails:
+            raise ValueError("no")
+        return nn.functional.mse_loss(model(batch.inputs), batch.targets)
+
+    for fails in (True, False):
+        heard = Recorder()
+        options: dict[str, Any] = {"validate_every": "3steps", "sanity_batches": 0, "seed": SEED, "device": "cpu"}
+        fitted = Trainer(network(), step=step, run_dir=tmp_path / "a", callbacks=[heard], **options)
+        with contextlib.nullcontext() if not fails else pytest.raises(UserCodeError):
+            await fitted.fit(Ending(32), validation=Samples(16), max_epochs=1, resume="auto")
+        assert [event.step for event in heard.events("on_validation_end")] == ([] if fails else [3])
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
