@@ -153,8 +153,15 @@ class Pumped:
     async def _pump(self) -> None:
         try:
             while (self._left is None or self._left > 0) and not self._closing:
-                await self._until_room(self._most)
-                batch = await self._next()
+                if len(self._ready) >= self._most:
+                    await self._until_room()
+                try:
+                    batch = self._pass.next_nowait()
+                    if batch is None:
+                        batch = await anext(self._pass)
+                except BudgetHeld:
+                    await self._until_trained()
+                    batch = await anext(self._pass)
                 self._ready.append(batch)
                 del batch  # nothing is kept alive here while the next one is waited for
                 if self._left is not None:
@@ -178,25 +185,19 @@ class Pumped:
             self.ended = self._failure is None
             self._changed.set()
 
-    async def _next(self) -> Batch:
-        try:
-            batch = self._pass.next_nowait()
-            return await anext(self._pass) if batch is None else batch
-        except BudgetHeld:
-            # Our own batches may be what holds it: once they are trained there is room.
-            while self._ready or self._running:
-                self._room.clear()
-                await self._room.wait()
-            return await anext(self._pass)
+    async def _until_trained(self) -> None:
+        """Our own batches may be what holds the budget: once they are trained there is room."""
+        while self._ready or self._running:
+            self._room.clear()
+            await self._room.wait()
 
-    async def _until_room(self, most: int) -> None:
-        while len(self._ready) >= most:
+    async def _until_room(self) -> None:
+        while len(self._ready) >= self._most:
             self._room.clear()
             self._full = True
-            if len(self._ready) < most:  # taken in the meantime, on the other thread
+            if len(self._ready) < self._most:  # taken in the meantime, on the other thread
                 break
             await self._room.wait()
-            most = self._most
         self._full = False
 
 
