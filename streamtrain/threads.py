@@ -35,7 +35,7 @@ class _Job:
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self._fn = fn
         self._context = contextvars.copy_context()
-        self._device = torch.get_default_device()
+        self._device = _default_device()
         self._grad = torch.is_grad_enabled()
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._threads = torch.get_num_threads()
@@ -44,7 +44,7 @@ class _Job:
         outcome: tuple[Any, BaseException | None]
         try:
             with ExitStack() as stack:
-                if self._device != torch.get_default_device():
+                if self._device != _default_device():
                     stack.enter_context(self._device)
                 if self._cuda is not None:
                     stack.enter_context(torch.cuda.device(self._cuda))
@@ -55,6 +55,11 @@ class _Job:
         except BaseException as error:
             outcome = (None, error)
         tell(self.loop, self.future, *outcome)
+
+
+def _default_device() -> torch.device:
+    """What `torch.get_default_device` gives, which looks through torch's modes in Python: 5 us, twice a burst."""
+    return torch.empty(0).device
 
 
 def tell(
