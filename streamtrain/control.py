@@ -179,10 +179,11 @@ class Control:
     def take(self) -> Requests:
         """All that was asked for since the last time."""
         self.pending = False  # first: what comes in meanwhile sets it again
-        taken = Requests(stop=self._stop, saves=self.take_saves())
-        while self._rates:
-            taken.lr = self._rates.popleft()
-        return taken
+        return Requests(stop=self._stop, saves=self.take_saves(), lr=self.take_rate())
+
+    def take_rate(self) -> float | None:
+        """The learning rate that was asked for last, and not taken yet."""
+        return self._rates.popleft() if self._rates else None
 
     @property
     def saves_wait(self) -> bool:

@@ -27,6 +27,7 @@ from streamtrain.evaluation import Stopped
 from streamtrain.events import CheckpointCommitted, CheckpointFailed, Event, Log, Verdict
 from streamtrain.file_thread import Files
 from streamtrain.grace import lost
+from streamtrain.learning_rate import bring_to
 from streamtrain.life import Life, has_state
 from streamtrain.progress import Best
 from streamtrain.saving import Saver
@@ -232,7 +233,9 @@ class Keeper:
         self, coming: Sequence[Best] = (), *, primary: str = "", late: Collection[str] = ()
     ) -> Snapshot:
         """What the last finished update left, copied; it names the best that it is itself, and lacks the states of the
-        callbacks that are `late`."""
+        callbacks that are `late`. A learning rate that was asked for before is part of it."""
+        if (lr := self._control.take_rate()) is not None:
+            self.set_lr(lr)
         with self._life.progress.offered(coming, primary=primary):
             state = self._life.state(late)
         copier = fresh if self.saver is None else self.saver.buffers.copies
@@ -334,6 +337,11 @@ class Keeper:
                 "a run that goes on from there does not tell it again",
                 name,
             )
+
+    def set_lr(self, lr: float) -> None:
+        """Bring the first group's rate to `lr`, between two updates: what was saved of this step before lacks it."""
+        if bring_to(self._life.lr, self._life.optimizer, lr):
+            self._saved = None
 
     def check(self) -> None:
         """Raise the error of saves that failed too often."""

@@ -7,6 +7,8 @@ life that goes on has the rates of one that never stopped.
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from streamtrain.errors import ConfigError
 from streamtrain.schedules import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class LearningRate(Protocol):
@@ -69,6 +73,28 @@ def _scale_groups(optimizer: Optimizer, factor: float) -> None:
         set_group_lr(group, float(group["lr"]) * factor)
 
 
+def bring_to(schedule: LearningRate, optimizer: Optimizer, lr: float) -> bool:
+    """Bring the first group's rate to `lr`, the others and the schedule in proportion; whether that could be, which is
+    said where it could not: of a rate of 0 no other is a multiple."""
+    now = get_lr(optimizer)
+    if now > 0:
+        schedule.scale(lr / now)
+    elif not isinstance(schedule, FixedLearningRate):
+        if lr:
+            logger.warning("set_lr(%g) changes nothing: the rate of the schedule is 0, of which it is no multiple", lr)
+        return False
+    elif any(_rates(optimizer)):
+        logger.warning(
+            "set_lr(%g) changes nothing: the first group's rate is 0, and those of others are no multiple of it; set "
+            "them one by one, in optimizer.param_groups",
+            lr,
+        )
+        return False
+    else:
+        schedule.wake(lr)
+    return True
+
+
 def _own_rates(optimizer: Optimizer) -> list[float]:
     """The rates that the groups had before any schedule."""
     for group in optimizer.param_groups:
@@ -93,6 +119,8 @@ class FixedLearningRate:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._before: list[float] = []
+        """The rates before they were scaled to 0."""
 
     def before_update(self, step: int, epoch: int, samples: int = 0, seconds: float = 0.0) -> None:
         pass
@@ -104,13 +132,23 @@ class FixedLearningRate:
         pass
 
     def scale(self, factor: float) -> None:
+        rates = _rates(self._optimizer)
+        if not factor and any(rates):
+            self._before = rates
         _scale_groups(self._optimizer, factor)
 
+    def wake(self, lr: float) -> None:
+        """From rates of 0: the first group's is `lr`, and others are in the proportion in which they last were, alike
+        where they never were in any."""
+        known = self._before if len(self._before) == len(self._optimizer.param_groups) and self._before[0] else []
+        for group, before in itertools.zip_longest(self._optimizer.param_groups, known):
+            set_group_lr(group, lr if before is None else lr * (before / known[0]))
+
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"before": list(self._before)} if self._before else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self._before = [float(rate) for rate in state.get("before", ())]
 
 
 class ScheduledLearningRate:

@@ -44,7 +44,6 @@ from streamtrain.events import (
 from streamtrain.keeping import Keeper
 from streamtrain.life import Life
 from streamtrain.plan import Plan
-from streamtrain.schedulers import FixedLearningRate, get_lr, set_group_lr
 from streamtrain.supply import Supply
 from streamtrain.tally import Report
 from streamtrain.telling import Teller
@@ -362,7 +361,7 @@ class Wheel:
         while control.pending or control.paused:
             requests = control.take()
             if requests.lr is not None:
-                self._set_lr(requests.lr)
+                self._keeper.set_lr(requests.lr)
             await self._keeper.save_all(requests.saves)
             if requests.stop is not None:
                 if not self._interrupted:
@@ -377,16 +376,6 @@ class Wheel:
                         await control.knocked()
                 except TimeoutError:
                     return
-
-    def _set_lr(self, lr: float) -> None:
-        now = get_lr(self._life.optimizer)
-        if now > 0:
-            self._life.lr.scale(lr / now)
-        elif lr and not isinstance(self._life.lr, FixedLearningRate):
-            logger.warning("set_lr(%g) changes nothing: the rate of the schedule is 0, of which it is no multiple", lr)
-        else:
-            for group in self._life.optimizer.param_groups:
-                set_group_lr(group, lr)
 
     # --- the end ---
 

@@ -607,7 +607,8 @@ class Trainer:
 
     def set_lr(self, lr: float) -> None:
         """Bring the first group's learning rate to `lr` after the current update, the others and a schedule in
-        proportion. Where a schedule's rate is 0 by then, or by an earlier call, no other can be, which is said."""
+        proportion. Where a schedule's rate is 0 by then, or by an earlier call, no other can be, which is said; nor
+        where the first group's is 0 and others' are not."""
         self.control.set_lr(check_lr(lr))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from streamtrain.callbacks.base import Callback
 from streamtrain.callbacks.model_checkpoint import ModelCheckpoint
 from streamtrain.checkpoint import Committed
 from streamtrain.control import Save
+from streamtrain.data.batch import Batch
 from streamtrain.errors import UserCodeError
-from streamtrain.events import BatchEnd, EpochEnd, Event, Log, ValidationEnd
+from streamtrain.events import BatchEnd, CheckpointCommitted, EpochEnd, Event, Log, ValidationEnd
 from streamtrain.trainer import Trainer
 from tests.engine import AtStep, Recorder, Samples, network
 
@@ -66,6 +68,64 @@ async def test_a_state_that_is_saved_elsewhere_is_saved_in_the_runs_folder_too(t
     result = await trainer.fit(Samples(), max_epochs=1000)
     assert saves(recorder) == [(result.step, "request"), (result.step, "end")]
     assert result.checkpoint == tmp_path / "run" / "checkpoints" / f"step-{result.step:09d}"
+
+
+class Steering(Callback):
+    """Does something while the wheel waits for it, once."""
+
+    decides = True
+
+    def __init__(self, act: Callable[[], Awaitable[object]]) -> None:
+        self.act, self.done = act, False
+
+    async def on_validation_end(self, event: ValidationEnd) -> None:
+        if not self.done:
+            self.done = True
+            await self.act()
+
+
+def steered(folder: Path, act: Callable[[], Awaitable[object]]) -> Trainer:
+    callbacks = [Steering(act), ModelCheckpoint(every="1000steps", save_top_k=0)]
+    more: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "sanity_batches": 0, "callbacks": callbacks}
+    return Trainer(network(), nn.MSELoss(), device="cpu", run_dir=folder, **more)
+
+
+def rate(path: Path | None) -> float:
+    assert path is not None
+    return float(checkpoint.read(path).optimizer["param_groups"][0]["lr"])
+
+
+async def test_a_save_that_is_asked_for_behind_a_learning_rate_has_it(tmp_path: Path) -> None:
+    async def act() -> None:
+        trainer.set_lr(0.01)
+        saved.append(await trainer.save_checkpoint())
+
+    saved: list[Path] = []
+    trainer = steered(tmp_path, act)
+    await trainer.fit(Samples(), Samples(), max_epochs=2)
+    assert await asyncio.to_thread(rate, saved[0]) == pytest.approx(0.01)
+
+
+async def test_a_learning_rate_that_is_set_behind_a_save_of_the_same_step_is_not_lost_at_a_stop(tmp_path: Path) -> None:
+    class Paused(Trainer):
+        def training_step(self, model: nn.Module, batch: Batch) -> Any:
+            if self.state.step == 3:
+                self.request_checkpoint()
+                self.pause()
+            return super().training_step(model, batch)
+
+    class Steers(Callback):
+        async def on_checkpoint(self, event: CheckpointCommitted) -> None:
+            if event.kind == "request":
+                trainer.set_lr(0.01)
+                trainer.stop()
+
+    rare = ModelCheckpoint(every="1000steps")
+    more: dict[str, Any] = {"device": "cpu", "run_dir": tmp_path, "optimizer": "sgd", "lr": 0.1}
+    trainer = Paused(network(), nn.MSELoss(), callbacks=[Steers(), rare], **more)
+    result = await trainer.fit(Samples(), max_epochs=2)
+    assert result.step == 4
+    assert await asyncio.to_thread(rate, result.checkpoint) == pytest.approx(0.01)
 
 
 async def test_a_save_each_epoch_is_none_at_a_validation_within_it(tmp_path: Path) -> None:

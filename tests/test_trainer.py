@@ -975,6 +975,27 @@ async def test_set_lr_keeps_the_groups_proportions() -> None:
     assert [group["lr"] for group in fitted.optimizer.param_groups] == pytest.approx([0.01, 0.02])
 
 
+async def test_groups_have_their_proportions_again_after_a_rate_of_0_in_the_next_life_too(tmp_path: Path) -> None:
+    for steps, rate in (4, 0.0), (8, 0.01):
+        spec = {"name": "sgd", "rules": [("bias", {"lr": 0.002})]}
+        fitted = trainer(optimizer=spec, lr=0.001, run_dir=tmp_path)
+        fitted.set_lr(rate)
+        await fitted.fit(Samples(), max_steps=steps, resume="auto")
+        assert fitted.optimizer is not None
+        assert [group["lr"] for group in fitted.optimizer.param_groups] == pytest.approx([rate, 2 * rate])
+
+
+async def test_groups_that_learn_are_no_multiple_of_a_first_one_that_does_not_which_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fitted = trainer(optimizer={"name": "sgd", "rules": [("bias", {"lr": 0.002})]}, lr=0.0)
+    fitted.set_lr(0.01)
+    await fitted.fit(Samples(), max_steps=2)
+    assert fitted.optimizer is not None
+    assert [group["lr"] for group in fitted.optimizer.param_groups] == [0.0, 0.002]
+    assert "set_lr(0.01) changes nothing" in caplog.text
+
+
 @pytest.mark.parametrize(
     "scheduler", [None, lambda t: float(t < 2), lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, lambda t: t < 2)]
 )
