@@ -200,13 +200,20 @@ def as_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
         raise ConfigError(
             f"metrics must be a dict by name, not {metrics!r:.60}", hint='For example metrics={"mae": "mae"}.'
         )
+    users: dict[int, str] = {}
     for name, given in metrics.items():
         several = isinstance(given, Mapping)
         if not isinstance(name, str) and not several:
             raise ConfigError(f"metrics are named by texts, not {name!r}", hint=f"For example {{{str(name)!r}: ...}}.")
-        parts = {f"{name}_{key}": TaskMetric(str(name), as_metric(m)) for key, m in given.items()} if several else None
-        for full, metric in ({name: as_metric(given)} if parts is None else parts).items():
+        for full, one in ({f"{name}_{key}": one for key, one in given.items()} if several else {name: given}).items():
+            metric = as_metric(one)
             if full in made:
                 raise ConfigError(f"two metrics would be logged as {full!r}", hint="Name one of them otherwise.")
-            made[full] = metric
+            own = hasattr(one, "update") and not inspect.isclass(one)
+            if own and (other := users.setdefault(id(one), full)) != full:
+                raise ConfigError(
+                    f"the metrics {other!r} and {full!r} are one object, which would take in the batches of both",
+                    hint="Give each an object of its own.",
+                )
+            made[full] = TaskMetric(str(name), metric) if several else metric
     return made

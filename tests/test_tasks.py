@@ -21,6 +21,8 @@ from streamtrain.metrics import ConfusionMatrix, MeanAbsoluteError
 from streamtrain.tasks import TaskLosses, picked
 from tests.engine import COLUMNS, Recorder, Samples, lines, same
 
+SHARED = MeanAbsoluteError()
+
 
 class Two(nn.Module):
     """A number (B, 1) and three classes (B, 3)."""
@@ -235,6 +237,8 @@ async def test_wrong_names_end_the_fit_before_its_first_update() -> None:
         ({"metrics": {"loss_rain": "mae"}}, "a metric can't be named 'loss_rain'"),
         ({"metrics": {"a": {"b_c": "mae"}, "a_b": {"c": "mae"}}}, "two metrics would be logged as 'a_b_c'"),
         ({"metrics": {"a": {"b": "mea"}}}, "there is no metric 'mea'"),
+        ({"metrics": {"rain": {"a": SHARED}, "kind": {"a": SHARED}}}, "'rain_a' and 'kind_a' are one object"),
+        ({"metrics": {"a": SHARED, "b": SHARED}}, "the metrics 'a' and 'b' are one object"),
         ({"metrics": ["mae"]}, r"metrics must be a dict by name, not \['mae'\]"),
     ],
 )
