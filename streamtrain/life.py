@@ -180,6 +180,8 @@ class Life:
         """A copy of everything; on the train thread, between two updates."""
         if self.unkept is not None:
             self.unkept.tell()
+        if self.untrained is not None:
+            self.untrained.tell()
         self._tell_groups()
         if self.switch is not None:
             self.switch.judge()

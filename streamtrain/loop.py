@@ -381,6 +381,8 @@ class Wheel:
 
     async def _finish(self, reason: str, detail: str) -> None:
         await self._obey_requests()
+        if self._life.untrained is not None:
+            await self._thread.run(self._life.untrained.tell)  # of a fit that saves nothing
         if self._life.switch is not None:
             await self._thread.run(self._life.switch.judge)
         over = reason in OVER

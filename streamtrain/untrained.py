@@ -44,7 +44,8 @@ class Untrained:
             self._known |= set(self._left())
             logger.warning(
                 "%s requires gradients now, and is in no optimizer: it is not trained before it is given to one "
-                "(optimizer.add_param_group), or goes by freeze={regex: '2epochs'} from the start",
+                "(optimizer.add_param_group), or goes by freeze={regex: '2epochs'} from the start; what forward makes "
+                "when it is first called is to be there when the optimizer is made",
                 _listed(new),
             )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamtrain.errors import ConfigError
 from streamtrain.events import EpochBegin
@@ -73,6 +74,26 @@ async def test_what_is_thawed_by_hand_is_said_once_unless_an_optimizer_gets_it(
         await trainer(model, callbacks=[Thawing(gives=gives)]).fit(Samples(), max_epochs=4)
         assert torch.equal(before, model[0].weight) != gives  # type: ignore[index]
         assert caplog.text.count("0.weight, 0.bias requires gradients now, and is in no optimizer") == (not gives)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+async def test_a_layer_that_the_model_makes_in_its_first_step_is_said(
+    saves: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = network()
+            self.late: nn.Module = nn.Identity()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if isinstance(self.late, nn.Identity):
+                self.late = nn.Linear(1, 1)
+            made: Tensor = self.late(self.whole(inputs))
+            return made
+
+    await trainer(Growing(), run_dir=tmp_path if saves else None).fit(Samples(), max_steps=3)
+    assert caplog.text.count("late.weight, late.bias requires gradients now, and is in no optimizer") == 1
 
 
 async def test_an_optimizer_of_some_parameters_is_taken_and_what_it_leaves_is_said(
