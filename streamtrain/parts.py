@@ -467,6 +467,12 @@ class Parts:
             self.build()
         rate = self._check(snapshot, path)
         self._learned.load(snapshot)
+        if self.average is None and (snapshot.state["average"] or {}).get("updates"):
+            logger.warning(
+                "%s has a moving average of its weights, by which its run was judged, and here is none: the weights "
+                "themselves are validated and predicted with. Give ema=%s",
+                *(path.name, snapshot.state["habits"].get("ema")),
+            )
         self.leave()
         progress.load_state_dict(snapshot.state["progress"], path.parent)
         name, left = snapshot.state["settings"]["scheduler"], snapshot.state["scheduler"]

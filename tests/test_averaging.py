@@ -141,6 +141,17 @@ async def test_an_average_that_begins_or_ends_with_a_resume_is_said(
     assert "ema: 0.9 -> None" in caplog.text
 
 
+async def test_weights_that_are_loaded_without_their_average_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await trainer(run_dir=tmp_path).fit(Samples(), max_steps=7)
+    await trainer().load_checkpoint(tmp_path)
+    assert not caplog.records
+    await trainer(ema=None).load_checkpoint(tmp_path)
+    assert "step-000000007 has a moving average of its weights" in caplog.text
+    assert "Give ema=0.9" in caplog.text
+
+
 def test_a_refused_update_leaves_the_average_by_a_flag_that_nobody_reads() -> None:
     model = network()
     average, plain = Average(model, DECAY), Average(model, DECAY)
