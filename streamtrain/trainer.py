@@ -71,6 +71,7 @@ from streamtrain.schedulers import LearningRate, SchedulerSpec
 from streamtrain.streams import Streams, named_streams
 from streamtrain.tasks import Losses
 from streamtrain.threads import train_thread
+from streamtrain.uncalled import say_uncalled
 from streamtrain.under_training import training
 
 __all__ = ["FitResult", "Trainer"]
@@ -207,6 +208,8 @@ class Trainer:
                 validation=self._overridden("validation_step"),
             ),
         )
+        own_step = step is not None or self._overridden("training_step") is not None
+        say_uncalled(type(self), Trainer, stepping=own_step, optimizing=optimizer != "adamw")
         state = Progress()
         self._run = Run(self._parts, state, self.control, Notes(state))
         self._fit: Fit | None = None

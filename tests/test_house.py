@@ -37,7 +37,8 @@ data.glance data.transform_child data.transform_processes data.vouching data.who
 data.crews data.pulling data.handing data.loader
 data.canvas data.stitching data.coordinates data.predicted
 data.iterable data.mix_pass data.mix
-outside_changes unkept expanded untrained averaging compiling freezing toggled recomputing media options progress
+outside_changes unkept expanded untrained uncalled averaging compiling freezing toggled recomputing media options
+progress
 numpy_rng rng openmp malloc ending threads watchdog file_thread under_training grace signals control disk tensors device
 tensor_file state
 buffers foreign warm_start optimizer_state rollback switching checkpoint_files checkpoint run_folder status_file

@@ -975,6 +975,29 @@ async def test_set_lr_keeps_the_groups_proportions() -> None:
     assert [group["lr"] for group in fitted.optimizer.param_groups] == pytest.approx([0.01, 0.02])
 
 
+def test_methods_that_other_trainers_call_and_this_one_does_not_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Ported(Trainer):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.parameters())
+
+        def compute_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return (outputs - targets).abs().mean()
+
+        def on_train_epoch_end(self) -> None:
+            raise AssertionError
+
+    class Stepping(Ported):
+        def training_step(self, model: nn.Module, batch: Batch) -> Tensor:
+            return self.compute_loss(model(batch.inputs), batch.targets)
+
+    Ported(network(), nn.MSELoss())
+    told = [record.message.partition(":")[0] for record in caplog.records]
+    assert told == ["Ported.compute_loss", "Ported.configure_optimizers", "Ported.on_train_epoch_end"]
+    caplog.clear()
+    Stepping(network(), optimizer="sgd")
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["Stepping.on_train_epoch_end"]
+
+
 async def test_groups_have_their_proportions_again_after_a_rate_of_0_in_the_next_life_too(tmp_path: Path) -> None:
     for steps, rate in (4, 0.0), (8, 0.01):
         spec = {"name": "sgd", "rules": [("bias", {"lr": 0.002})]}
