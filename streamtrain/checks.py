@@ -52,6 +52,7 @@ class Checks:
                 "there are several ModelCheckpoints: a run's folder has one rule for when to save and what stays",
                 hint="Give one: every=, save_top_k= of monitor=, and keep_last= go together.",
             )
+        self._named_twice()
         self._directions()
         for callback in self._callbacks:
             self._watched(type(callback).__name__, watched(callback))
@@ -67,6 +68,16 @@ class Checks:
             )
         if run_dir is not None:
             self._say_bests()
+
+    def _named_twice(self) -> None:
+        """A stream `a_b` and a metric `b_loss` of a stream `a` may meet in a name, where one would hide the other."""
+        names = self._logged_names()
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ConfigError(
+                f"two numbers of the validation would be logged as {twice[0]!r}: of the streams "
+                f"{', '.join(map(repr, self._validation))}",
+                hint="Name a stream or a metric otherwise.",
+            )
 
     def _say_bests(self) -> None:
         """Two callbacks may mean two things by the best, of which a result can name one."""

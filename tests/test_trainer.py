@@ -1019,6 +1019,13 @@ async def test_groups_that_learn_are_no_multiple_of_a_first_one_that_does_not_wh
     assert "set_lr(0.01) changes nothing" in caplog.text
 
 
+async def test_two_numbers_of_a_validation_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    fitted = trainer(metrics={"b_loss": MeanAbsoluteError()}, run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="would be logged as 'val_a_b_loss': of the streams 'a', 'a_b'"):
+        await fitted.fit(Samples(), validation={"a": Samples(), "a_b": Samples()})
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "scheduler", [None, lambda t: float(t < 2), lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, lambda t: t < 2)]
 )
