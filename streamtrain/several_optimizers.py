@@ -122,6 +122,14 @@ def build_optimizers(model: nn.Module, specs: Mapping[str, OptimizerSpec], lr: f
                 "which only one optimizer alone can do",
                 hint="Take another one here, or train with it alone.",
             )
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    for key, made in members.items():
+        for parameter in (each for group in made.param_groups for each in group["params"]):
+            if homes.get(id(parameter), key) != key:
+                raise ConfigError(
+                    f"optimizer.{key} holds {named[id(parameter)]}, which is for {homes[id(parameter)]!r} to update",
+                    hint=f"Make it of the parameters of {key!r} alone.",
+                )
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in homes]
     if left:
         more = ", ..." if len(left) > 8 else ""

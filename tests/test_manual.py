@@ -239,6 +239,13 @@ def test_a_parameter_belongs_to_exactly_one_optimizer(optimizer: Any, told: str)
         trainer(optimizer=optimizer)
 
 
+def test_an_optimizer_that_was_made_for_anothers_parameters_too_is_refused() -> None:
+    model = Pair()
+    both = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"optimizer\.disc holds gen\..*, which is for 'gen' to update"):
+        Trainer(model, optimizer={"gen": "adam", "disc": both})
+
+
 async def test_what_manual_mode_cannot_do_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(ConfigError, match="accumulate_grad_batches is for one optimizer"):
