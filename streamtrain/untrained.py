@@ -28,6 +28,12 @@ class Untrained:
         self._known = {*left, *map(id, frozen)}
         if left:
             logger.warning("the optimizer leaves out, and nothing trains: %s", _listed(list(left.values())))
+        if strangers := self._strangers():
+            logger.warning(
+                "the optimizer holds parameters that are none of the model's, of the shapes %s: no checkpoint has what "
+                "they learn. Make them a part of the model before: model.scale = nn.Parameter(...)",
+                _listed(strangers),
+            )
 
     def refuse(self) -> None:
         """A fit begins. Raises ConfigError for parameters that came since."""
@@ -48,6 +54,12 @@ class Untrained:
                 "when it is first called is to be there when the optimizer is made",
                 _listed(new),
             )
+
+    def _strangers(self) -> list[str]:
+        """The shapes of what it holds that is not of the model."""
+        own = set(map(id, self._model.parameters()))
+        held = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        return [str(list(parameter.shape)) for parameter in held if id(parameter) not in own]
 
     def _new(self) -> list[str]:
         return [name for key, name in self._left().items() if key not in self._known]

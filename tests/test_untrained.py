@@ -106,6 +106,12 @@ async def test_an_optimizer_of_some_parameters_is_taken_and_what_it_leaves_is_sa
     assert caplog.text.count("the optimizer leaves out, and nothing trains: 0.weight, 0.bias, 1.weight, 1.bias") == 1
 
 
+def test_parameters_of_an_optimizer_that_no_checkpoint_has_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model, scale = network(), nn.Parameter(torch.zeros(3))
+    trainer(model, optimizer=torch.optim.SGD([*model.parameters(), scale], lr=0.1))
+    assert "parameters that are none of the model's, of the shapes [3]: no checkpoint has" in caplog.text
+
+
 @pytest.mark.parametrize("freeze", ["^0", {"^0": "1epoch"}, {"^0": "3steps"}])
 async def test_what_freeze_names_is_no_surprise(freeze: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = trainer(network(), freeze=freeze)
