@@ -87,11 +87,13 @@ def exhausted(error: Exception, statistics: Any) -> Exception:
 
 def _of_memory(error: BaseException) -> bool:
     """Whether memory ran out, here or in what this error came of."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words(seen):
+    one: BaseException | None = error
+    seen: set[int] = set()  # `raise error from error` makes an error its own cause
+    while one is not None and id(one) not in seen:
+        if isinstance(one, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words(one):
             return True
-        seen = seen.__cause__
+        seen.add(id(one))
+        one = one.__cause__
     return False
 
 

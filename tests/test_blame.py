@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamtrain.blame import non_finite
+from streamtrain.blame import explained, non_finite
 from streamtrain.data.batch import Batch
-from streamtrain.errors import DataError, NonFiniteError
+from streamtrain.errors import DataError, NonFiniteError, UserCodeError
 from streamtrain.trainer import Trainer
 from tests.engine import Samples, bare_loop, network, pairs, same
 
@@ -57,6 +57,16 @@ def test_a_batch_is_blamed_for_its_own_loss_wherever_in_the_group_it_is() -> Non
     assert isinstance(error, DataError)
     assert "targets hold nan at row 12, column 0; the loss is nan" in str(error)
     assert isinstance(non_finite(batch(targets=[(2, 0)]), [None] * 3, [0.5, 0.5, NAN], 7, at=1), NonFiniteError)
+
+
+@pytest.mark.timeout(20)
+def test_an_error_that_is_its_own_cause_is_told_like_any_other() -> None:
+    """`except ValueError as error: raise error from error`: whoever follows its causes comes to no end."""
+    error = ValueError("mine")
+    error.__cause__ = error
+    problem = explained(error, None, "step 3")
+    assert isinstance(problem, UserCodeError)
+    assert str(problem) == "step 3: the model, loss or step raised ValueError: mine"
 
 
 def test_nan_in_the_data_makes_no_infinite_loss() -> None:
