@@ -10,14 +10,14 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError, named
 from streamtrain.schedules import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,27 @@ def _observable(monitor: str, metrics: Mapping[str, float], *, validated: bool) 
     return True
 
 
+def _raised(schedule: object, error: Exception) -> UserCodeError:
+    """What a schedule raised, as its own: no line of the model's is to be looked for."""
+    return UserCodeError(
+        f"the scheduler {type(schedule).__name__} raised {named(error)}", hint="The traceback (--debug) shows the line."
+    )
+
+
+def _refuse_odd(schedule: object, rates: Iterable[Any]) -> None:
+    """Raise ConfigError for rates that are no finite numbers, before an update is made with them: they would leave no
+    weight as it was."""
+    for rate in rates:
+        try:
+            finite = math.isfinite(rate)
+        except (TypeError, ValueError, RuntimeError):  # no number, or several
+            finite = False
+        if not finite:
+            raise ConfigError(
+                f"the scheduler {type(schedule).__name__} gave {rate!r} as a learning rate, which is no finite number"
+            )
+
+
 class FixedLearningRate:
     """No schedule: the optimizer's rates are left alone."""
 
@@ -180,7 +201,13 @@ class ScheduledLearningRate:
             else seconds
         )
         if t != self._t:
-            self._rates = self._next(t)
+            try:
+                self._rates = self._next(t)
+            except StreamtrainError:
+                raise
+            except Exception as error:
+                raise _raised(self.schedule, error) from error
+            _refuse_odd(self.schedule, self._rates)
             self._t, self._held = t, {}
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
             set_group_lr(group, rate)
@@ -207,7 +234,12 @@ class ScheduledLearningRate:
         if not self._observes:
             return
         if self.monitor is None or _observable(self.monitor, metrics, validated=validated):
-            self.schedule.observe(metrics)
+            try:
+                self.schedule.observe(metrics)
+            except StreamtrainError:
+                raise
+            except Exception as error:
+                raise _raised(self.schedule, error) from error
             self._t = None  # what it has learned counts from the next update on
 
     def scale(self, factor: float) -> None:
@@ -268,7 +300,8 @@ class TorchLearningRate:
             set_group_lr(group, rate)
 
     def before_update(self, step: int, epoch: int, samples: int = 0, seconds: float = 0.0) -> None:
-        pass
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        _refuse_odd(self.scheduler, (rate for rate in rates if not isinstance(rate, Tensor)))  # else it would wait
 
     def after_update(self) -> None:
         if self.interval == "step":
@@ -302,7 +335,12 @@ class TorchLearningRate:
             self._done += 1
             self._rise()
         else:
-            self.scheduler.step(*value)  # type: ignore[arg-type]
+            try:
+                self.scheduler.step(*value)  # type: ignore[arg-type]
+            except StreamtrainError:
+                raise
+            except Exception as error:
+                raise _raised(self.scheduler, error) from error
 
     def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
         if self.interval != "epoch":

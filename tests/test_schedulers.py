@@ -35,12 +35,12 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from streamtrain.errors import ConfigError
+from streamtrain.errors import ConfigError, UserCodeError
 from streamtrain.learning_rate import ScheduledLearningRate
 from streamtrain.schedulers import build_scheduler, get_lr, parse_span, set_group_lr
 from streamtrain.schedules import NAMED, Cosine, Scheduler
 from streamtrain.trainer import Trainer
-from tests.engine import Recorder, Samples
+from tests.engine import Recorder, Samples, network
 
 
 def optimizer(*rates: float) -> Optimizer:
@@ -693,3 +693,39 @@ def test_what_is_no_span_is_refused_with_its_name(text: Any) -> None:
     with pytest.raises(ConfigError, match="warmup must be") as caught:
         parse_span(text, "warmup")
     assert text != "3 days" or "step, epoch, s, sec, second, m, min, minute, h and hour" in caught.value.hint
+
+
+class Odd(Scheduler):
+    """What a user's schedule may give or raise, by what its `lr` calls."""
+
+    def __init__(self, give: Callable[[], Any]) -> None:
+        self._give = give
+
+    def lr(self, base: float, t: float) -> float:
+        given: float = self._give()
+        return given
+
+
+@pytest.mark.parametrize("given", [math.nan, math.inf, "0.1"])
+async def test_a_rate_that_is_no_finite_number_is_refused_before_its_update(given: Any) -> None:
+    """The weights of the update were NaN, and said to be the last good ones."""
+    for scheduler in Odd(lambda: given), lambda inner: LambdaLR(inner, lambda t: given if t else 1.0):
+        if given == "0.1" and not isinstance(scheduler, Scheduler):
+            continue  # torch itself multiplies by it
+        model = network()
+        with pytest.raises(ConfigError, match=r"the scheduler \w+ gave .* as a learning rate, which is no finite"):
+            await Trainer(model, nn.MSELoss(), scheduler=scheduler, device="cpu").fit(Samples(), max_steps=4)
+        assert all(bool(weight.isfinite().all()) for weight in model.parameters())
+
+
+async def test_what_a_schedule_raises_is_its_own_error() -> None:
+    def fails() -> float:
+        raise KeyError("mine")
+
+    class Seeing(Scheduler):
+        def observe(self, metrics: Mapping[str, float]) -> None:
+            fails()
+
+    for scheduler in Odd(fails), Seeing(), lambda inner: LambdaLR(inner, lambda t: fails() if t else 1.0):
+        with pytest.raises(UserCodeError, match=r"^the scheduler (Odd|Seeing|LambdaLR) raised KeyError: 'mine'"):
+            await Trainer(network(), nn.MSELoss(), scheduler=scheduler, device="cpu").fit(Samples())
