@@ -60,7 +60,8 @@ def grouped(
     check: Callable[[Mapping[str, Any], str], dict[str, Any]],
     kind: Callable[[nn.Parameter, Mapping[str, Any]], str] = lambda parameter, options: "",
 ) -> list[Group]:
-    """The groups: what no rule names first, then rule by rule; within these the kinds, decayed or not, layer by layer.
+    """The groups: what no rule names first, then rule by rule; within these the kinds, decayed or not, and from the
+    last layer, whose rate is the given one, to the first.
 
     `check(options, where)` gives a rule's options, or refuses them; `kind` tells apart what one optimizer must not take
     together. Raises ConfigError.
@@ -87,7 +88,7 @@ def grouped(
     _refuse_idle(
         [(pattern, f"rules[{at}]") for at, (pattern, _) in enumerate(rules)], [key[0] for key in found], parameters
     )
-    return [found[key] for key in sorted(found)]
+    return [found[key] for key in sorted(found, key=lambda key: (*key[:-1], -key[-1]))]
 
 
 def _rule(

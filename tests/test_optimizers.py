@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.learning_rate import get_lr
 from streamtrain.optimizer_state import load_by_name, signature, state_by_name
 from streamtrain.optimizers import FUSED, NAMES, build_optimizer, check_lr
 from streamtrain.parameter_groups import layers, table
@@ -249,6 +250,18 @@ def test_layers_of_a_transformer_are_numbered_as_in_beit() -> None:
 )
 def test_layers_go_by_the_first_number_and_the_order(given: list[str], expected: list[int]) -> None:
     assert list(layers(given).values()) == expected
+
+
+@pytest.mark.parametrize("no_decay", [False, True])
+@pytest.mark.parametrize(
+    "spec", [{"name": "adamw", "layer_decay": 0.5}, {"name": "muon", "adamw": {"lr": 1e-4}}], ids=str
+)
+def test_the_first_groups_rate_which_is_the_runs_is_the_given_one(spec: dict[str, Any], no_decay: bool) -> None:
+    """It is what the log tells, and what `set_lr` brings to its value: as that of the first of twelve layers it would
+    give the last one a rate of another size."""
+    optimizer = build_optimizer(model(), {**spec, "no_decay": no_decay}, lr=0.02)
+    assert get_lr(optimizer) == 0.02
+    assert len({group["lr"] for group in optimizer.param_groups}) > 1
 
 
 def test_the_rate_of_each_layer_is_that_of_the_next_one_times_the_decay() -> None:
