@@ -23,6 +23,10 @@ from streamtrain.parameter_groups import layers, table
 from streamtrain.several_optimizers import build_optimizers
 from streamtrain.state import decode, encode
 
+MUONS = ["muon"] if hasattr(torch.optim, "Muon") else []
+"""torch has it since 2.9."""
+with_muon = pytest.mark.skipif(not MUONS, reason="this torch has no Muon")
+
 
 def model() -> nn.Sequential:
     made = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -42,7 +46,7 @@ def names(of: nn.Module, group: dict[str, Any]) -> list[str]:
     return [by_id[id(parameter)] for parameter in group["params"]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "muon" or MUONS])
 def test_every_name_is_torchs_optimizer(name: str) -> None:
     of = model()
     made = build_optimizer(of, name.upper(), lr=0.01)
@@ -87,7 +91,7 @@ def test_weights_of_16_bits_are_trained(name: str, dtype: torch.dtype) -> None:
         build_optimizer(one, {"name": "momentum", "fused": True})
 
 
-@pytest.mark.parametrize("name", [*sorted(FUSED), "muon"])
+@pytest.mark.parametrize("name", [*sorted(FUSED), *MUONS])
 def test_parameters_with_gaps_are_updated_and_their_neighbours_are_not(name: str) -> None:
     """torch's fused kernels take them for dense: they trained them wrongly, and wrote to what lies between."""
     of, memory = nn.ParameterDict(), torch.ones(8)
@@ -148,6 +152,7 @@ def twins() -> tuple[nn.Sequential, nn.Sequential]:
     return one, copy.deepcopy(one)
 
 
+@with_muon
 def test_muon_is_torchs_on_matrices_and_adamw_on_all_else_to_the_bit() -> None:
     one, other = twins()
     made = build_optimizer(
@@ -159,6 +164,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_all_else_to_the_bit() -> None:
     assert equal(trained(one, made), trained(other, *plain))
 
 
+@with_muon
 def test_muon_goes_through_a_checkpoint_with_one_state_and_its_groups() -> None:
     one, other = twins()
     first, second = (build_optimizer(of, "muon") for of in (one, other))
@@ -172,6 +178,7 @@ def test_muon_goes_through_a_checkpoint_with_one_state_and_its_groups() -> None:
     assert equal(one, other)
 
 
+@with_muon
 def test_embeddings_and_what_a_rule_says_are_no_matrices_to_muon() -> None:
     of = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 2, bias=False))
     made = build_optimizer(
@@ -185,6 +192,7 @@ def test_embeddings_and_what_a_rule_says_are_no_matrices_to_muon() -> None:
     }
 
 
+@with_muon
 def test_complex_matrices_are_none_to_muon() -> None:
     of = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, dtype=torch.complex64))
     for rules in ((), [("1.weight", {"muon": True})]):
@@ -192,6 +200,7 @@ def test_complex_matrices_are_none_to_muon() -> None:
         assert [names(of, group) for group in groups if group["muon"]] == [["0.weight"]]
 
 
+@with_muon
 def test_a_group_that_is_added_to_muon_is_updated_too() -> None:
     of = nn.Linear(3, 3)
     made = build_optimizer(of, "muon")
@@ -203,7 +212,7 @@ def test_a_group_that_is_added_to_muon_is_updated_too() -> None:
 
 
 def test_where_torch_has_no_muon_it_says_since_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ConfigError, match=r"'muon' needs torch 2\.9 or later, and this is"):
         build_optimizer(model(), "muon")
 
@@ -254,7 +263,9 @@ def test_layers_go_by_the_first_number_and_the_order(given: list[str], expected:
 
 @pytest.mark.parametrize("no_decay", [False, True])
 @pytest.mark.parametrize(
-    "spec", [{"name": "adamw", "layer_decay": 0.5}, {"name": "muon", "adamw": {"lr": 1e-4}}], ids=str
+    "spec",
+    [{"name": "adamw", "layer_decay": 0.5}, *({"name": name, "adamw": {"lr": 1e-4}} for name in MUONS)],
+    ids=str,
 )
 def test_the_first_groups_rate_which_is_the_runs_is_the_given_one(spec: dict[str, Any], no_decay: bool) -> None:
     """It is what the log tells, and what `set_lr` brings to its value: as that of the first of twelve layers it would
@@ -363,7 +374,7 @@ def test_the_state_finds_its_parameter_whatever_their_order_is() -> None:
         def forward(self, inputs: torch.Tensor) -> Any:
             return self.get_submodule("c")(self.get_submodule("b")(self.get_submodule("a")(inputs)))
 
-    for spec in ("adamw", "muon", {"name": "adam", "rules": [("bias", {"lr": 0.5})]}):
+    for spec in ("adamw", *MUONS, {"name": "adam", "rules": [("bias", {"lr": 0.5})]}):
         one, other = Ordered("a", "b", "c"), Ordered("c", "a", "b")
         first, second = build_optimizer(one, spec), build_optimizer(other, spec)
         trained(one, first)

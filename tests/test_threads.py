@@ -143,7 +143,7 @@ async def test_a_job_sees_its_callers_context() -> None:
 
 async def test_a_job_sees_its_callers_torch_settings_and_leaves_none_behind() -> None:
     def seen() -> tuple[bool, str, int]:
-        return torch.is_grad_enabled(), str(torch.get_default_device()), torch.get_num_threads()
+        return torch.is_grad_enabled(), str(torch.empty(0).device), torch.get_num_threads()
 
     threads = torch.get_num_threads()
     async with train_thread() as thread:
@@ -221,6 +221,7 @@ async def test_an_idle_thread_keeps_nothing_alive() -> None:
                 await asyncio.sleep(0)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="its OpenMP library can't give a pool up")
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="with one thread there are no pools")
 async def test_who_hands_work_over_keeps_no_pool_of_openmp_threads() -> None:
     """Two pools on as many cores as one has threads make each small operator wait for sleepers."""
