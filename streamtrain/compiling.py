@@ -96,12 +96,14 @@ class Compiled:
         before, self._count = self._count, len(_debug_get_cache_entry_list(self._call.__code__))
         if self._count > USUAL and not self._said:
             self._said = True
+            config: Any = torch._dynamo.config
+            limit = config.recompile_limit if hasattr(config, "recompile_limit") else config.cache_size_limit  # 2.6
             logger.warning(
                 "the model was compiled %d times so far, each for other shapes, dtypes or modes (TORCH_LOGS=recompiles "
                 "names them): give batches of one shape, drop_last=True or compile={'dynamic': True}; after %d torch "
                 "runs it uncompiled",
                 self._count,
-                torch._dynamo.config.recompile_limit,
+                limit,
             )
         return self._count > before
 
