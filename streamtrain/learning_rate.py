@@ -10,8 +10,8 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError, named
 from streamtrain.schedules import Scheduler
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -112,11 +113,17 @@ def _observable(monitor: str, metrics: Mapping[str, float], *, validated: bool) 
     return True
 
 
-def _raised(schedule: object, error: Exception) -> UserCodeError:
-    """What a schedule raised, as its own: no line of the model's is to be looked for."""
-    return UserCodeError(
-        f"the scheduler {type(schedule).__name__} raised {named(error)}", hint="The traceback (--debug) shows the line."
-    )
+def _asked(schedule: object, ask: Callable[..., T], *arguments: Any) -> T:
+    """`ask(*arguments)`; what it raises is the schedule's own: no line of the model's is to be looked for."""
+    try:
+        return ask(*arguments)
+    except StreamtrainError:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"the scheduler {type(schedule).__name__} raised {named(error)}",
+            hint="The traceback (--debug) shows the line.",
+        ) from error
 
 
 def _refuse_odd(schedule: object, rates: Iterable[Any]) -> None:
@@ -201,12 +208,7 @@ class ScheduledLearningRate:
             else seconds
         )
         if t != self._t:
-            try:
-                self._rates = self._next(t)
-            except StreamtrainError:
-                raise
-            except Exception as error:
-                raise _raised(self.schedule, error) from error
+            self._rates = _asked(self.schedule, self._next, t)
             _refuse_odd(self.schedule, self._rates)
             self._t, self._held = t, {}
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
@@ -234,12 +236,7 @@ class ScheduledLearningRate:
         if not self._observes:
             return
         if self.monitor is None or _observable(self.monitor, metrics, validated=validated):
-            try:
-                self.schedule.observe(metrics)
-            except StreamtrainError:
-                raise
-            except Exception as error:
-                raise _raised(self.schedule, error) from error
+            _asked(self.schedule, self.schedule.observe, metrics)
             self._t = None  # what it has learned counts from the next update on
 
     def scale(self, factor: float) -> None:
@@ -335,12 +332,7 @@ class TorchLearningRate:
             self._done += 1
             self._rise()
         else:
-            try:
-                self.scheduler.step(*value)  # type: ignore[arg-type]
-            except StreamtrainError:
-                raise
-            except Exception as error:
-                raise _raised(self.scheduler, error) from error
+            _asked(self.scheduler, self.scheduler.step, *value)
 
     def after_epoch(self, metrics: Mapping[str, float], *, validated: bool = True) -> None:
         if self.interval != "epoch":

@@ -73,14 +73,12 @@ class Way:
         )
 
 
-def take_turns(
-    options: Options, ways: Sequence[Way], *, lead: int, steps: int, turns: int, folder: Path, name: str = "run"
-) -> None:
+def take_turns(options: Options, ways: Sequence[Way], *, lead: int, steps: int, turns: int, folder: Path) -> None:
     """Have all of them make steps, `turns` times a round."""
     for number in range(options.rounds):
         with ExitStack() as stack:
             for at, way in enumerate(ways):
-                way.begin(folder / f"{name}-{at}-{number}", stack)
+                way.begin(folder / f"{at}-{number}", stack)
             for turn in range(-WARM, turns):
                 for way in ways if (number + turn) % 2 else reversed(ways):  # drift falls on all of them
                     way.go(lead, steps, counts=turn >= 0)
